@@ -1,0 +1,141 @@
+"""The vector space in which estimators and solvers work.
+
+Algorithms never call ``dot``, ``norm``, ``qr`` or ``randn`` on state vectors themselves. They ask
+a `Space`, so that an operator whose vectors are spread over processes can supply another one and
+every algorithm runs on it unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Distribution", "Space", "resolve_generator"]
+
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+
+def resolve_generator(generator: torch.Generator | None) -> tuple[torch.Generator, int]:
+    """Return a CPU generator and the seed that reproduces it.
+
+    Args:
+        generator: A CPU `torch.Generator`, or None for a fresh one with a seed drawn from the
+            operating system. The global random state is neither read nor advanced.
+
+    Returns:
+        The generator and its initial seed.
+
+    Raises:
+        DeviceError: If the generator does not live on the CPU.
+    """
+    if generator is None:
+        generator = torch.Generator()
+        return generator, generator.seed()
+    if generator.device.type != "cpu":
+        from .errors import DeviceError
+
+        raise DeviceError(
+            f"generator lives on {generator.device}, but probes are drawn on the CPU so that the same "
+            "seed gives the same numbers on every device; pass torch.Generator() (a CPU generator)"
+        )
+    return generator, generator.initial_seed()
+
+
+class Space:
+    """A finite-dimensional space of state vectors held by one process.
+
+    Blocks of k vectors are columns: ``(*batch, n, k)``. Inner products and factorisations run in
+    float64 whatever the dtype of the vectors, since their errors enter every result downstream.
+
+    Args:
+        size: Number n of entries of a vector.
+        dtype: Dtype of the vectors.
+        device: Device of the vectors.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.vectors import Space
+        >>> space = Space(4, torch.float32, torch.device("cpu"))
+        >>> probes = space.probes(2, torch.Generator().manual_seed(0))
+        >>> probes.shape, space.inner(probes, probes).diagonal().tolist()
+        (torch.Size([4, 2]), [4.0, 4.0])
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.size = int(size)
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return all inner products ``leftᵀ right`` in float64.
+
+        Args:
+            left: ``(*batch, n, j)``.
+            right: ``(*batch, n, k)``.
+
+        Returns:
+            ``(*batch, j, k)``, float64.
+        """
+        return left.double().mT @ right.double()
+
+    def sum_squares(self, block: Tensor) -> Tensor:
+        """Return the squared length of each column in float64.
+
+        Args:
+            block: ``(*batch, n, k)``.
+
+        Returns:
+            ``(*batch, k)``, float64.
+        """
+        return block.double().square().sum(-2)
+
+    def orthonormalize(self, block: Tensor) -> Tensor:
+        """Return an orthonormal basis of the columns' span, dropping directions that are rounding.
+
+        Args:
+            block: ``(n, k)``.
+
+        Returns:
+            ``(n, r)`` with r ≤ min(n, k), in the dtype of ``block``.
+        """
+        scale = block.abs().amax() if block.numel() else block.new_zeros(())
+        if not bool(scale > 0):
+            return block[:, :0]
+        basis, singular, _ = torch.linalg.svd((block / scale).double(), full_matrices=False)
+        cutoff = singular[0] * max(block.shape) * torch.finfo(block.dtype).eps
+        return basis[:, singular > cutoff].to(block.dtype)
+
+    def probes(
+        self, count: int, generator: torch.Generator, distribution: Distribution = "rademacher"
+    ) -> Tensor:
+        """Draw ``count`` isotropic random columns: E[v vᵀ] = I.
+
+        They are drawn on the CPU and then moved, so that a seed means the same on every device.
+
+        Args:
+            count: Number k of columns.
+            generator: CPU generator, advanced by the draw.
+            distribution: "rademacher" (±1), "gaussian", or "sphere" (uniform on the sphere of
+                radius √n).
+
+        Returns:
+            ``(n, count)`` in the space's dtype and on its device.
+        """
+        shape = (self.size, count)
+        if distribution == "rademacher":
+            drawn = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
+        else:
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if distribution == "sphere":
+                drawn *= self.size**0.5 / torch.linalg.vector_norm(drawn, dim=0)
+        return drawn.to(dtype=self.dtype, device=self.device)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set anywhere (here: on this one process)."""
+        return bool(flag)
+
+    def __repr__(self) -> str:
+        """Show size, dtype and device."""
+        return f"Space(size={self.size}, dtype={self.dtype}, device={self.device})"
