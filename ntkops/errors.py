@@ -30,9 +30,11 @@ __all__ = [
     "DtypeError",
     "DeviceError",
     "ShapeError",
+    "OutOfRangeError",
     # engines and operators
     "DifferentiationError",
     "DenseMemoryError",
+    "SingularKernelError",
     "UnsupportedOperationError",
     # estimators and solvers
     "EstimateError",
@@ -114,12 +116,20 @@ class ShapeError(NtkopsError, ValueError):
     """A vector, block or index does not fit the shape of the operator."""
 
 
+class OutOfRangeError(NtkopsError, IndexError):
+    """An index lies outside the operator."""
+
+
 class DifferentiationError(NtkopsError, TypeError):
     """No rung of the differentiation ladder can form the requested product."""
 
 
 class DenseMemoryError(NtkopsError, MemoryError):
     """A dense result would exceed ``max_dense_bytes``; raised before anything is allocated."""
+
+
+class SingularKernelError(NtkopsError, ValueError):
+    """A kernel without a ridge is numerically singular, so that it has no inverse or Cholesky factor."""
 
 
 class UnsupportedOperationError(NtkopsError, TypeError):

@@ -1,0 +1,355 @@
+"""The general engine: products and blocks of J by automatic differentiation, for any model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..model import Batch, Inputs, Linearization
+from ..results import PassCount
+from .blocks import dense_kernel, kernel_diagonal
+from .budget import free_bytes, shared_store
+from .checks import require_finite_product
+from .choose import Ladder, climb
+from .rungs import LinearizedBatch, Parameters, linearize_batch
+from .samples import sample_gradients
+from .tally import Tally, report_passes
+
+__all__ = ["AutogradEngine"]
+
+Auto = Literal["auto"]
+
+_CPU_CHUNK = 8  # measured best or equal on MLP, GRU and transformer; larger chunks cost memory only
+_DEVICE_CHUNK = 32
+_WORKSPACE_SHARE = 1 / 16
+_WORKSPACE_RANGE = (2**24, 2**28)  # one tile of per-sample gradients, in bytes
+_identities = itertools.count()
+
+
+class AutogradEngine:
+    """J and Jᵀ by vjp and jvp, exact blocks by per-sample gradients.
+
+    The engine holds no parameters and no data: both come with each call, so that one engine serves
+    a kernel, its slices, its cross kernels and its Jacobians, at detached and at live parameters.
+
+    Args:
+        linearization: The pure function and its snapshot.
+        ladder: What the model allows.
+        batch_size: Samples per pass, or "auto" for as many as the memory holds.
+        chunk_size: Columns per pass, or "auto".
+
+    Raises:
+        InputError: If a size is neither "auto" nor a positive integer.
+    """
+
+    name = "autograd"
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        ladder: Ladder,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+    ) -> None:
+        for what, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
+            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise InputError(f"{what}={size!r}: pass 'auto' or a positive integer")
+        self.linearization = linearization
+        self.ladder = ladder
+        self._batch_size: int | Auto = batch_size
+        self._chunk_size: int | Auto = chunk_size
+        self._tally = Tally()
+        self.identity = next(_identities)
+
+    @classmethod
+    def build(
+        cls,
+        linearization: Linearization,
+        inputs: Inputs,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+    ) -> AutogradEngine:
+        """Try the ladder on a slice of the inputs and return the engine for what the model allows."""
+        ladder = climb(linearization, inputs)
+        return cls(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> AutogradEngine:
+        """Return the same engine for another dtype or device; nothing is tried again."""
+        moved = self.linearization.to(dtype=dtype, device=device)
+        return AutogradEngine(
+            moved, self.ladder, batch_size=self._batch_size, chunk_size=self._chunk_size
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the identity behind: it keys the caches of this process."""
+        state = dict(self.__dict__)
+        del state["identity"]
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take a fresh identity, so that no cache of another engine is read."""
+        self.__dict__.update(state)
+        self.identity = next(_identities)
+
+    def free(self) -> int:
+        """Drop everything cached for this engine and return the bytes set free."""
+        return shared_store.release(self.identity)
+
+    # what it costs
+
+    @property
+    def passes(self) -> PassCount:
+        """Passes made so far."""
+        return self._tally.count
+
+    def _report(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0) -> None:
+        self._tally.add(vjp=vjp, jvp=jvp, per_sample=per_sample)
+        report_passes(vjp=vjp, jvp=jvp, per_sample=per_sample)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number P of selected parameters' entries."""
+        return self.linearization.num_parameters
+
+    def chunk_size(self) -> int:
+        """Columns that go through one pass."""
+        if self._chunk_size != "auto":
+            return self._chunk_size
+        device = self.linearization.device
+        preferred = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+        column = self.num_parameters * self.linearization.dtype.itemsize
+        return max(1, min(preferred, self.workspace_bytes() * 4 // max(column, 1)))
+
+    def batch_size(self, inputs: Inputs) -> int:
+        """Samples that go through one pass: what the activations of a chunk of columns leave room for."""
+        if self._batch_size != "auto":
+            return self._batch_size
+        sample = self.ladder.activation_bytes + inputs.num_outputs * self.linearization.dtype.itemsize
+        needed = sample * (2 + 2 * self.chunk_size())
+        return max(1, int(free_bytes(self.linearization.device) // 4 // needed))
+
+    def workspace_bytes(self) -> int:
+        """Bytes for one tile of per-sample gradients."""
+        low, high = _WORKSPACE_RANGE
+        return max(low, min(high, int(free_bytes(self.linearization.device) * _WORKSPACE_SHARE)))
+
+    # products
+
+    def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
+        function, ladder = self.linearization.function, self.ladder
+        return linearize_batch(ladder.rung, function, params, batch, ladder.columns)
+
+    def _points(self, params: Parameters, inputs: Inputs) -> list[tuple[int, int, LinearizedBatch]] | None:
+        """Return the single linearised batch where one pass holds all samples, else None."""
+        if inputs.num_samples > self.batch_size(inputs):
+            return None
+        return [(a, b, self._linearize(params, batch)) for a, b, batch in inputs.batches(inputs.num_samples)]
+
+    def _sweep(self, params: Parameters, inputs: Inputs) -> Iterator[tuple[int, int, LinearizedBatch]]:
+        for start, stop, batch in inputs.batches(self.batch_size(inputs)):
+            yield start, stop, self._linearize(params, batch)
+
+    def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
+        """Return Jᵀv, flat, for each row of ``vectors``.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            vectors: ``(k, N, O)``.
+
+        Returns:
+            ``(k, P)``. Cost: k vjp passes.
+        """
+        with self.linearization.safe_context():
+            kept = self._points(params, inputs)
+            parts = [
+                _flatten(self._pull(params, inputs, kept, chunk)) for chunk in vectors.split(self.chunk_size())
+            ]
+        self._report(vjp=len(vectors))
+        result = torch.cat(parts) if parts else vectors.new_zeros((0, self.num_parameters))
+        require_finite_product(result, "Jᵀv", self.linearization, vectors)
+        return result
+
+    def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
+        """Return J p for each row of ``tangents``.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            tangents: ``(k, P)``.
+
+        Returns:
+            ``(k, N, O)``. Cost: k jvp passes.
+        """
+        with self.linearization.safe_context():
+            kept = self._points(params, inputs)
+            parts = [
+                self._push(params, inputs, kept, self._split(chunk))
+                for chunk in tangents.split(self.chunk_size())
+            ]
+        self._report(jvp=len(tangents))
+        empty = tangents.new_zeros((0, inputs.num_samples, inputs.num_outputs))
+        result = torch.cat(parts) if parts else empty
+        require_finite_product(result, "J p", self.linearization, tangents)
+        return result
+
+    def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
+        """Return J(left) J(right)ᵀ v for each row of ``vectors``, without flattening in between.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            left: N₁ samples.
+            right: N₂ samples; the same object as ``left`` shares the forward pass.
+            vectors: ``(k, N₂, O)``.
+
+        Returns:
+            ``(k, N₁, O)``. Cost: k vjp and k jvp passes.
+        """
+        with self.linearization.safe_context():
+            kept_right = self._points(params, right)
+            kept_left = kept_right if left is right else self._points(params, left)
+            parts = [
+                self._push(params, left, kept_left, self._pull(params, right, kept_right, chunk))
+                for chunk in vectors.split(self.chunk_size())
+            ]
+        self._report(vjp=len(vectors), jvp=len(vectors))
+        result = torch.cat(parts) if parts else vectors.new_zeros((0, left.num_samples, left.num_outputs))
+        require_finite_product(result, "K v", self.linearization, vectors)
+        return result
+
+    def _pull(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        kept: list[tuple[int, int, LinearizedBatch]] | None,
+        vectors: Tensor,
+    ) -> Parameters:
+        total: Parameters | None = None
+        for start, stop, point in kept or self._sweep(params, inputs):
+            part = point.pull(vectors[:, start:stop])
+            total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
+        assert total is not None  # inputs are never empty
+        return total
+
+    def _push(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        kept: list[tuple[int, int, LinearizedBatch]] | None,
+        tangents: Parameters,
+    ) -> Tensor:
+        parts = [point.push(tangents) for _, _, point in kept or self._sweep(params, inputs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _split(self, tangents: Tensor) -> Parameters:
+        sizes, shapes = self.linearization.sizes, self.linearization.shapes
+        pieces = tangents.split(list(sizes), dim=1)
+        return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    # per-sample gradients and what is made of them
+
+    def jacobian_tile(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+        """Return the rows of J of every sample for some outputs.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: B samples; the caller keeps B·r·P within `workspace_bytes`.
+            outputs: ``(r,)`` output numbers.
+
+        Returns:
+            ``(B, r, P)``. Cost: r per-sample passes over these samples.
+        """
+        device, dtype = self.linearization.device, self.linearization.dtype
+        unit = torch.zeros((len(outputs), inputs.num_outputs), dtype=dtype, device=device)
+        unit[torch.arange(len(outputs)), outputs] = 1
+        return self._sample_tile(params, inputs, unit.expand(inputs.num_samples, -1, -1))
+
+    def _sample_tile(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
+        parts = []
+        with self.linearization.safe_context():
+            for start, stop, batch in inputs.batches(self.batch_size(inputs)):
+                gradients = sample_gradients(
+                    self.ladder.per_sample,
+                    self.ladder.rung,
+                    self.linearization.function,
+                    params,
+                    batch,
+                    cotangents[start:stop],
+                    self.ladder.columns,
+                )
+                parts.append(torch.cat([g.flatten(2) for g in gradients], dim=-1))
+        tile = parts[0] if len(parts) == 1 else torch.cat(parts)
+        require_finite_product(tile, "Jᵀv of single samples", self.linearization, cotangents)
+        return tile
+
+    def tile_samples(self, rows: int) -> int:
+        """Return how many samples with ``rows`` gradients each fit into the workspace."""
+        sample = max(1, rows * self.num_parameters * self.linearization.dtype.itemsize)
+        return max(1, self.workspace_bytes() // sample)
+
+    def count_rows(self, rows: int, inputs: Inputs) -> None:
+        """Report ``rows`` gradients of single samples as passes over all of ``inputs``."""
+        self._report(per_sample=math.ceil(rows / inputs.num_samples))
+
+    def kernel(
+        self,
+        params: Parameters,
+        left: Inputs,
+        right: Inputs,
+        left_outputs: Tensor,
+        right_outputs: Tensor,
+    ) -> Tensor:
+        """Return dense kernels Σ_r J(left)_{o_r} J(right)_{o_r}ᵀ tile by tile.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            left: N₁ samples.
+            right: N₂ samples; the same object as ``left`` lets symmetry halve the work.
+            left_outputs: ``(M, R, r₁)`` output numbers: M kernels, R terms, r₁ outputs a sample.
+            right_outputs: ``(M, R, r₂)``.
+
+        Returns:
+            ``(M, N₁·r₁, N₂·r₂)``. Cost: one per-sample pass an output on each side, more where the
+            workspace holds only a part of the rows; memory: the result and two tiles.
+        """
+        return dense_kernel(self, params, left, right, left_outputs, right_outputs)
+
+    def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+        """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            outputs: ``(M, R, r)`` output numbers.
+
+        Returns:
+            ``(M, N·r)``. Cost: one per-sample pass for each distinct output.
+        """
+        return kernel_diagonal(self, params, inputs, outputs)
+
+    def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
+        r"""Return the Gram matrix of per-sample gradients, :math:`W_{ir,js} = g_{ir}^\top g_{js}`.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            cotangents: ``(N, r, O)``: r output combinations for each sample.
+
+        Returns:
+            ``(N, r, N, r)``. Cost: r per-sample passes, more where tiles do not fit at once.
+        """
+        from .blocks import gradient_gram
+
+        return gradient_gram(self, params, inputs, cotangents)
+
+
+def _flatten(blocks: Parameters) -> Tensor:
+    return torch.cat([block.flatten(1) for block in blocks], dim=1)

@@ -1,0 +1,209 @@
+"""Dense kernels, diagonals and Gram matrices from tiles of per-sample gradients.
+
+A tile holds the gradients of a few samples, as large as the workspace allows, so that memory is that
+of the result and two tiles, never the whole Jacobian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..model import Inputs
+from .rungs import Parameters
+
+if TYPE_CHECKING:
+    from .autograd import AutogradEngine
+
+__all__ = ["dense_kernel", "gradient_gram", "kernel_diagonal"]
+
+
+def _distinct(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct output numbers and, in the shape given, where each is found among them."""
+    return torch.unique(outputs, return_inverse=True)
+
+
+def _sample_slices(inputs: Inputs, size: int) -> Iterator[tuple[int, int, Inputs]]:
+    count = inputs.num_samples
+    if size >= count:
+        yield 0, count, inputs
+        return
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield start, stop, inputs.select(torch.arange(start, stop))
+
+
+def dense_kernel(
+    engine: AutogradEngine,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """Return ``(M, N₁·r₁, N₂·r₂)`` dense kernels; see `AutogradEngine.kernel`."""
+    kernels, _, r1 = left_outputs.shape
+    r2 = right_outputs.shape[2]
+    pairs = torch.cat([left_outputs.flatten(1), right_outputs.flatten(1)], dim=1)
+    unique, index = torch.unique(pairs, dim=0, return_inverse=True)
+    if len(unique) < kernels:  # an expanded batch: each distinct kernel is made once
+        split = left_outputs[0].numel()
+        distinct = dense_kernel(
+            engine,
+            params,
+            left,
+            right,
+            unique[:, :split].reshape(len(unique), -1, r1),
+            unique[:, split:].reshape(len(unique), -1, r2),
+        )
+        return distinct[index.to(distinct.device)]
+    widest = max(_distinct(left_outputs)[0].numel(), _distinct(right_outputs)[0].numel())
+    if engine.tile_samples(widest) > 1 or widest == 1:
+        return _kernel_by_samples(engine, params, left, right, left_outputs, right_outputs)
+    return _kernel_by_outputs(engine, params, left, right, left_outputs, right_outputs)
+
+
+def _kernel_by_samples(
+    engine: AutogradEngine,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    symmetric = left is right and torch.equal(left_outputs, right_outputs)
+    left_distinct, left_index = _distinct(left_outputs)
+    right_distinct, right_index = _distinct(right_outputs)
+    size = engine.tile_samples(max(len(left_distinct), len(right_distinct)))
+    r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
+    shape = (len(left_outputs), left.num_samples, r1, right.num_samples, r2)
+    blocks: list[tuple[slice, slice, Tensor]] = []
+    rows = 0
+    for a, b, left_part in _sample_slices(left, size):
+        left_tile = engine.jacobian_tile(params, left_part, left_distinct)  # (B, u, P)
+        rows += (b - a) * len(left_distinct)
+        for c, d, right_part in _sample_slices(right, size):
+            if symmetric and c < a:
+                continue
+            if symmetric and c == a:
+                right_tile = left_tile
+            else:
+                right_tile = engine.jacobian_tile(params, right_part, right_distinct)
+                rows += (d - c) * len(right_distinct)
+            blocks.append((slice(a, b), slice(c, d), _contract(left_tile, right_tile, left_index, right_index)))
+    engine.count_rows(rows, left)
+    return _assemble(blocks, shape, symmetric)
+
+
+def _contract(left: Tensor, right: Tensor, left_index: Tensor, right_index: Tensor) -> Tensor:
+    """Return ``(M, B₁, r₁, B₂, r₂)``: for each kernel the sum over its R terms of a product of tiles."""
+    kernels = []
+    everything = left_index.shape[:2] == (1, 1) and left_index.shape[2] == left.shape[1]
+    for rows, columns in zip(left_index, right_index, strict=True):
+        total: Tensor | None = None
+        for row, column in zip(rows, columns, strict=True):
+            whole = everything and torch.equal(row, torch.arange(left.shape[1]))
+            a = left if whole else left[:, row.to(left.device)]  # (B₁, r₁, P)
+            whole = whole and right.shape[1] == len(column) and torch.equal(column, torch.arange(len(column)))
+            b = right if whole else right[:, column.to(right.device)]
+            term = (a.flatten(0, 1) @ b.flatten(0, 1).mT).reshape(*a.shape[:2], *b.shape[:2])
+            total = term if total is None else total + term
+        assert total is not None
+        kernels.append(total)
+    return torch.stack(kernels)
+
+
+def _assemble(
+    blocks: list[tuple[slice, slice, Tensor]], shape: tuple[int, ...], symmetric: bool
+) -> Tensor:
+    """Put the tiles into one kernel; differentiable where they are."""
+    kernels, n1, r1, n2, r2 = shape
+    if len(blocks) == 1:
+        return blocks[0][2].reshape(kernels, n1 * r1, n2 * r2)
+    result = blocks[0][2].new_empty(shape)
+    for rows, columns, block in blocks:
+        result[:, rows, :, columns] = block
+        if symmetric and rows != columns:
+            result[:, columns, :, rows] = block.permute(0, 3, 4, 1, 2)
+    return result.reshape(kernels, n1 * r1, n2 * r2)
+
+
+def _kernel_by_outputs(
+    engine: AutogradEngine,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """The same kernel where not even one sample's gradients of all outputs fit: outputs in groups."""
+    size = 1
+    while size < left_outputs.shape[2] and engine.tile_samples(2 * size) > 1:
+        size *= 2
+    kernels = []
+    for m in range(len(left_outputs)):
+        total: Tensor | None = None
+        for r in range(left_outputs.shape[1]):
+            rows = [
+                torch.cat(
+                    [
+                        _kernel_by_samples(engine, params, left, right, i[None, None], j[None, None]).reshape(
+                            left.num_samples, len(i), right.num_samples, len(j)
+                        )
+                        for j in right_outputs[m, r].split(size)
+                    ],
+                    dim=3,
+                )
+                for i in left_outputs[m, r].split(size)
+            ]
+            term = torch.cat(rows, dim=1)
+            total = term if total is None else total + term
+        assert total is not None
+        kernels.append(total.flatten(2).flatten(0, 1))
+    return torch.stack(kernels)
+
+
+def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Return ``(M, N·r)`` kernel diagonals; see `AutogradEngine.diagonal`."""
+    distinct, index = _distinct(outputs)
+    group = max(1, min(len(distinct), engine.workspace_bytes() // _row_bytes(engine)))
+    parts = []
+    for chosen in distinct.split(group):
+        tiles = [
+            engine.jacobian_tile(params, part, chosen).square().sum(-1)  # (B, u)
+            for _, _, part in _sample_slices(inputs, engine.tile_samples(len(chosen)))
+        ]
+        parts.append(torch.cat(tiles))
+    engine.count_rows(inputs.num_samples * len(distinct), inputs)
+    lengths = torch.cat(parts, dim=1)  # (N, u)
+    gathered = lengths[:, index.to(lengths.device)].sum(2)  # (N, M, R, r) -> (N, M, r)
+    return gathered.movedim(1, 0).flatten(1)
+
+
+def _row_bytes(engine: AutogradEngine) -> int:
+    return max(1, engine.num_parameters * engine.linearization.dtype.itemsize)
+
+
+def gradient_gram(
+    engine: AutogradEngine, params: Parameters, inputs: Inputs, cotangents: Tensor
+) -> Tensor:
+    """Return the ``(N, r, N, r)`` Gram matrix of per-sample gradients; see `AutogradEngine.sample_gram`."""
+    count, size = cotangents.shape[1], engine.tile_samples(cotangents.shape[1])
+    blocks: list[tuple[slice, slice, Tensor]] = []
+    rows = 0
+    for a, b, left in _sample_slices(inputs, size):
+        left_tile = engine._sample_tile(params, left, cotangents[a:b])
+        rows += (b - a) * count
+        for c, d, right in _sample_slices(inputs, size):
+            if c < a:
+                continue
+            right_tile = left_tile if c == a else engine._sample_tile(params, right, cotangents[c:d])
+            rows += 0 if c == a else (d - c) * count
+            product = left_tile.flatten(0, 1) @ right_tile.flatten(0, 1).mT
+            blocks.append((slice(a, b), slice(c, d), product.reshape(1, b - a, count, d - c, count)))
+    engine.count_rows(rows, inputs)
+    shape = (1, inputs.num_samples, count, inputs.num_samples, count)
+    return _assemble(blocks, shape, symmetric=True).reshape(shape[1:])

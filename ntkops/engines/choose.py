@@ -1,0 +1,224 @@
+"""Which rung of the ladder a model allows, found by trying it once on a small slice.
+
+The choice is made when an operator is built, reported with its reasons, and never changed silently
+afterwards. The same trial compares J with Jᵀ, so that a model in which they disagree (a hidden
+``torch.no_grad``, a wrong custom backward) is refused instead of giving a kernel that is not one.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import DifferentiationError, NtkopsError
+from ..model import Batch, Inputs, Linearization
+from .rungs import RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
+from .samples import SampleMode, sample_gradients
+
+__all__ = ["Ladder", "climb"]
+
+logger = logging.getLogger(__name__)
+
+_PROBED_SAMPLES = 2
+# An adjoint mismatch above this multiple of float32's rounding is not rounding, whatever the
+# precision in which the model computes inside.
+_MISMATCH = 2e4
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a model allows.
+
+    Attributes:
+        rung: The highest rung that works.
+        columns: Whether several vectors go through one vmapped pass or through a loop.
+        per_sample: Whether per-sample Jacobians come from vmap over samples or from a loop.
+        reasons: Why a higher choice was left, one line each.
+        activation_bytes: Bytes that one sample's forward pass saves for its backward pass.
+    """
+
+    rung: Rung
+    columns: Columns
+    per_sample: SampleMode
+    reasons: tuple[str, ...]
+    activation_bytes: int
+
+
+def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
+    """Try the ladder on the first samples of ``inputs``.
+
+    Cost: about ten passes over two samples.
+
+    Raises:
+        DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
+    """
+    _, _, batch = next(iter(inputs.select(torch.arange(min(_PROBED_SAMPLES, inputs.num_samples))).batches(None)))
+    params = linearization.parameters
+    reasons: list[str] = []
+    with linearization.safe_context(), torch.no_grad():
+        params = tuple(p.detach() for p in params)
+        activation_bytes = _activation_bytes(linearization, params, batch)
+        rung, pulled = _highest_rung(linearization, params, batch, reasons)
+        columns = _columns(rung, linearization, params, batch, reasons)
+        per_sample = _per_sample(rung, linearization, params, batch, pulled, reasons)
+    for reason in reasons:
+        logger.info("differentiation ladder: %s", reason)
+    return Ladder(rung, columns, per_sample, tuple(reasons), activation_bytes)
+
+
+def _vectors(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
+
+
+def _output_shape(linearization: Linearization, params: Parameters, batch: Batch) -> torch.Size:
+    return linearization.function(params, batch).shape
+
+
+def _highest_rung(
+    linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
+) -> tuple[Rung, Parameters]:
+    shape = _output_shape(linearization, params, batch)
+    cotangent = _vectors((1, *shape), params[0], seed=1)
+    tangents = tuple(_vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
+    pulled: Parameters | None = None
+    for rung in RUNGS:
+        try:
+            linearized = linearize_batch(rung, linearization.function, params, batch)
+            pulled = linearized.pull(cotangent)
+            if rung == "reverse":
+                return rung, pulled
+            pushed = linearized.push(tangents)
+        except NtkopsError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+            reasons.append(f"{rung}: {_first_line(error)}")
+            continue
+        _check_adjoint(rung, cotangent, pushed, tangents, pulled, reasons)
+        return rung, pulled
+    raise DifferentiationError(
+        "the model cannot be differentiated with respect to the selected parameters: " + "; ".join(reasons)
+    )
+
+
+def _check_adjoint(
+    rung: Rung,
+    cotangent: Tensor,
+    pushed: Tensor,
+    tangents: Parameters,
+    pulled: Parameters,
+    reasons: list[str],
+) -> None:
+    left = float((cotangent.double() * pushed.double()).sum())
+    right = sum(float((t.double() * g.double()).sum()) for t, g in zip(tangents, pulled, strict=True))
+    scale = _length([cotangent]) * _length([pushed]) + _length(tangents) * _length(pulled)
+    if scale == 0 or not torch.isfinite(torch.tensor([left, right])).all():
+        return  # a zero or non-finite derivative is reported where its values are looked at
+    mismatch = abs(left - right) / scale
+    if mismatch > _MISMATCH * torch.finfo(torch.float32).eps * (1 if pushed.dtype.itemsize >= 4 else 2**13):
+        raise DifferentiationError(
+            f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): forward and "
+            "reverse mode differentiate different functions. Look for torch.no_grad() inside the model (use "
+            ".detach() for a constant) or for a custom autograd.Function with a wrong backward or jvp"
+        )
+    if mismatch > 1e3 * torch.finfo(pushed.dtype).eps:
+        reasons.append(f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision")
+
+
+def _length(blocks: Sequence[Tensor]) -> float:
+    return sum(float(block.double().square().sum()) for block in blocks) ** 0.5
+
+
+def _columns(
+    rung: Rung, linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
+) -> Columns:
+    shape = _output_shape(linearization, params, batch)
+    cotangents = _vectors((2, *shape), params[0], seed=3)
+
+    def both(linearized: LinearizedBatch) -> tuple[Tensor, ...]:
+        pulled = linearized.pull(cotangents)
+        return pulled if rung == "reverse" else (*pulled, linearized.push(pulled))
+
+    def attempt(columns: Columns) -> tuple[Tensor, ...]:
+        return both(linearize_batch(rung, linearization.function, params, batch, columns))
+
+    return "vmap" if _vmap_agrees("columns", lambda: attempt("vmap"), lambda: attempt("loop"), reasons) else "loop"
+
+
+def _per_sample(
+    rung: Rung,
+    linearization: Linearization,
+    params: Parameters,
+    batch: Batch,
+    pulled: Parameters,
+    reasons: list[str],
+) -> SampleMode:
+    shape = _output_shape(linearization, params, batch)
+    cotangents = _vectors((1, *shape), params[0], seed=1).movedim(0, 1)  # (B, 1, O): the first probe
+
+    def attempt() -> tuple[Tensor, ...]:
+        gradients = sample_gradients("vmap", rung, linearization.function, params, batch, cotangents)
+        return tuple(g.sum(0) for g in gradients)
+
+    return "vmap" if _vmap_agrees("per sample", attempt, lambda: pulled, reasons) else "loop"
+
+
+def _vmap_agrees(
+    what: str,
+    vmapped: Callable[[], tuple[Tensor, ...]],
+    reference: Callable[[], tuple[Tensor, ...]],
+    reasons: list[str],
+) -> bool:
+    """Return whether the vmapped form works, is not emulated by a slow loop, and gives the same numbers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            actual = vmapped()
+        except NtkopsError:
+            raise
+        except Exception as error:
+            reasons.append(f"{what}: a loop instead of vmap: {_first_line(error)}")
+            return False
+    if any("performance drop" in str(warning.message) for warning in caught):
+        reasons.append(f"{what}: a loop instead of vmap: an operation has no batching rule")
+        return False
+    expected = reference()
+    scale = max(_length(expected), torch.finfo(torch.float64).tiny)
+    difference = _length([a.double() - b.double() for a, b in zip(actual, expected, strict=True)]) / scale
+    lowest = min(p.dtype.itemsize for p in actual)
+    limit = 1e3 * torch.finfo(torch.float32).eps * (1 if lowest >= 4 else 2**13)
+    if difference > limit:
+        reasons.append(f"{what}: a loop instead of vmap: the two differ by {difference:.0e}")
+        return False
+    return True
+
+
+def _activation_bytes(linearization: Linearization, params: Parameters, batch: Batch) -> int:
+    """Return the bytes that a forward pass saves for its backward pass, for each sample."""
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in params}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    samples = 1
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
+            samples = max(len(output), 1)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return max(1, sum(t.nbytes for t in batch.tensors) // samples)
+    return max(1, sum(saved.values()) // samples)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -1,0 +1,169 @@
+"""The differentiation ladder: four ways to multiply with J and Jᵀ at one batch.
+
+forward   torch.func vjp, and jvp in forward mode;
+double    torch.func vjp, and J as the transpose of u -> Jᵀu (no forward-mode formula needed);
+classic   torch.autograd.grad, and J by differentiating it once more (checkpointing, old-style
+          autograd functions and derivatives inside the model, which torch.func refuses);
+reverse   Jᵀ alone, where neither forward mode nor double backward exists.
+
+Blocks of k vectors are row-major: cotangents ``(k, B, O)``, tangents one ``(k, *shape)`` a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DifferentiationError
+from ..model import Batch
+
+__all__ = ["RUNGS", "Columns", "LinearizedBatch", "Rung", "linearize_batch"]
+
+Rung = Literal["forward", "double", "classic", "reverse"]
+Columns = Literal["vmap", "loop"]
+Function = Callable[[Sequence[Tensor], Batch], Tensor]
+Parameters = tuple[Tensor, ...]
+
+RUNGS: tuple[Rung, ...] = ("forward", "double", "classic", "reverse")
+
+
+class LinearizedBatch(Protocol):
+    """Products with J and Jᵀ at fixed parameters and one fixed batch."""
+
+    def pull(self, cotangents: Tensor) -> Parameters:
+        """Jᵀv for each row of ``(k, B, O)``: one ``(k, *shape)`` for each parameter."""
+        ...
+
+    def push(self, tangents: Parameters) -> Tensor:
+        """J p for each row of the ``(k, *shape)`` blocks: ``(k, B, O)``."""
+        ...
+
+
+def linearize_batch(
+    rung: Rung, function: Function, params: Parameters, batch: Batch, columns: Columns = "vmap"
+) -> LinearizedBatch:
+    """Return the products with J and Jᵀ of ``function`` at ``params`` on one batch, lazily set up."""
+    if rung in ("classic", "reverse"):
+        return _Classic(function, params, batch, columns, reverse_only=rung == "reverse")
+    return _TorchFunc(function, params, batch, columns, forward_mode=rung == "forward")
+
+
+class _TorchFunc:
+    def __init__(
+        self, function: Function, params: Parameters, batch: Batch, columns: Columns, forward_mode: bool
+    ) -> None:
+        self._function, self._params, self._batch = function, params, batch
+        self._columns, self._forward_mode = columns, forward_mode
+        self._vjp: tuple[Tensor, Callable[[Tensor], Parameters]] | None = None
+        self._transposed_vjp: Callable[[Parameters], tuple[Tensor]] | None = None
+
+    def _evaluate(self, *params: Tensor) -> Tensor:
+        return self._function(params, self._batch)
+
+    def _reverse(self) -> tuple[Tensor, Callable[[Tensor], Parameters]]:
+        if self._vjp is None:
+            self._vjp = torch.func.vjp(self._evaluate, *self._params)
+        return self._vjp
+
+    def pull(self, cotangents: Tensor) -> Parameters:
+        _, pull = self._reverse()
+        if self._columns == "vmap" and len(cotangents) > 1:
+            return torch.func.vmap(pull)(cotangents)
+        return _stack([pull(v) for v in cotangents])
+
+    def push(self, tangents: Parameters) -> Tensor:
+        push = self._push_forward if self._forward_mode else self._push_double()
+        if self._columns == "vmap" and len(tangents[0]) > 1:
+            return torch.func.vmap(push)(tangents)
+        return torch.stack([push(column) for column in zip(*tangents, strict=True)])
+
+    def _push_forward(self, tangent: Parameters) -> Tensor:
+        return torch.func.jvp(self._evaluate, self._params, tuple(tangent))[1]
+
+    def _push_double(self) -> Callable[[Parameters], Tensor]:
+        if self._transposed_vjp is None:
+            output, pull = self._reverse()
+            self._transposed_vjp = torch.func.vjp(pull, torch.zeros_like(output))[1]
+        transposed = self._transposed_vjp
+        return lambda tangent: transposed(tuple(tangent))[0]
+
+
+class _Classic:
+    def __init__(
+        self, function: Function, params: Parameters, batch: Batch, columns: Columns, reverse_only: bool
+    ) -> None:
+        # Under a recorded graph the views keep the way back to the caller's parameters open.
+        self._recorded = torch.is_grad_enabled() and any(p.requires_grad for p in params)
+        self._params = tuple(
+            p.view_as(p) if self._recorded and p.requires_grad else p.detach().requires_grad_() for p in params
+        )
+        self._columns, self._reverse_only = columns, reverse_only
+        with torch.enable_grad():
+            self._output = function(self._params, batch)
+        self._transposable: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def pull(self, cotangents: Tensor) -> Parameters:
+        return self._gradients([self._output], self._params, [cotangents])
+
+    def push(self, tangents: Parameters) -> Tensor:
+        if self._reverse_only:
+            raise DifferentiationError(
+                "J p was asked for, but this model has neither forward-mode nor double-backward formulas "
+                "(see engine_info.reasons): only Jᵀv exists; use method='rhutch' or 'reverse', or rewrite "
+                "the operation that is named there"
+            )
+        point, gradients = self._transposed()
+        pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return self._output.new_zeros((len(tangents[0]), *self._output.shape))
+        return self._gradients([g for g, _ in pairs], (point,), [t for _, t in pairs])[0]
+
+    def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
+        if self._transposable is None:
+            point = torch.zeros_like(self._output).requires_grad_()
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(
+                    self._output, self._params, point, create_graph=True, allow_unused=True
+                )
+            self._transposable = point, list(gradients)
+        return self._transposable
+
+    def _gradients(
+        self, outputs: list[Tensor], inputs: Parameters, cotangents: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients at ``inputs`` for each of the k rows, zeros where one is unused."""
+        count = len(cotangents[0])
+
+        def gradient(rows: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(
+                    outputs,
+                    inputs,
+                    rows,
+                    retain_graph=True,
+                    create_graph=self._recorded,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+
+        if self._columns == "vmap" and count > 1:
+            return tuple(
+                x.new_zeros((count, *x.shape)) if g is None else g
+                for g, x in zip(gradient(cotangents, True), inputs, strict=True)
+            )
+        rows = [gradient([c[i] for c in cotangents], False) for i in range(count)]
+        return _stack(
+            [
+                tuple(torch.zeros_like(x) if g is None else g for g, x in zip(row, inputs, strict=True))
+                for row in rows
+            ]
+        )
+
+
+def _stack(rows: Sequence[Parameters]) -> Parameters:
+    if len(rows) == 1:
+        return tuple(block.unsqueeze(0) for block in rows[0])
+    return tuple(torch.stack(blocks) for blocks in zip(*rows, strict=True))

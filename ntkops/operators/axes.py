@@ -1,0 +1,227 @@
+"""The two kinds of axes that an operator can have: states of samples, and parameters.
+
+An axis knows how vectors in the operator's coordinates are laid into the block that an engine
+multiplies, and how the engine's result is read back. Slicing, batching and reordering an operator
+change only its axes: no engine is built and nothing is checked again.
+
+Every axis carries the operator's batch. A batch entry is a sum of R terms (R > 1 for kernels that are
+traced over outputs): the kernel of an entry is Σ_r J_r J_rᵀ, each term with its own outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import OutOfRangeError
+from ..model import Inputs
+
+__all__ = ["Axis", "ParameterAxis", "StateAxis"]
+
+_keys = itertools.count()
+
+
+def resolve_index(index: slice | Tensor, length: int) -> Tensor:
+    """Return the non-negative positions that a slice or an index tensor selects, on the CPU.
+
+    Raises:
+        OutOfRangeError: If a position lies outside ``[-length, length)``.
+    """
+    if isinstance(index, slice):
+        return torch.arange(length)[index]
+    index = index.detach().cpu()
+    if index.dtype == torch.bool:
+        if index.shape != (length,):
+            raise OutOfRangeError(f"a boolean index needs {length} entries, got shape {tuple(index.shape)}")
+        return index.nonzero().flatten()
+    outside = (index < -length) | (index >= length)
+    if bool(outside.any()):
+        raise OutOfRangeError(f"index {int(index[outside][0])} is out of range for an axis of {length}")
+    return torch.where(index < 0, index + length, index).long()
+
+
+@dataclass(frozen=True, eq=False)
+class StateAxis:
+    """Rows (sample, output) of a Jacobian, sample-major.
+
+    Attributes:
+        inputs: The N samples.
+        outputs: ``(*batch, R, r)`` output numbers on the CPU.
+        pick: ``(n,)`` positions among the N·r rows, or None for all in order.
+    """
+
+    inputs: Inputs
+    outputs: Tensor
+    pick: Tensor | None = None
+    key: int = field(default_factory=lambda: next(_keys))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the operator's batch."""
+        return self.outputs.shape[:-2]
+
+    @property
+    def terms(self) -> int:
+        """Number R of terms that are summed."""
+        return self.outputs.shape[-2]
+
+    @property
+    def grid(self) -> int:
+        """Number N·r of rows before picking."""
+        return self.inputs.num_samples * self.outputs.shape[-1]
+
+    @property
+    def length(self) -> int:
+        """Number n of rows."""
+        return self.grid if self.pick is None else len(self.pick)
+
+    @property
+    def flat_outputs(self) -> Tensor:
+        """``(M, R, r)`` output numbers with the batch flattened."""
+        return self.outputs.reshape(-1, *self.outputs.shape[-2:])
+
+    @property
+    def distinct_outputs(self) -> Tensor:
+        """The output numbers that occur."""
+        return torch.unique(self.outputs)
+
+    def _is_whole(self) -> bool:
+        count = self.inputs.num_outputs
+        flat = self.flat_outputs
+        return flat.shape == (1, 1, count) and torch.equal(flat[0, 0], torch.arange(count))
+
+    def embed(self, vectors: Tensor) -> Tensor:
+        """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, N, O)``."""
+        count, columns = self.inputs.num_samples, vectors.shape[-1]
+        flat = vectors.reshape(-1, self.length, columns)  # (M, n, k)
+        if self.pick is not None:
+            pick = self.pick.to(flat.device)
+            flat = flat.new_zeros((len(flat), self.grid, columns)).index_add(1, pick, flat)
+        rows = flat.reshape(len(flat), count, -1, columns).permute(0, 3, 1, 2)  # (M, k, N, r)
+        if self._is_whole():
+            return rows.reshape(columns, count, self.inputs.num_outputs)
+        outputs = self.flat_outputs.to(rows.device)
+        shape = (len(outputs), self.terms, columns, count)
+        index = outputs[:, :, None, None, :].expand(*shape, outputs.shape[-1])
+        block = rows.new_zeros((*shape, self.inputs.num_outputs))
+        return block.scatter_add(-1, index, rows.unsqueeze(1).expand_as(index)).flatten(0, 2)
+
+    def extract(self, block: Tensor) -> Tensor:
+        """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, N, O)``, summing the terms."""
+        kernels, count = self.batch_shape.numel(), self.inputs.num_samples
+        if self._is_whole():
+            rows = block.unsqueeze(0)  # (1, k, N, O)
+        else:
+            outputs = self.flat_outputs.to(block.device)
+            split = block.reshape(kernels, self.terms, -1, count, self.inputs.num_outputs)
+            index = outputs[:, :, None, None, :].expand(*split.shape[:-1], outputs.shape[-1])
+            rows = split.gather(-1, index).sum(1)  # (M, k, N, r)
+        flat = rows.reshape(kernels, -1, self.grid)
+        if self.pick is not None:
+            flat = flat[..., self.pick.to(flat.device)]
+        return flat.mT.reshape(*self.batch_shape, self.length, flat.shape[1])
+
+    def take(self, index: slice | Tensor) -> StateAxis:
+        """Return the axis of some rows; samples and outputs that no row needs are left out."""
+        chosen = resolve_index(index, self.length)
+        if torch.equal(chosen, torch.arange(self.length)):
+            return self
+        if len(chosen) == 0:
+            raise OutOfRangeError("the index selects no row; an operator needs at least one")
+        rows = chosen if self.pick is None else self.pick[chosen]
+        width = self.outputs.shape[-1]
+        samples, sample = torch.unique(rows // width, return_inverse=True)
+        columns, column = torch.unique(rows % width, return_inverse=True)
+        pick = sample * len(columns) + column
+        everything = len(pick) == len(samples) * len(columns) and torch.equal(pick, torch.arange(len(pick)))
+        whole = len(samples) == self.inputs.num_samples
+        return StateAxis(
+            inputs=self.inputs if whole else self.inputs.select(samples),
+            outputs=self.outputs[..., columns],
+            pick=None if everything else pick,
+        )
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> StateAxis:
+        """Apply a reshaping of ``(*batch, R, r)`` to the output numbers."""
+        return StateAxis(self.inputs, change(self.outputs), self.pick)
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterAxis:
+    """Entries of the flattened parameter vector, R copies one after the other for a sum of R terms.
+
+    Attributes:
+        size: Number P of parameters' entries.
+        slots: ``(*batch, R, 1)`` zeros that carry the batch shape.
+        pick: ``(n,)`` positions among the R·P entries, or None for all in order.
+    """
+
+    size: int
+    slots: Tensor
+    pick: Tensor | None = None
+    key: int = field(default_factory=lambda: next(_keys))
+
+    @classmethod
+    def beside(cls, axis: StateAxis, size: int) -> ParameterAxis:
+        """Return the parameter axis of the Jacobian whose rows are ``axis``."""
+        return cls(size, torch.zeros((*axis.batch_shape, axis.terms, 1), dtype=torch.long))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the operator's batch."""
+        return self.slots.shape[:-2]
+
+    @property
+    def terms(self) -> int:
+        """Number R of terms."""
+        return self.slots.shape[-2]
+
+    @property
+    def length(self) -> int:
+        """Number n of entries."""
+        return self.terms * self.size if self.pick is None else len(self.pick)
+
+    def embed(self, vectors: Tensor) -> Tensor:
+        """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, P)``."""
+        columns = vectors.shape[-1]
+        flat = vectors.reshape(-1, self.length, columns)
+        if self.pick is not None:
+            pick = self.pick.to(flat.device)
+            flat = flat.new_zeros((len(flat), self.terms * self.size, columns)).index_add(1, pick, flat)
+        split = flat.reshape(-1, self.terms, self.size, columns)
+        return split.permute(0, 1, 3, 2).reshape(-1, self.size)
+
+    def extract(self, block: Tensor) -> Tensor:
+        """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, P)``."""
+        kernels = self.batch_shape.numel()
+        split = block.reshape(kernels, self.terms, -1, self.size)
+        flat = split.permute(0, 1, 3, 2).reshape(kernels, self.terms * self.size, -1)  # (M, R·P, k)
+        if self.pick is not None:
+            flat = flat[:, self.pick.to(flat.device)]
+        return flat.reshape(*self.batch_shape, self.length, flat.shape[-1])
+
+    def take(self, index: slice | Tensor) -> ParameterAxis:
+        """Return the axis of some entries."""
+        chosen = resolve_index(index, self.length)
+        if torch.equal(chosen, torch.arange(self.length)):
+            return self
+        if len(chosen) == 0:
+            raise OutOfRangeError("the index selects no column; an operator needs at least one")
+        return ParameterAxis(self.size, self.slots, chosen if self.pick is None else self.pick[chosen])
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> ParameterAxis:
+        """Apply a reshaping of ``(*batch, R, 1)``."""
+        return ParameterAxis(self.size, change(self.slots), self.pick)
+
+
+Axis = StateAxis | ParameterAxis
+
+
+def batch_count(axis: Axis) -> int:
+    """Return the number M of kernels in the batch."""
+    return math.prod(axis.batch_shape)

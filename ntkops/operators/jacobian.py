@@ -1,0 +1,196 @@
+"""The Jacobian of a model's state with respect to its parameters, as a lazy operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..engines import AutogradEngine
+from ..errors import InputError
+from ..model import Linearization, linearize
+from .axes import ParameterAxis, StateAxis
+from .base import Core, EngineOperator, dense_limit
+
+__all__ = ["JacobianOperator", "build_engine", "jacobian", "state_axis"]
+
+
+class JacobianOperator(EngineOperator):
+    """J, its transpose, or a slice of either: products by vjp and jvp, never stored.
+
+    Make one with `ntkops.jacobian`. ``J @ p`` is a jvp, ``J.mT @ v`` a vjp, and ``J @ J.mT`` is the
+    fused kernel operator.
+    """
+
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """Multiply; two Jacobians of one snapshot that meet over the parameters give the kernel.
+
+        Args:
+            other: ``(n,)``, ``(*batch, n, k)``, or a LinearOperator.
+
+        Returns:
+            A tensor for a tensor; an `NTKOperator` for ``J1 @ J2.mT`` of one snapshot; else a lazy
+            product.
+        """
+        if isinstance(other, JacobianOperator) and self._meets(other):
+            from .kernel import NTKOperator
+
+            rows, columns = self._core.rows, other._core.columns
+            assert isinstance(rows, StateAxis) and isinstance(columns, StateAxis)
+            if _same_rows(rows, columns):
+                columns = rows
+            return NTKOperator(*self._args, core=self._core.with_axes(rows, columns))
+        return super().matmul(other)
+
+    def _meets(self, other: JacobianOperator) -> bool:
+        inner, facing = self._core.columns, other._core.rows
+        return (
+            isinstance(inner, ParameterAxis)
+            and isinstance(facing, ParameterAxis)
+            and inner.pick is None
+            and facing.pick is None
+            and self._core.engine.linearization is other._core.engine.linearization
+            and all(a is b for a, b in zip(self._args, other._args, strict=True))
+            and inner.slots.shape == facing.slots.shape
+        )
+
+    def _dense_cost(self) -> float:
+        axis = self._state_axis()
+        return 2.0 * len(axis.distinct_outputs)
+
+    def _state_axis(self) -> StateAxis:
+        axis = self._core.rows if isinstance(self._core.rows, StateAxis) else self._core.columns
+        assert isinstance(axis, StateAxis)
+        return axis
+
+    def _dense_if_cheaper(self, columns: int) -> Tensor | None:
+        return self._stored_dense()  # N·O x P is never built behind the user's back
+
+    def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
+        transposed = isinstance(self._core.columns, StateAxis)
+        axis = self._state_axis()
+        entries = self._core.rows if transposed else self._core.columns
+        assert isinstance(entries, ParameterAxis)
+        dense = jacobian_rows(self._core.engine, tuple(params), axis)
+        if entries.pick is not None:
+            dense = dense[..., entries.pick.to(dense.device)]
+        return dense.mT if transposed else dense
+
+
+def jacobian_rows(engine: AutogradEngine, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
+    """Return the dense rows ``(*batch, n, R·P)`` of an axis, from per-sample gradients."""
+    distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
+    count = axis.inputs.num_samples
+    size = engine.tile_samples(len(distinct))
+    tiles = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        part = axis.inputs if size >= count else axis.inputs.select(torch.arange(start, stop))
+        tile = engine.jacobian_tile(params, part, distinct)  # (B, u, P)
+        if len(index) == 1 and axis.terms == 1 and torch.equal(index.flatten(), torch.arange(len(distinct))):
+            tiles.append(tile.unsqueeze(0))  # (1, B, r, P)
+        else:
+            gathered = tile[:, index.to(tile.device)]  # (B, M, R, r, P)
+            tiles.append(gathered.permute(1, 0, 3, 2, 4).flatten(3))  # (M, B, r, R·P)
+    engine.count_rows(count * len(distinct), axis.inputs)
+    rows = (tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)).flatten(1, 2)  # (M, N·r, R·P)
+    if axis.pick is not None:
+        rows = rows[:, axis.pick.to(rows.device)]
+    return rows.reshape(*axis.batch_shape, *rows.shape[1:])
+
+
+def _same_rows(first: StateAxis, second: StateAxis) -> bool:
+    if first is second:
+        return True
+    same_pick = (first.pick is None and second.pick is None) or (
+        first.pick is not None and second.pick is not None and torch.equal(first.pick, second.pick)
+    )
+    return first.inputs is second.inputs and torch.equal(first.outputs, second.outputs) and same_pick
+
+
+def state_axis(linearization: Linearization, x: Any) -> StateAxis:
+    """Return the axis of all outputs of all samples of ``x``, checked."""
+    inputs = linearization.inputs(x)
+    return StateAxis(inputs, torch.arange(inputs.num_outputs).reshape(1, -1))
+
+
+def build_engine(
+    linearization: Linearization,
+    axis: StateAxis,
+    engine: str,
+    batch_size: int | Literal["auto"],
+    chunk_size: int | Literal["auto"],
+) -> AutogradEngine:
+    """Return the engine asked for, its ladder found on the samples of ``axis``.
+
+    Raises:
+        InputError: If there is no engine of that name.
+    """
+    if engine not in ("auto", "autograd"):
+        raise InputError(f"engine={engine!r}: choose 'auto' or 'autograd'")
+    return AutogradEngine.build(linearization, axis.inputs, batch_size=batch_size, chunk_size=chunk_size)
+
+
+def jacobian(
+    model: Any,
+    x: Any,
+    params: Any = None,
+    output: Any = None,
+    engine: str = "auto",
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    max_dense_bytes: int | Literal["auto"] = "auto",
+    batch_dim: int = 0,
+    differentiable: bool = False,
+) -> JacobianOperator:
+    r"""Return the Jacobian :math:`J = \partial f(x; \theta) / \partial \theta` as a lazy operator.
+
+    Rows are states, flattened sample-major (row i = sample · O + output); columns are the entries of
+    the selected parameters, in the order of ``model.named_parameters()``.
+
+    Args:
+        model: `torch.nn.Module`, a function ``(params, inputs) -> output``, or a `Linearization`.
+            It is never run or changed itself: the operator works on a private copy.
+        x: N samples: a tensor, a tuple (positional arguments), a dict (keyword arguments), or a
+            re-iterable of batches of these.
+        params: Selects parameters: None (all that require grad), names, glob patterns, a predicate
+            ``(name, parameter) -> bool``, or a dict of tensors.
+        output: What the state is: None (the model returns a tensor), a key or position, a callable
+            on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
+        engine: "auto" or "autograd".
+        batch_size: Samples per pass, or "auto". Results do not depend on it.
+        chunk_size: Columns per pass, or "auto". Results do not depend on it.
+        max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now, 0 never.
+        batch_dim: Position of the sample axis in inputs and output.
+        differentiable: Keep the live tensors instead of a snapshot, so that products can be
+            differentiated.
+
+    Returns:
+        `JacobianOperator` of shape ``(N·O, P)``.
+
+    Raises:
+        NtkopsError: The one that fits what is wrong with model, selection, inputs or output; see
+            `ntkops.errors`.
+
+    Example:
+        >>> import torch, ntkops
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x = torch.randn(5, 3)
+        >>> J = ntkops.jacobian(model, x)
+        >>> J.shape, (J @ torch.ones(8)).shape, (J.mT @ torch.ones(10)).shape
+        (torch.Size([10, 8]), torch.Size([10]), torch.Size([8]))
+    """
+    linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
+    axis = state_axis(linearization, x)
+    core = Core(
+        engine=build_engine(linearization, axis, engine, batch_size, chunk_size),
+        rows=axis,
+        columns=ParameterAxis.beside(axis, linearization.num_parameters),
+        max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),
+    )
+    return JacobianOperator(*linearization.parameters, core=core)

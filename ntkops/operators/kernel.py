@@ -1,0 +1,349 @@
+"""The empirical neural tangent kernel K = J Jᵀ, square and cross, as a lazy operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from linear_operator.operators import (
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+)
+from torch import Tensor
+
+from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
+from ..model import linearize
+from .axes import ParameterAxis, StateAxis
+from .base import Core, EngineOperator, dense_limit
+from .jacobian import JacobianOperator, build_engine, state_axis
+
+__all__ = ["NTKOperator", "ntk"]
+
+
+class NTKOperator(EngineOperator):
+    """K = J(x₁) J(x₂)ᵀ, per class, traced over outputs, or a slice of these; never stored unasked.
+
+    Make one with `ntkops.ntk`. Sums, multiples, products, slices and ``K.add_jitter(ridge)`` stay lazy.
+    """
+
+    @property
+    def _rows(self) -> StateAxis:
+        assert isinstance(self._core.rows, StateAxis)
+        return self._core.rows
+
+    @property
+    def _columns(self) -> StateAxis:
+        assert isinstance(self._core.columns, StateAxis)
+        return self._core.columns
+
+    @property
+    def num_samples(self) -> int:
+        """Number N of samples of the rows."""
+        return self._rows.inputs.num_samples
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of rows that each sample has in this operator."""
+        return self._rows.outputs.shape[-1]
+
+    @property
+    def output_shape(self) -> torch.Size:
+        """Shape of the model's output for one sample, before flattening."""
+        return self._rows.inputs.output_shape
+
+    @property
+    def left(self) -> JacobianOperator:
+        """J(x₁), ``(n, R·P)``: K = left @ right.mT."""
+        return self._factor_of(self._rows)
+
+    @property
+    def right(self) -> JacobianOperator:
+        """J(x₂), ``(m, R·P)``: K = left @ right.mT."""
+        return self._factor_of(self._columns)
+
+    def _factor_of(self, axis: StateAxis) -> JacobianOperator:
+        beside = ParameterAxis.beside(axis, self.num_parameters)
+        return JacobianOperator(*self._args, core=self._core.with_axes(axis, beside))
+
+    @property
+    def structure(self) -> Any:
+        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
+        from .kernel_structure import KernelStructure
+
+        return KernelStructure(self)
+
+    def cross(self, x: Any) -> NTKOperator:
+        """Return the kernel between new samples and this kernel's columns.
+
+        It shares the snapshot, the engine and the outputs; nothing but ``x`` is checked.
+
+        Args:
+            x: Samples of the same kind as those of the kernel.
+
+        Returns:
+            Lazy ``(N_new·O, n)``, with the batch of this kernel.
+
+        Raises:
+            ShapeError: If this kernel's rows are an uneven selection of samples and outputs.
+            NtkopsError: If the samples do not fit; see `ntkops.errors`.
+        """
+        core, columns = self._core, self._columns
+        if columns.pick is not None:
+            raise ShapeError(
+                "cross needs whole samples in the columns; take it before slicing: K.cross(x_new)[:, a:b]"
+            )
+        inputs = core.engine.linearization.inputs(x)
+        if inputs.output_shape != columns.inputs.output_shape:
+            raise ShapeError(
+                f"the new samples have outputs of shape {tuple(inputs.output_shape)}, those of the kernel "
+                f"{tuple(columns.inputs.output_shape)}"
+            )
+        return self._rebuild(core.with_axes(StateAxis(inputs, columns.outputs), columns))
+
+    # dense results
+
+    def _dense_cost(self) -> float:
+        return min(self._block_cost(), self._column_cost())
+
+    def _block_cost(self) -> float:
+        # Per-sample passes cost about twice a batched one; the contraction runs at matrix-product speed,
+        # about four times that of a pass, which itself needs some 6 P operations for each sample.
+        rows, columns = self._rows, self._columns
+        passes = 2.0 * len(rows.distinct_outputs)
+        if not self._core.symmetric:
+            passes += 2.0 * len(columns.distinct_outputs) * columns.inputs.num_samples / rows.inputs.num_samples
+        entries = rows.length * columns.length * rows.batch_shape.numel() * rows.terms
+        return passes + entries / (12.0 * rows.inputs.num_samples)
+
+    def _column_cost(self) -> float:
+        return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
+
+    def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
+        rows, columns = self._rows, self._columns
+        if self._column_cost() < self._block_cost():
+            return self._dense_by_columns(params)
+        dense = self._core.engine.kernel(
+            tuple(params), rows.inputs, columns.inputs, rows.flat_outputs, columns.flat_outputs
+        )
+        if rows.pick is not None:
+            dense = dense[:, rows.pick.to(dense.device)]
+        if columns.pick is not None:
+            dense = dense[..., columns.pick.to(dense.device)]
+        return dense.reshape(*self.batch_shape, *dense.shape[1:])
+
+    def _diagonal(self) -> Tensor:
+        if not self._core.symmetric:
+            return super()._diagonal()
+        self._check_fresh()
+        stored = self._stored_dense()
+        if stored is not None and not self._is_recorded():
+            return stored.diagonal(dim1=-2, dim2=-1).clone()
+        rows = self._rows
+        if self._is_recorded():
+            diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
+        else:
+            with torch.no_grad():
+                diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
+        if rows.pick is not None:
+            diagonal = diagonal[:, rows.pick.to(diagonal.device)]
+        return diagonal.reshape(*self.batch_shape, -1)
+
+    def sample_gram(self, cotangents: Tensor) -> Tensor:
+        r"""Return the Gram matrix of per-sample gradients :math:`g_{ir} = J_i^\top v_{ir}`.
+
+        Args:
+            cotangents: ``(N, r, O)``: r combinations of the model's O outputs for each sample.
+
+        Returns:
+            ``(N, r, N, r)`` with entries :math:`g_{ir}^\top g_{js}`. Cost: r per-sample passes.
+
+        Raises:
+            ShapeError: If the cotangents do not have that shape.
+            UnsupportedOperationError: For a cross kernel.
+        """
+        inputs = self._rows.inputs
+        if not self._core.symmetric:
+            raise UnsupportedOperationError("sample_gram is for kernels of one set of samples, this one is a cross kernel")
+        if cotangents.dim() != 3 or cotangents.shape[::2] != (inputs.num_samples, inputs.num_outputs):
+            raise ShapeError(
+                f"cotangents need shape ({inputs.num_samples}, r, {inputs.num_outputs}), got {tuple(cotangents.shape)}"
+            )
+        self._check_fresh()
+        with torch.set_grad_enabled(self._is_recorded(cotangents)):
+            return self._core.engine.sample_gram(self._args, inputs, cotangents)
+
+    # algebra
+
+    def _sum_batch(self, dim: int) -> LinearOperator:
+        def merge(numbers: Tensor) -> Tensor:  # (*batch, R, r): the batch axis joins the terms
+            return numbers.movedim(dim, -3).flatten(-3, -2)
+
+        return self._map_batch(merge)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        """Add an operator or a dense tensor lazily.
+
+        Raises:
+            UnsupportedOperationError: For a number: K + 0.1 has two readings.
+        """
+        if isinstance(other, (int, float)) and other != 0 or isinstance(other, Tensor) and other.dim() == 0:
+            raise UnsupportedOperationError(
+                "K + number would add it to every entry, which is rarely meant: use K.add_jitter(number) for "
+                "K + number * I"
+            )
+        if isinstance(other, RootLinearOperator):
+            return SumLinearOperator(self, other)  # linear_operator would factor both eagerly
+        if isinstance(other, DiagLinearOperator):
+            return self._with_diagonal(other)
+        return super().__add__(other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> LinearOperator:
+        """Subtract an operator or a dense tensor lazily; a number is refused as in addition."""
+        if isinstance(other, (int, float)):
+            return self + (-other)
+        return super().__sub__(other)
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        """Return K + diag lazily.
+
+        Args:
+            diag: ``()``, ``(1,)`` or ``(*batch, n)``, in the operator's dtype.
+
+        Returns:
+            Lazy operator whose solves are exact or refused; see `KernelPlusDiagonal`.
+
+        Raises:
+            ShapeError: If K is not square or the diagonal does not fit.
+        """
+        if not self.is_square:
+            raise ShapeError(f"only a square kernel takes a diagonal, this one is {tuple(self.shape)}")
+        if diag.dim() and diag.shape[-1] not in (1, self.shape[-1]):
+            raise ShapeError(f"the diagonal needs 1 or {self.shape[-1]} entries, got {tuple(diag.shape)}")
+        plain = super().add_diagonal(diag)
+        return self._with_diagonal(plain._diag_tensor)
+
+    def _with_diagonal(self, diagonal: DiagLinearOperator) -> LinearOperator:
+        from .ridge import KernelPlusDiagonal
+
+        return KernelPlusDiagonal(self, diagonal)
+
+    def add_low_rank(self, low_rank_mat: Any, *args: Any, **kwargs: Any) -> LinearOperator:
+        """Return K + U Uᵀ lazily, without factoring K.
+
+        Args:
+            low_rank_mat: U, ``(*batch, n, r)``.
+            *args: Ignored: choices of factorisations that are not made.
+            **kwargs: Ignored likewise.
+
+        Returns:
+            The lazy sum.
+        """
+        return SumLinearOperator(self, RootLinearOperator(low_rank_mat))
+
+
+OutputChoice = Literal["all", "each", "trace"] | int | Sequence[int]
+
+
+def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
+    """Return the axis for a choice of outputs; its output numbers have shape (*batch, R, r)."""
+    count = axis.inputs.num_outputs
+    if isinstance(outputs, str):
+        shapes = {"all": (1, count), "each": (count, 1, 1), "trace": (count, 1)}
+        if outputs in shapes:
+            return StateAxis(axis.inputs, torch.arange(count).reshape(shapes[outputs]))
+        if outputs == "sum":
+            raise InputError(
+                "outputs='sum' has two readings: outputs='trace' sums the kernels of the outputs; for the kernel "
+                "of the summed output pass output=lambda y: y.sum(-1, keepdim=True)"
+            )
+        raise InputError(f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them")
+    numbers = [outputs] if isinstance(outputs, int) else list(outputs)
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise InputError(f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them")
+    for number in numbers:
+        if not -count <= number < count:
+            raise OutOfRangeError(f"output {number} does not exist: the model has {count} outputs a sample")
+    return StateAxis(axis.inputs, torch.tensor([[n % count for n in numbers]]))
+
+
+def ntk(
+    model: Any,
+    x: Any,
+    x2: Any = None,
+    outputs: OutputChoice = "all",
+    params: Any = None,
+    output: Any = None,
+    engine: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    max_dense_bytes: int | Literal["auto"] = "auto",
+    *,
+    batch_dim: int = 0,
+    differentiable: bool = False,
+) -> NTKOperator:
+    r"""Return the empirical neural tangent kernel :math:`K = J(x) J(x_2)^\top` as a lazy operator.
+
+    Args:
+        model: `torch.nn.Module`, a function ``(params, inputs) -> output``, or a `Linearization`.
+            It is never run or changed itself: the operator works on a private copy.
+        x: N samples: a tensor, a tuple (positional arguments), a dict (keyword arguments), or a
+            re-iterable of batches of these.
+        x2: M samples of the columns; None for the square kernel of ``x``.
+        outputs: "all" for all outputs, ``(N·O, M·O)``, sample-major; "each" for the batch of O kernels
+            of single outputs, ``(O, N, M)``; "trace" for their sum, ``(N, M)``; a number for one of
+            them; a list for a kernel over some, ``(N·len, M·len)``.
+        params: Selects parameters: None (all that require grad), names, glob patterns, a predicate
+            ``(name, parameter) -> bool``, or a dict of tensors.
+        output: What the state is: None (the model returns a tensor), a key or position, a callable
+            on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
+        engine: "auto" or "autograd".
+        batch_size: Samples per pass, or "auto". Results do not depend on it.
+        chunk_size: Columns per pass, or "auto". Results do not depend on it.
+        max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside
+            it products may switch to a dense block once that is cheaper (`engine_info.dense`); at 0
+            nothing dense is ever built.
+        batch_dim: Position of the sample axis in inputs and output.
+        differentiable: Keep the live tensors instead of a snapshot, so that products can be
+            differentiated.
+
+    Returns:
+        `NTKOperator`. Cost of ``K @ V``: one vjp and one jvp a column (times O for "each", "trace").
+
+    Raises:
+        InputError: If ``outputs`` or ``engine`` is not understood.
+        OutOfRangeError: If an output number does not exist.
+        NtkopsError: The one that fits what is wrong with model, selection, inputs or output; see
+            `ntkops.errors`.
+
+    Example:
+        >>> import torch, ntkops
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(5, 3)
+        >>> K = ntkops.ntk(model, x)
+        >>> K.shape, (K @ torch.ones(10)).shape
+        (torch.Size([10, 10]), torch.Size([10]))
+        >>> ntkops.ntk(model, x, outputs="each").shape, K.cross(torch.randn(4, 3)).shape
+        (torch.Size([2, 5, 5]), torch.Size([8, 10]))
+    """
+    linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
+    whole = state_axis(linearization, x)
+    rows = _choose_outputs(whole, outputs)
+    columns = rows if x2 is None else _choose_outputs(state_axis(linearization, x2), outputs)
+    if columns.inputs.output_shape != rows.inputs.output_shape:
+        raise ShapeError(
+            f"the outputs of x have shape {tuple(rows.inputs.output_shape)} a sample, those of x2 "
+            f"{tuple(columns.inputs.output_shape)}"
+        )
+    core = Core(
+        engine=build_engine(linearization, whole, engine, batch_size, chunk_size),
+        rows=rows,
+        columns=columns,
+        max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),
+    )
+    return NTKOperator(*linearization.parameters, core=core)

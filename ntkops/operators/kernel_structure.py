@@ -1,0 +1,128 @@
+"""What a kernel can do beyond products: its diagonal, its tiles, its factors, their cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..vectors import Space
+from .axes import StateAxis
+from .jacobian import JacobianOperator, jacobian_rows
+from .structure import Tile
+
+if TYPE_CHECKING:
+    from .kernel import NTKOperator
+
+__all__ = ["KernelStructure"]
+
+
+class KernelStructure:
+    """The structure protocol for an `NTKOperator`.
+
+    Args:
+        kernel: The kernel.
+    """
+
+    def __init__(self, kernel: NTKOperator) -> None:
+        self._kernel = kernel
+        self.shape: torch.Size = kernel.shape
+        self.dtype: torch.dtype = kernel.dtype
+        self.device: torch.device = kernel.device
+        self.symmetric: bool = kernel._core.symmetric
+
+    @property
+    def space(self) -> Space:
+        """The space of the kernel's rows."""
+        return self._kernel.space
+
+    def diagonal(self) -> Tensor:
+        """Return the exact diagonal ``(*batch, n)``: one per-sample pass for each output."""
+        return self._kernel.diagonal()
+
+    def factors(self) -> tuple[JacobianOperator, JacobianOperator]:
+        """Return J(x₁) and J(x₂) with K = left @ right.mT."""
+        return self._kernel.left, self._kernel.right
+
+    def sample_gram(self, probes: Tensor) -> Tensor:
+        """Return the Gram matrix of per-sample gradients; see `NTKOperator.sample_gram`."""
+        return self._kernel.sample_gram(probes)
+
+    def exact_cost(self, quantity: str) -> int:
+        """Return the passes that the exact "diagonal" or all "tiles" take."""
+        if self._kernel._stored_dense() is not None:
+            return 0
+        rows = self._rows
+        outputs = len(rows.distinct_outputs)
+        if quantity == "diagonal":
+            return outputs
+        size = self._default_size()
+        count = math.ceil(rows.length / size)
+        others = math.ceil(self._kernel.shape[-1] / size)
+        repeats = (count + 1) / 2 if self.symmetric else 1 + others
+        return math.ceil(outputs * repeats)
+
+    @property
+    def _rows(self) -> StateAxis:
+        return self._kernel._rows
+
+    def _row_bytes(self) -> int:
+        rows = self._rows
+        entries = rows.batch_shape.numel() * rows.terms * self._kernel.num_parameters
+        return max(1, entries * self.dtype.itemsize)
+
+    def _default_size(self) -> int:
+        fit = max(1, self._kernel._core.engine.workspace_bytes() // self._row_bytes())
+        width = self._rows.outputs.shape[-1]
+        fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
+        return max(1, min(fit, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal.
+
+        Args:
+            size: Rows and columns of a tile; None for as many as the workspace holds.
+
+        Yields:
+            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of per-sample gradients.
+        """
+        kernel = self._kernel
+        stored = kernel._stored_dense()
+        size = size or self._default_size()
+        fits = size * self._row_bytes() <= 2 * kernel._core.engine.workspace_bytes()
+        for rows in _slices(self.shape[-2], size):
+            left = None
+            for columns in _slices(self.shape[-1], size):
+                if self.symmetric and columns.start < rows.start:
+                    continue
+                if stored is not None:
+                    yield Tile(rows, columns, stored[..., rows, columns])
+                elif not fits:
+                    yield Tile(rows, columns, self._block(rows, columns))
+                else:
+                    left = self._slab(kernel._rows, rows) if left is None else left
+                    same = self.symmetric and rows == columns
+                    right = left if same else self._slab(kernel._columns, columns)
+                    yield Tile(rows, columns, left @ right.mT)
+
+    def _slab(self, axis: StateAxis, rows: slice) -> Tensor:
+        """Return the dense Jacobian rows ``(*batch, r, R·P)`` of a slice of an axis."""
+        kernel = self._kernel
+        kernel._check_fresh()
+        with torch.set_grad_enabled(kernel._is_recorded()):
+            return jacobian_rows(kernel._core.engine, kernel._args, axis.take(rows))
+
+    def _block(self, rows: slice, columns: slice) -> Tensor:
+        kernel = self._kernel
+        part = kernel.submatrix(rows, columns)
+        part._check_fresh()
+        with torch.set_grad_enabled(kernel._is_recorded()):
+            return part._dense_values(kernel._args)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
