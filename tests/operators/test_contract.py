@@ -1,0 +1,142 @@
+"""linear_operator's own contract suite, for every operator, in float32 and float64."""
+
+import unittest
+
+import torch
+from linear_operator.test.linear_operator_test_case import (
+    LinearOperatorTestCase,
+    RectangularLinearOperatorTestCase,
+)
+
+import ntkops
+
+SAMPLES, FEATURES, HIDDEN, OUTPUTS = 5, 3, 12, 3
+
+
+def make_model(dtype: torch.dtype) -> torch.nn.Sequential:
+    generator = torch.Generator().manual_seed(11)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(FEATURES, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, OUTPUTS)
+    )
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.7
+    return model.to(dtype)
+
+
+def make_inputs(dtype: torch.dtype, seed: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def dense_jacobian(params, x: torch.Tensor) -> torch.Tensor:
+    """(N, O, P) by the chain rule written out, differentiable in the parameters."""
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+
+    skeleton = make_model(params[0].dtype)
+
+    def states(*values):
+        return torch.func.functional_call(skeleton, dict(zip(names, values, strict=True)), (x,))
+
+    blocks = torch.func.jacrev(states, argnums=(0, 1, 2, 3))(*params)
+    return torch.cat([block.flatten(2) for block in blocks], dim=2)
+
+
+class _Dtype(unittest.TestCase):
+    dtype = torch.float32
+    seed = 3
+
+    def setUp(self):
+        self.previous = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        super().setUp()
+
+    def tearDown(self):
+        super().tearDown()
+        torch.set_default_dtype(self.previous)
+
+    @property
+    def data(self):
+        return make_model(self.dtype), make_inputs(self.dtype)
+
+
+class _Square(_Dtype, LinearOperatorTestCase):
+    should_call_cg = False
+    should_call_lanczos = False
+    should_call_lanczos_diagonalization = False
+
+    def create_linear_op(self):
+        return ntkops.ntk(*self.data, outputs=[0, 2])
+
+    def evaluate_linear_op(self, linear_op):
+        J = dense_jacobian(linear_op.representation(), self.data[1].to(linear_op.dtype))
+        J = J[:, [0, 2]].flatten(0, 1)
+        return J @ J.mT
+
+class _SquareBatch(_Square):
+    should_test_sample = False
+
+    def create_linear_op(self):
+        return ntkops.ntk(*self.data, outputs="each")
+
+    def evaluate_linear_op(self, linear_op):
+        J = dense_jacobian(linear_op.representation(), self.data[1].to(linear_op.dtype)).movedim(1, 0)
+        return J @ J.mT
+
+
+class _Traced(_Square):
+    def create_linear_op(self):
+        return ntkops.ntk(*self.data, outputs="trace")
+
+    def evaluate_linear_op(self, linear_op):
+        J = dense_jacobian(linear_op.representation(), self.data[1].to(linear_op.dtype)).flatten(1)
+        return J @ J.mT
+
+
+class _Jacobian(_Dtype, RectangularLinearOperatorTestCase):
+    def create_linear_op(self):
+        return ntkops.jacobian(*self.data)
+
+    def evaluate_linear_op(self, linear_op):
+        return dense_jacobian(linear_op.representation(), self.data[1].to(linear_op.dtype)).flatten(0, 1)
+
+
+class _JacobianTransposed(_Jacobian):
+    def create_linear_op(self):
+        return ntkops.jacobian(*self.data).mT
+
+    def evaluate_linear_op(self, linear_op):
+        return super().evaluate_linear_op(linear_op).mT
+
+
+class _Cross(_Dtype, RectangularLinearOperatorTestCase):
+    def create_linear_op(self):
+        return ntkops.ntk(*self.data).cross(make_inputs(self.dtype, seed=8)[:4])
+
+    def evaluate_linear_op(self, linear_op):
+        params, dtype = linear_op.representation(), linear_op.dtype
+        left = dense_jacobian(params, make_inputs(self.dtype, seed=8)[:4].to(dtype)).flatten(0, 1)
+        return left @ dense_jacobian(params, self.data[1].to(dtype)).flatten(0, 1).mT
+
+
+class _CrossBatch(_Dtype, RectangularLinearOperatorTestCase):
+    def create_linear_op(self):
+        return ntkops.ntk(*self.data, x2=make_inputs(self.dtype, seed=8)[:4], outputs="each")
+
+    def evaluate_linear_op(self, linear_op):
+        params, dtype = linear_op.representation(), linear_op.dtype
+        left = dense_jacobian(params, self.data[1].to(dtype)).movedim(1, 0)
+        return left @ dense_jacobian(params, make_inputs(self.dtype, seed=8)[:4].to(dtype)).movedim(1, 0).mT
+
+
+def _concrete(case: type, dtype: torch.dtype) -> type:
+    name = f"Test{case.__name__.strip('_')}{'Double' if dtype == torch.float64 else 'Float'}"
+    return type(name, (case,), {"dtype": dtype, "__test__": True, "__module__": __name__})
+
+
+for _case in (_Square, _SquareBatch, _Traced, _Jacobian, _JacobianTransposed, _Cross, _CrossBatch):
+    _case.__test__ = False
+    for _dtype in (torch.float32, torch.float64):
+        _class = _concrete(_case, _dtype)
+        globals()[_class.__name__] = _class
+
+del _class, _case, _dtype  # pytest would collect the last class a second time under this name
