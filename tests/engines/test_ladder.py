@@ -1,0 +1,129 @@
+"""The differentiation ladder: what is chosen, what is said, what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import ntkops
+from ntkops.engines.rungs import linearize_batch
+from ntkops.engines.samples import sample_gradients
+from ntkops.errors import DifferentiationError, InputError, NonFiniteError
+from tests.cases import BY_NAME, CASES, REVERSE_ONLY, reference_jacobian
+
+
+class HiddenNoGrad(nn.Module):
+    """Part of the model runs without gradients: reverse mode sees a constant, forward mode does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = torch.sigmoid(self.first(x))
+        return self.second(gate * x)
+
+
+class RootAtZero(nn.Module):
+    """A finite output with an infinite derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x):
+        return (x * self.weight).abs().sum(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru-time", "attention", "tied"])
+@pytest.mark.parametrize("rung", ["forward", "double", "classic"])
+@pytest.mark.parametrize("columns", ["vmap", "loop"])
+def test_every_rung_gives_the_same_products(name, rung, columns):
+    case = BY_NAME[name]
+    model, x = case.make(), case.data()
+    J = reference_jacobian(case, model, x)
+    linearization = ntkops.linearize(model, output=case.options.get("output"))
+    _, _, batch = next(iter(linearization.inputs(x).batches(None)))
+    with linearization.safe_context():
+        point = linearize_batch(rung, linearization.function, linearization.parameters, batch, columns)
+        cotangents = torch.randn(3, 3, len(J) // 3, dtype=torch.float64)
+        tangents = tuple(torch.randn(3, *s, dtype=torch.float64) for s in linearization.shapes)
+        pulled = torch.cat([g.flatten(1) for g in point.pull(cotangents)], dim=1)
+        pushed = point.push(tangents).flatten(1)
+    torch.testing.assert_close(pulled, cotangents.flatten(1) @ J)
+    torch.testing.assert_close(pushed, torch.cat([t.flatten(1) for t in tangents], dim=1) @ J.T)
+
+
+@pytest.mark.parametrize("case", [*CASES, REVERSE_ONLY], ids=lambda case: case.name)
+def test_per_sample_gradients_by_vmap_and_by_loop(case):
+    model, x = case.make(), case.data()
+    J = reference_jacobian(case, model, x)
+    outputs = len(J) // 3
+    K = ntkops.ntk(model, x, **case.options)
+    engine = K._core.engine
+    linearization = engine.linearization
+    _, _, batch = next(iter(K._core.rows.inputs.batches(None)))
+    cotangents = torch.randn(3, 2, outputs, dtype=torch.float64)
+    expected = torch.einsum("iro,iop->irp", cotangents, J.reshape(3, outputs, -1))
+    for mode in {"loop", engine.ladder.per_sample}:
+        with linearization.safe_context():
+            gradients = sample_gradients(
+                mode,
+                engine.ladder.rung,
+                linearization.function,
+                linearization.parameters,
+                batch,
+                cotangents,
+                engine.ladder.columns,
+            )
+        torch.testing.assert_close(torch.cat([g.flatten(2) for g in gradients], dim=2), expected)
+
+
+def test_reasons_tell_what_was_left():
+    case = BY_NAME["old-style"]
+    info = ntkops.ntk(case.make(), case.data()).engine_info
+    assert info.rung == "classic"
+    assert any(r.startswith("forward:") for r in info.reasons)
+    assert any(r.startswith("double:") for r in info.reasons)
+    assert "rung='classic'" in repr(ntkops.ntk(case.make(), case.data()))
+
+
+def test_recurrent_layers_take_a_loop_over_samples_and_say_so():
+    case = BY_NAME["gru-time"]
+    info = ntkops.ntk(case.make(), case.data(), **case.options).engine_info
+    assert info.rung == "forward" and info.per_sample == "loop"
+    assert any(r.startswith("per sample:") for r in info.reasons)
+
+
+def test_a_hidden_no_grad_is_refused_not_mistaken_for_a_kernel():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = HiddenNoGrad()
+    with pytest.raises(DifferentiationError, match=r"torch\.no_grad\(\) inside the model"):
+        ntkops.ntk(model, torch.ones(3, 3))
+
+
+def test_an_infinite_derivative_is_named():
+    x = torch.ones(2, 2, dtype=torch.float64)
+    K = ntkops.ntk(RootAtZero(), x, max_dense_bytes=0)
+    with pytest.raises(NonFiniteError, match="although parameters, inputs and output are"):
+        K @ torch.ones(2, dtype=torch.float64)
+    J = ntkops.jacobian(RootAtZero(), x)
+    with pytest.raises(NonFiniteError, match="first at parameter 'weight'"):
+        J.mT @ torch.ones(2, dtype=torch.float64)
+
+
+def test_a_non_finite_vector_is_named():
+    case = BY_NAME["mlp"]
+    K = ntkops.ntk(case.make(), case.data(), max_dense_bytes=0)
+    v = torch.ones(6, 2, dtype=torch.float64)
+    v[3, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="right-hand side is not finite, first at column 1"):
+        K @ v
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"chunk_size": -1}, {"batch_size": 1.5}, {"engine": "magic"}])
+def test_bad_options_are_named(option):
+    case = BY_NAME["mlp"]
+    with pytest.raises(InputError, match=next(iter(option))):
+        ntkops.ntk(case.make(), case.data(), **option)
