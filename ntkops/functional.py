@@ -65,9 +65,9 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
         return torch.func.jvp(forward, (params,), (tangent,))[1]
     if mode != "double":
         raise InputError(f"mode={mode!r}: choose 'forward' or 'double'")
-    output, pull = torch.func.vjp(forward, params)
+    output, pull = torch.func.vjp(forward, params)[:2]
     # Jᵀu is linear in u, so that the vjp of u -> Jᵀu at any u is the product with J.
-    _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(output))
+    push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(output))[1]
     return push(tangent)[0]
 
 
@@ -93,10 +93,11 @@ def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
         >>> functional.vjp(lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0], [4.0]])).tolist()
         [[3.0, 4.0]]
     """
-    output, pull = torch.func.vjp(lambda values: function(values, inputs), params)
+    output, pull = torch.func.vjp(lambda values: function(values, inputs), params)[:2]
     if output.shape != cotangent.shape:
         raise ShapeError(
-            f"the output has shape {tuple(output.shape)}, the cotangent {tuple(cotangent.shape)}: they must match"
+            f"the output has shape {tuple(output.shape)}, the cotangent {tuple(cotangent.shape)}: they must "
+            "match"
         )
     return pull(cotangent)[0]
 
@@ -222,5 +223,5 @@ def linearized(function: Function, params: Any, inputs: Any, displaced: Any) -> 
     origin, spec = tree_flatten(params)
     target, _ = tree_flatten(displaced)
     step = tree_unflatten([b - a for a, b in zip(origin, target, strict=True)], spec)
-    value, slope = torch.func.jvp(lambda values: function(values, inputs), (params,), (step,))
+    value, slope = torch.func.jvp(lambda values: function(values, inputs), (params,), (step,))[:2]
     return value + slope

@@ -84,9 +84,7 @@ class AutogradEngine:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> AutogradEngine:
         """Return the same engine for another dtype or device; nothing is tried again."""
         moved = self.linearization.to(dtype=dtype, device=device)
-        return AutogradEngine(
-            moved, self.ladder, batch_size=self._batch_size, chunk_size=self._chunk_size
-        )
+        return AutogradEngine(moved, self.ladder, batch_size=self._batch_size, chunk_size=self._chunk_size)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the identity behind: it keys the caches of this process."""
@@ -171,7 +169,8 @@ class AutogradEngine:
         with self.linearization.safe_context():
             kept = self._points(params, inputs)
             parts = [
-                _flatten(self._pull(params, inputs, kept, chunk)) for chunk in vectors.split(self.chunk_size())
+                _flatten(self._pull(params, inputs, kept, chunk))
+                for chunk in vectors.split(self.chunk_size())
             ]
         self._report(vjp=len(vectors))
         result = torch.cat(parts) if parts else vectors.new_zeros((0, self.num_parameters))

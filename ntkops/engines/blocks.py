@@ -93,7 +93,9 @@ def _kernel_by_samples(
             else:
                 right_tile = engine.jacobian_tile(params, right_part, right_distinct)
                 rows += (d - c) * len(right_distinct)
-            blocks.append((slice(a, b), slice(c, d), _contract(left_tile, right_tile, left_index, right_index)))
+            blocks.append(
+                (slice(a, b), slice(c, d), _contract(left_tile, right_tile, left_index, right_index))
+            )
     engine.count_rows(rows, left)
     return _assemble(blocks, shape, symmetric)
 
@@ -116,9 +118,7 @@ def _contract(left: Tensor, right: Tensor, left_index: Tensor, right_index: Tens
     return torch.stack(kernels)
 
 
-def _assemble(
-    blocks: list[tuple[slice, slice, Tensor]], shape: tuple[int, ...], symmetric: bool
-) -> Tensor:
+def _assemble(blocks: list[tuple[slice, slice, Tensor]], shape: tuple[int, ...], symmetric: bool) -> Tensor:
     """Put the tiles into one kernel; differentiable where they are."""
     kernels, n1, r1, n2, r2 = shape
     if len(blocks) == 1:
@@ -187,9 +187,7 @@ def _row_bytes(engine: AutogradEngine) -> int:
     return max(1, engine.num_parameters * engine.linearization.dtype.itemsize)
 
 
-def gradient_gram(
-    engine: AutogradEngine, params: Parameters, inputs: Inputs, cotangents: Tensor
-) -> Tensor:
+def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
     """Return the ``(N, r, N, r)`` Gram matrix of per-sample gradients; see `AutogradEngine.sample_gram`."""
     count, size = cotangents.shape[1], engine.tile_samples(cotangents.shape[1])
     blocks: list[tuple[slice, slice, Tensor]] = []

@@ -16,9 +16,7 @@ def _is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def require_finite_product(
-    result: Tensor, what: str, linearization: Linearization, operand: Tensor
-) -> None:
+def require_finite_product(result: Tensor, what: str, linearization: Linearization, operand: Tensor) -> None:
     """Raise if a product holds NaN or infinity, and say where it comes from.
 
     Args:
@@ -48,8 +46,10 @@ def require_finite_product(
             position -= size
     elif result.dim() == 3:
         row = (~torch.isfinite(result)).nonzero()[0]
-        hint = f", first at sample {int(row[1])}, output {int(row[2])}" if what != "Jᵀv of single samples" else (
-            f", first at sample {int(row[0])}"
+        hint = (
+            f", first at sample {int(row[1])}, output {int(row[2])}"
+            if what != "Jᵀv of single samples"
+            else (f", first at sample {int(row[0])}")
         )
     raise NonFiniteError(
         f"{what} is not finite although parameters, inputs and output are{hint}: a derivative is infinite or "

@@ -52,12 +52,19 @@ class Ladder:
 def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
     """Try the ladder on the first samples of ``inputs``.
 
-    Cost: about ten passes over two samples.
+    Args:
+        linearization: The pure function and its parameters.
+        inputs: The samples; only the first two are used.
+
+    Returns:
+        What the model allows. Cost: about ten passes over two samples.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
     """
-    _, _, batch = next(iter(inputs.select(torch.arange(min(_PROBED_SAMPLES, inputs.num_samples))).batches(None)))
+    _, _, batch = next(
+        iter(inputs.select(torch.arange(min(_PROBED_SAMPLES, inputs.num_samples))).batches(None))
+    )
     params = linearization.parameters
     reasons: list[str] = []
     with linearization.safe_context(), torch.no_grad():
@@ -122,12 +129,14 @@ def _check_adjoint(
     mismatch = abs(left - right) / scale
     if mismatch > _MISMATCH * torch.finfo(torch.float32).eps * (1 if pushed.dtype.itemsize >= 4 else 2**13):
         raise DifferentiationError(
-            f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): forward and "
-            "reverse mode differentiate different functions. Look for torch.no_grad() inside the model (use "
-            ".detach() for a constant) or for a custom autograd.Function with a wrong backward or jvp"
+            f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): forward "
+            "and reverse mode differentiate different functions. Look for torch.no_grad() inside the model "
+            "(use .detach() for a constant) or for a custom autograd.Function with a wrong backward or jvp"
         )
     if mismatch > 1e3 * torch.finfo(pushed.dtype).eps:
-        reasons.append(f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision")
+        reasons.append(
+            f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision"
+        )
 
 
 def _length(blocks: Sequence[Tensor]) -> float:
@@ -147,7 +156,11 @@ def _columns(
     def attempt(columns: Columns) -> tuple[Tensor, ...]:
         return both(linearize_batch(rung, linearization.function, params, batch, columns))
 
-    return "vmap" if _vmap_agrees("columns", lambda: attempt("vmap"), lambda: attempt("loop"), reasons) else "loop"
+    return (
+        "vmap"
+        if _vmap_agrees("columns", lambda: attempt("vmap"), lambda: attempt("loop"), reasons)
+        else "loop"
+    )
 
 
 def _per_sample(

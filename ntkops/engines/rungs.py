@@ -65,7 +65,7 @@ class _TorchFunc:
 
     def _reverse(self) -> tuple[Tensor, Callable[[Tensor], Parameters]]:
         if self._vjp is None:
-            self._vjp = torch.func.vjp(self._evaluate, *self._params)
+            self._vjp = torch.func.vjp(self._evaluate, *self._params)[:2]
         return self._vjp
 
     def pull(self, cotangents: Tensor) -> Parameters:
@@ -98,7 +98,8 @@ class _Classic:
         # Under a recorded graph the views keep the way back to the caller's parameters open.
         self._recorded = torch.is_grad_enabled() and any(p.requires_grad for p in params)
         self._params = tuple(
-            p.view_as(p) if self._recorded and p.requires_grad else p.detach().requires_grad_() for p in params
+            p.view_as(p) if self._recorded and p.requires_grad else p.detach().requires_grad_()
+            for p in params
         )
         self._columns, self._reverse_only = columns, reverse_only
         with torch.enable_grad():
@@ -116,7 +117,9 @@ class _Classic:
                 "the operation that is named there"
             )
         point, gradients = self._transposed()
-        pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+        pairs = [
+            (g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad
+        ]
         if not pairs:
             return self._output.new_zeros((len(tangents[0]), *self._output.shape))
         return self._gradients([g for g, _ in pairs], (point,), [t for _, t in pairs])[0]

@@ -61,7 +61,7 @@ def _vmapped(function: Function, params: Parameters, batch: Batch, cotangents: T
 
     def single(leaves: tuple[Tensor, ...], vectors: Tensor) -> Parameters:
         sample = batch.replace(tuple(leaf.unsqueeze(axis) for leaf in leaves))
-        _, pull = torch.func.vjp(lambda *values: function(values, sample)[0], *params)
+        pull = torch.func.vjp(lambda *values: function(values, sample)[0], *params)[1]
         if len(vectors) == 1:
             return tuple(g.unsqueeze(0) for g in pull(vectors[0]))
         return torch.func.vmap(pull)(vectors)

@@ -46,6 +46,9 @@ _open_tallies: ContextVar[tuple[Tally, ...]] = ContextVar("ntkops_open_tallies",
 def count_passes() -> Iterator[Tally]:
     """Count every pass made inside the block.
 
+    Yields:
+        The running `Tally`.
+
     Example:
         >>> from ntkops.engines.tally import count_passes, report_passes
         >>> with count_passes() as tally:

@@ -7,7 +7,7 @@ guarded dense matrix, differentiably, and raises where that does not fit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from linear_operator.operators import (
@@ -22,24 +22,21 @@ from ..errors import ShapeError, SingularKernelError
 
 __all__ = ["DenseFallbacks"]
 
-if TYPE_CHECKING:
-    _Base = LinearOperator
-else:
-    _Base = object
 
-
-class DenseFallbacks(_Base):
+class DenseFallbacks(LinearOperator):
     """Factorisations, solves and functions of a matrix through the guarded dense matrix."""
 
     def _factor(self) -> Tensor:
         """Return the lower Cholesky factor, without any hidden jitter."""
         if self.shape[-1] != self.shape[-2]:
-            raise ShapeError(f"a {self.shape[-2]} x {self.shape[-1]} operator has no inverse or Cholesky factor")
+            raise ShapeError(
+                f"a {self.shape[-2]} x {self.shape[-1]} operator has no inverse or Cholesky factor"
+            )
         factor, info = torch.linalg.cholesky_ex(self.to_dense())
         if bool((info > 0).any()):
             raise SingularKernelError(
-                f"the {self.shape[-2]} x {self.shape[-1]} kernel is numerically singular (Cholesky stops at row "
-                f"{int(info.max())}); add a ridge with K.add_jitter(ridge)"
+                f"the {self.shape[-2]} x {self.shape[-1]} kernel is numerically singular (Cholesky stops at "
+                f"row {int(info.max())}); add a ridge with K.add_jitter(ridge)"
             )
         return factor
 
@@ -101,8 +98,8 @@ class DenseFallbacks(_Base):
         values, vectors = torch.linalg.eigh(self.to_dense())
         if bool((values <= 0).any()):
             raise SingularKernelError(
-                f"the smallest eigenvalue is {float(values.min()):.3g}: K has no inverse square root; add a ridge "
-                "with K.add_jitter(ridge)"
+                f"the smallest eigenvalue is {float(values.min()):.3g}: K has no inverse square root; add a "
+                "ridge with K.add_jitter(ridge)"
             )
         right = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
         result = vectors @ (values.rsqrt().unsqueeze(-1) * (vectors.mT @ right))

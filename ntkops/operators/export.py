@@ -19,7 +19,9 @@ _NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.flo
 def to_scipy(operator: LinearOperator) -> ScipyOperator:
     """Return the SciPy view of a two-dimensional operator; see `EngineOperator.to_scipy`."""
     if operator.dim() != 2:
-        raise ShapeError(f"SciPy operators are matrices, this one has shape {tuple(operator.shape)}: index its batch")
+        raise ShapeError(
+            f"SciPy operators are matrices, this one has shape {tuple(operator.shape)}: index its batch"
+        )
     if operator.dtype not in _NUMPY_DTYPES:
         raise DtypeError(f"NumPy has no dtype for {operator.dtype}; use .to(torch.float32) first")
     dtype = _NUMPY_DTYPES[operator.dtype]

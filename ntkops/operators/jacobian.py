@@ -13,7 +13,8 @@ from ..engines import AutogradEngine
 from ..errors import InputError
 from ..model import Linearization, linearize
 from .axes import ParameterAxis, StateAxis
-from .base import Core, EngineOperator, dense_limit
+from .base import EngineOperator
+from .core import Core, dense_limit
 
 __all__ = ["JacobianOperator", "build_engine", "jacobian", "state_axis"]
 

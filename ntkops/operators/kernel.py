@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
 from .axes import ParameterAxis, StateAxis
-from .base import Core, EngineOperator, dense_limit
+from .base import EngineOperator
+from .core import Core, dense_limit
 from .jacobian import JacobianOperator, build_engine, state_axis
 
 __all__ = ["NTKOperator", "ntk"]
@@ -114,7 +115,9 @@ class NTKOperator(EngineOperator):
         rows, columns = self._rows, self._columns
         passes = 2.0 * len(rows.distinct_outputs)
         if not self._core.symmetric:
-            passes += 2.0 * len(columns.distinct_outputs) * columns.inputs.num_samples / rows.inputs.num_samples
+            passes += (
+                2.0 * len(columns.distinct_outputs) * columns.inputs.num_samples / rows.inputs.num_samples
+            )
         entries = rows.length * columns.length * rows.batch_shape.numel() * rows.terms
         return passes + entries / (12.0 * rows.inputs.num_samples)
 
@@ -166,10 +169,13 @@ class NTKOperator(EngineOperator):
         """
         inputs = self._rows.inputs
         if not self._core.symmetric:
-            raise UnsupportedOperationError("sample_gram is for kernels of one set of samples, this one is a cross kernel")
+            raise UnsupportedOperationError(
+                "sample_gram is for kernels of one set of samples, this one is a cross kernel"
+            )
         if cotangents.dim() != 3 or cotangents.shape[::2] != (inputs.num_samples, inputs.num_outputs):
             raise ShapeError(
-                f"cotangents need shape ({inputs.num_samples}, r, {inputs.num_outputs}), got {tuple(cotangents.shape)}"
+                f"cotangents need shape ({inputs.num_samples}, r, {inputs.num_outputs}), "
+                f"got {tuple(cotangents.shape)}"
             )
         self._check_fresh()
         with torch.set_grad_enabled(self._is_recorded(cotangents)):
@@ -185,6 +191,12 @@ class NTKOperator(EngineOperator):
 
     def __add__(self, other: Any) -> LinearOperator:
         """Add an operator or a dense tensor lazily.
+
+        Args:
+            other: An operator, or a tensor of the kernel's shape; 0 is allowed, so that sum() works.
+
+        Returns:
+            The lazy sum.
 
         Raises:
             UnsupportedOperationError: For a number: K + 0.1 has two readings.
@@ -256,15 +268,19 @@ def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
         shapes = {"all": (1, count), "each": (count, 1, 1), "trace": (count, 1)}
         if outputs in shapes:
             return StateAxis(axis.inputs, torch.arange(count).reshape(shapes[outputs]))
-        if outputs == "sum":
+        if str(outputs) == "sum":
             raise InputError(
-                "outputs='sum' has two readings: outputs='trace' sums the kernels of the outputs; for the kernel "
-                "of the summed output pass output=lambda y: y.sum(-1, keepdim=True)"
+                "outputs='sum' has two readings: outputs='trace' sums the kernels of the outputs; for the "
+                "kernel of the summed output pass output=lambda y: y.sum(-1, keepdim=True)"
             )
-        raise InputError(f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them")
+        raise InputError(
+            f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
+        )
     numbers = [outputs] if isinstance(outputs, int) else list(outputs)
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise InputError(f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them")
+        raise InputError(
+            f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
+        )
     for number in numbers:
         if not -count <= number < count:
             raise OutOfRangeError(f"output {number} does not exist: the model has {count} outputs a sample")
@@ -316,6 +332,7 @@ def ntk(
 
     Raises:
         InputError: If ``outputs`` or ``engine`` is not understood.
+        ShapeError: If the outputs of ``x`` and ``x2`` have different shapes.
         OutOfRangeError: If an output number does not exist.
         NtkopsError: The one that fits what is wrong with model, selection, inputs or output; see
             `ntkops.errors`.

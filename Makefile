@@ -1,0 +1,87 @@
+# `make report` and `make test` are all that a fresh clone needs: each makes the virtual environment
+# if it is missing, installs the tested versions, and does its job. Choose another interpreter with
+# `make PYTHON=/path/to/python3.12 test`. The pip of every supported Python is new enough as it is.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+PYTEST   = $(BIN)/python -m pytest
+
+# One thread a process: the tests use $(WORKERS) processes already.
+unit doctest notebooks: export OMP_NUM_THREADS ?= 1
+# A notice about the future of the documentation's theme, which says nothing about this build.
+docs: export NO_MKDOCS_2_WARNING = 1
+
+.PHONY: help report test lint types floors unit doctest notebooks docs bench clean
+.NOTPARALLEL:
+
+help:
+	@echo "make report     train a small classifier on digits and report on its kernel: report/"
+	@echo "make test       everything below up to unit"
+	@echo "make lint       ruff: rules and format"
+	@echo "make types      mypy"
+	@echo "make floors     import-linter: who may import whom"
+	@echo "make docs       build the documentation into site/"
+	@echo "make doctest    examples in docstrings, README and docs/"
+	@echo "make notebooks  run every notebook"
+	@echo "make unit       the test suite"
+	@echo "make bench      benchmarks, JSON into benchmarks/results/"
+	@echo "make clean      remove build products and caches, keep $(VENV)"
+
+# ---------------------------------------------------------------------------------- environment
+
+# pip is written last, so a half-made environment is completed.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ntkops needs Python 3.11 or newer, this is %s; try make PYTHON=/path/to/python3.11" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[$*]' -c constraints.txt
+	@touch $@
+
+.PRECIOUS: $(VENV)/.installed-%
+
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
+DOCS := $(VENV)/.installed-docs
+
+# ----------------------------------------------------------------------------------------- jobs
+
+report: $(DEMO)
+	$(BIN)/python -m ntkops report
+
+# The test suite comes last, so that its summary closes the log.
+test: lint types floors docs doctest notebooks unit
+
+lint: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TEST)
+	$(BIN)/mypy
+
+floors: $(TEST)
+	$(BIN)/lint-imports
+
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
+doctest: $(TEST)
+	$(PYTEST) --doctest-modules ntkops tests/docs
+
+notebooks: $(TEST)
+	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+
+unit: $(TEST)
+	$(PYTEST) -n $(WORKERS) --ignore=tests/docs
+
+bench: $(DEMO)
+	@mkdir -p benchmarks/results
+	set -e; for script in benchmarks/*.py; do \
+	  $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).json; \
+	done
+
+clean:
+	rm -rf build site report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find ntkops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,171 @@
+"""Slices, entries, transposes and batches: only the axes change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import OutOfRangeError, ShapeError
+from .materialize import DenseOperator
+
+__all__ = ["IndexedOperator"]
+
+
+class IndexedOperator(DenseOperator):
+    """An operator whose slices, transposes and batches share its engine."""
+
+    # indexing
+
+    def __getitem__(self, index: Any) -> Any:
+        """Index like a tensor: slices and one index tensor stay lazy, pairs of index tensors are entries.
+
+        Args:
+            index: As for a tensor of the same shape; lists, ranges, NumPy arrays and masks too.
+
+        Returns:
+            A lazy operator, or a tensor where a matrix dimension is gone.
+
+        Raises:
+            OutOfRangeError: If an integer index lies outside the operator.
+        """
+        items = index if isinstance(index, tuple) else (index,)
+        items = tuple(torch.as_tensor(i) if isinstance(i, (np.ndarray, list, range)) else i for i in items)
+        items = tuple(
+            i.nonzero().flatten() if isinstance(i, Tensor) and i.dtype == torch.bool else i for i in items
+        )
+        if sum(i is not Ellipsis for i in items) > self.dim():
+            raise OutOfRangeError(f"{len(items)} indices for an operator of shape {tuple(self.shape)}")
+        return super().__getitem__(self._positive(items))
+
+    def _positive(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Check integers against their axis and make them non-negative."""
+        position = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
+        shift = self.dim() - len(items)
+        result = []
+        for i, item in enumerate(items):
+            if isinstance(item, int) and not isinstance(item, bool):
+                size = self.shape[i if i < position else i + shift]
+                if not -size <= item < size:
+                    raise OutOfRangeError(f"index {item} is out of range for an axis of {size}")
+                item %= size
+            result.append(item)
+        return tuple(result)
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        core = self._core
+        if batch_indices and not all(isinstance(b, slice) and b == slice(None) for b in batch_indices):
+            core = core.map_axes(lambda axis: axis.map_batch(lambda numbers: numbers[tuple(batch_indices)]))
+        rows = core.rows.take(row_index)
+        shared = core.symmetric and _same_index(row_index, col_index)
+        columns = rows if shared else core.columns.take(col_index)
+        if rows is core.rows and columns is core.columns and core is self._core:
+            return self
+        return self._rebuild(core.with_axes(rows, columns))
+
+    def submatrix(self, rows: Any, cols: Any) -> Self:
+        """Return the lazy operator on the grid of some rows and some columns.
+
+        ``K[rows, cols]`` with two index tensors gives single entries, as in torch; this gives
+        ``K[rows][:, cols]``, and keeps the symmetry where both are the same.
+
+        Args:
+            rows: Slice, list or ``(m,)`` integer tensor.
+            cols: Likewise for columns.
+
+        Returns:
+            Lazy operator of shape ``(*batch, len(rows), len(cols))``.
+
+        Raises:
+            OutOfRangeError: If an index lies outside the operator.
+        """
+        first, second = (i if isinstance(i, slice) else torch.as_tensor(i).flatten() for i in (rows, cols))
+        return self._getitem(first, second, *(slice(None),) * len(self.batch_shape))
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))
+        rows, columns = (i.expand(shape).reshape(-1).cpu() for i in (row_index, col_index))
+        if not batch_indices:
+            return self._entries(rows, columns).reshape(shape)
+        sizes = self.batch_shape
+        flat = torch.zeros_like(rows)
+        for size, index in zip(sizes, batch_indices, strict=True):
+            index = index.expand(shape).reshape(-1).cpu()
+            flat = flat * size + torch.where(index < 0, index + size, index)
+        values = rows.new_zeros(len(rows), dtype=self.dtype).to(self.device)
+        for entry in torch.unique(flat):
+            chosen = (flat == entry).nonzero().flatten()
+            position = torch.unravel_index(entry, sizes)
+            member = self._getitem(slice(None), slice(None), *(int(p) for p in position))
+            assert isinstance(member, IndexedOperator)
+            values = values.index_put(
+                (chosen.to(self.device),), member._entries(rows[chosen], columns[chosen])
+            )
+        return values.reshape(shape)
+
+    def _entries(self, rows: Tensor, columns: Tensor, group: int = 64) -> Tensor:
+        """Return the entries (rows[i], columns[i]), by small dense grids of what they touch."""
+        if torch.unique(rows).numel() == 1 or torch.unique(columns).numel() == 1:
+            group = max(len(rows), 1)
+        parts = []
+        for row, column in zip(rows.split(group), columns.split(group), strict=True):
+            unique_rows, i = torch.unique(row, return_inverse=True)
+            unique_columns, j = torch.unique(column, return_inverse=True)
+            grid = self._getitem(unique_rows, unique_columns)
+            assert isinstance(grid, IndexedOperator)
+            grid._check_fresh()
+            parts.append(grid._dense_values(self._args)[i.to(self.device), j.to(self.device)])
+        return torch.cat(parts)
+
+    def _diagonal(self) -> Tensor:
+        positions = torch.arange(self.shape[-1])
+        batch = tuple(torch.arange(s) for s in self.batch_shape)
+        grids = torch.meshgrid(*batch, positions, indexing="ij")
+        return self._get_indices(grids[-1], grids[-1], *grids[:-1])
+
+    # transposing and batches: only the axes change
+
+    def _transpose_nonbatch(self) -> Self:
+        core = self._core
+        return self if core.symmetric else self._rebuild(core.with_axes(core.columns, core.rows))
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return self._rebuild(self._core.map_axes(lambda axis: axis.map_batch(change)))
+
+    def _permute_batch(self, *dims: int) -> Self:
+        return self._map_batch(lambda numbers: numbers.permute(*dims, len(dims), len(dims) + 1))
+
+    def _unsqueeze_batch(self, dim: int) -> Self:
+        return self._map_batch(lambda numbers: numbers.unsqueeze(dim))
+
+    def _expand_batch(self, batch_shape: torch.Size | Sequence[int]) -> Self:
+        if tuple(batch_shape) == tuple(self.batch_shape):
+            return self
+        return self._map_batch(lambda numbers: numbers.expand(*batch_shape, *numbers.shape[-2:]))
+
+    def repeat(self, *sizes: Any) -> Self:
+        """Repeat along batch dimensions; the last two sizes must be 1.
+
+        Args:
+            *sizes: Repeats of each batch dimension, then 1, 1.
+
+        Returns:
+            The lazy operator over the larger batch.
+
+        Raises:
+            ShapeError: If a matrix dimension is to be repeated.
+        """
+        counts = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        if len(counts) < self.dim() or tuple(counts[-2:]) != (1, 1):
+            raise ShapeError(f"repeat{tuple(counts)}: only batch dimensions repeat; end with 1, 1")
+        return self._map_batch(lambda numbers: numbers.repeat(*counts[:-2], 1, 1))
+
+
+def _same_index(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return isinstance(first, slice) and isinstance(second, slice) and first == second
