@@ -66,6 +66,8 @@ class AutogradEngine:
         self._batch_size: int | Auto = batch_size
         self._chunk_size: int | Auto = chunk_size
         self._tally = Tally()
+        # Looked up once: chunks that follow the free memory of the moment would change rounding.
+        self._free_bytes = free_bytes(linearization.device)
         self.identity = next(_identities)
 
     @classmethod
@@ -132,18 +134,18 @@ class AutogradEngine:
             return self._batch_size
         sample = self.ladder.activation_bytes + inputs.num_outputs * self.linearization.dtype.itemsize
         needed = sample * (2 + 2 * self.chunk_size())
-        return max(1, int(free_bytes(self.linearization.device) // 4 // needed))
+        return max(1, int(self._free_bytes // 4 // needed))
 
     def workspace_bytes(self) -> int:
         """Bytes for one tile of per-sample gradients."""
         low, high = _WORKSPACE_RANGE
-        return max(low, min(high, int(free_bytes(self.linearization.device) * _WORKSPACE_SHARE)))
+        return max(low, min(high, int(self._free_bytes * _WORKSPACE_SHARE)))
 
     # products
 
     def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
         function, ladder = self.linearization.function, self.ladder
-        return linearize_batch(ladder.rung, function, params, batch, ladder.columns)
+        return linearize_batch(ladder.rung, function, params, batch, ladder.columns, ladder.pull_columns)
 
     def _points(self, params: Parameters, inputs: Inputs) -> list[tuple[int, int, LinearizedBatch]] | None:
         """Return the single linearised batch where one pass holds all samples, else None."""

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Ladder:
     Attributes:
         rung: The highest rung that works.
         columns: Whether several vectors go through one vmapped pass or through a loop.
+        pull_columns: The same for Jᵀ alone, where a loop may be faster.
         per_sample: Whether per-sample Jacobians come from vmap over samples or from a loop.
         reasons: Why a higher choice was left, one line each.
         activation_bytes: Bytes that one sample's forward pass saves for its backward pass.
@@ -44,6 +46,7 @@ class Ladder:
 
     rung: Rung
     columns: Columns
+    pull_columns: Columns
     per_sample: SampleMode
     reasons: tuple[str, ...]
     activation_bytes: int
@@ -72,10 +75,11 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
         activation_bytes = _activation_bytes(linearization, params, batch)
         rung, pulled = _highest_rung(linearization, params, batch, reasons)
         columns = _columns(rung, linearization, params, batch, reasons)
+        pull_columns = _pull_columns(columns, linearization, params, batch)
         per_sample = _per_sample(rung, linearization, params, batch, pulled, reasons)
     for reason in reasons:
         logger.info("differentiation ladder: %s", reason)
-    return Ladder(rung, columns, per_sample, tuple(reasons), activation_bytes)
+    return Ladder(rung, columns, pull_columns, per_sample, tuple(reasons), activation_bytes)
 
 
 def _vectors(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
@@ -161,6 +165,32 @@ def _columns(
         if _vmap_agrees("columns", lambda: attempt("vmap"), lambda: attempt("loop"), reasons)
         else "loop"
     )
+
+
+def _pull_columns(
+    columns: Columns, linearization: Linearization, params: Parameters, batch: Batch
+) -> Columns:
+    """Choose a loop for Jᵀ where a convolution runs on the CPU."""
+    # Its vmapped weight gradient becomes a grouped convolution, measured 1.2 to 1.4 times slower there.
+    if columns == "loop" or params[0].device.type != "cpu":
+        return columns
+    with torch.enable_grad():
+        output = linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
+    return "loop" if _has_node(output.grad_fn, "ConvolutionBackward") else "vmap"
+
+
+def _has_node(root: Any, name: str) -> bool:
+    """Whether the autograd graph below ``root`` has an operation whose name starts so."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith(name):
+            return True
+        seen.add(node)
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return False
 
 
 def _per_sample(

@@ -43,20 +43,44 @@ class LinearizedBatch(Protocol):
 
 
 def linearize_batch(
-    rung: Rung, function: Function, params: Parameters, batch: Batch, columns: Columns = "vmap"
+    rung: Rung,
+    function: Function,
+    params: Parameters,
+    batch: Batch,
+    columns: Columns = "vmap",
+    pull_columns: Columns | None = None,
 ) -> LinearizedBatch:
-    """Return the products with J and Jᵀ of ``function`` at ``params`` on one batch, lazily set up."""
+    """Return the products with J and Jᵀ of ``function`` at ``params`` on one batch, lazily set up.
+
+    Args:
+        rung: Rung of the ladder.
+        function: Pure ``(params, batch) -> (B, O)``.
+        params: The selected parameters.
+        batch: B samples.
+        columns: How several vectors go through one product with J.
+        pull_columns: The same for Jᵀ; None for ``columns``.
+
+    Returns:
+        The two products.
+    """
     if rung in ("classic", "reverse"):
-        return _Classic(function, params, batch, columns, reverse_only=rung == "reverse")
-    return _TorchFunc(function, params, batch, columns, forward_mode=rung == "forward")
+        return _Classic(function, params, batch, columns, pull_columns, reverse_only=rung == "reverse")
+    return _TorchFunc(function, params, batch, columns, pull_columns, forward_mode=rung == "forward")
 
 
 class _TorchFunc:
     def __init__(
-        self, function: Function, params: Parameters, batch: Batch, columns: Columns, forward_mode: bool
+        self,
+        function: Function,
+        params: Parameters,
+        batch: Batch,
+        columns: Columns,
+        pull_columns: Columns | None,
+        forward_mode: bool,
     ) -> None:
         self._function, self._params, self._batch = function, params, batch
         self._columns, self._forward_mode = columns, forward_mode
+        self._pull_columns = pull_columns or columns
         self._vjp: tuple[Tensor, Callable[[Tensor], Parameters]] | None = None
         self._transposed_vjp: Callable[[Parameters], tuple[Tensor]] | None = None
 
@@ -70,7 +94,7 @@ class _TorchFunc:
 
     def pull(self, cotangents: Tensor) -> Parameters:
         _, pull = self._reverse()
-        if self._columns == "vmap" and len(cotangents) > 1:
+        if self._pull_columns == "vmap" and len(cotangents) > 1:
             return torch.func.vmap(pull)(cotangents)
         return _stack([pull(v) for v in cotangents])
 
@@ -93,7 +117,13 @@ class _TorchFunc:
 
 class _Classic:
     def __init__(
-        self, function: Function, params: Parameters, batch: Batch, columns: Columns, reverse_only: bool
+        self,
+        function: Function,
+        params: Parameters,
+        batch: Batch,
+        columns: Columns,
+        pull_columns: Columns | None,
+        reverse_only: bool,
     ) -> None:
         # Under a recorded graph the views keep the way back to the caller's parameters open.
         self._recorded = torch.is_grad_enabled() and any(p.requires_grad for p in params)
@@ -102,12 +132,13 @@ class _Classic:
             for p in params
         )
         self._columns, self._reverse_only = columns, reverse_only
+        self._pull_columns = pull_columns or columns
         with torch.enable_grad():
             self._output = function(self._params, batch)
         self._transposable: tuple[Tensor, list[Tensor | None]] | None = None
 
     def pull(self, cotangents: Tensor) -> Parameters:
-        return self._gradients([self._output], self._params, [cotangents])
+        return self._gradients([self._output], self._params, [cotangents], self._pull_columns)
 
     def push(self, tangents: Parameters) -> Tensor:
         if self._reverse_only:
@@ -122,7 +153,7 @@ class _Classic:
         ]
         if not pairs:
             return self._output.new_zeros((len(tangents[0]), *self._output.shape))
-        return self._gradients([g for g, _ in pairs], (point,), [t for _, t in pairs])[0]
+        return self._gradients([g for g, _ in pairs], (point,), [t for _, t in pairs], self._columns)[0]
 
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
         if self._transposable is None:
@@ -135,7 +166,7 @@ class _Classic:
         return self._transposable
 
     def _gradients(
-        self, outputs: list[Tensor], inputs: Parameters, cotangents: list[Tensor]
+        self, outputs: list[Tensor], inputs: Parameters, cotangents: list[Tensor], columns: Columns
     ) -> tuple[Tensor, ...]:
         """Return the gradients at ``inputs`` for each of the k rows, zeros where one is unused."""
         count = len(cotangents[0])
@@ -152,7 +183,7 @@ class _Classic:
                     is_grads_batched=batched,
                 )
 
-        if self._columns == "vmap" and count > 1:
+        if columns == "vmap" and count > 1:
             return tuple(
                 x.new_zeros((count, *x.shape)) if g is None else g
                 for g, x in zip(gradient(cotangents, True), inputs, strict=True)
