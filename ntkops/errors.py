@@ -36,6 +36,8 @@ __all__ = [
     "DenseMemoryError",
     "SingularKernelError",
     "UnsupportedOperationError",
+    # optional packages
+    "MissingDependencyError",
     # estimators and solvers
     "EstimateError",
     "ZeroKernelError",
@@ -134,6 +136,10 @@ class SingularKernelError(NtkopsError, ValueError):
 
 class UnsupportedOperationError(NtkopsError, TypeError):
     """The operation has no lazy form here, or two meanings; the message names the way out."""
+
+
+class MissingDependencyError(NtkopsError, ImportError):
+    """A package of an optional extra is needed and not installed; the message names the extra."""
 
 
 class EstimateError(NtkopsError, TypeError):

@@ -215,7 +215,9 @@ def _encoder() -> nn.Module:
 
 
 CASES: tuple[Case, ...] = (
-    Case("mlp", lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), lambda n: torch.randn(n, 3)),
+    Case(
+        "mlp", lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), lambda n: torch.randn(n, 3)
+    ),
     Case(
         "conv",
         lambda: nn.Sequential(
@@ -266,4 +268,9 @@ CASES: tuple[Case, ...] = (
 )
 REVERSE_ONLY = Case("embedding-bag", Bag, lambda n: torch.randint(0, 9, (n, 4)))
 BY_NAME = {case.name: case for case in (*CASES, REVERSE_ONLY)}
-EXPECTED_RUNGS = {"weight-norm": "double", "old-style": "classic", "checkpointed": "classic", "embedding-bag": "reverse"}
+EXPECTED_RUNGS = {
+    "weight-norm": "double",
+    "old-style": "classic",
+    "checkpointed": "classic",
+    "embedding-bag": "reverse",
+}

@@ -114,13 +114,18 @@ def test_indexing_agrees_with_the_dense_matrix(setting, data):
     grid = K.submatrix(rows, columns)
     v = vectors(len(columns), 2, seed)
     torch.testing.assert_close(grid @ v, reference[rows][:, columns] @ v)
-    torch.testing.assert_close(grid.mT @ vectors(len(rows), 1, seed), reference[columns][:, rows] @ vectors(len(rows), 1, seed))
+    torch.testing.assert_close(
+        grid.mT @ vectors(len(rows), 1, seed), reference[columns][:, rows] @ vectors(len(rows), 1, seed)
+    )
     length = min(len(rows), len(columns))
     torch.testing.assert_close(K[rows[:length], columns[:length]], reference[rows[:length], columns[:length]])
     start, stop = sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n))))
     if start < stop:
         part = K[start:stop, start:stop]
-        torch.testing.assert_close(part @ torch.ones(stop - start, 1, dtype=x.dtype), reference[start:stop, start:stop].sum(1, keepdim=True))
+        torch.testing.assert_close(
+            part @ torch.ones(stop - start, 1, dtype=x.dtype),
+            reference[start:stop, start:stop].sum(1, keepdim=True),
+        )
         torch.testing.assert_close(part.diagonal(), reference[start:stop, start:stop].diagonal())
     torch.testing.assert_close(K[rows[0]], reference[rows[0]])
 

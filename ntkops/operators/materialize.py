@@ -110,7 +110,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         if tensor_bytes(self.shape, self.dtype) > self._core.max_dense_bytes:
             return None
         core = self._core
-        core.spending.passes += 2 * columns * core.rows.batch_shape.numel() * core.rows.terms
+        core.spending.passes += self.passes_per_column * columns
         cost = self._dense_cost()
         if core.spending.passes <= cost or self._dense_key() is None:
             return None

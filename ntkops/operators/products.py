@@ -67,6 +67,13 @@ class ProductOperator(LinearOperator):
         return self._core.engine.num_parameters
 
     @property
+    def passes_per_column(self) -> int:
+        """Passes that a product with one column takes: one for a Jacobian, two for a kernel, times its terms."""
+        core = self._core
+        sides = isinstance(core.rows, StateAxis) + isinstance(core.columns, StateAxis)
+        return sides * core.rows.batch_shape.numel() * core.rows.terms
+
+    @property
     def max_dense_bytes(self) -> int:
         """Limit for one dense result in bytes; 0 means never."""
         return self._core.max_dense_bytes

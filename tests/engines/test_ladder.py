@@ -122,7 +122,9 @@ def test_a_non_finite_vector_is_named():
         K @ v
 
 
-@pytest.mark.parametrize("option", [{"batch_size": 0}, {"chunk_size": -1}, {"batch_size": 1.5}, {"engine": "magic"}])
+@pytest.mark.parametrize(
+    "option", [{"batch_size": 0}, {"chunk_size": -1}, {"batch_size": 1.5}, {"engine": "magic"}]
+)
 def test_bad_options_are_named(option):
     case = BY_NAME["mlp"]
     with pytest.raises(InputError, match=next(iter(option))):

@@ -72,6 +72,7 @@ class _Square(_Dtype, LinearOperatorTestCase):
         J = J[:, [0, 2]].flatten(0, 1)
         return J @ J.mT
 
+
 class _SquareBatch(_Square):
     should_test_sample = False
 

@@ -57,7 +57,10 @@ def ridge_logdet(K):
 
 def filled(gradients, params):
     return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(gradients, params, strict=True)]
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for g, p in zip(gradients, params, strict=True)
+        ]
     )
 
 

@@ -21,7 +21,9 @@ def kernel():
 
 
 def test_a_vector_of_wrong_length_is_told_what_was_expected(kernel):
-    with pytest.raises(ShapeError, match=r"expected 10 rows \(5 samples x 2 outputs\), got \(5,\); there is one"):
+    with pytest.raises(
+        ShapeError, match=r"expected 10 rows \(5 samples x 2 outputs\), got \(5,\); there is one"
+    ):
         kernel @ torch.ones(5, dtype=torch.float64)
     with pytest.raises(ShapeError, match=r"sample-major: pass v\.reshape\(-1\)"):
         kernel @ torch.ones(5, 2, dtype=torch.float64)
@@ -69,7 +71,9 @@ def test_chosen_outputs_match_the_whole_kernel():
     whole = ntkops.ntk(model, x).to_dense().reshape(5, 2, 5, 2)
     torch.testing.assert_close(ntkops.ntk(model, x, outputs=1).to_dense(), whole[:, 1, :, 1])
     torch.testing.assert_close(ntkops.ntk(model, x, outputs=-1).to_dense(), whole[:, 1, :, 1])
-    torch.testing.assert_close(ntkops.ntk(model, x, outputs=[1, 0]).to_dense(), whole[:, [1, 0]][..., [1, 0]].reshape(10, 10))
+    torch.testing.assert_close(
+        ntkops.ntk(model, x, outputs=[1, 0]).to_dense(), whole[:, [1, 0]][..., [1, 0]].reshape(10, 10)
+    )
 
 
 def test_a_singular_kernel_has_no_silent_jitter():
@@ -142,7 +146,10 @@ def test_j_times_its_transpose_is_the_fused_kernel():
     torch.testing.assert_close(K @ v, J @ (J.mT @ v))
     other = ntkops.jacobian(CASE.make(), CASE.data(4))
     assert not isinstance(J @ other.mT, ntkops.NTKOperator)  # another snapshot: a plain lazy product
-    torch.testing.assert_close((J @ other.mT) @ torch.ones(8, 1, dtype=torch.float64), J @ (other.mT @ torch.ones(8, 1, dtype=torch.float64)))
+    torch.testing.assert_close(
+        (J @ other.mT) @ torch.ones(8, 1, dtype=torch.float64),
+        J @ (other.mT @ torch.ones(8, 1, dtype=torch.float64)),
+    )
 
 
 def test_factors_multiply_to_the_kernel_also_when_traced():

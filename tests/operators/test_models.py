@@ -93,7 +93,9 @@ def test_chunks_do_not_change_results(name, batch_size, chunk_size):
     case = BY_NAME[name]
     model, x = case.make(), case.data()
     reference = ntkops.ntk(model, x, max_dense_bytes=0, **case.options)
-    chunked = ntkops.ntk(model, x, max_dense_bytes=0, batch_size=batch_size, chunk_size=chunk_size, **case.options)
+    chunked = ntkops.ntk(
+        model, x, max_dense_bytes=0, batch_size=batch_size, chunk_size=chunk_size, **case.options
+    )
     v = random_block(reference.shape[0], 5, torch.float64)
     torch.testing.assert_close(chunked @ v, reference @ v, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked.diagonal(), reference.diagonal(), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,193 @@
+"""From what the user passes to a `Linearization`: checks first, then the snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
+from .call import FunctionCall, ModuleCall, uncompiled
+from .checks import require_finite, require_mode, require_selected, require_supported, require_tensors
+from .freshness import Watch, hold
+from .linearization import Linearization
+from .output import OutputSelector
+from .selection import Selector, select_parameters
+
+__all__ = ["Output", "linearize"]
+
+Output = str | int | Callable[[Any], Any] | None
+
+
+def linearize(
+    model: nn.Module | Callable[..., Any] | Linearization,
+    params: Selector = None,
+    output: Output = None,
+    *,
+    batch_dim: int = 0,
+    differentiable: bool = False,
+) -> Linearization:
+    r"""Fix a model at its parameters, as the pure function :math:`f(\theta, x)` that kernels are made of.
+
+    The result is a value: selected parameters and buffers are copied, and the others too if any of them
+    requires grad. If none does they are held by reference, and a product after a change in place raises
+    `StaleOperatorError` (a write through ``.data`` is invisible to torch, and to us).
+
+    The model itself is never run, swapped or changed. A private copy of its structure (modules and hooks,
+    no tensors) is called instead. On it, ``padding_idx`` and ``sparse`` of embeddings are off: the forward
+    pass is the same, and the padding row has its true derivative instead of the zero that torch's
+    optimisers see.
+
+    Args:
+        model: An `torch.nn.Module` (a compiled one is unwrapped), or a function ``(params, inputs) ->
+            output`` of a dict of tensors and one batch as it was passed.
+        params: The selected parameters: None for all that require grad; a name, a glob pattern, or several
+            of these; a predicate ``(name, parameter) -> bool``; or a dict of values at which to linearise.
+            A tied parameter is selected once, by any of its names. For a function: the dict of all its
+            parameters.
+        output: The state: None where the model returns a tensor; a key or position; a callable on the raw
+            output; or the path of a module whose output is captured (``"rnn[0]"`` for a part of it,
+            ``"block@1"`` for its second call).
+        batch_dim: The axis of inputs and output on which the samples lie.
+        differentiable: Keep parameters and inputs live, so that derivatives of results flow to them.
+
+    Returns:
+        The linearisation, accepted wherever a model is.
+
+    Raises:
+        UnsupportedOperationError: Other choices for a model that is linearised already.
+        InputError: A ``batch_dim`` that is no axis.
+        UnsupportedModelError: TorchScript, DataParallel, FSDP, parameters without data, complex or integer
+            ones, or a module that cannot be copied.
+        UnknownParameterError: A name or pattern that matches nothing.
+        ParameterSelectionError: An empty or ambiguous selection.
+        ParameterShapeError: A value of another shape than its parameter's.
+        DtypeError: Selected parameters of several dtypes.
+        DeviceError: A model that is spread over devices.
+        NonFiniteError: NaN or infinity in a parameter.
+        StochasticModelError: Active dropout.
+        CoupledSamplesError: Batch normalisation with batch statistics.
+        ModelMutationError: Modules that change their own parameters or buffers.
+
+    Cost: one copy of the selected parameters and buffers; one look at all parameters.
+
+    Example:
+        >>> import torch, ntkops.model
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> lin = ntkops.model.linearize(net, params="2.*")
+        >>> lin.names, lin.num_parameters
+        (('2.weight', '2.bias'), 10)
+        >>> lin.inputs(torch.randn(5, 3))
+        Inputs(num_samples=5, output_shape=(2,), memory)
+    """
+    if isinstance(model, Linearization):
+        if params is not None or output is not None or batch_dim != 0 or differentiable:
+            raise UnsupportedOperationError(
+                "this model is linearised already, and its parameters and output are chosen; pass the model "
+                "itself to choose others"
+            )
+        return model
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise InputError(f"batch_dim={batch_dim!r}; it is the number of an axis, counted from 0")
+    with torch.inference_mode(False):
+        if isinstance(model, nn.Module):
+            return _of_module(uncompiled(model), params, output, batch_dim, differentiable)
+        return _of_function(model, params, output, batch_dim, differentiable)
+
+
+def _of_module(
+    model: nn.Module, params: Selector, output: Output, batch_dim: int, differentiable: bool
+) -> Linearization:
+    require_supported(model)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    own = {id(tensor) for tensor in parameters.values()}
+    buffers = {name: tensor for name, tensor in buffers.items() if id(tensor) not in own}
+    origins = {f"parameter {name!r}": tensor for name, tensor in parameters.items()}
+    origins |= {f"buffer {name!r}": tensor for name, tensor in buffers.items()}
+    require_tensors(origins.items())
+    selected = select_parameters(dict(model.named_parameters(remove_duplicate=False)), params)
+    require_selected(selected)
+    require_mode(model)
+    frozen = {name: tensor for name, tensor in parameters.items() if name not in selected}
+    require_finite({**frozen, **selected})
+    originals = [*(parameters[name] for name in selected), *frozen.values(), *buffers.values()]
+    call = ModuleCall(model, originals)
+    kept, watches = _keep(frozen)
+    others = [(label, tensor) for label, tensor in call.others if not tensor.is_inference()]
+    return Linearization(
+        call,
+        OutputSelector(output, call.root),
+        selected if differentiable else _copies(selected),
+        kept,
+        _copies(buffers),
+        batch_dim=batch_dim,
+        differentiable=differentiable,
+        watches=(*watches, *(Watch.of(f"attribute {label!r}", tensor) for label, tensor in others)),
+        origins=origins,
+    )
+
+
+def _of_function(
+    model: Any, params: Any, output: Output, batch_dim: int, differentiable: bool
+) -> Linearization:
+    if not callable(model) or isinstance(model, type):
+        raise UnsupportedModelError(
+            "the model is a "
+            f"{type(model).__name__}{' and not an instance' if isinstance(model, type) else ''}; pass a "
+            "torch.nn.Module or a function (params, inputs) -> output"
+        )
+    if isinstance(model, torch.jit.ScriptFunction):
+        raise UnsupportedModelError(
+            "the model is a TorchScript function; pass the Python function it was made from"
+        )
+    if not isinstance(params, Mapping) or not params:
+        raise ParameterSelectionError(
+            "the model is a plain function (params, inputs) -> output, which has no parameters of its own; "
+            "pass params= a dict of tensors, as in dict(module.named_parameters())"
+        )
+    for name, value in params.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ParameterSelectionError(
+                f"params[{name!r}] is a {type(value).__name__}; the dict of a function's parameters maps "
+                "strings to tensors (flatten nested dicts, and close over everything else)"
+            )
+    first: dict[int, str] = {}
+    for name, value in params.items():
+        first.setdefault(id(value), name)
+    selected = {name: params[name] for name in first.values()}
+    origins = {f"parameter {name!r}": tensor for name, tensor in selected.items()}
+    require_tensors(origins.items())
+    require_selected(selected)
+    require_finite(selected)
+    positions = {name: position for position, name in enumerate(selected)}
+    return Linearization(
+        FunctionCall(model, [(name, positions[first[id(value)]]) for name, value in params.items()]),
+        OutputSelector(output, None),
+        selected if differentiable else _copies(selected),
+        {},
+        {},
+        batch_dim=batch_dim,
+        differentiable=differentiable,
+        origins=origins,
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _keep(frozen: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Watch, ...]]:
+    """Copy unselected parameters if any of them may be trained, else hold them by reference."""
+    if any(tensor.requires_grad for tensor in frozen.values()):
+        return _copies(frozen), ()
+    kept: dict[str, Tensor] = {}
+    watches = []
+    for name, tensor in frozen.items():
+        kept[name], watched = hold(tensor)
+        if watched:
+            watches.append(Watch.of(f"parameter {name!r}", kept[name]))
+    return kept, tuple(watches)

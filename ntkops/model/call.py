@@ -1,0 +1,318 @@
+"""The one safe call of a model with other parameters than its own.
+
+The user's module is never run and never swapped: a private copy of its structure is, and that copy
+shares no mutable part with it. The copy holds no parameters between calls. Its slots, one for each
+(module instance, attribute), are filled for the time of one call, every alias of one parameter with
+the same tensor, so that tied weights and submodules reached by two paths are right.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .randomness import untouched_randomness
+
+__all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within"]
+
+Reader = Callable[[nn.Module | None, Callable[[], Any]], Any]
+Slot = tuple[nn.Module, str, str, int]
+
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.CodeType,
+    types.FrameType,
+    weakref.ReferenceType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+)
+
+
+def tensors_within(root: object) -> list[Tensor]:
+    """Return every tensor that a deep copy of an object would meet, each once.
+
+    Classes, functions and their closures are passed over, as a deep copy does not enter them either.
+    """
+    found: list[Tensor] = []
+    seen: dict[int, object] = {}  # keeps what it has seen alive, so that no address is met twice
+    waiting: list[object] = [root]
+    while waiting:
+        item = waiting.pop()
+        if item is None or isinstance(item, _OPAQUE) or id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, types.MethodType):
+            waiting.append(item.__self__)
+        else:
+            waiting.extend(gc.get_referents(item))
+    return found
+
+
+def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
+    """Copy a module deeply except for its tensors, without calling anything of the original."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    # RNNBase.__getstate__ may rebuild, and on CUDA move, the weights of the module that is copied.
+    for module in recurrent:
+        memo[id(module)] = module.__class__.__new__(module.__class__)
+    for module in recurrent:
+        state = {key: value for key, value in vars(module).items() if key != "_flat_weight_refs"}
+        vars(memo[id(module)]).update(copy.deepcopy(state, memo))
+    return copy.deepcopy(model, memo)
+
+
+def _culprit(model: nn.Module, tensors: Sequence[Tensor]) -> str:
+    """Name the attribute that refuses to be copied."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, {id(tensor): tensor for tensor in tensors} | {id(module): module})
+            except Exception:
+                name = f"{path}.{key}" if path else key
+                return f"its attribute {name!r} of type {type(value).__name__}"
+    return "one of its attributes"
+
+
+def _private_copy(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
+    try:
+        private = _copy_structure(model, tensors)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied, since {_culprit(model, tensors)} refuses ({error}); "
+            "delete that attribute, or pass a function (params, inputs) -> output and a dict of its "
+            "parameters"
+        ) from error
+    for module in list(private.modules()):
+        vars(module)["_compiled_call_impl"] = None
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else uncompiled(child)
+        _neutralise(module)
+    return private
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside a `torch.compile` wrapper."""
+    if "torch._dynamo" in sys.modules:
+        while isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+    return module
+
+
+def _neutralise(module: nn.Module) -> None:
+    """Switch off, on the private copy, what changes gradients but not the forward pass."""
+    if isinstance(module, nn.Embedding):
+        # The backward pass zeroes the padding row and forward mode does not: J and Jᵀ would disagree.
+        module.padding_idx = None
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        module.sparse = False
+
+
+class _Call:
+    """What calls of modules and of functions share.
+
+    Attributes:
+        others: Tensors that the model holds outside parameters and buffers, each with a label.
+        replicate: Whether calls need a copy each, since their graph calls the modules again.
+        draws: Whether the forward pass draws global random numbers (without effect on the output).
+        differentiates: Whether the forward pass differentiates, and so needs gradient mode.
+    """
+
+    others: tuple[tuple[str, Tensor], ...] = ()
+    replicate = False
+    draws = False
+    differentiates = False
+
+    def run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        """Call the model once.
+
+        Args:
+            tensors: A stand-in for each tensor of the model, in the order of construction.
+            inputs: A tensor or tuple (positional), or a dict (keywords).
+            reader: Called as ``reader(root, forward)``; it calls ``forward()`` and returns what is wanted.
+
+        Returns:
+            What the reader returned.
+        """
+        if not (self.draws or self.differentiates):
+            return self._run(tensors, inputs, reader)
+        with ExitStack() as stack:
+            if self.draws:
+                stack.enter_context(untouched_randomness(tensors[0].device))
+            if self.differentiates:
+                stack.enter_context(torch.enable_grad())
+            return self._run(tensors, inputs, reader)
+
+    def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        raise NotImplementedError
+
+    def reassigned(self, root: nn.Module | None, tensors: Sequence[Tensor]) -> list[str]:
+        """Name the slots that hold other tensors than they were given; to be asked inside a call."""
+        return []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself: every call leaves it as it was."""
+        return self
+
+
+class ModuleCall(_Call):
+    """A private copy of a module that is called with tensors handed to it.
+
+    Args:
+        model: The user's module; it is read, never kept.
+        tensors: Every parameter and buffer of it, each once, in the order in which calls hand their
+            stand-ins.
+
+    Attributes:
+        root: The private copy.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
+        positions = {id(tensor): position for position, tensor in enumerate(tensors)}
+        within = tensors_within(model)
+        self.root = _private_copy(model, within)
+        self._slots: list[Slot] = []
+        for module in self.root.modules():
+            for kind in ("_parameters", "_buffers"):
+                for key, tensor in getattr(module, kind).items():
+                    if tensor is not None:
+                        self._slots.append((module, kind, key, positions[id(tensor)]))
+        self._empty_slots()
+        self.others = _label(self.root, [tensor for tensor in within if id(tensor) not in positions])
+        self._prepare()
+
+    def _empty_slots(self) -> None:
+        """Fill the slots with placeholders without data, so that a use outside a call cannot pass unseen."""
+        placeholders: dict[int, Tensor] = {}
+        for module, kind, key, position in self._slots:
+            held = getattr(module, kind)
+            if position not in placeholders:
+                empty = torch.empty(held[key].shape, dtype=held[key].dtype, device="meta")
+                placeholders[position] = nn.Parameter(empty, False) if kind == "_parameters" else empty
+            held[key] = placeholders[position]
+
+    def _prepare(self) -> None:
+        self._lock = threading.RLock()
+        modules = list(self.root.modules())
+        self._targets = [(getattr(module, kind), key, at) for module, kind, key, at in self._slots]
+        self._recurrent = [module for module in modules if isinstance(module, nn.RNNBase)]
+        for module in self._recurrent:
+            vars(module)["_flat_weights"] = []
+            # Without references torch never rebuilds or flattens the list that calls put there.
+            vars(module)["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
+        parts = [vars(module) for module in modules]
+        parts += [
+            vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers", "_modules")
+        ]
+        self._resting = [(part, dict(part)) for part in parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock and what is made from the rest."""
+        made = ("_lock", "_targets", "_recurrent", "_resting")
+        return {key: value for key, value in vars(self).items() if key not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the lock and the lists of slots anew."""
+        vars(self).update(state)
+        self._prepare()
+
+    def _replica(self) -> ModuleCall:
+        replica = self.__class__.__new__(self.__class__)
+        memo = {id(tensor): tensor for tensor in tensors_within(self.root)}
+        replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return replica
+
+    def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        if self.replicate:
+            # The graph calls the modules again in its backward pass, so the tensors must stay in place.
+            return self._replica()._run_held(tensors, inputs, reader)
+        with self._lock:
+            try:
+                return self._run_held(tensors, inputs, reader)
+            finally:
+                self._rest()
+
+    def _run_held(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        kwargs = inputs if isinstance(inputs, dict) else {}
+        for held, key, position in self._targets:
+            held[key] = tensors[position]
+        for module in self._recurrent:
+            names = module._flat_weights_names
+            vars(module)["_flat_weights"] = [getattr(module, name, None) for name in names]
+        return reader(self.root, lambda: self.root(*args, **kwargs))
+
+    def _rest(self) -> None:
+        """Undo everything that the call did to the private modules, so that calls are independent."""
+        for part, resting in self._resting:
+            if len(part) != len(resting):
+                for key in part.keys() - resting.keys():
+                    del part[key]
+            if resting:
+                part.update(resting)
+
+    def reassigned(self, root: nn.Module | None, tensors: Sequence[Tensor]) -> list[str]:
+        """Name the slots that hold other tensors than they were given; to be asked inside a call."""
+        if root is None:
+            return []
+        paths = {id(module): path for path, module in self.root.named_modules()}
+        named = [(paths[id(module)], kind, key, position) for module, kind, key, position in self._slots]
+        return [
+            f"{path}.{key}".lstrip(".")
+            for path, kind, key, position in named
+            if getattr(root.get_submodule(path), kind).get(key) is not tensors[position]
+        ]
+
+
+def _label(root: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[str, Tensor], ...]:
+    """Name tensors outside parameters and buffers by the module attribute in which they are found."""
+    labels: dict[int, str] = {}
+    wanted = {id(tensor) for tensor in tensors}
+    if wanted:
+        for path, module in root.named_modules():
+            for key, value in vars(module).items():
+                if key in ("_modules", "_parameters", "_buffers", "_flat_weights"):
+                    continue
+                for tensor in tensors_within(value):
+                    if id(tensor) in wanted:
+                        labels.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
+    return tuple((labels.get(id(tensor), "a tensor of the module"), tensor) for tensor in tensors)
+
+
+class FunctionCall(_Call):
+    """A plain function ``(params, inputs) -> output`` called with tensors handed to it.
+
+    Args:
+        function: The user's function.
+        keys: Every key of its dictionary, with the position of its tensor.
+    """
+
+    def __init__(self, function: Callable[..., Any], keys: Sequence[tuple[str, int]]) -> None:
+        self.function = function
+        self.keys = tuple(keys)
+
+    def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        params = {key: tensors[position] for key, position in self.keys}
+        return reader(None, lambda: self.function(params, inputs))

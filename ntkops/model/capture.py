@@ -1,0 +1,189 @@
+"""Looking inside a forward pass: the only place with hooks and dispatch modes.
+
+All of them act on the private copy of the model, and are gone when the call is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import ModelMutationError, NtkopsError, UnsupportedModelError
+
+__all__ = ["Guard", "first_random_module", "foreign_use", "graph_leaves", "outputs_of", "storage_key"]
+
+
+@contextmanager
+def outputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    """Collect what a module returns, call by call.
+
+    Args:
+        module: A module of the private copy.
+        pick: Applied to every output at once; tensors are copied, since a later layer may overwrite them.
+
+    Yields:
+        A list that grows with every call.
+    """
+    collected: list[Any] = []
+
+    def collect(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        picked = pick(output)
+        collected.append(picked.clone() if isinstance(picked, Tensor) else picked)
+
+    handle = module.register_forward_hook(collect)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's storage, None where it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+_WRITTEN: dict[Any, tuple[frozenset[str], tuple[str, ...]]] = {}
+
+
+def _written(operation: Any) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return the names of the arguments that an operation writes to, and the names of all in order."""
+    if operation not in _WRITTEN:
+        arguments = operation._schema.arguments
+        written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        _WRITTEN[operation] = (written, tuple(a.name for a in arguments))
+    return _WRITTEN[operation]
+
+
+class Guard(TorchDispatchMode):
+    """Refuse, before it happens, any write to a tensor that is not the forward pass's own.
+
+    Args:
+        held: What the call is given (parameters, buffers, inputs), by storage address: not to be written.
+        foreign: Tensors of the user's model that the call is not given: not to be used at all.
+
+    Attributes:
+        refusal: The first refusal, kept because a model may swallow exceptions.
+    """
+
+    def __init__(self, held: dict[int, str], foreign: dict[int, str]) -> None:
+        super().__init__()
+        self._held = held
+        self._foreign = foreign
+        self.refusal: NtkopsError | None = None
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the arguments, then run the operation."""
+        kwargs = kwargs or {}
+        written, names = _written(operation)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            self._look(operation, value, name in written)
+        # Running statistics are written without the schema saying so.
+        if given.get("running_mean") is not None and given.get("training", given.get("train")) is True:
+            self._look(operation, given["running_mean"], True)
+        return operation(*args, **kwargs)
+
+    def _look(self, operation: Any, value: Any, is_written: bool) -> None:
+        tensors = value if isinstance(value, (list, tuple)) else (value,)
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            key = storage_key(tensor)
+            if key is None:
+                continue
+            if key in self._foreign:
+                self._refuse(foreign_use(self._foreign[key]))
+            if is_written and key in self._held:
+                self._refuse(
+                    ModelMutationError(
+                        f"the forward pass changes {self._held[key]} in place (by {operation._schema.name}), "
+                        "so that two products would see different models; call model.eval(), or write that "
+                        "step out of place"
+                    )
+                )
+
+    def _refuse(self, refusal: NtkopsError) -> None:
+        self.refusal = self.refusal or refusal
+        raise refusal
+
+
+def foreign_use(label: str) -> UnsupportedModelError:
+    """Return the error for a use of the original model's tensor inside the private forward pass."""
+    return UnsupportedModelError(
+        f"the forward pass uses {label} of the original model directly (through a closure, a hook or the "
+        "output callable) and not as its own attribute, so that its derivative would be lost and later "
+        "changes would go unnoticed; select the output by module path (output='head') or wrap model and "
+        "callable into one nn.Module"
+    )
+
+
+def graph_leaves(output: Tensor) -> tuple[list[Tensor], set[str]]:
+    """Return the leaf tensors that an output's autograd graph ends in, and the names of its nodes."""
+    leaves: list[Tensor] = []
+    names: set[str] = set()
+    seen = set()
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.add(node.name())
+        if "AccumulateGrad" in node.name():
+            leaves.append(node.variable)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return leaves, names
+
+
+def first_random_module(root: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Run a forward pass twice and name the first module whose output differs although its inputs agree.
+
+    Args:
+        root: The private copy, with its tensors in place.
+        forward: Its forward pass.
+
+    Returns:
+        The path of the module; None if no single module is to blame.
+    """
+    runs: list[list[tuple[str, Any, Any]]] = []
+    for _ in range(2):
+        calls: list[tuple[str, Any, Any]] = []
+        with ExitStack() as stack:
+            for path, module in root.named_modules():
+                if not any(module.children()):
+                    stack.callback(_recorder(module, path, calls).remove)
+            with torch.no_grad():
+                forward()
+        runs.append(calls)
+    for (path, before, after), (_, before_again, after_again) in zip(*runs, strict=False):
+        if _same(before, before_again) and not _same(after, after_again):
+            return path
+    return None
+
+
+def _recorder(
+    module: nn.Module, path: str, calls: list[tuple[str, Any, Any]]
+) -> torch.utils.hooks.RemovableHandle:
+    def record(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((path, _copies(args), _copies(output)))
+
+    return module.register_forward_hook(record)
+
+
+def _copies(tree: Any) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))

@@ -1,0 +1,228 @@
+"""What can be refused by looking at a model, before anything is computed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
+
+from ..errors import (
+    CoupledSamplesError,
+    DeviceError,
+    DtypeError,
+    ModelMutationError,
+    NonFiniteError,
+    NtkopsError,
+    StochasticModelError,
+    UnsupportedModelError,
+)
+
+__all__ = ["require_finite", "require_mode", "require_selected", "require_supported", "require_tensors"]
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _where(path: str) -> str:
+    return repr(path) if path else "the top level"
+
+
+def require_supported(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for kinds of modules whose structure cannot be copied or called."""
+    for path, module in model.named_modules():
+        kind, at = type(module).__name__, _where(path)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{kind} at {at} is TorchScript, whose parameters cannot be replaced; pass the eager module "
+                "that it was made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise UnsupportedModelError(f"{kind} at {at} wraps the model; pass its .module")
+        if kind == "FullyShardedDataParallel" or _is_sharded(module):
+            raise UnsupportedModelError(
+                f"{kind} at {at} is sharded by FSDP, so that no process holds its parameters; pass a copy of "
+                "the model from before the sharding, loaded with the full state dict"
+            )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and any(
+        isinstance(parameter, tensor.DTensor) for parameter in module.parameters(recurse=False)
+    )
+
+
+def _dropout(module: nn.Module) -> str | None:
+    """Say how an active module draws random numbers, None if it does not."""
+    if not module.training:
+        return None
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        return f"p={module.p}"
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0:
+        inert = isinstance(module, nn.RNNBase) and module.num_layers == 1
+        return None if inert else f"dropout={module.dropout}"
+    if isinstance(module, nn.RReLU) and module.lower != module.upper:
+        return f"random slope in [{module.lower:.3g}, {module.upper:.3g}]"
+    return None
+
+
+def _batch_statistics(module: nn.Module) -> str | None:
+    if not isinstance(module, _BatchNorm):
+        return None
+    if module.training:
+        return "training mode"
+    return "no running statistics" if module.running_mean is None else None
+
+
+def _power_iteration(module: nn.Module) -> str | None:
+    if not module.training:
+        return None
+    hooks = module._forward_pre_hooks.values()
+    spectral = type(module).__name__ == "_SpectralNorm" or any(
+        type(hook).__name__ == "SpectralNorm" for hook in hooks
+    )
+    return "training mode" if spectral else None
+
+
+def _renormalising(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return f"max_norm={module.max_norm}"
+    return None
+
+
+_Rule = tuple[Callable[[nn.Module], str | None], type[NtkopsError], str, str]
+_RULES: tuple[_Rule, ...] = (
+    (
+        _dropout,
+        StochasticModelError,
+        "random numbers are drawn by",
+        "J and Jᵀ would see different ones; call model.eval() first, or set the probability to 0",
+    ),
+    (
+        _batch_statistics,
+        CoupledSamplesError,
+        "batch statistics are used by",
+        "they couple the samples; call model.eval() first (with track_running_stats=True), or use another "
+        "normalisation",
+    ),
+    (
+        _power_iteration,
+        ModelMutationError,
+        "a power iteration changes the buffers of",
+        "every product would see another model; call model.eval() first",
+    ),
+    (
+        _renormalising,
+        ModelMutationError,
+        "embedding rows are renormalised in place by",
+        "the forward pass changes its weight; renormalise once (weight.copy_(torch.renorm(weight, "
+        "norm_type, 0, max_norm)) under torch.no_grad()) and set max_norm=None",
+    ),
+)
+
+
+def require_mode(model: nn.Module) -> None:
+    """Raise if a module, as it stands, is random, couples samples, or changes itself.
+
+    Raises:
+        StochasticModelError: Active dropout and the like.
+        CoupledSamplesError: Batch normalisation with batch statistics.
+        ModelMutationError: Spectral norm in training mode, embeddings with ``max_norm``.
+    """
+    for rule, error, what, way_out in _RULES:
+        found = [
+            f"{type(module).__name__} at {_where(path)} ({state})"
+            for path, module in model.named_modules()
+            if (state := rule(module)) is not None
+        ]
+        if found:
+            shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+            raise error(f"{what} {shown}: {way_out}")
+
+
+def require_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise if parameters or buffers have no data, or live on several devices.
+
+    Args:
+        tensors: Every parameter and buffer with its label, such as ``"parameter 'fc.weight'"``.
+
+    Raises:
+        UnsupportedModelError: For a lazy or meta tensor.
+        DeviceError: For a model that is spread over devices.
+    """
+    first: tuple[str, torch.device] | None = None
+    for label, tensor in tensors:
+        if is_lazy(tensor):
+            raise UnsupportedModelError(
+                f"{label} is not initialised yet (a lazy module); call the model once on a batch"
+            )
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{label} has no data (meta device); load its values, as in "
+                "model.to_empty(device='cpu') followed by load_state_dict"
+            )
+        if tensor.dim() == 0 and tensor.device.type == "cpu":
+            continue  # scalars on the CPU go with tensors on any device
+        first = first or (label, tensor.device)
+        if tensor.device != first[1]:
+            raise DeviceError(
+                f"the model is spread over devices: {first[0]} lives on {first[1]}, {label} on "
+                f"{tensor.device}; move all of it to one device with model.to(device)"
+            )
+
+
+def require_selected(selected: Mapping[str, Tensor]) -> None:
+    """Raise if selected parameters cannot be differentiated, or differ in dtype.
+
+    Args:
+        selected: Selected parameters by name.
+
+    Raises:
+        UnsupportedModelError: For complex, integer and sparse parameters.
+        DtypeError: For several dtypes.
+    """
+    names = list(selected)
+    for name, tensor in selected.items():
+        if tensor.is_complex():
+            raise UnsupportedModelError(
+                f"parameter {name!r} has dtype {tensor.dtype}; complex parameters are not supported: store "
+                "real and imaginary parts (torch.view_as_real), or leave it out of params="
+            )
+        if tensor.dtype not in _FLOATING:
+            raise UnsupportedModelError(
+                f"parameter {name!r} has dtype {tensor.dtype} (quantised, or a counter), which has no "
+                "derivative; leave it out of params="
+            )
+        if tensor.layout != torch.strided:
+            raise UnsupportedModelError(f"parameter {name!r} is {tensor.layout}; convert it with to_dense()")
+        if tensor.dtype != selected[names[0]].dtype:
+            raise DtypeError(
+                f"selected parameters differ in dtype: {names[0]!r} is {selected[names[0]].dtype}, {name!r} "
+                f"{tensor.dtype}; select those of one dtype, or cast the model with model.to(dtype)"
+            )
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a parameter holds NaN or infinity.
+
+    Args:
+        tensors: Parameters by name.
+
+    Raises:
+        NonFiniteError: Naming the parameter and how many of its entries.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATING or tensor.layout != torch.strided:
+            continue
+        values = tensor.detach()
+        if not bool(torch.isfinite(values).all()):
+            nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
+            counts = " and ".join(f"{n} {kind}" for n, kind in ((nan, "NaN"), (infinite, "infinite")) if n)
+            raise NonFiniteError(
+                f"parameter {name!r} has {counts} of {tensor.numel()} entries; training diverged or the "
+                "checkpoint is damaged: load sound values"
+            )

@@ -1,0 +1,82 @@
+"""Noticing that a tensor held by reference has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import StaleOperatorError
+
+__all__ = ["Watch", "bits_of", "hold", "require_fresh", "same_bits"]
+
+_SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers of the same size, so that NaN equals NaN."""
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return values.detach().contiguous().view(_SAME_SIZE_INTEGER[values.element_size()])
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one dtype agree bit for bit."""
+    return torch.equal(bits_of(left), bits_of(right))
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """A tensor held by reference, with the state in which it was met.
+
+    Attributes:
+        label: How messages call it.
+        tensor: The tensor itself, or an alias that shares its version counter.
+        version: Its version counter when it was met.
+        pointer: The address of its data when it was met.
+    """
+
+    label: str
+    tensor: Tensor
+    version: int
+    pointer: int
+
+    @classmethod
+    def of(cls, label: str, tensor: Tensor) -> Watch:
+        """Start watching a tensor."""
+        return cls(label, tensor, tensor._version, tensor.data_ptr())
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor was written to, or given other data, since it was met."""
+        return self.tensor._version != self.version or self.tensor.data_ptr() != self.pointer
+
+
+def hold(tensor: Tensor) -> tuple[Tensor, bool]:
+    """Return a detached alias of a tensor and True, or a copy and False where no change could be noticed.
+
+    The alias shares the version counter. Tensors made in inference mode have none, hence the copy.
+    """
+    if tensor.is_inference():
+        return tensor.clone(), False
+    return tensor.detach(), True
+
+
+def require_fresh(watches: Iterable[Watch], what: str) -> None:
+    """Raise if a watched tensor has changed.
+
+    Args:
+        watches: The tensors held by reference.
+        what: "parameters" or "inputs", for the message.
+
+    Raises:
+        StaleOperatorError: Naming every tensor that changed.
+    """
+    changed = [watch.label for watch in watches if watch.changed]
+    if changed:
+        raise StaleOperatorError(
+            f"{what} held by reference were changed in place since the operator was made: "
+            f"{', '.join(changed)}; build the operator again for the new values, or give it copies "
+            "(.clone()) of what you mean to change"
+        )

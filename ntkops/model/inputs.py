@@ -1,0 +1,233 @@
+"""Inputs as an immutable view of N samples, in memory or read batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from .batches import Batch, cut, normalise, require_sound, take
+from .freshness import Watch, hold, require_fresh
+from .stream import Stream
+
+__all__ = ["Batch", "Inputs", "read_inputs"]
+
+
+class Inputs:
+    """An immutable view of N samples on which a model has been checked.
+
+    Made by `Linearization.inputs`. Tensors are held by reference; a change in place is noticed by
+    `check_fresh`. A re-iterable of batches is read anew in every pass, and compared with the first.
+
+    Attributes:
+        output_shape: Shape of the output of one sample.
+    """
+
+    def __init__(
+        self,
+        source: Batch | Stream,
+        output_shape: torch.Size,
+        *,
+        index: Tensor | range | None = None,
+        watches: tuple[Watch, ...] = (),
+        live: bool = False,
+    ) -> None:
+        self._source = source
+        self._index = index
+        self._watches = watches
+        self._live = live
+        self.output_shape = torch.Size(output_shape)
+
+    @property
+    def num_samples(self) -> int:
+        """Number N of samples in this view."""
+        return self._source.num_samples if self._index is None else len(self._index)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number O of outputs per sample."""
+        return self.output_shape.numel()
+
+    def batches(self, batch_size: int | None = None) -> Iterator[tuple[int, int, Batch]]:
+        """Yield ``(start, stop, batch)`` in the order of this view.
+
+        Args:
+            batch_size: Samples per batch; None for all of them at once, or for the batches of a
+                re-iterable as they come. Batches of a re-iterable are split and joined as needed; those
+                whose samples differ in shape are not joined.
+
+        Yields:
+            First sample, one past the last, and the batch.
+
+        Raises:
+            ShapeError: If ``batch_size`` is not positive.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ShapeError(f"batch_size={batch_size}; it is a number of samples, at least 1")
+        start = 0
+        for batch in self._cut(batch_size):
+            stop = start + batch.num_samples
+            yield start, stop, batch.map(self._alias)
+            start = stop
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """Return a fresh alias, since a model may call requires_grad_() on its input."""
+        if not self._live:
+            return tensor.detach()
+        return tensor if tensor.requires_grad else tensor.view_as(tensor)
+
+    def _cut(self, size: int | None) -> Iterator[Batch]:
+        source, index = self._source, self._index
+        if isinstance(source, Stream):
+            yield from source.batches(size)
+            return
+        count = self.num_samples
+        for start in range(0, count, size or count):
+            stop = min(start + (size or count), count)
+            if isinstance(index, Tensor):
+                yield take(source, index[start:stop])
+            else:
+                first = index.start if index is not None else 0
+                yield cut(source, first + start, first + stop)
+
+    def select(self, index: Tensor) -> Inputs:
+        """Return a view of the samples at the given positions of this view.
+
+        Ranges of consecutive samples are views; other choices are copied batch by batch. Samples of a
+        re-iterable are read in one pass and then held in memory.
+
+        Args:
+            index: ``(M,)`` positions from 0 to N - 1, in any order, repeated ones allowed.
+
+        Raises:
+            ShapeError: If a position is out of range, or none is given.
+        """
+        at = self._positions(index)
+        if isinstance(self._source, Stream):
+            if isinstance(at, range) and len(at) == self.num_samples:
+                return self
+            picked = self._source.pick(torch.arange(at.start, at.stop) if isinstance(at, range) else at)
+            return Inputs(picked, self.output_shape, live=self._live)
+        return Inputs(
+            self._source, self.output_shape, index=self._compose(at), watches=self._watches, live=self._live
+        )
+
+    def _positions(self, index: Tensor) -> Tensor | range:
+        index = torch.as_tensor(index).detach().cpu()
+        if index.dim() != 1 or len(index) == 0 or index.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(
+                f"sample index of shape {tuple(index.shape)} and dtype {index.dtype}; pass a vector of "
+                "positions"
+            )
+        index = index.long()
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= self.num_samples:
+            raise ShapeError(
+                f"sample index {low if low < 0 else high} is out of range for {self.num_samples} samples"
+            )
+        first = int(index[0])
+        if torch.equal(index, torch.arange(first, first + len(index))):
+            return range(first, first + len(index))
+        return index.clone()
+
+    def _compose(self, at: Tensor | range) -> Tensor | range:
+        if self._index is None:
+            return at
+        if isinstance(self._index, range):
+            start = self._index.start
+            return range(at.start + start, at.stop + start) if isinstance(at, range) else at + start
+        return self._index[at.start : at.stop] if isinstance(at, range) else self._index[at]
+
+    def check_fresh(self) -> None:
+        """Raise `StaleOperatorError` if an input was changed in place since it was taken."""
+        require_fresh(self._watches, "inputs")
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Inputs:
+        """Return the samples with floating tensors cast to ``dtype``, all of them on ``device``.
+
+        Integer and boolean tensors keep their dtype. What needs no change stays held by reference.
+        """
+        if isinstance(self._source, Stream):
+            return Inputs(
+                self._source.to(dtype, device), self.output_shape, watches=self._watches, live=self._live
+            )
+        whole = self._whole()
+        moved = whole.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        kept = {id(tensor) for tensor in moved.tensors}
+        if kept == {id(tensor) for tensor in whole.tensors}:
+            return self
+        watches = tuple(watch for watch in self._watches if id(watch.tensor) in kept)
+        return Inputs(moved, self.output_shape, watches=watches, live=self._live)
+
+    def _whole(self) -> Batch:
+        """Return the samples of this view in memory."""
+        (batch,) = self._cut(None)
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the samples of this view only, and no versions: they are this process's."""
+        state = dict(vars(self), _watches=())
+        if isinstance(self._source, Batch):
+            whole = self._whole()
+            state |= {"_source": whole.map(lambda t: t.detach().clone()), "_index": None}
+            state["_watched"] = bool(self._watches)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the new tensors if the old ones were watched."""
+        watched = state.pop("_watched", False)
+        vars(self).update(state)
+        if watched and isinstance(self._source, Batch):
+            self._watches = _watches(self._source)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
+        """Return itself: nothing in it is ever changed."""
+        return self
+
+    def __repr__(self) -> str:
+        """Show the number of samples and the output's shape."""
+        kind = "stream" if isinstance(self._source, Stream) else "memory"
+        return f"Inputs(num_samples={self.num_samples}, output_shape={tuple(self.output_shape)}, {kind})"
+
+
+def _watches(batch: Batch) -> tuple[Watch, ...]:
+    pairs = zip(batch.layout.labels, batch.tensors, strict=True)
+    return tuple(Watch.of(label, tensor) for label, tensor in pairs)
+
+
+def _is_batches(x: Any) -> bool:
+    """Whether inputs are several batches and not one."""
+    return not isinstance(x, (torch.Tensor, tuple, Mapping)) and type(x).__module__ != "numpy"
+
+
+def read_inputs(
+    x: Any, batch_dim: int, dtypes: Collection[torch.dtype], device: torch.device, *, live: bool = False
+) -> tuple[Batch | Stream, tuple[Watch, ...]]:
+    """Take inputs apart and look at them, before anything is computed.
+
+    Args:
+        x: A tensor, tuple or mapping of tensors, or a re-iterable of batches of these.
+        batch_dim: The sample axis.
+        dtypes: Floating dtypes of the model, that of the selected parameters first.
+        device: The model's device.
+        live: Keep the tensors in their autograd graph, and do not watch them.
+
+    Returns:
+        The samples, and the watches of those tensors that are held by reference.
+    """
+    if _is_batches(x):
+        return Stream(x, batch_dim, dtypes, device), ()
+    batch = normalise(x, batch_dim)
+    require_sound(batch, dtypes, device)
+    if live:
+        return batch, ()
+    held = [hold(tensor) for tensor in batch.tensors]
+    watches = [
+        Watch.of(label, tensor)
+        for label, (tensor, watched) in zip(batch.layout.labels, held, strict=True)
+        if watched
+    ]
+    return batch.replace([tensor for tensor, _ in held]), tuple(watches)

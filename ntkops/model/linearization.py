@@ -1,0 +1,283 @@
+"""A model at fixed parameters, as a pure function of its selected parameters and its inputs."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DtypeError, OutputError, ShapeError
+from .batches import Batch, cut
+from .call import FunctionCall, ModuleCall
+from .context import safe_context
+from .freshness import Watch, require_fresh
+from .inputs import Inputs, read_inputs
+from .output import OutputSelector, sample_rows
+from .probe import examine
+from .stream import Stream
+
+__all__ = ["Linearization"]
+
+_HEAD = 64  # samples among which the trial run finds differing ones
+
+
+class Linearization:
+    r"""A model at fixed parameters: the pure function whose Jacobian all operators are made of.
+
+    .. math:: f(\theta, x) \in \mathbb{R}^{B \times O}, \qquad \theta = \text{the selected parameters}
+
+    Immutable, picklable, and independent of the user's model, which is never run, swapped or changed.
+    Made by `linearize`.
+
+    Attributes:
+        names: Canonical names of the selected parameters, in the model's order.
+        parameters: Their values: detached copies, or the live tensors if ``differentiable``.
+        batch_dim: The sample axis of inputs and output.
+        differentiable: Whether parameters and inputs keep their autograd graph.
+    """
+
+    def __init__(
+        self,
+        call: ModuleCall | FunctionCall,
+        selector: OutputSelector,
+        parameters: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        *,
+        batch_dim: int,
+        differentiable: bool,
+        watches: tuple[Watch, ...] = (),
+        origins: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.call = call
+        self.selector = selector
+        self.names = tuple(parameters)
+        self.parameters = tuple(parameters.values())
+        self.frozen_names = tuple(frozen)
+        self.buffer_names = tuple(buffers)
+        self.constants = (*frozen.values(), *buffers.values())
+        self.batch_dim = batch_dim
+        self.differentiable = differentiable
+        self._watches = watches
+        # Weak: to recognise the user's tensors in the trial run, without keeping them alive.
+        self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
+        modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+        self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
+
+    # -- sizes
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of the selected parameters."""
+        return tuple(tensor.shape for tensor in self.parameters)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of entries of the selected parameters."""
+        return tuple(tensor.numel() for tensor in self.parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number P of selected entries."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the selected parameters, and of all products."""
+        return self.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the selected parameters, and of all products."""
+        return self.parameters[0].device
+
+    # -- what the trial run needs to know
+
+    @property
+    def output_name(self) -> str:
+        """How messages call the state."""
+        return "the output" if self.selector.output is None else f"the output {self.selector.output!r}"
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that are not selected, by name."""
+        return dict(zip(self.frozen_names, self.constants, strict=False))
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers, by name."""
+        return dict(zip(self.buffer_names, self.constants[len(self.frozen_names) :], strict=True))
+
+    def origins(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the user's tensors that are still alive, each with a label."""
+        for label, reference in self._origins:
+            tensor = reference()
+            if tensor is not None:
+                yield label, tensor
+
+    def raw_state(self, params: Sequence[Tensor], batch: Batch) -> Any:
+        """Call the model once and return the selected state as it is."""
+        return self.call.run((*params, *self.constants), batch.inputs, self.selector.read)
+
+    # -- the function
+
+    def function(self, params: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Evaluate the model, purely in parameters and batch.
+
+        It works under every torch.func transform and under plain autograd, in any gradient mode. Hold
+        `safe_context` around it and around the backward pass.
+
+        Args:
+            params: One tensor for each of ``names``, of its shape.
+            batch: From `Inputs.batches`, possibly with replaced tensors.
+
+        Returns:
+            ``(B, O)``, samples first and the output of each flattened, in the dtype of ``params``.
+
+        Raises:
+            ShapeError: If the number of parameters is wrong.
+            OutputError: If this batch gives another number of samples or outputs than the first.
+        """
+        if len(params) != len(self.names):
+            raise ShapeError(f"{len(params)} parameter tensors given, {len(self.names)} are selected")
+        state = self.raw_state(params, batch)
+        if not isinstance(state, Tensor) or state.dim() <= self.batch_dim:
+            raise OutputError(
+                f"{self.output_name} has no sample axis on this batch, though it has on the first"
+            )
+        rows = sample_rows(state, self.batch_dim, params[0].dtype)
+        expected = (batch.num_samples, rows.shape[1] if batch.num_outputs is None else batch.num_outputs)
+        if tuple(rows.shape) != expected:
+            raise OutputError(
+                f"{self.output_name} has shape {tuple(state.shape)} on a batch of {batch.num_samples} "
+                f"samples, where {expected[1]} outputs per sample are due as on the first batch; pad all "
+                "batches to one length"
+            )
+        return rows
+
+    def inputs(self, x: Any) -> Inputs:
+        """Take inputs, look at them, and try the model on a few samples.
+
+        The trial run takes some ten forward passes and one backward pass on at most four samples; a
+        re-iterable of batches is read once in full. Nothing is copied: tensors are held by reference.
+
+        Args:
+            x: A tensor, a tuple (positional inputs), a mapping (keyword inputs), or a re-iterable of
+                batches of these, such as a DataLoader. Every tensor in it carries the samples at
+                ``batch_dim``; other leaves and tensors without axes go to the model as they are.
+
+        Returns:
+            A view of the N samples.
+
+        Raises:
+            InputError: Empty, ragged, one-shot or unknown inputs.
+            NonDeterministicDataError: Two passes over a re-iterable differ.
+            NonFiniteError: NaN or infinity in a sample.
+            DtypeError: A floating dtype that the model does not have.
+            DeviceError: Another device than the model's.
+            OutputError: No floating output with one row per sample.
+            CoupledSamplesError: The output of a sample depends on other samples.
+            StochasticModelError: Two passes of the model differ.
+            ModelMutationError: The forward pass writes to parameters, buffers or inputs.
+            UnsupportedModelError: The forward pass uses tensors of the original model directly.
+        """
+        if isinstance(x, Inputs):
+            return x
+        with torch.inference_mode(False):
+            source, watches = read_inputs(
+                x, self.batch_dim, self._dtypes(), self.device, live=self.differentiable
+            )
+            if isinstance(source, Stream):
+                head = next(source.batches(_HEAD))
+            else:
+                head = cut(source, 0, min(_HEAD, source.num_samples))
+            shape, outside = examine(self, head)
+        if isinstance(source, Stream):
+            return Inputs(source.expecting(shape.numel()), shape, watches=outside, live=self.differentiable)
+        whole = Batch(source.tensors, source.layout, shape.numel())
+        return Inputs(whole, shape, watches=(*watches, *outside), live=self.differentiable)
+
+    def _dtypes(self) -> list[torch.dtype]:
+        tensors = itertools.chain(self.parameters, self.frozen.values())
+        return list(dict.fromkeys(t.dtype for t in tensors if t.is_floating_point()))
+
+    # -- the snapshot
+
+    def check_fresh(self) -> None:
+        """Raise `StaleOperatorError` if a tensor held by reference was changed in place."""
+        require_fresh(self._watches, "parameters")
+
+    def safe_context(self, math_attention: bool = True) -> AbstractContextManager[None]:
+        """Return the context to hold around every product, forward and backward.
+
+        Args:
+            math_attention: Use attention's plain formula, which jvp and double backward need.
+        """
+        low = self.dtype != torch.float64
+        return safe_context(
+            self.device,
+            math_attention=math_attention,
+            no_mkldnn=self._fused_recurrent and low and self.device.type == "cpu",
+            no_cudnn=self._recurrent,
+        )
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Linearization:
+        """Return the same model with floating tensors cast to ``dtype``, all of them on ``device``.
+
+        Parameters and buffers are cast; integers stay integers. No check is repeated.
+
+        Raises:
+            DtypeError: If ``dtype`` is not a floating dtype.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise DtypeError(f"cannot cast a model to {dtype}; pass a floating dtype")
+
+        def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in tensors.items()
+            }
+
+        parameters, frozen = change(dict(zip(self.names, self.parameters, strict=True))), change(self.frozen)
+        buffers = change(self.buffers)
+        kept = {id(tensor) for tensor in (*parameters.values(), *frozen.values(), *buffers.values())}
+        if kept == {id(tensor) for tensor in (*self.parameters, *self.constants)}:
+            return self
+        others = {id(tensor) for _, tensor in self.call.others}
+        return Linearization(
+            self.call,
+            self.selector,
+            parameters,
+            frozen,
+            buffers,
+            batch_dim=self.batch_dim,
+            differentiable=self.differentiable,
+            watches=tuple(watch for watch in self._watches if id(watch.tensor) in kept | others),
+            origins=dict(self.origins()),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out references to the user's tensors, and versions: they are this process's."""
+        return dict(vars(self), _origins=(), _watches=tuple((w.label, w.tensor) for w in self._watches))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the new tensors as the old ones were."""
+        state["_watches"] = tuple(Watch.of(label, tensor) for label, tensor in state["_watches"])
+        vars(self).update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
+        """Return itself: nothing in it is ever changed."""
+        return self
+
+    def __repr__(self) -> str:
+        """Show the number of parameters, dtype and device."""
+        return (
+            f"Linearization({len(self.names)} parameter tensors, P={self.num_parameters}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device})"
+        )

@@ -1,0 +1,371 @@
+"""The trial run: a few samples through the private copy, before anything is built on it.
+
+It looks for what no inspection of modules can see: hidden randomness, writes in place, coupled
+samples, uses of the original model, and modules that are called again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import (
+    CoupledSamplesError,
+    ModelMutationError,
+    NonFiniteError,
+    NtkopsError,
+    NtkopsWarning,
+    OutputError,
+    StochasticModelError,
+    UnsupportedModelError,
+)
+from .batches import Batch, take
+from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
+from .freshness import Watch, same_bits
+from .output import require_state
+from .randomness import disturb_randomness, random_state_moved, untouched_randomness
+
+if TYPE_CHECKING:
+    from .linearization import Linearization
+
+__all__ = ["examine"]
+
+_PROBED = 4  # samples of the trial run
+_SEARCHED = 64  # samples among which differing ones are looked for
+_REPEATS = 4  # further passes when random numbers were drawn
+# Rows that must agree do so up to rounding; anything that couples samples is far larger.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tuple[Watch, ...]]:
+    """Run a model on a few samples and raise if products with it could be wrong.
+
+    Args:
+        linearization: The model.
+        head: Its first samples.
+
+    Returns:
+        The output's shape per sample, and watches of tensors outside the model that the output depends on.
+
+    Raises:
+        OutputError: If the state is not a floating tensor with one row per sample.
+        NonFiniteError: If it is NaN.
+        ModelMutationError: If the forward pass writes to parameters, buffers or inputs.
+        StochasticModelError: If two passes differ.
+        UnsupportedModelError: If the original model is used behind our back, or reentrant checkpointing.
+        CoupledSamplesError: If a sample's output depends on other samples.
+    """
+    rows = _differing_rows(head)
+    sample = take(head, rows).map(Tensor.detach)
+    with untouched_randomness(linearization.device), linearization.safe_context():
+        trial = _Trial(linearization, sample, rows)
+        with torch.no_grad():
+            state = trial.first_state()
+            trial.require_numbers(state)
+            trial.require_repeatable(state)
+        watches = trial.require_derivative()
+        with torch.no_grad():
+            trial.require_independent(state)
+    shape = state.movedim(linearization.batch_dim, 0).shape[1:]
+    return shape, watches
+
+
+def _differing_rows(head: Batch) -> Tensor:
+    """Return up to four positions, each sample differing from the one before; the first if all agree."""
+    chosen = [0]
+    columns = [tensor.detach().movedim(head.batch_dim, 0) for tensor in head.tensors]
+    for row in range(1, min(head.num_samples, _SEARCHED)):
+        if not all(torch.equal(column[row], column[chosen[-1]]) for column in columns):
+            chosen.append(row)
+        if len(chosen) == _PROBED:
+            break
+    return torch.tensor(chosen)
+
+
+class _Trial:
+    """One model on one small batch."""
+
+    def __init__(self, linearization: Linearization, sample: Batch, rows: Tensor) -> None:
+        self.lin = linearization
+        self.sample = sample
+        self.rows = rows
+        self._draws = 0
+        self.axis = linearization.batch_dim
+        # Live parameters stay out of the trial, so that a use of the user's own tensors shows.
+        self.params = tuple(
+            p.detach().clone() if linearization.differentiable else p for p in linearization.parameters
+        )
+
+    def state(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
+        """Run one pass, with a graph only for the parameters given."""
+        state = self.lin.raw_state(self.params if params is None else params, batch)
+        state = require_state(state, batch.num_samples, self.axis, self.lin.output_name)
+        return state.detach() if params is None else state
+
+    # -- writes
+
+    def first_state(self) -> Tensor:
+        """Run the first pass; a model that differentiates inside needs gradient mode for it."""
+        try:
+            return self.guarded()
+        except NtkopsError:
+            raise
+        except Exception as error:
+            self.lin.call.differentiates = True
+            try:
+                return self.guarded().detach()
+            except NtkopsError:
+                raise
+            except Exception:
+                self.lin.call.differentiates = False
+            error.add_note(self._call_note())
+            raise
+
+    def guarded(self) -> Tensor:
+        """Run the forward pass with every write to what it is given refused before it happens."""
+        tensors = (*self.params, *self.lin.constants)
+        held = self._held(tensors)
+        guard = Guard(held, self._foreign(held))
+        buffers = self.lin.buffers
+        before = {name: tensor.clone() for name, tensor in buffers.items()}
+        reassigned: list[str] = []
+        selector = self.lin.selector.read
+
+        def read(root: Any, forward: Any) -> Any:
+            try:
+                return selector(root, forward)
+            finally:
+                reassigned.extend(self.lin.call.reassigned(root, tensors))
+
+        try:
+            with guard:
+                state = self.lin.call.run(tensors, self.sample.inputs, read)
+        except NtkopsError:
+            raise
+        except Exception:
+            if guard.refusal is not None:
+                raise guard.refusal from None
+            raise
+        if guard.refusal is not None:
+            raise guard.refusal
+        if reassigned:
+            raise ModelMutationError(
+                f"the forward pass assigns new tensors to {', '.join(map(repr, reassigned))}, so that two "
+                "products would see different models; call model.eval(), or keep that state outside the "
+                "forward pass"
+            )
+        for name, old in before.items():
+            if not same_bits(old, buffers[name]):
+                raise ModelMutationError(
+                    f"the forward pass changes buffer {name!r} in place; call model.eval(), or write that "
+                    "step out of place"
+                )
+        return require_state(state, self.sample.num_samples, self.axis, self.lin.output_name)
+
+    def _held(self, tensors: Sequence[Tensor]) -> dict[int, str]:
+        lin = self.lin
+        labels = [f"parameter {name!r}" for name in (*lin.names, *lin.frozen_names)]
+        labels += [f"buffer {name!r}" for name in lin.buffer_names]
+        named = [*zip(labels, tensors, strict=True), *lin.call.others]
+        named += zip(self.sample.layout.labels, self.sample.tensors, strict=True)
+        return {key: label for label, tensor in named if (key := storage_key(tensor)) is not None}
+
+    def _foreign(self, held: dict[int, str]) -> dict[int, str]:
+        foreign = {}
+        for label, tensor in self.lin.origins():
+            key = storage_key(tensor)
+            if key is not None and key not in held:
+                foreign[key] = label
+        return foreign
+
+    def _call_note(self) -> str:
+        inputs = self.sample.inputs
+        if isinstance(inputs, dict):
+            how = f"with the keywords {', '.join(map(str, inputs))}"
+        else:
+            how = f"with {len(inputs) if isinstance(inputs, tuple) else 1} positional input(s)"
+        return (
+            f"ntkops called the model {how}. A tuple is passed on as positional inputs and a dict as "
+            "keywords; if the data also hold labels, leave them out."
+        )
+
+    def require_numbers(self, state: Tensor) -> None:
+        """Raise if the output is not a number; infinities may be masked scores."""
+        if bool(state.isnan().any()):
+            rows = state.isnan().movedim(self.axis, 0).reshape(self.sample.num_samples, -1).any(1)
+            row = int(self.rows[int(rows.nonzero()[0, 0])])
+            raise NonFiniteError(
+                f"{self.lin.output_name} is NaN for input row {row} although parameters and inputs are "
+                "finite; look for a division by zero, or a logarithm or root of a negative number, in the "
+                "model"
+            )
+
+    # -- randomness
+
+    def require_repeatable(self, state: Tensor) -> None:
+        """Raise if further passes differ from the first one."""
+        with random_state_moved(self.lin.device) as moved:
+            again = [self.state(self.sample)]
+        if moved[0]:
+            self.lin.call.draws = True
+            again += [self._other_draw() for _ in range(_REPEATS)]
+        if all(self._close(state, other) for other in again):
+            return
+        raise StochasticModelError(
+            f"two passes over the same samples differ{self._random_module()}: the forward pass draws random "
+            "numbers (functional dropout, drop path, sampling) or keeps a state; call model.eval(), and "
+            "give F.dropout training=self.training"
+        )
+
+    def _other_draw(self) -> Tensor:
+        self._draws += 1
+        disturb_randomness(self._draws)  # the call restores the state that it finds
+        return self.state(self.sample)
+
+    def _random_module(self) -> str:
+        path: list[str | None] = []
+
+        def search(root: Any, forward: Any) -> None:
+            path.append(first_random_module(root, forward) if root is not None else None)
+
+        self.lin.call.run((*self.params, *self.lin.constants), self.sample.inputs, search)
+        return f" (first at module {path[0]!r})" if path[0] else ""
+
+    # -- derivatives
+
+    def require_derivative(self) -> tuple[Watch, ...]:
+        """Look at the autograd graph of one pass."""
+        leaves = tuple(p.detach().requires_grad_() for p in self.params)
+        batch = self.sample.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
+        state = self._differentiable_state(batch, leaves)
+        found, nodes = graph_leaves(state)
+        if any("CheckpointFunctionBackward" in name for name in nodes):
+            raise UnsupportedModelError(
+                "the forward pass uses reentrant activation checkpointing, through which only backward() "
+                "works; pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or switch "
+                "checkpointing off"
+            )
+        given = {id(tensor) for tensor in (*leaves, *batch.tensors)}
+        outside = [leaf for leaf in found if id(leaf) not in given]
+        labels = {id(tensor): label for label, tensor in self.lin.origins()}
+        for leaf in outside:
+            if id(leaf) in labels:
+                raise foreign_use(labels[id(leaf)])
+        reached = {id(leaf) for leaf in found}
+        if not any(id(leaf) in reached for leaf in leaves):
+            warnings.warn(
+                f"{self.lin.output_name} does not depend on the selected parameters "
+                f"({', '.join(self.lin.names[:3])}{', ...' if len(self.lin.names) > 3 else ''}): the kernel "
+                "is zero; look for torch.no_grad() or .detach() in the model, or select others",
+                NtkopsWarning,
+                stacklevel=4,
+            )
+        return tuple(
+            Watch.of("a tensor outside the model", leaf) for leaf in outside if not leaf.is_inference()
+        )
+
+    def _differentiable_state(self, batch: Batch, leaves: Sequence[Tensor]) -> Tensor:
+        """Run one pass with a graph, and find out whether its backward pass calls modules again."""
+        call = self.lin.call
+        with torch.enable_grad():
+            state = self.state(batch, leaves)
+            if call.replicate or self._backward_works(state, leaves):
+                return state
+            call.replicate = True
+            retried = self.state(batch, leaves)
+            if not self._backward_works(retried, leaves):
+                call.replicate = False  # not the cause: the ladder will find what works
+            return self.state(batch, leaves)
+
+    def _backward_works(self, state: Tensor, leaves: Sequence[Tensor]) -> bool:
+        if not state.requires_grad:
+            return True
+        try:
+            gradients = torch.autograd.grad(state.sum(), leaves, retain_graph=True, allow_unused=True)
+        except Exception:
+            return False
+        return not any(gradient is not None and gradient.is_meta for gradient in gradients)
+
+    # -- the sample axis
+
+    def require_independent(self, state: Tensor) -> None:
+        """Raise if changing one sample changes the output of another."""
+        count = self.sample.num_samples
+        if count == 1:
+            self._require_single(state)
+            return
+        rows = torch.arange(count)
+        for changed in range(count):
+            # A neighbour's content: samples that must be sorted stay sorted.
+            index = rows.clone()
+            index[changed] = changed - 1 if changed else 1
+            kept = rows[rows != changed].to(state.device)
+            other = self.state(take(self.sample, index))
+            if self._moved(state.index_select(self.axis, kept), other.index_select(self.axis, kept)):
+                raise self._coupled(changed)
+
+    def _require_single(self, state: Tensor) -> None:
+        """With one sample (or equal ones), its double must give the same output twice."""
+        twice = take(self.sample, torch.tensor([0, 0]))
+        try:
+            double = self.state(twice)
+        except OutputError:
+            raise
+        except Exception:
+            return  # a model for single samples only
+        for row in (0, 1):
+            if self._moved(state, double.narrow(self.axis, row, 1)):
+                raise self._coupled(0)
+
+    def _coupled(self, changed: int) -> CoupledSamplesError:
+        for axis in range(2):
+            if axis != self.axis and self._independent_along(axis):
+                return CoupledSamplesError(
+                    f"samples are not on dimension {self.axis}: changing entry {changed} there changes the "
+                    f"output of others, while entries of dimension {axis} are independent; pass "
+                    f"batch_dim={axis} (a recurrent layer without batch_first=True has time first)"
+                )
+        return CoupledSamplesError(
+            f"samples are coupled: changing sample {changed} changes the output of others, so that the "
+            "kernel has no sample structure; look for normalisation, attention, sorting or pooling over the "
+            f"batch axis (dimension {self.axis})"
+        )
+
+    def _independent_along(self, axis: int) -> bool:
+        sizes = {tensor.shape[axis] if tensor.dim() > axis else 0 for tensor in self.sample.tensors}
+        if len(sizes) != 1 or (size := sizes.pop()) < 2:
+            return False
+        rows = torch.arange(min(size, _PROBED), device=self.sample.tensors[0].device)
+        swapped = rows.clone()
+        swapped[0] = 1
+        try:
+            states = [
+                self.lin.raw_state(
+                    self.params, self.sample.map(partial(torch.index_select, dim=axis, index=at))
+                )
+                for at in (rows, swapped)
+            ]
+            kept = [state.narrow(axis, 1, len(rows) - 1) for state in states]
+        except Exception:
+            return False
+        return states[0].shape[axis] == len(rows) and not self._moved(*kept)
+
+    def _moved(self, before: Tensor, after: Tensor) -> bool:
+        return not self._close(before, after)
+
+    def _close(self, before: Tensor, after: Tensor) -> bool:
+        """Whether two states agree up to rounding, output by output."""
+        if before.shape != after.shape:
+            return False
+        dtypes = [t.dtype for t in (*self.params, *self.lin.constants, before) if t.dtype in _TOLERANCE]
+        tolerance = max(_TOLERANCE[dtype] for dtype in dtypes)
+        left, right = before.movedim(self.axis, 0).double(), after.movedim(self.axis, 0).double()
+        size = torch.maximum(left.abs(), right.abs())
+        finite = torch.where(size.isinf(), 0.0, size)
+        scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))
+        return bool(((left - right).abs() <= tolerance * scale).logical_or(left == right).all())

@@ -1,0 +1,339 @@
+"""Recording a forward pass at function level: who uses a parameter, with what, and where it goes.
+
+Every function call that is handed a selected parameter is looked up in a catalogue. A call found there
+gets a fresh leaf in the parameter's place, so that the parameter itself is left in the autograd graph of
+the output only by uses that nobody understood. That is what decides who is covered: not a list of
+modules, and not a count that could miss a use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from .batches import Batch
+
+__all__ = ["Call", "Entry", "Place", "Recording", "record"]
+
+Function = Callable[[Sequence[Tensor], Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tensor is a view of.
+
+    Attributes:
+        index: Number of the selected parameter.
+        transposed: Whether it is the transpose of a matrix.
+        start: First row of the parameter that it shows.
+        stop: The row after the last.
+    """
+
+    index: int
+    transposed: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a function takes its arguments.
+
+    Attributes:
+        name: Name of the rule.
+        arguments: Names of the arguments, in order.
+        roles: Those in which a parameter is understood.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    roles: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Call:
+    """One understood use of parameters.
+
+    Attributes:
+        rule: Name of the rule.
+        arguments: The arguments by name; tensors are detached.
+        places: The parameter in each role.
+        edge: Where the gradient of the result is found in the graph.
+        shape: Shape of the result.
+    """
+
+    rule: str
+    arguments: dict[str, Any]
+    places: dict[str, Place]
+    edge: GradientEdge
+    shape: torch.Size
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What stays the same from batch to batch."""
+        return (self.rule, tuple(self.places.items()), len(self.shape))
+
+
+@dataclass(eq=False)
+class Recording:
+    """A forward pass and its understood uses of parameters.
+
+    Attributes:
+        output: ``(B, O)`` with its autograd graph.
+        calls: The understood uses that the output may depend on, in order.
+        uncovered: Numbers of parameters that the output also depends on in other ways, and which.
+    """
+
+    output: Tensor
+    calls: list[Call]
+    uncovered: dict[int, str]
+
+
+def record(
+    function: Function,
+    params: Sequence[Tensor],
+    batch: Batch,
+    catalogue: Mapping[Any, Entry],
+    expansions: Mapping[Any, Callable[..., Any]],
+) -> Recording:
+    """Run a forward pass in plain autograd and record its uses of parameters.
+
+    Args:
+        function: Pure ``(params, batch) -> (B, O)``.
+        params: The parameters; their values are used, their graphs are not.
+        batch: B samples.
+        catalogue: The functions that are understood.
+        expansions: For fused functions, the same in terms of simple ones; one may return
+            NotImplemented for arguments that it does not handle.
+
+    Returns:
+        The recording. Cost: one forward pass.
+    """
+    leaves = tuple(p.detach().requires_grad_() for p in params)
+    recorder = _Recorder(leaves, catalogue, expansions)
+    with torch.enable_grad():
+        with recorder:
+            output = function(leaves, batch)
+        uncovered = recorder.uncovered(output) if output.requires_grad else {}
+    return Recording(output, recorder.calls(), uncovered)
+
+
+@dataclass(eq=False)
+class _Traced:
+    """A call with what is needed to decide whether it stands for all of its effect."""
+
+    call: Call
+    interior: set[Node]  # nodes of the graph that belong to the call
+    frontier: list[Node]  # nodes of its other arguments
+    versions: list[tuple[Tensor, int]]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(
+        self,
+        leaves: tuple[Tensor, ...],
+        catalogue: Mapping[Any, Entry],
+        expansions: Mapping[Any, Callable[..., Any]],
+    ) -> None:
+        super().__init__()
+        self._catalogue, self._expansions = catalogue, expansions
+        self._leaves = {id(leaf): index for index, leaf in enumerate(leaves)}
+        # The tensors are kept, so that no identity is met twice.
+        self._tracked: dict[int, tuple[Tensor, Place]] = {
+            id(leaf): (leaf, Place(index, False, 0, leaf.shape[0] if leaf.dim() else 1))
+            for index, leaf in enumerate(leaves)
+        }
+        self._traced: list[_Traced] = []
+        self._aliases: dict[int, int] = {}
+        self._lost: dict[int, str] = {}
+        self._names: dict[int, set[str]] = {}
+
+    def calls(self) -> list[Call]:
+        return [traced.call for traced in self._traced]
+
+    def _found(self, values: Any) -> Iterator[Place]:
+        for value in values:
+            if isinstance(value, Tensor):
+                entry = self._tracked.get(id(value))
+                if entry is not None:
+                    yield entry[1]
+            elif isinstance(value, (list, tuple)):
+                yield from self._found(value)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        places = list(self._found((*args, *kwargs.values())))
+        if not places:
+            return function(*args, **kwargs)
+        if function in _VIEWS:
+            return self._view(function, args, kwargs)
+        entry = self._catalogue.get(function)
+        if entry is not None and len(args) <= len(entry.arguments):
+            return self._run(entry, function, args, kwargs)
+        expansion = self._expansions.get(function)
+        if expansion is not None:
+            with self:
+                result = expansion(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = function(*args, **kwargs)
+        if _is_recorded(result):
+            for place in places:
+                self._names.setdefault(place.index, set()).add(getattr(function, "__name__", str(function)))
+        return result
+
+    def _view(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = function(*args, **kwargs)
+        source = self._tracked.get(id(args[0])) if args else None
+        if source is not None:
+            parts = result if isinstance(result, (tuple, list)) else (result,)
+            for part in parts:
+                place = _place_of(part, *source) if isinstance(part, Tensor) else None
+                if place is not None:
+                    self._tracked[id(part)] = (part, place)
+        return result
+
+    def _run(self, entry: Entry, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(entry.arguments, args, strict=False)), **kwargs}
+        places: dict[str, Place] = {}
+        frontier: list[Node] = []
+        versions: list[tuple[Tensor, int]] = []
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                continue
+            tracked = self._tracked.get(id(value))
+            if tracked is not None and name in entry.roles:
+                places[name] = tracked[1]
+            else:
+                versions.append((value, value._version))
+                if value.requires_grad:
+                    frontier.append(get_gradient_edge(value).node)
+        if not places:
+            return function(*args, **kwargs)
+        aliases = {name: given[name].detach().requires_grad_() for name in places}
+        names = entry.arguments[: len(args)]
+        result = function(
+            *(aliases.get(name, value) for name, value in zip(names, args, strict=True)),
+            **{name: aliases.get(name, value) for name, value in kwargs.items()},
+        )
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return result
+        detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
+        call = Call(entry.name, detached, places, get_gradient_edge(result), result.shape)
+        number = len(self._traced)
+        self._aliases.update({id(alias): number for alias in aliases.values()})
+        self._tracked.update({id(alias): (alias, places[name]) for name, alias in aliases.items()})
+        interior, reached = _interior(call.edge.node, set(frontier), {id(a) for a in aliases.values()})
+        self._traced.append(_Traced(call, interior, reached, versions))
+        return result
+
+    def uncovered(self, output: Tensor) -> dict[int, str]:
+        """Walk the graph of the output and return the parameters that it reaches past the calls."""
+        heads = {traced.call.edge.node: traced for traced in self._traced}
+        owner = {node: traced for traced in self._traced for node in traced.interior}
+        lost: dict[int, str] = {}
+        seen: set[Node] = set()
+        waiting: list[Node | None] = [output.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            traced = heads.get(node)
+            if traced is not None:
+                waiting.extend(traced.frontier)
+                for value, version in traced.versions:
+                    if value._version != version:
+                        self._lose(lost, traced.call, "an argument of it is overwritten later")
+                continue
+            inside = owner.get(node)
+            if inside is not None:
+                self._lose(lost, inside.call, "its derivative is itself differentiated")
+            self._arrive(node, lost)
+            waiting.extend(parent for parent, _ in node.next_functions)
+        return lost
+
+    def _arrive(self, node: Node, lost: dict[int, str]) -> None:
+        variable = getattr(node, "variable", None)
+        if variable is None:
+            return
+        if id(variable) in self._leaves:
+            index = self._leaves[id(variable)]
+            names = sorted(self._names.get(index, ())) or ["a use that is not a torch function"]
+            lost.setdefault(index, f"no rule for {', '.join(names)}")
+        elif id(variable) in self._aliases:
+            call = self._traced[self._aliases[id(variable)]].call
+            self._lose(lost, call, "its derivative is itself differentiated")
+
+    def _lose(self, lost: dict[int, str], call: Call, reason: str) -> None:
+        for place in call.places.values():
+            lost.setdefault(place.index, f"{call.rule}: {reason}")
+
+
+def _is_recorded(result: Any) -> bool:
+    if isinstance(result, (tuple, list)):
+        return any(_is_recorded(part) for part in result)
+    return isinstance(result, Tensor) and result.requires_grad
+
+
+def _interior(head: Node, frontier: set[Node], aliases: set[int]) -> tuple[set[Node], list[Node]]:
+    """Return the nodes between a call's result and its arguments, and those arguments reached."""
+    interior: set[Node] = set()
+    reached: list[Node] = []
+    waiting: list[Node | None] = [head]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in interior:
+            continue
+        if node in frontier:
+            reached.append(node)
+            continue
+        interior.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return interior, reached
+
+
+def _place_of(part: Tensor, source: Tensor, place: Place) -> Place | None:
+    """Return what a view of a tracked tensor shows, or None if it is not a transpose or a range of rows."""
+    if part.dim() != source.dim() or part.dtype != source.dtype or part.device != source.device:
+        return None
+    offset = part.storage_offset() - source.storage_offset()
+    if part.shape == source.shape and part.stride() == source.stride() and offset == 0:
+        return place
+    if part.dim() == 2 and part.shape == source.shape[::-1] and part.stride() == source.stride()[::-1]:
+        return replace(place, transposed=not place.transposed) if offset == 0 else None
+    if place.transposed or part.stride() != source.stride() or part.shape[1:] != source.shape[1:]:
+        return None
+    if part.dim() == 0 or source.stride(0) == 0 or part.numel() == 0:
+        return None
+    first, remainder = divmod(offset, source.stride(0))
+    if remainder or first < 0 or first + part.shape[0] > source.shape[0]:
+        return None
+    return replace(place, start=place.start + first, stop=place.start + first + part.shape[0])
+
+
+_VIEWS = {
+    torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.t,
+    torch.t,
+    torch.Tensor.transpose,
+    torch.transpose,
+    torch.Tensor.chunk,
+    torch.chunk,
+    torch.Tensor.split,
+    torch.split,
+    torch.Tensor.__getitem__,
+    torch.Tensor.narrow,
+    torch.narrow,
+    torch.Tensor.unbind,
+    torch.unbind,
+}
