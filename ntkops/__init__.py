@@ -3,9 +3,20 @@
 from . import functional
 from .engines import count_passes
 from .errors import NtkopsError, NtkopsWarning
+from .estimators import (
+    alignment,
+    diagonal,
+    effective_rank,
+    eigsh,
+    frobenius_norm,
+    inner,
+    one_sided_product_trace,
+    trace,
+    truncation_rank,
+)
 from .model import Linearization, linearize
 from .operators import JacobianOperator, NTKOperator, jacobian, ntk
-from .results import EngineInfo, Estimate
+from .results import Eigenpairs, EngineInfo, Estimate, TruncationRank
 
 __version__ = "0.1.0"
 
@@ -17,10 +28,22 @@ __all__ = [
     "JacobianOperator",
     "NTKOperator",
     "Linearization",
+    # estimators
+    "trace",
+    "frobenius_norm",
+    "inner",
+    "alignment",
+    "effective_rank",
+    "diagonal",
+    "one_sided_product_trace",
+    "eigsh",
+    "truncation_rank",
     # the pure core
     "functional",
     # results
     "Estimate",
+    "Eigenpairs",
+    "TruncationRank",
     "EngineInfo",
     "count_passes",
     # errors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import EstimateError
 
-__all__ = ["EngineInfo", "Estimate", "Eigenpairs", "PassCount"]
+__all__ = ["Eigenpairs", "EngineInfo", "Estimate", "PassCount", "TruncationRank"]
 
 
 @dataclass(frozen=True)
@@ -208,3 +208,38 @@ class Eigenpairs:
     method: str
     seed: int | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TruncationRank:
+    """How many leading eigenvalues hold a given share of the trace.
+
+    Attributes:
+        rank: ``(*batch)`` smallest r with Σ_{i≤r} λ_i ≥ (1 - ε) tr K, int64.
+        captured: ``(*batch)`` the share that they hold, float64.
+        epsilon: ε.
+        values: ``(*batch, r_max)`` leading eigenvalues that were used, largest first, float64.
+        exact: Whether all eigenvalues were computed (else Lanczos, converged as said).
+        converged: Whether every eigenvalue that decides the rank met its tolerance.
+        passes: Passes made.
+        seed: Seed of the starting vectors; None if none was drawn.
+        seconds: Wall-clock time.
+    """
+
+    rank: Tensor
+    captured: Tensor
+    epsilon: float
+    values: Tensor
+    exact: bool
+    converged: bool
+    passes: int
+    seed: int | None = None
+    seconds: float = 0.0
+
+    def __int__(self) -> int:
+        """Return the rank of a single kernel."""
+        if self.rank.numel() != 1:
+            raise EstimateError(
+                f"there is one rank for each of {tuple(self.rank.shape)} kernels: index .rank"
+            )
+        return int(self.rank)

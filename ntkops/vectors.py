@@ -92,14 +92,21 @@ class Space:
         return block.double().square().sum(-2)
 
     def orthonormalize(self, block: Tensor) -> Tensor:
-        """Return an orthonormal basis of the columns' span, dropping directions that are rounding.
+        """Return an orthonormal basis of the columns' span.
+
+        A single block loses the directions that are rounding; the blocks of a batch keep min(n, k)
+        columns each, completed by arbitrary orthonormal ones, so that the batch stays one tensor.
 
         Args:
-            block: ``(n, k)``.
+            block: ``(n, k)`` or ``(*batch, n, k)``.
 
         Returns:
-            ``(n, r)`` with r ≤ min(n, k), in the dtype of ``block``.
+            ``(n, r)`` with r ≤ min(n, k), or ``(*batch, n, min(n, k))``, in the dtype of ``block``.
         """
+        if block.dim() > 2:
+            scale = block.abs().amax(dim=(-2, -1), keepdim=True)
+            scaled = (block / torch.where(scale > 0, scale, torch.ones_like(scale))).double()
+            return torch.linalg.qr(scaled)[0].to(block.dtype)
         scale = block.abs().amax() if block.numel() else block.new_zeros(())
         if not bool(scale > 0):
             return block[:, :0]

@@ -68,7 +68,7 @@ class ProductOperator(LinearOperator):
 
     @property
     def passes_per_column(self) -> int:
-        """Passes that a product with one column takes: one for a Jacobian, two for a kernel, times its terms."""
+        """Passes of a product with one column: one for a Jacobian, two for a kernel, times its terms."""
         core = self._core
         sides = isinstance(core.rows, StateAxis) + isinstance(core.columns, StateAxis)
         return sides * core.rows.batch_shape.numel() * core.rows.terms

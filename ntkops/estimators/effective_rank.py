@@ -1,0 +1,71 @@
+"""The effective rank (participation ratio) of an operator."""
+
+from __future__ import annotations
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..results import Estimate
+from ._driver import PRODUCT_METHODS, estimate
+from ._quantities import EffectiveRank
+from ._request import Operand
+
+__all__ = ["effective_rank"]
+
+
+def effective_rank(
+    operator: LinearOperator | Tensor,
+    *,
+    rtol: float | None = None,
+    num_passes: int | None = None,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Estimate:
+    r"""Estimate or compute the effective rank, :math:`(\mathrm{tr}\,K)^2 / |K|_F^2`.
+
+    It is the participation ratio of the eigenvalues: n for a multiple of the identity, 1 for rank one, and
+    :math:`n \cos^2(K, I)`. (Equation 16 of the paper lacks the square.) Trace and norm share their probes, so
+    that their noise partly cancels; the error is the jackknife's. The ratio has a bias of relative order
+    1/m. Cost as for the norm.
+
+    Args:
+        operator: Square ``(*batch, n, n)`` operator or tensor.
+        rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 if
+            ``num_passes`` is None too.
+        num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap.
+        method: "auto" (exact where that costs no more, else Hutch++, else one-sided), "exact" (by tiles),
+            "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
+            alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
+        generator: CPU generator of the probes; None draws a seed from the operating system. The result
+            records the seed.
+        progress: Show a bar of passes.
+
+    Returns:
+        Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
+        tolerance was met. The interval is Student's t over the random probes; the deterministic part of
+        Hutch++ has no error.
+
+    Raises:
+        InputError: If an option is not understood.
+        ShapeError: If the operator is not square.
+        ZeroKernelError: If the kernel is zero.
+        UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
+        NonFiniteError: If a product is not finite.
+
+    Example:
+        >>> import torch, ntkops
+        >>> A = torch.diag(torch.tensor([3.0, 4.0]))
+        >>> float(ntkops.effective_rank(torch.eye(7)))
+        7.0
+    """
+    return estimate(
+        lambda: EffectiveRank([Operand(operator)]),
+        rtol,
+        num_passes,
+        method,
+        PRODUCT_METHODS,
+        generator,
+        progress,
+    )
