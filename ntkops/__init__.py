@@ -1,6 +1,6 @@
 """Neural tangent kernels of PyTorch models as lazy linear operators."""
 
-from . import functional
+from . import functional, plotting
 from .engines import count_passes
 from .errors import NtkopsError, NtkopsWarning
 from .estimators import (
@@ -40,6 +40,8 @@ __all__ = [
     "truncation_rank",
     # the pure core
     "functional",
+    # pictures
+    "plotting",
     # results
     "Estimate",
     "Eigenpairs",

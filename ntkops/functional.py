@@ -145,6 +145,11 @@ def _per_sample_jacobian(function: Function, params: Any, inputs: Any) -> tuple[
     return jacobian, shape[-1]
 
 
+def _rows(leaf: Tensor) -> Tensor:
+    """Return ``(N, O, p)`` from ``(N, O, *parameter)``, also for a parameter without axes."""
+    return leaf.reshape(*leaf.shape[:2], -1)
+
+
 def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
     r"""Return the kernel's diagonal: :math:`K_{ii} = |\nabla f_i|^2`.
 
@@ -167,7 +172,7 @@ def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
     """
     jacobian, shape = _per_sample_jacobian(function, params, inputs)
     leaves, _ = tree_flatten(jacobian)
-    diagonal = sum(leaf.flatten(2).square().sum(-1) for leaf in leaves)
+    diagonal = sum(_rows(leaf).square().sum(-1) for leaf in leaves)
     return diagonal.reshape(-1, *shape)
 
 
@@ -196,7 +201,7 @@ def ntk_block(function: Function, params: Any, left: Any, right: Any) -> Tensor:
     left_leaves, _ = tree_flatten(_per_sample_jacobian(function, params, left)[0])
     right_leaves, _ = tree_flatten(_per_sample_jacobian(function, params, right)[0])
     return sum(  # type: ignore[return-value]
-        torch.einsum("aip,bjp->aibj", a.flatten(2), b.flatten(2))
+        torch.einsum("aip,bjp->aibj", _rows(a), _rows(b))
         for a, b in zip(left_leaves, right_leaves, strict=True)
     )
 

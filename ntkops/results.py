@@ -52,6 +52,7 @@ class EngineInfo:
         chunk_size: Columns per pass.
         max_dense_bytes: Limit for one dense result, in bytes.
         passes: Passes made by this engine so far.
+        covered: Parameters that the layerwise engine computes from layer structure.
     """
 
     engine: str
@@ -63,6 +64,7 @@ class EngineInfo:
     chunk_size: int | None = None
     max_dense_bytes: int | None = None
     passes: PassCount = field(default_factory=PassCount)
+    covered: tuple[str, ...] = ()
 
 
 def _scaled(value: Any, factor: float) -> Any:

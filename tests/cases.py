@@ -199,6 +199,18 @@ class Branching(nn.Module):
         return self.second(hidden)
 
 
+class ScalarGain(nn.Module):
+    """A parameter without axes beside an ordinary layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.body = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.gain * self.body(x))
+
+
 def _frozen_mlp() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     model[0].weight.requires_grad_(False)
@@ -261,6 +273,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("frozen", _frozen_mlp, lambda n: torch.randn(n, 3)),
     Case("adapter", LowRankAdapter, lambda n: torch.randn(n, 4)),
+    Case("scalar", ScalarGain, lambda n: torch.randn(n, 3)),
     Case("weight-norm", _weight_norm, lambda n: torch.randn(n, 3)),
     Case("old-style", OldStyle, lambda n: torch.randn(n, 3)),
     Case("checkpointed", Checkpointed, lambda n: torch.randn(n, 3)),

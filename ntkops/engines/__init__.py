@@ -3,11 +3,20 @@
 from .autograd import AutogradEngine
 from .budget import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
 from .choose import Ladder, climb
+from .cost import KernelShape
+from .layerwise import LayerwiseEngine
+from .select import Engine, EngineName, build_engine
 from .tally import Tally, count_passes, report_passes
 
 __all__ = [
     # engines
     "AutogradEngine",
+    "LayerwiseEngine",
+    "Engine",
+    "EngineName",
+    "build_engine",
+    # what they cost
+    "KernelShape",
     # the differentiation ladder
     "Ladder",
     "climb",

@@ -17,6 +17,8 @@ from .blocks import dense_kernel, kernel_diagonal
 from .budget import free_bytes, shared_store
 from .checks import require_finite_product
 from .choose import Ladder, climb
+from .cost import KernelShape
+from .pricing import autograd_kernel_passes
 from .rungs import LinearizedBatch, Parameters, linearize_batch
 from .samples import sample_gradients
 from .tally import Tally, report_passes
@@ -286,7 +288,7 @@ class AutogradEngine:
                     cotangents[start:stop],
                     self.ladder.columns,
                 )
-                parts.append(torch.cat([g.flatten(2) for g in gradients], dim=-1))
+                parts.append(torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1))
         tile = parts[0] if len(parts) == 1 else torch.cat(parts)
         require_finite_product(tile, "Jᵀv of single samples", self.linearization, cotangents)
         return tile
@@ -323,6 +325,16 @@ class AutogradEngine:
         """
         return dense_kernel(self, params, left, right, left_outputs, right_outputs)
 
+    def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return what a dense kernel costs, in passes over the samples of its rows.
+
+        Args:
+            inputs: Samples of the rows.
+            wanted: The kernel.
+            distinct: Number of distinct outputs in it.
+        """
+        return autograd_kernel_passes(wanted, distinct)
+
     def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
 
@@ -353,4 +365,4 @@ class AutogradEngine:
 
 
 def _flatten(blocks: Parameters) -> Tensor:
-    return torch.cat([block.flatten(1) for block in blocks], dim=1)
+    return torch.cat([block.reshape(len(block), -1) for block in blocks], dim=1)

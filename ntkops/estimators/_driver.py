@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..engines import Tally, count_passes
 from ..errors import NotConvergedWarning

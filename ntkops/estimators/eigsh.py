@@ -8,7 +8,7 @@ import warnings
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..engines import count_passes
 from ..errors import InputError, NonFiniteError, NotConvergedWarning

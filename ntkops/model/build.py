@@ -36,9 +36,10 @@ def linearize(
     `StaleOperatorError` (a write through ``.data`` is invisible to torch, and to us).
 
     The model itself is never run, swapped or changed. A private copy of its structure (modules and hooks,
-    no tensors) is called instead. On it, ``padding_idx`` and ``sparse`` of embeddings are off: the forward
-    pass is the same, and the padding row has its true derivative instead of the zero that torch's
-    optimisers see.
+    no tensors) is called instead; a hook that writes to a list outside the model does so here too. On the
+    copy, ``padding_idx``, ``sparse`` and ``scale_grad_by_freq`` of embeddings are without effect: the forward
+    pass is the same, and every row, the padding row included, has its true derivative, where torch's
+    optimisers see zero or a scaled one.
 
     Args:
         model: An `torch.nn.Module` (a compiled one is unwrapped), or a function ``(params, inputs) ->

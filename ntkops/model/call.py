@@ -9,19 +9,24 @@ the same tensor, so that tied weights and submodules reached by two paths are ri
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import pickle
 import sys
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError
+from .pickles import pickle_parametrized
 from .randomness import untouched_randomness
 
 __all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within"]
@@ -69,6 +74,15 @@ def tensors_within(root: object) -> list[Tensor]:
     return found
 
 
+# They never run on the private copy, and some cannot be pickled.
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
 def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     """Copy a module deeply except for its tensors, without calling anything of the original."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
@@ -107,6 +121,8 @@ def _private_copy(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
         ) from error
     for module in list(private.modules()):
         vars(module)["_compiled_call_impl"] = None
+        for hooks in _STATE_DICT_HOOKS:
+            vars(module)[hooks] = OrderedDict()
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else uncompiled(child)
         _neutralise(module)
@@ -122,12 +138,23 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _neutralise(module: nn.Module) -> None:
-    """Switch off, on the private copy, what changes gradients but not the forward pass."""
-    if isinstance(module, nn.Embedding):
-        # The backward pass zeroes the padding row and forward mode does not: J and Jᵀ would disagree.
-        module.padding_idx = None
+    """Switch off, on the private copy, what changes reverse-mode gradients but not the forward pass.
+
+    The backward pass of an embedding leaves out the padding row, and divides by the counts of tokens if
+    asked to; forward mode does neither. J and Jᵀ would disagree.
+    """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        module.sparse = False
+        module.sparse = module.scale_grad_by_freq = False
+    if isinstance(module, nn.Embedding):
+        if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
+            vars(module)["forward"] = functools.partial(_embed, module)  # models read .padding_idx
+        else:
+            module.padding_idx = None
+
+
+def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Look up without a padding row."""
+    return nn.functional.embedding(tokens, module.weight)
 
 
 class _Call:
@@ -191,19 +218,18 @@ class ModuleCall(_Call):
 
     def __init__(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
         positions = {id(tensor): position for position, tensor in enumerate(tensors)}
-        within = tensors_within(model)
-        self.root = _private_copy(model, within)
+        self.root = _private_copy(model, tensors_within(model))
         self._slots: list[Slot] = []
         for module in self.root.modules():
             for kind in ("_parameters", "_buffers"):
                 for key, tensor in getattr(module, kind).items():
                     if tensor is not None:
                         self._slots.append((module, kind, key, positions[id(tensor)]))
-        self._empty_slots()
-        self.others = _label(self.root, [tensor for tensor in within if id(tensor) not in positions])
+        placeholders = self._empty_slots()
         self._prepare()
+        self.others = _label(self.root, [t for t in tensors_within(self.root) if id(t) not in placeholders])
 
-    def _empty_slots(self) -> None:
+    def _empty_slots(self) -> set[int]:
         """Fill the slots with placeholders without data, so that a use outside a call cannot pass unseen."""
         placeholders: dict[int, Tensor] = {}
         for module, kind, key, position in self._slots:
@@ -212,6 +238,7 @@ class ModuleCall(_Call):
                 empty = torch.empty(held[key].shape, dtype=held[key].dtype, device="meta")
                 placeholders[position] = nn.Parameter(empty, False) if kind == "_parameters" else empty
             held[key] = placeholders[position]
+        return {id(placeholder) for placeholder in placeholders.values()}
 
     def _prepare(self) -> None:
         self._lock = threading.RLock()
@@ -231,17 +258,22 @@ class ModuleCall(_Call):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock and what is made from the rest."""
         made = ("_lock", "_targets", "_recurrent", "_resting")
-        return {key: value for key, value in vars(self).items() if key not in made}
+        state = {key: value for key, value in vars(self).items() if key not in made}
+        if any(map(parametrize.is_parametrized, self.root.modules())):
+            return {"pickled": pickle_parametrized(state)}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the lock and the lists of slots anew."""
-        vars(self).update(state)
+        vars(self).update(pickle.loads(state["pickled"]) if "pickled" in state else state)
         self._prepare()
 
     def _replica(self) -> ModuleCall:
         replica = self.__class__.__new__(self.__class__)
         memo = {id(tensor): tensor for tensor in tensors_within(self.root)}
-        replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        root, slots = copy.deepcopy((self.root, self._slots), memo)
+        vars(replica).update(vars(self), root=root, _slots=slots)
+        replica._prepare()
         return replica
 
     def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:

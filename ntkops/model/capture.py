@@ -5,9 +5,10 @@ All of them act on the private copy of the model, and are gone when the call is 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ def storage_key(tensor: Tensor) -> int | None:
         return None
 
 
+_GUARD_LOCK = threading.RLock()
 _WRITTEN: dict[Any, tuple[frozenset[str], tuple[str, ...]]] = {}
 
 
@@ -79,6 +81,19 @@ class Guard(TorchDispatchMode):
         self._held = held
         self._foreign = foreign
         self.refusal: NtkopsError | None = None
+
+    def __enter__(self) -> Self:
+        """Take effect; one thread at a time, since torch keeps flags of dispatch modes for all threads."""
+        _GUARD_LOCK.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """End, and let the next thread in."""
+        try:
+            super().__exit__(*exception)
+        finally:
+            _GUARD_LOCK.release()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -156,10 +156,13 @@ class Inputs:
             )
         whole = self._whole()
         moved = whole.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
-        kept = {id(tensor) for tensor in moved.tensors}
-        if kept == {id(tensor) for tensor in whole.tensors}:
+        pairs = zip(whole.layout.labels, whole.tensors, moved.tensors, strict=True)
+        copied = {label for label, old, new in pairs if new is not old}
+        if not copied:
             return self
-        watches = tuple(watch for watch in self._watches if id(watch.tensor) in kept)
+        if isinstance(self._index, Tensor):
+            copied = set(whole.layout.labels)  # by the choice of samples
+        watches = tuple(watch for watch in self._watches if watch.label not in copied)
         return Inputs(moved, self.output_shape, watches=watches, live=self._live)
 
     def _whole(self) -> Batch:

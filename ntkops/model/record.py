@@ -314,7 +314,7 @@ def _place_of(part: Tensor, source: Tensor, place: Place) -> Place | None:
         return None
     if part.dim() == 0 or source.stride(0) == 0 or part.numel() == 0:
         return None
-    first, remainder = divmod(offset, source.stride(0))
+    first, remainder = divmod(int(offset), int(source.stride(0)))
     if remainder or first < 0 or first + part.shape[0] > source.shape[0]:
         return None
     return replace(place, start=place.start + first, stop=place.start + first + part.shape[0])

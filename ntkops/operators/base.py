@@ -46,6 +46,7 @@ class EngineOperator(IndexedOperator):
             chunk_size=engine.chunk_size(),
             max_dense_bytes=self._core.max_dense_bytes,
             passes=engine.passes,
+            covered=getattr(engine, "covered", ()),
         )
 
     def free(self) -> int:

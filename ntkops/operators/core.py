@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..engines import AutogradEngine, free_bytes
+from ..engines import Engine, free_bytes
 from ..errors import ShapeError
 from .axes import Axis
 
@@ -44,7 +44,7 @@ class Core:
     ``requires_grad``), so that it passes through every rebuild untouched.
     """
 
-    engine: AutogradEngine
+    engine: Engine
     rows: Axis
     columns: Axis
     max_dense_bytes: int

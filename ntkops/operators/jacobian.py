@@ -9,14 +9,13 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines import AutogradEngine
-from ..errors import InputError
+from ..engines import Engine, EngineName, build_engine
 from ..model import Linearization, linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core, dense_limit
 
-__all__ = ["JacobianOperator", "build_engine", "jacobian", "state_axis"]
+__all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "state_axis"]
 
 
 class JacobianOperator(EngineOperator):
@@ -81,7 +80,7 @@ class JacobianOperator(EngineOperator):
         return dense.mT if transposed else dense
 
 
-def jacobian_rows(engine: AutogradEngine, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
+def jacobian_rows(engine: Engine, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
     """Return the dense rows ``(*batch, n, R·P)`` of an axis, from per-sample gradients."""
     distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
     count = axis.inputs.num_samples
@@ -118,29 +117,12 @@ def state_axis(linearization: Linearization, x: Any) -> StateAxis:
     return StateAxis(inputs, torch.arange(inputs.num_outputs).reshape(1, -1))
 
 
-def build_engine(
-    linearization: Linearization,
-    axis: StateAxis,
-    engine: str,
-    batch_size: int | Literal["auto"],
-    chunk_size: int | Literal["auto"],
-) -> AutogradEngine:
-    """Return the engine asked for, its ladder found on the samples of ``axis``.
-
-    Raises:
-        InputError: If there is no engine of that name.
-    """
-    if engine not in ("auto", "autograd"):
-        raise InputError(f"engine={engine!r}: choose 'auto' or 'autograd'")
-    return AutogradEngine.build(linearization, axis.inputs, batch_size=batch_size, chunk_size=chunk_size)
-
-
 def jacobian(
     model: Any,
     x: Any,
     params: Any = None,
     output: Any = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     *,
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
@@ -162,7 +144,7 @@ def jacobian(
             ``(name, parameter) -> bool``, or a dict of tensors.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
-        engine: "auto" or "autograd".
+        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it).
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now, 0 never.
@@ -189,7 +171,7 @@ def jacobian(
     linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
     axis = state_axis(linearization, x)
     core = Core(
-        engine=build_engine(linearization, axis, engine, batch_size, chunk_size),
+        engine=build_engine(linearization, axis.inputs, engine, batch_size=batch_size, chunk_size=chunk_size),
         rows=axis,
         columns=ParameterAxis.beside(axis, linearization.num_parameters),
         max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),

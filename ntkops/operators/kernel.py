@@ -14,12 +14,13 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..engines import EngineName, KernelShape, build_engine
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core, dense_limit
-from .jacobian import JacobianOperator, build_engine, state_axis
+from .jacobian import JacobianOperator, state_axis
 
 __all__ = ["NTKOperator", "ntk"]
 
@@ -110,16 +111,18 @@ class NTKOperator(EngineOperator):
         return min(self._block_cost(), self._column_cost())
 
     def _block_cost(self) -> float:
-        # Per-sample passes cost about twice a batched one; the contraction runs at matrix-product speed,
-        # about four times that of a pass, which itself needs some 6 P operations for each sample.
         rows, columns = self._rows, self._columns
-        passes = 2.0 * len(rows.distinct_outputs)
-        if not self._core.symmetric:
-            passes += (
-                2.0 * len(columns.distinct_outputs) * columns.inputs.num_samples / rows.inputs.num_samples
-            )
-        entries = rows.length * columns.length * rows.batch_shape.numel() * rows.terms
-        return passes + entries / (12.0 * rows.inputs.num_samples)
+        wanted = KernelShape(
+            left=rows.inputs.num_samples,
+            right=columns.inputs.num_samples,
+            rows=rows.outputs.shape[-1],
+            columns=columns.outputs.shape[-1],
+            terms=rows.terms,
+            kernels=rows.batch_shape.numel(),
+            symmetric=self._core.symmetric,
+        )
+        distinct = max(len(rows.distinct_outputs), len(columns.distinct_outputs))
+        return self._core.engine.kernel_passes(rows.inputs, wanted, distinct)
 
     def _column_cost(self) -> float:
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
@@ -294,7 +297,7 @@ def ntk(
     outputs: OutputChoice = "all",
     params: Any = None,
     output: Any = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
@@ -317,7 +320,7 @@ def ntk(
             ``(name, parameter) -> bool``, or a dict of tensors.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
-        engine: "auto" or "autograd".
+        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it).
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside
@@ -358,7 +361,9 @@ def ntk(
             f"{tuple(columns.inputs.output_shape)}"
         )
     core = Core(
-        engine=build_engine(linearization, whole, engine, batch_size, chunk_size),
+        engine=build_engine(
+            linearization, whole.inputs, engine, batch_size=batch_size, chunk_size=chunk_size
+        ),
         rows=rows,
         columns=columns,
         max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),

@@ -62,9 +62,7 @@ class KernelStructure:
         size = self.tile_size()
         count, others = (math.ceil(length / size) for length in self.shape[-2:])
         slabs = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
-        # A pass takes some 6 P operations a sample; matrix products run at about four times its speed.
-        entries = self.shape.numel() * rows.terms / (2 if self.symmetric else 1)
-        return slabs + entries / (12.0 * rows.inputs.num_samples)
+        return max(0.0, slabs - outputs) + self._kernel._block_cost()
 
     @property
     def _rows(self) -> StateAxis:
@@ -75,9 +73,18 @@ class KernelStructure:
         entries = rows.batch_shape.numel() * rows.terms * self._kernel.num_parameters
         return max(1, entries * self.dtype.itemsize)
 
+    @property
+    def _by_layers(self) -> bool:
+        """Whether blocks come from layer structure, which never writes gradients down."""
+        return self._kernel._core.engine.name == "layerwise"
+
     def tile_size(self) -> int:
-        """Return the rows of a tile whose per-sample gradients fit the workspace."""
-        fit = max(1, self._kernel._core.engine.workspace_bytes() // self._row_bytes())
+        """Return the rows of a tile for which the workspace suffices."""
+        workspace = self._kernel._core.engine.workspace_bytes()
+        if self._by_layers:  # the tiles themselves are what takes the memory
+            fit = max(1, math.isqrt(workspace // (4 * self.dtype.itemsize * self._rows.batch_shape.numel())))
+        else:
+            fit = max(1, workspace // self._row_bytes())
         width = self._rows.outputs.shape[-1]
         fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
         return max(1, min(fit, max(self.shape[-2:])))
@@ -94,7 +101,8 @@ class KernelStructure:
         kernel = self._kernel
         stored = kernel._stored_dense()
         size = size or self.tile_size()
-        fits = size * self._row_bytes() <= 2 * kernel._core.engine.workspace_bytes()
+        fits = not self._by_layers
+        fits = fits and size * self._row_bytes() <= 2 * kernel._core.engine.workspace_bytes()
         for rows in tile_slices(self.shape[-2], size):
             left = None
             for columns in tile_slices(self.shape[-1], size):

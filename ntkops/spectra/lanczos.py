@@ -41,53 +41,76 @@ class RitzPairs:
 
 
 class _Basis:
-    """An orthonormal basis and its products, growing by blocks."""
+    """An orthonormal basis, its products and the projected operator, growing by blocks."""
 
     def __init__(
         self, multiply: Callable[[Tensor], Tensor], space: Space, generator: torch.Generator
     ) -> None:
         self._multiply, self._space, self._generator = multiply, space, generator
-        self._vectors: list[Tensor] = []
-        self._products: list[Tensor] = []
+        # (n, capacity) in float64, doubled when full: converting them at every step would dominate.
+        self._vectors = self._products = torch.empty(0, dtype=torch.float64)
+        self._projected = torch.zeros(0, 0, dtype=torch.float64)  # (size, size) = Vᵀ W
+        self._last = 0  # columns of the last block
         self.size = 0
 
     @property
     def vectors(self) -> Tensor:
-        return torch.cat(self._vectors, dim=1)
+        """V, ``(n, size)``."""
+        return self._vectors[:, : self.size]
 
     @property
     def products(self) -> Tensor:
-        return torch.cat(self._products, dim=1)
+        """W = K V, ``(n, size)``."""
+        return self._products[:, : self.size]
 
     def _orthogonal(self, block: Tensor) -> Tensor:
-        """Return an orthonormal basis of what a block adds to the basis, possibly empty."""
+        """Return an orthonormal float64 basis of what a block adds to the basis, possibly empty."""
+        rounding = torch.finfo(self._space.dtype).eps
+        block = block.double()
         before = self._space.sum_squares(block).sqrt()
-        if self._vectors:
-            held = self.vectors
-            for _ in range(2):  # once is not enough: cancellation leaves components behind
-                block = block - held @ self._space.inner(held, block).to(block.dtype)
+        block = self._without_basis(self._without_basis(block))
         after = self._space.sum_squares(block).sqrt()
-        cutoff = 1e2 * torch.finfo(block.dtype).eps
-        block = block[:, after > cutoff * before]
-        return self._space.orthonormalize(block) if block.shape[1] else block
+        block = block[:, after > 1e2 * rounding * before]
+        if block.shape[1] > 1:  # the block's own factorisation may turn it back towards the basis
+            block = self._without_basis(self._space.orthonormalize(block))
+        return block / self._space.sum_squares(block).sqrt() if block.shape[1] else block
+
+    def _without_basis(self, block: Tensor) -> Tensor:
+        if not self.size:
+            return block
+        return block - self.vectors @ self._space.inner(self.vectors, block)
+
+    def _reserve(self, like: Tensor, columns: int) -> None:
+        if self.size + columns <= self._vectors.shape[-1] and self.size:
+            return
+        capacity = max(32, 2 * (self.size + columns))
+        for name in ("_vectors", "_products"):
+            larger = like.new_empty(like.shape[0], capacity)
+            if self.size:
+                larger[:, : self.size] = getattr(self, name)[:, : self.size]
+            setattr(self, name, larger)
 
     def extend(self, block: Tensor) -> bool:
         """Add the directions of a block; return whether there were any."""
         new = self._orthogonal(block)
-        if not new.shape[1]:
+        columns = new.shape[1]
+        if not columns:
             return False
-        if self._vectors:  # the block's own factorisation may have turned it back towards the basis
-            held = self.vectors
-            new = new - held @ self._space.inner(held, new).to(new.dtype)
-            new = new / self._space.sum_squares(new).sqrt().to(new.dtype)
-        self._vectors.append(new)
-        self._products.append(self._multiply(new))
-        self.size += new.shape[1]
+        new = new.to(self._space.dtype).double()  # what is really multiplied
+        product = self._multiply(new.to(self._space.dtype)).double()
+        self._reserve(new, columns)
+        old, self.size, self._last = self.size, self.size + columns, columns
+        self._vectors[:, old : self.size], self._products[:, old : self.size] = new, product
+        grown = torch.zeros(self.size, self.size, dtype=torch.float64, device=new.device)
+        grown[:old, :old] = self._projected
+        grown[:, old:] = self._space.inner(self.vectors, product)
+        grown[old:, :old] = grown[:old, old:].mT
+        self._projected = grown
         return True
 
     def extend_krylov(self) -> bool:
         """Add the last products as new directions."""
-        return self.extend(self._products[-1])
+        return self.extend(self.products[:, self.size - self._last :])
 
     def extend_random(self, count: int) -> bool:
         """Add random directions, so that nothing stays hidden in the complement."""
@@ -95,14 +118,11 @@ class _Basis:
 
     def ritz(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the leading Ritz values, vectors and true residual norms."""
-        vectors, products = self.vectors, self.products
-        projected = self._space.inner(vectors, products)
-        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+        values, rotation = torch.linalg.eigh((self._projected + self._projected.mT) / 2)
         values, rotation = values.flip(0)[:count], rotation.flip(1)[:, :count]
-        turn = rotation.to(vectors.dtype)
-        pairs = vectors @ turn
-        residual = products @ turn - pairs * values.to(vectors.dtype)
-        return values, pairs, self._space.sum_squares(residual).sqrt()
+        pairs = self.vectors @ rotation
+        residual = self.products @ rotation - pairs * values
+        return values, pairs.to(self._space.dtype), self._space.sum_squares(residual).sqrt()
 
 
 def lanczos(
@@ -129,32 +149,32 @@ def lanczos(
         report: Called with the number of products after each block.
 
     Returns:
-        The pairs. Memory: two n × products blocks.
+        The pairs. Memory: two n × products blocks in float64.
     """
     basis = _Basis(multiply, space, generator)
     basis.extend_random(min(block_size, space.size))
-    believed_at: int | None = None  # size of the basis when a guard direction was added
-    reference: Tensor | None = None
+    reference: Tensor | None = None  # values when a guard direction was added
+    next_look = count
     while True:
-        values, vectors, residuals = basis.ritz(count)
-        scale = float(values.abs().max())
-        small = len(values) == count and bool((residuals <= tolerance * scale).all())
-        complete = basis.size >= space.size
-        if complete or basis.size >= max_products:
-            converged = complete or (small and believed_at is not None and reference is not None)
-            return RitzPairs(values, vectors, residuals, bool(space.any(converged)), basis.size)
-        grown = False
-        if small and believed_at is None:
-            believed_at, reference = basis.size, values
-            grown = basis.extend_random(block_size)
-        elif small and believed_at is not None and basis.size >= believed_at + _GUARD * block_size:
-            assert reference is not None
-            if bool(((values - reference).abs() <= 2 * tolerance * scale).all()):
-                return RitzPairs(values, vectors, residuals, True, basis.size)
-            believed_at, reference = basis.size, values
-            grown = basis.extend_random(block_size)
-        grown = grown or basis.extend_krylov() or basis.extend_random(block_size)
-        if not grown:
-            return RitzPairs(values, vectors, residuals, len(values) == count and small, basis.size)
+        full = basis.size >= min(space.size, max_products)
+        if basis.size >= next_look or full:
+            values, vectors, residuals = basis.ritz(count)
+            scale = float(values.abs().max())
+            small = len(values) == count and bool((residuals <= tolerance * scale).all())
+            stable = reference is not None and bool(
+                ((values - reference).abs() <= 2 * tolerance * scale).all()
+            )
+            if full or (small and stable):
+                believed = basis.size >= space.size or (small and stable)
+                return RitzPairs(values, vectors, residuals, not space.any(not believed), basis.size)
+            if small:  # follow a fresh direction for a while before this is believed
+                reference = values
+                next_look = basis.size + _GUARD * block_size
+                basis.extend_random(block_size)
+            else:
+                next_look = basis.size + max(block_size, basis.size // 8)
+        if not basis.extend_krylov() and not basis.extend_random(block_size):
+            values, vectors, residuals = basis.ritz(count)
+            return RitzPairs(values, vectors, residuals, len(values) == count, basis.size)
         if report is not None:
             report(basis.size)

@@ -1,11 +1,15 @@
 """The private call: right for every kind of model, and invisible to the user's."""
 
 import copy
+import functools
+import pickle
 import threading
+import types
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from ntkops.errors import UnsupportedModelError
 from ntkops.model import linearize
@@ -119,6 +123,50 @@ def test_the_padding_row_has_its_true_derivative():
     difference = (function(lin.parameters[0] + step) - function(lin.parameters[0] - step)) / 2e-6
     torch.testing.assert_close(reverse[:, :, 0].sum(-1), difference, rtol=1e-6, atol=1e-8)
     assert bool(reverse[:, :, 0].any())
+
+
+class ReadsPadding(nn.Module):
+    """Uses the embedding's padding index for a mask."""
+
+    def __init__(self, embed: nn.Embedding) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = tokens.ne(0 if self.embed.padding_idx is None else self.embed.padding_idx)
+        return (torch.tanh(self.embed(tokens)) * mask.unsqueeze(-1)).sum(1) + self.embed(tokens[:, 0])
+
+
+class Scaled(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
+@pytest.mark.parametrize(
+    "embed",
+    [
+        lambda: nn.Embedding(5, 3, padding_idx=2),
+        lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
+        lambda: nn.Embedding(5, 3, padding_idx=2, sparse=True),
+        lambda: Scaled(5, 3, padding_idx=0),
+    ],
+    ids=["padding", "by frequency", "sparse", "subclass"],
+)
+def test_reverse_and_forward_mode_of_embeddings_agree_and_models_may_read_the_padding_index(embed):
+    model = ReadsPadding(embed()).double()
+    with torch.no_grad():
+        model.embed.weight.add_(1.0)
+    tokens = torch.tensor([[2, 1, 2, 0], [3, 0, 4, 2], [2, 2, 2, 2]])
+    with untouched(model):
+        lin = linearize(model)
+        ((_, _, batch),) = lin.inputs(tokens).batches(None)
+    loaded = pickle.loads(pickle.dumps(lin))
+    for used in (lin, loaded):
+        function = lambda w, used=used: used.function((w,), batch)  # noqa: E731
+        torch.testing.assert_close(function(lin.parameters[0]), model(tokens).detach())
+        reverse = torch.func.jacrev(function)(lin.parameters[0])
+        torch.testing.assert_close(reverse, torch.func.jacfwd(function)(lin.parameters[0]))
+        assert bool(reverse[:, :, 2].any())
 
 
 def test_sparse_gradients_are_dense_on_the_private_copy():
@@ -289,6 +337,62 @@ def test_tensors_outside_parameters_are_shared_not_copied():
     lin = linearize(model)
     assert lin.call.root.table["big"] is model.table["big"]
     assert lin.call.root.table["derived"] is model.table["derived"]
+
+
+@pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.weight_norm,
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+    ],
+    ids=["pruned", "older weight norm", "orthogonal"],
+)
+def test_layers_that_compute_their_weight(change):
+    model = nn.Sequential(change(nn.Linear(3, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with untouched(model, x):
+        lin = linearize(model)
+        ((_, _, batch),) = lin.inputs(x).batches(None)
+        leaves = [p.clone().requires_grad_() for p in lin.parameters]
+        got = torch.autograd.grad(lin.function(leaves, batch).square().sum(), leaves)
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_replaced_forward_methods_follow_the_copy():
+    """The way in which libraries hook into modules: a partial, or a method of another function."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    model[0].forward = functools.partial(_doubled, model[0])
+    model[1].forward = types.MethodType(_doubled, model[1])
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with untouched(model, x):
+        lin = linearize(model)
+        ((_, _, batch),) = lin.inputs(x).batches(None)
+        zero = lin.function([torch.zeros_like(p) for p in lin.parameters], batch)
+    assert not zero.any()
+    torch.testing.assert_close(lin.function(lin.parameters, batch), model(x).detach())
+
+
+def _doubled(module: nn.Linear, x: Tensor) -> Tensor:
+    return 2 * nn.functional.linear(x, module.weight, module.bias)
+
+
+def test_compiled_functions_inside_a_model():
+    @torch.compile(backend="eager")
+    def squash(x: Tensor) -> Tensor:
+        return torch.tanh(x) * 2
+
+    class Inside(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return squash(super().forward(x))
+
+    model, x = Inside(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    lin = linearize(model)
+    ((_, _, batch),) = lin.inputs(x).batches(None)
+    torch.testing.assert_close(lin.function(lin.parameters, batch), model(x).detach())
 
 
 def test_compiled_models_and_compiled_parts_are_unwrapped():

@@ -25,6 +25,19 @@ def test_settings_are_held_inside_and_restored_outside():
     assert _settings() == before
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN, nn.Linear])
+def test_settings_for_cuda(layer, monkeypatch):
+    lin = linearize(nn.Sequential(layer(3, 2)))
+    monkeypatch.setattr(type(lin), "device", torch.device("cuda"))
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.allow_tf32
+    assert before == (True, True)
+    with lin.safe_context():
+        assert (cudnn.enabled, cudnn.allow_tf32) == (layer is nn.Linear, False)
+        assert torch.backends.mkldnn.enabled
+    assert (cudnn.enabled, cudnn.allow_tf32) == before
+
+
 def test_attention_is_left_alone_where_no_forward_mode_is_needed():
     before = torch.backends.cuda.flash_sdp_enabled()
     with safe_context(CPU, math_attention=False):
@@ -45,6 +58,42 @@ def test_unusual_settings_are_restored_after_an_exception(unusual):
         torch.backends.mha.set_fastpath_enabled(True)
         torch.backends.cuda.enable_math_sdp(True)
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def precision_settings():
+    """Put the newer precision settings back, whatever a test does to them."""
+    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    before = [setting.fp32_precision for setting in settings]
+    yield settings
+    torch.backends.fp32_precision = "none"
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of torch 2.9 and newer"
+)
+def test_the_newer_precision_settings_are_held_and_restored(precision_settings):
+    matmul = precision_settings[0]
+    matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):  # torch refuses the older reading from now on
+        torch.get_float32_matmul_precision()
+    with safe_context(CPU, math_attention=True):
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_older_precision_setting_is_restored_in_full(precision, precision_settings):
+    torch.set_float32_matmul_precision(precision)
+    before = [setting.fp32_precision for setting in precision_settings]
+    with safe_context(CPU, math_attention=True):
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not {"tf32", "bf16"} & {setting.fp32_precision for setting in precision_settings}
+    assert torch.get_float32_matmul_precision() == precision
+    assert [setting.fp32_precision for setting in precision_settings] == before
 
 
 def test_contexts_nest():

@@ -121,11 +121,11 @@ def test_batches_can_be_rebuilt_around_other_tensors():
     other = batch.replace([t + 1 for t in batch.tensors])
     assert torch.equal(other.inputs["x"], x["x"] + 1) and other.inputs["scale"] == 2.0
     torch.testing.assert_close(
-        lin.function(lin.parameters, other), _call(Sum_like(lin), {**x, "x": x["x"] + 1})
+        lin.function(lin.parameters, other), _call(_copy_of(lin), {**x, "x": x["x"] + 1})
     )
 
 
-def Sum_like(lin):
+def _copy_of(lin):
     model = Sum()
     model.load_state_dict(dict(zip(lin.names, lin.parameters, strict=True)))
     return model
@@ -294,6 +294,19 @@ def test_inputs_lose_their_graph_unless_differentiable():
     inputs.check_fresh()
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_model_that_asks_for_gradients_of_its_input_leaves_the_inputs_alone(differentiable):
+    specimen = BY_NAME["residual"]
+    model, x = specimen.make(), specimen.inputs()
+    lin = linearize(model, differentiable=differentiable)
+    inputs = lin.inputs(x)
+    ((_, _, batch),) = inputs.batches(None)
+    with untouched(model, x):
+        lin.function(lin.parameters, batch)
+    ((_, _, again),) = inputs.batches(None)
+    assert batch.tensors[0].requires_grad and not again.tensors[0].requires_grad
+
+
 def test_casts_move_floats_and_keep_integers():
     specimen = BY_NAME["dict"]
     lin = linearize(specimen.make(), output="logits")
@@ -312,6 +325,22 @@ def test_casts_move_floats_and_keep_integers():
     x["tokens"].add_(0)
     with pytest.raises(StaleOperatorError, match="tokens"):
         inputs.check_fresh()
+
+
+def test_casts_of_views():
+    specimen = BY_NAME["dict"]
+    lin, x = linearize(specimen.make(), output="logits"), specimen.inputs()
+    inputs = lin.inputs(x)
+    chosen, cut = inputs.select(torch.tensor([4, 1])), inputs.select(torch.arange(1, 3))
+    for view, index in ((chosen, [4, 1]), (cut, [1, 2])):
+        ((_, _, batch),) = view.to(torch.float32).batches(None)
+        assert torch.equal(batch.inputs["scale"], x["scale"][index].float())
+        assert torch.equal(batch.inputs["tokens"], x["tokens"][index])
+    cast = cut.to(torch.float32)
+    x["tokens"].add_(0)
+    with pytest.raises(StaleOperatorError, match="tokens"):
+        cast.check_fresh()
+    chosen.to(torch.float32).check_fresh()
 
 
 def test_a_cast_that_changes_nothing_returns_the_inputs_themselves():

@@ -243,6 +243,17 @@ def test_a_hook_that_uses_the_original_model_is_refused():
         linearize(model).inputs(X)
 
 
+def test_a_use_of_the_original_model_that_shows_in_the_graph_only():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+
+    def hook(module, args, output):
+        return output + (0 * model[0].weight.sum() if torch.is_grad_enabled() else 0)
+
+    model[1].register_forward_hook(hook)
+    with untouched(model, X), pytest.raises(UnsupportedModelError, match=r"'0\.weight' of the original"):
+        linearize(model).inputs(X)
+
+
 def test_a_function_that_ignores_its_parameters_is_refused():
     model = nn.Linear(3, 2).double()
     lin = linearize(lambda params, x: model(x), params=dict(model.named_parameters()))

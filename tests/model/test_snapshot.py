@@ -170,11 +170,7 @@ def test_casts_of_live_parameters_keep_the_graph():
     assert torch.equal(gradient, torch.full((2,), 4.0))
 
 
-# Parametrised modules refuse to be pickled, in torch as here; compiled ones lose their wrapper.
-UNPICKLABLE = ("weight-norm", "spectral", "normed-rnn")
-
-
-@pytest.mark.parametrize("specimen", [s for s in ZOO if s.name not in UNPICKLABLE], ids=lambda s: s.name)
+@pytest.mark.parametrize("specimen", ZOO, ids=lambda s: s.name)
 def test_pickles_give_the_same_numbers(specimen):
     model, x = specimen.make(), specimen.inputs()
     lin = linearize(model, output=specimen.output)

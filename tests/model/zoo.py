@@ -228,7 +228,9 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
     """Prove that nothing of a model, its inputs or the global state changes inside the block."""
     leaves = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     named = [*_tensors(model), *((f"input {i}", t) for i, t in enumerate(leaves))]
-    before = [(n, t, t.detach().clone(), t._version, t.data_ptr(), t.requires_grad, t.grad) for n, t in named]
+    before = [
+        (n, t, t.detach().clone(), t._version, t.data_ptr(), t.requires_grad, _gradient(t)) for n, t in named
+    ]
     modules = [
         (path, module, module.training, set(vars(module)), _hooks(module))
         for path, module in model.named_modules(remove_duplicate=False)
@@ -245,7 +247,7 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
             assert name.startswith("input") or after[name] is tensor, name
             assert _same(tensor, value), name
             assert (tensor._version, tensor.data_ptr()) == (version, pointer), name
-            assert tensor.requires_grad == requires_grad and tensor.grad is grad, name
+            assert tensor.requires_grad == requires_grad and _gradient(tensor) is grad, name
         assert [(p, m) for p, m, *_ in modules] == list(model.named_modules(remove_duplicate=False))
         for path, module, training, keys, hooks in modules:
             assert (module.training, set(vars(module)), _hooks(module)) == (training, keys, hooks), path
@@ -259,6 +261,10 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
         now = np.random.get_state()
         assert all(np.array_equal(a, b) for a, b in zip(now, state[2], strict=True))
         assert _settings() == settings
+
+
+def _gradient(tensor: Tensor) -> Tensor | None:
+    return tensor.grad if tensor.is_leaf else None
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

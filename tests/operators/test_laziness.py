@@ -22,7 +22,8 @@ CASE = BY_NAME["mlp"]
 def pair():
     """A lazy kernel that may hold nothing dense, and the same kernel dense."""
     model, x = CASE.make(), CASE.data(6)
-    return ntkops.ntk(model, x, max_dense_bytes=0), ntkops.ntk(model, x).to_dense()
+    # Automatic differentiation: every product is a pass, so that products can be counted.
+    return ntkops.ntk(model, x, engine="autograd", max_dense_bytes=0), ntkops.ntk(model, x).to_dense()
 
 
 def block(rows, columns=2):
@@ -159,7 +160,8 @@ def test_a_number_is_not_added_to_every_entry(pair):
 
 def test_a_dense_block_is_built_once_it_is_cheaper_and_shown():
     model, x = CASE.make(), CASE.data(6)
-    K, lazy = ntkops.ntk(model, x), ntkops.ntk(model, x, max_dense_bytes=0)
+    K = ntkops.ntk(model, x, engine="autograd")
+    lazy = ntkops.ntk(model, x, max_dense_bytes=0)
     assert not K.engine_info.dense
     for seed in range(20):
         v = torch.randn(12, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -179,3 +181,19 @@ def test_a_dense_result_changed_by_the_user_is_not_used_again():
     K.to_dense().zero_()
     torch.testing.assert_close(K.to_dense(), expected)
     torch.testing.assert_close(K @ torch.ones(12, dtype=torch.float64), expected.sum(1))
+
+
+def test_layer_structure_answers_products_from_one_set_of_passes():
+    model, x = CASE.make(), CASE.data(6)
+    K = ntkops.ntk(model, x, engine="layerwise", max_dense_bytes=0)
+    reference = ntkops.ntk(model, x, engine="autograd", max_dense_bytes=0)
+    v = block(12)
+    with ntkops.count_passes() as first:
+        product = K @ v
+    with ntkops.count_passes() as second:
+        again = K @ v
+    torch.testing.assert_close(product, reference @ v)
+    torch.testing.assert_close(again, product)
+    assert first.count.per_sample > 0  # activations and output gradients, once
+    assert second.count.per_sample == 0
+    assert K.engine_info.engine == "layerwise" and len(K.engine_info.covered) == 4

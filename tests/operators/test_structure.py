@@ -65,7 +65,7 @@ def kernel(outputs: object = "all", count: int = 5, **options: object) -> ntkops
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
         x = torch.randn(count, 3).double()
-    return ntkops.ntk(model, x, outputs=outputs, **options)
+    return ntkops.ntk(model, x, outputs=outputs, engine="autograd", **options)
 
 
 def kernel_reference(outputs: object = "all", count: int = 5) -> Tensor:

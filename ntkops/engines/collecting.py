@@ -1,0 +1,218 @@
+"""From a recorded forward pass and a few backward passes to the factors of every unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.record import Call, Recording
+from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
+from .layer_rules import RULES, Activation, Layout, OneHot
+from .units import Unit, Use, is_transposed
+
+__all__ = ["backward", "collect"]
+
+
+def backward(
+    recording: Recording, cotangents: Tensor, calls: Sequence[int], batched: bool, last: bool
+) -> list[Tensor | None]:
+    """Return ``(K, *shape)`` gradients at the results of some calls, for cotangents ``(K, B, O)``."""
+    edges = [recording.calls[number].edge for number in calls]
+    if not edges or not recording.output.requires_grad:
+        return [None] * len(edges)
+    if not batched:
+        assert len(cotangents) == 1
+    found = torch.autograd.grad(
+        [recording.output],
+        edges,
+        [cotangents if batched else cotangents[0]],
+        retain_graph=not last,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return list(found) if batched else [None if g is None else g.unsqueeze(0) for g in found]
+
+
+def collect(
+    recording: Recording,
+    units: Sequence[Unit],
+    layouts: Mapping[tuple[object, ...], Layout],
+    cotangents: Tensor,
+    dtype: torch.dtype,
+    chunk: int,
+    keep: bool = False,
+) -> Factors:
+    """Run the backward passes and return the factors of every unit.
+
+    Args:
+        recording: A forward pass over B samples.
+        units: What is wanted.
+        layouts: Where the samples are, by signature of the call.
+        cotangents: ``(C, B, O)``: C directions for each sample.
+        dtype: Dtype of the factors.
+        chunk: Directions that go through one batched backward pass; 1 for one after the other.
+        keep: Whether the graph is kept for other backward passes.
+
+    Returns:
+        The factors. Cost: C backward passes; memory: theirs.
+    """
+    count = cotangents.shape[1]
+    calls = recording.calls
+    numbers = sorted({use.call for unit in units for use in unit.uses})
+    layout = {number: layouts[calls[number].signature] for number in numbers}
+    makers = [_Maker(unit, calls, layout, count, len(cotangents), dtype) for unit in units]
+    for start in range(0, len(cotangents), chunk):
+        part = cotangents[start : start + chunk]
+        found = backward(recording, part, numbers, chunk > 1, not keep and start + chunk >= len(cotangents))
+        gradients = dict(zip(numbers, found, strict=True))
+        for maker in makers:
+            maker.add(start, len(part), gradients)
+    made = [maker.finish() for maker in makers]
+    outers = [item for item in made if isinstance(item, Outer)]
+    return Factors(count, outers, [item for item in made if isinstance(item, Direct)])
+
+
+class _Maker:
+    """Fills the factors of one unit, direction by direction."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        calls: Sequence[Call],
+        layouts: Mapping[int, Layout],
+        count: int,
+        directions: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._unit, self._calls, self._layouts = unit, calls, layouts
+        self._count, self._directions, self._dtype = count, directions, dtype
+        self._buffer: Tensor | None = None
+        self._spans: list[tuple[int, int]] = []
+        self._zeros = False
+        needed = {use.call: self._activation(use) for use in unit.uses}
+        self._activations = needed
+
+    def _activation(self, use: Use) -> Activation | None:
+        call = self._calls[use.call]
+        if self._unit.kind == "direct" and use.role == "bias":
+            return None
+        found = RULES[call.rule].activation(call, self._layouts[use.call], self._count)
+        return found if isinstance(found, OneHot) else found.to(self._dtype)
+
+    def add(self, start: int, width: int, gradients: Mapping[int, Tensor | None]) -> None:
+        outer = self._unit.kind == "outer"
+        for position, use in enumerate(self._unit.uses):
+            found = gradients[use.call]
+            if found is None:
+                self._skip(position, start, width)
+                continue
+            piece = self._outer(use, found) if outer else self._direct(use, found)  # (B, K, ...)
+            if self._buffer is None and width == self._directions and len(self._unit.uses) == 1:
+                self._buffer = piece.to(self._dtype).contiguous()
+                return
+            target = self._target(position, piece)[:, start : start + width]
+            if outer or position == 0:
+                target.copy_(piece)
+            else:
+                target.add_(piece)
+
+    def _skip(self, position: int, start: int, width: int) -> None:
+        """Note that some directions do not depend on a call: memory that stays unwritten must be zero."""
+        if self._buffer is None:
+            self._zeros = True
+        elif self._unit.kind == "outer":
+            first, last = self._spans[position]
+            self._buffer[:, start : start + width, ..., first:last] = 0
+        elif position == 0:
+            self._buffer[:, start : start + width] = 0
+
+    def _outer(self, use: Use, gradients: Tensor) -> Tensor:
+        call = self._calls[use.call]
+        return RULES[call.rule].gradient(call, self._layouts[use.call], self._count, gradients)
+
+    def _positions(self, use: Use) -> int:
+        activation = self._activations[use.call]
+        assert activation is not None
+        return activation.index.shape[1] if isinstance(activation, OneHot) else activation.shape[-1]
+
+    def _target(self, position: int, piece: Tensor) -> Tensor:
+        if self._buffer is None:
+            lead = (self._count, self._directions)
+            if self._unit.kind == "outer":
+                sizes = [self._positions(use) for use in self._unit.uses]
+                ends = torch.tensor(sizes).cumsum(0).tolist()
+                self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
+                shape = (*lead, *piece.shape[2:4], ends[-1])
+            else:
+                shape = (*lead, self._size())
+            make = torch.zeros if self._zeros else torch.empty
+            self._buffer = make(shape, dtype=self._dtype, device=piece.device)
+        if self._unit.kind != "outer":
+            return self._buffer
+        first, last = self._spans[position]
+        return self._buffer[..., first:last]
+
+    def _parameter(self) -> Tensor:
+        use = self._unit.uses[0]
+        found = self._calls[use.call].arguments[use.role]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _size(self) -> int:
+        use = self._unit.uses[0]
+        rows = use.place.stop - use.place.start
+        return self._parameter().numel() // max(rows, 1) * (self._unit.stop - self._unit.start)
+
+    def _direct(self, use: Use, gradients: Tensor) -> Tensor:
+        call, layout = self._calls[use.call], self._layouts[use.call]
+        rule, activation = RULES[call.rule], self._activations[use.call]
+        if rule.kind(use.role) == "direct":
+            found = rule.direct(call, use.role, activation, layout, self._count, gradients)
+        else:
+            assert activation is not None
+            factor = rule.gradient(call, layout, self._count, gradients).to(self._dtype)
+            found = in_parameter_order(outer_gradients(factor, activation), is_transposed(self._calls, use))
+        if (use.place.start, use.place.stop) == (self._unit.start, self._unit.stop):
+            return found
+        full = found.new_zeros((*found.shape[:2], self._size()))
+        row = found.shape[2] // (use.place.stop - use.place.start)
+        first = (use.place.start - self._unit.start) * row
+        full[..., first : first + found.shape[2]] = found
+        return full
+
+    def finish(self) -> Outer | Direct:
+        unit, first = self._unit, self._unit.uses[0]
+        if unit.kind == "outer":
+            activations = _join([self._activations[use.call] for use in unit.uses])
+            if self._buffer is None:
+                self._buffer = self._empty(activations)
+            return Outer(unit, is_transposed(self._calls, first), activations, self._buffer)
+        if self._buffer is None:
+            parameter = self._parameter()
+            self._buffer = torch.zeros(
+                (self._count, self._directions, self._size()), dtype=self._dtype, device=parameter.device
+            )
+        return Direct(unit, self._buffer)
+
+    def _empty(self, activations: Activation) -> Tensor:
+        """Return zero gradients: the output does not depend on these calls."""
+        entries = self._size()
+        if isinstance(activations, OneHot):
+            groups, outputs, positions = 1, entries // activations.size, activations.index.shape[1]
+        else:
+            groups, inputs, positions = activations.shape[1:]
+            outputs = entries // (inputs * groups)
+        shape = (self._count, self._directions, groups, outputs, positions)
+        return torch.zeros(shape, dtype=self._dtype, device=self._parameter().device)
+
+
+def _join(activations: Sequence[Activation | None]) -> Activation:
+    first = activations[0]
+    assert first is not None
+    if len(activations) == 1:
+        return first
+    if isinstance(first, OneHot):
+        return OneHot(torch.cat([a.index for a in activations if isinstance(a, OneHot)], dim=1), first.size)
+    return torch.cat([a for a in activations if isinstance(a, Tensor)], dim=-1)

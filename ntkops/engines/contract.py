@@ -1,0 +1,334 @@
+"""Kernels and diagonals from factors: Gram matrices or per-sample gradients, layer by layer.
+
+A kernel is wanted as a list of M matrices, each a sum of R terms over r outputs a sample, rows
+sample-major: K_m = Σ_R J_{o_mR} J_{o'_mR}ᵀ. All outputs (M = R = 1), one kernel an output (R = r = 1)
+and the trace (M = r = 1) are the three that occur most, and need no copy of any factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_diagonal, choose_kernel
+from .factors import Direct, Factors, Outer, outer_gradients
+from .layer_rules import Activation, OneHot
+
+__all__ = ["Workspace", "accumulate_kernel", "factor_lengths"]
+
+_SYMMETRIC_ROWS = 80  # rows of a block below which splitting costs more than it saves
+_SYMMETRIC_BLOCKS = 8
+_GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
+
+
+class Workspace:
+    """Flat memory that is used again: fresh pages cost more than the arithmetic on small layers."""
+
+    def __init__(self) -> None:
+        self._held: dict[object, Tensor] = {}
+
+    def take(self, key: object, entries: int, like: Tensor) -> Tensor:
+        """Return at least ``entries`` uninitialised entries, valid until the key is taken again."""
+        held = self._held.get(key)
+        if held is None or held.numel() < entries or held.dtype != like.dtype or held.device != like.device:
+            held = torch.empty(entries, dtype=like.dtype, device=like.device)
+            self._held[key] = held
+        return held
+
+    def clear(self) -> None:
+        """Set everything free."""
+        self._held.clear()
+
+    def matrix(self, key: object, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Return an uninitialised matrix."""
+        return self.take(key, rows * columns, like)[: rows * columns].view(rows, columns)
+
+
+def accumulate_kernel(
+    target: Tensor,
+    left: Factors,
+    right: Factors,
+    left_index: Tensor,
+    right_index: Tensor,
+    symmetric: bool,
+    workspace: Workspace,
+    force: KernelRoute | None = None,
+) -> None:
+    """Add the kernels of two sets of factors to a result.
+
+    Args:
+        target: ``(M, N₁·r₁, N₂·r₂)``, possibly a strided part of a larger result. If ``symmetric``,
+            only rows on and below the diagonal are promised.
+        left: Factors of N₁ samples.
+        right: Factors of N₂ samples; the same object as ``left`` where ``symmetric``.
+        left_index: ``(M, R, r₁)`` directions.
+        right_index: ``(M, R, r₂)`` directions.
+        symmetric: Whether both sides are the same.
+        workspace: Memory to use again.
+        force: A way to take whatever it costs.
+    """
+    kernels, terms, rows = left_index.shape
+    wanted = KernelShape(left.count, right.count, rows, right_index.shape[2], terms, kernels, symmetric)
+    pick_left, pick_right = _Picker(left_index), _Picker(right_index)
+    for one, other in zip(left.outers, right.outers, strict=True):
+        route = force or choose_kernel(one.shape, wanted)
+        if route == "gram" and one.shape.groups == 1:
+            if one.shape.positions == other.shape.positions == 1:
+                _add_gram(target, one, other, pick_left, pick_right, symmetric, workspace)
+            else:
+                _add_position_gram(target, one, other, pick_left, pick_right, symmetric)
+        else:
+            _add_gradients(target, one, other, pick_left, pick_right, symmetric, workspace)
+    if left.directs:
+        _add_direct(target, left.directs, right.directs, pick_left, pick_right, symmetric)
+
+
+class _Picker:
+    """Takes directions out of a factor, as a view where they are all there in order."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.shape = tuple(index.shape)
+        flat = index.flatten().tolist()
+        self._ordered = flat == list(range(len(flat)))
+        self._index = index
+
+    def __call__(self, factor: Tensor) -> Tensor:
+        """Turn ``(B, C, ...)`` into ``(M, B, R, r, ...)``."""
+        kernels, terms, rows = self.shape
+        if self._ordered and factor.shape[1] == kernels * terms * rows:
+            picked = factor.unflatten(1, self.shape)
+        else:
+            picked = factor[:, self._index.to(factor.device)]
+        return picked.movedim(1, 0)
+
+    def rows(self, factor: Tensor) -> list[Tensor]:
+        """Turn ``(B, C, ...)`` into M matrices ``(B·r, R·rest)``, rows sample-major."""
+        _, terms, rows = self.shape
+        picked = self(factor)  # (M, B, R, r, ...)
+        if rows == 1:
+            return [block.flatten(1) for block in picked]
+        if terms == 1:
+            return [block.flatten(0, 2).flatten(1) for block in picked]
+        return [block.transpose(1, 2).flatten(0, 1).flatten(1) for block in picked]
+
+
+def _slabs(count: int, rows: int, symmetric: bool) -> list[tuple[int, int]]:
+    """Return ranges of samples whose rows are multiplied with all columns up to their own."""
+    if not symmetric:
+        return [(0, count)]
+    blocks = max(1, min(_SYMMETRIC_BLOCKS, count * rows // _SYMMETRIC_ROWS, count))
+    step = -(-count // blocks)
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _multiply_add(target: Tensor, left: Tensor, right: Tensor, count: int, symmetric: bool) -> None:
+    """Add left rightᵀ, for a symmetric product only on and below the diagonal."""
+    rows = len(left) // max(count, 1)
+    for start, stop in _slabs(count, rows, symmetric):
+        end = stop * rows if symmetric else len(right)
+        target[start * rows : stop * rows, :end].addmm_(left[start * rows : stop * rows], right[:end].mT)
+
+
+def gram_of_activations(left: Activation, right: Activation) -> Tensor:
+    """Return ``(B₁·S₁, B₂·S₂)`` inner products of activations of one group."""
+    if isinstance(left, OneHot):
+        assert isinstance(right, OneHot)
+        return (left.index.flatten()[:, None] == right.index.flatten()).float()
+    assert isinstance(right, Tensor)
+    one, other = (a.squeeze(1).mT.flatten(0, 1) for a in (left, right))  # (B·S, d_in)
+    return one @ other.mT
+
+
+def _add_gram(
+    target: Tensor,
+    left: Outer,
+    right: Outer,
+    pick_left: _Picker,
+    pick_right: _Picker,
+    symmetric: bool,
+    workspace: Workspace,
+) -> None:
+    """Without shared weights: K += (A Aᵀ) ∘ (G Gᵀ)."""
+    gram = gram_of_activations(left.activations, right.activations)  # (N₁, N₂)
+    if left.unit.bias is not None:
+        gram = gram + 1
+    gram = gram.to(target.dtype)
+    one = pick_left.rows(left.gradients)
+    other = one if symmetric else pick_right.rows(right.gradients)
+    count, columns = gram.shape
+    r1, r2 = pick_left.shape[2], pick_right.shape[2]
+    for block, a, b in zip(target, one, other, strict=True):
+        for start, stop in _slabs(count, r1, symmetric):
+            end = stop if symmetric else columns
+            product = workspace.matrix("gram", (stop - start) * r1, end * r2, a)
+            torch.mm(a[start * r1 : stop * r1], b[: end * r2].mT, out=product)
+            part = block[start * r1 : stop * r1, : end * r2]
+            weights = gram[start:stop, :end]
+            if r1 == r2 == 1:
+                part.addcmul_(product, weights)
+            else:
+                shape = (stop - start, r1, end, r2)
+                part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).addcmul_(
+                    product.view(shape), weights[:, None, :, None]
+                )
+
+
+def _add_position_gram(
+    target: Tensor, left: Outer, right: Outer, pick_left: _Picker, pick_right: _Picker, symmetric: bool
+) -> None:
+    """With S positions: K += Σ_{s,t} (A_s A_tᵀ) ∘ (G_s G_tᵀ)."""
+    gram = gram_of_activations(left.activations, right.activations)
+    if left.unit.bias is not None:
+        gram = gram + 1
+    gram = gram.to(target.dtype)
+    s1, s2 = left.shape.positions, right.shape.positions
+    n1, n2 = len(gram) // s1, gram.shape[1] // s2
+    gram = gram.view(n1, s1, n2, s2)
+    one = _position_rows(pick_left, left)
+    other = one if symmetric else _position_rows(pick_right, right)
+    r1, r2 = pick_left.shape[2], pick_right.shape[2]
+    step = max(1, _GRAM_ENTRIES // max(1, r1 * s1 * n2 * r2 * s2))
+    for block, a, b in zip(target, one, other, strict=True):
+        for start in range(0, n1, step):
+            stop = min(start + step, n1)
+            end = stop if symmetric else n2
+            product = a[start:stop].flatten(0, 2) @ b[:end].flatten(0, 2).mT
+            product = product.view(stop - start, r1, s1, end, r2, s2)
+            weights = gram[start:stop, :, :end].unsqueeze(1).unsqueeze(4)  # (n, 1, s, n', 1, t)
+            found = product.mul_(weights).sum((2, 5)).flatten(2).flatten(0, 1)
+            block[start * r1 : stop * r1, : end * r2].add_(found)
+
+
+def _position_rows(pick: _Picker, layer: Outer) -> list[Tensor]:
+    """Return M blocks ``(B, r, S, R·d_out)`` of output gradients."""
+    picked = pick(layer.gradients.squeeze(2))  # (M, B, R, r, d_out, S)
+    return [block.permute(0, 2, 4, 1, 3).flatten(3) for block in picked]
+
+
+def _add_gradients(
+    target: Tensor,
+    left: Outer,
+    right: Outer,
+    pick_left: _Picker,
+    pick_right: _Picker,
+    symmetric: bool,
+    workspace: Workspace,
+) -> None:
+    """K += J Jᵀ with the per-sample gradients of this layer."""
+    first, second = left.activations, right.activations
+    if isinstance(first, OneHot) and isinstance(second, OneHot):
+        first, second = _compressed(first, second)
+    one = _gradient_matrices(left, first, pick_left, workspace, "left")
+    other = one if symmetric else _gradient_matrices(right, second, pick_right, workspace, "right")
+    count = len(left.gradients)
+    for block, a, b in zip(target, one, other, strict=True):
+        _multiply_add(block, a, b, count, symmetric)
+    if left.unit.bias is not None:
+        one = pick_left.rows(left.gradients.sum(-1))
+        other = one if symmetric else pick_right.rows(right.gradients.sum(-1))
+        for block, a, b in zip(target, one, other, strict=True):
+            _multiply_add(block, a, b, count, symmetric)
+
+
+def _gradient_matrices(
+    layer: Outer, activations: Activation, pick: _Picker, workspace: Workspace, side: str
+) -> list[Tensor]:
+    shape = layer.shape
+    inputs = activations.size if isinstance(activations, OneHot) else shape.inputs
+    entries = layer.gradients.shape[0] * layer.gradients.shape[1] * shape.outputs * inputs * shape.groups
+    needs = isinstance(activations, Tensor) and shape.groups == 1
+    out = workspace.take(("gradient", side), entries, layer.gradients) if needs else None
+    return pick.rows(outer_gradients(layer.gradients, activations, out))
+
+
+def _compressed(left: OneHot, right: OneHot) -> tuple[OneHot, OneHot]:
+    """Number only the rows of a table that occur."""
+    found, index = torch.unique(torch.cat([left.index.flatten(), right.index.flatten()]), return_inverse=True)
+    split = left.index.numel()
+    return (
+        OneHot(index[:split].view_as(left.index), len(found)),
+        OneHot(index[split:].view_as(right.index), len(found)),
+    )
+
+
+def _add_direct(
+    target: Tensor,
+    left: Sequence[Direct],
+    right: Sequence[Direct],
+    pick_left: _Picker,
+    pick_right: _Picker,
+    symmetric: bool,
+) -> None:
+    one = pick_left.rows(_side_by_side(left))
+    other = one if symmetric else pick_right.rows(_side_by_side(right))
+    count = len(left[0].gradients)
+    for block, a, b in zip(target, one, other, strict=True):
+        _multiply_add(block, a, b, count, symmetric)
+
+
+def _side_by_side(directs: Sequence[Direct]) -> Tensor:
+    if len(directs) == 1:
+        return directs[0].gradients
+    return torch.cat([direct.gradients for direct in directs], dim=2)
+
+
+def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute | None = None) -> Tensor:
+    """Return ``(B, C)`` squared lengths of the gradients.
+
+    Args:
+        factors: Factors of B samples in C directions.
+        workspace: Memory to use again.
+        force: A way to take whatever it costs.
+    """
+    parts = [_layer_lengths(layer, workspace, force) for layer in factors.outers]
+    parts += [_squared(direct.gradients) for direct in factors.directs]
+    held = factors.outers[0].gradients if factors.outers else factors.directs[0].gradients
+    return torch.stack(parts).sum(0).to(held.dtype)
+
+
+def _squared(gradients: Tensor) -> Tensor:
+    """Return ``(B, C)`` sums of squares in float64."""
+    return gradients.flatten(2).square().sum(2, dtype=torch.float64)
+
+
+def _layer_lengths(layer: Outer, workspace: Workspace, force: DiagonalRoute | None) -> Tensor:
+    route = force or choose_diagonal(layer.shape)
+    activations, gradients = layer.activations, layer.gradients
+    extra = 0 if layer.unit.bias is None else 1
+    if route == "gram" and layer.shape.groups == 1:
+        if layer.shape.positions == 1:
+            if isinstance(activations, OneHot):
+                return _squared(gradients) * (1 + extra)
+            return _squared(gradients) * (_squared(activations) + extra)
+        gram = _own_gram(activations, gradients.dtype) + extra  # (B, S, S)
+        signals = gradients.squeeze(2)  # (B, C, d_out, S)
+        return ((signals @ gram.unsqueeze(1)) * signals).sum((2, 3), dtype=torch.float64)
+    return _written_lengths(layer, workspace)
+
+
+def _written_lengths(layer: Outer, workspace: Workspace) -> Tensor:
+    """Return the squared lengths of gradients that are written down, a few outputs at a time."""
+    activations, gradients, shape = layer.activations, layer.gradients, layer.shape
+    if isinstance(activations, OneHot):
+        activations, _ = _compressed(activations, activations)
+    size = gradients[:, :1].numel() // max(shape.positions, 1)
+    inputs = activations.size if isinstance(activations, OneHot) else shape.inputs
+    step = max(1, _GRAM_ENTRIES // max(1, size * inputs))
+    parts = []
+    for part in gradients.split(step, dim=1):
+        out = None
+        if isinstance(activations, Tensor) and shape.groups == 1:
+            out = workspace.take(("gradient", "left"), size * inputs * part.shape[1], gradients)
+        parts.append(_squared(outer_gradients(part, activations, out)))
+    result = torch.cat(parts, dim=1)
+    return result if layer.unit.bias is None else result + _squared(gradients.sum(-1))
+
+
+def _own_gram(activations: Activation, dtype: torch.dtype) -> Tensor:
+    """Return ``(B, S, S)`` inner products of the activations of each sample."""
+    if isinstance(activations, OneHot):
+        return (activations.index[:, :, None] == activations.index[:, None, :]).to(dtype)
+    flat = activations.squeeze(1)  # (B, d_in, S)
+    return flat.mT @ flat

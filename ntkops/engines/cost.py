@@ -1,0 +1,219 @@
+"""What each way through a layer costs, in floating-point operations, and which is the cheapest.
+
+A layer's kernel can be made of its per-sample gradients ("gradient": build them, then one matrix
+product) or of Gram matrices ("gram": activations with activations, output gradients with output
+gradients, multiplied entry by entry and summed over positions). Products with cached factors can also
+go through activations and output gradients one after the other ("factors").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "DiagonalRoute",
+    "KernelRoute",
+    "KernelShape",
+    "LayerShape",
+    "ProductRoute",
+    "choose_diagonal",
+    "choose_kernel",
+    "choose_product",
+    "diagonal_costs",
+    "kernel_costs",
+    "product_costs",
+]
+
+KernelRoute = Literal["gram", "gradient"]
+DiagonalRoute = Literal["gram", "gradient"]
+ProductRoute = Literal["factors", "dual", "gradient"]
+
+# An entrywise operation on a large array costs about as much as this many multiplications inside a
+# matrix product, since it is bound by memory: 140 against 2 billion a second and core.
+_ENTRYWISE = 64
+_SYMMETRIC = 0.6  # share of a product of a matrix with its own transpose that symmetric blocks need
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer's factors.
+
+    Attributes:
+        positions: Number S of positions (pixels, time steps, calls) that share the weight.
+        inputs: Length d_in of an activation.
+        outputs: Length d_out of an output gradient.
+        groups: Number of groups, each with its own d_in × d_out block.
+        one_hot: Whether activations are unit vectors.
+    """
+
+    positions: int
+    inputs: int
+    outputs: int
+    groups: int = 1
+    one_hot: bool = False
+
+    @property
+    def entries(self) -> int:
+        """Entries of the weight."""
+        return self.groups * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """Sizes of the kernel that is wanted.
+
+    Attributes:
+        left: Samples of the rows.
+        right: Samples of the columns.
+        rows: Outputs per sample in the rows of one kernel.
+        columns: Outputs per sample in its columns.
+        terms: Number of terms that are summed.
+        kernels: Number of kernels.
+        symmetric: Whether rows and columns are the same.
+    """
+
+    left: int
+    right: int
+    rows: int
+    columns: int
+    terms: int = 1
+    kernels: int = 1
+    symmetric: bool = False
+
+
+def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, float]:
+    r"""Return the cost of each way to a kernel.
+
+    With N samples, C outputs and S positions: per-sample gradients cost
+    :math:`2 N C S d_{in} d_{out} + 2 (N C)^2 d_{in} d_{out}`, Gram matrices
+    :math:`2 (N S)^2 d_{in} + 2 (N C S)^2 d_{out}` and an entrywise product.
+
+    Args:
+        layer: The layer.
+        wanted: The kernel.
+
+    Returns:
+        Operations for "gram" (one group only) and "gradient".
+    """
+    share = _SYMMETRIC if wanted.symmetric else 1.0
+    sides = wanted.left * wanted.rows + (0 if wanted.symmetric else wanted.right * wanted.columns)
+    repeats = wanted.kernels * wanted.terms
+    entries = wanted.left * wanted.rows * wanted.right * wanted.columns * wanted.kernels
+    build = 2 * layer.positions * (layer.entries // (layer.inputs if layer.one_hot else 1)) * sides * repeats
+    costs: dict[KernelRoute, float] = {
+        "gradient": build
+        + share * 2 * entries * wanted.terms * layer.entries
+        + _ENTRYWISE * sides * repeats * layer.entries / 8
+    }
+    if layer.groups == 1:
+        pairs = layer.positions**2
+        inner = 1 if layer.one_hot else layer.inputs
+        gram = 2 * wanted.left * wanted.right * pairs * inner
+        gram += 2 * entries * wanted.terms * pairs * layer.outputs
+        # With one position the entrywise product is fused into the accumulation.
+        gram += entries * pairs * (4 if layer.positions == 1 else _ENTRYWISE)
+        costs["gram"] = share * gram
+    return costs
+
+
+def choose_kernel(layer: LayerShape, wanted: KernelShape, force: KernelRoute | None = None) -> KernelRoute:
+    """Return the cheaper way to a kernel; without shared weights always Gram matrices.
+
+    Args:
+        layer: The layer.
+        wanted: The kernel.
+        force: A way to take whatever it costs, where the layer has it.
+    """
+    if layer.groups > 1:
+        return "gradient"
+    if force is not None:
+        return force
+    if layer.positions == 1:
+        return "gram"
+    costs = kernel_costs(layer, wanted)
+    return min(costs, key=lambda route: costs[route])
+
+
+def diagonal_costs(layer: LayerShape) -> dict[DiagonalRoute, float]:
+    """Return the cost of one squared gradient length of one sample, for each way."""
+    if layer.one_hot:
+        size = layer.positions * layer.outputs
+        return {"gradient": 4.0 * size * layer.positions, "gram": 2.0 * layer.positions * size}
+    costs: dict[DiagonalRoute, float] = {
+        "gradient": 2.0 * layer.positions * layer.entries + _ENTRYWISE / 8 * layer.entries
+    }
+    if layer.groups == 1:
+        costs["gram"] = layer.positions**2 * (layer.inputs + 2.0 * layer.outputs + _ENTRYWISE)
+    return costs
+
+
+def choose_diagonal(layer: LayerShape, force: DiagonalRoute | None = None) -> DiagonalRoute:
+    """Return the cheaper way to the diagonal; without shared weights lengths multiply.
+
+    Args:
+        layer: The layer.
+        force: A way to take whatever it costs, where the layer has it.
+    """
+    if layer.groups > 1:
+        return "gradient"
+    if force is not None:
+        return force
+    if layer.positions == 1:
+        return "gram"
+    costs = diagonal_costs(layer)
+    return min(costs, key=lambda route: costs[route])
+
+
+def product_costs(layer: LayerShape, left: int, right: int, outputs: int) -> dict[ProductRoute, float]:
+    r"""Return the cost of one column of K v through one layer, for each way.
+
+    Args:
+        layer: The layer.
+        left: Samples of the rows.
+        right: Samples of the columns.
+        outputs: Outputs C per sample.
+
+    Returns:
+        Operations for "factors", :math:`4 N S d_{in} d_{out} + 4 N S C d_{out}`; "dual" (with the Gram
+        matrix of activations), :math:`2 (N S)^2 d_{out} + 4 N S C d_{out}`; and "gradient" (with the
+        per-sample gradients kept), :math:`4 N C d_{in} d_{out}`.
+    """
+    both = left + right
+    signals = 2.0 * both * layer.positions * outputs * layer.outputs * layer.groups
+    costs: dict[ProductRoute, float] = {
+        "factors": 2.0 * both * layer.positions * (layer.entries // (layer.inputs if layer.one_hot else 1))
+        + signals,
+        "gradient": 2.0 * both * outputs * layer.entries,
+    }
+    if layer.groups == 1:
+        costs["dual"] = 2.0 * left * right * layer.positions**2 * layer.outputs + signals
+    return costs
+
+
+def choose_product(
+    layer: LayerShape, left: int, right: int, outputs: int, force: ProductRoute | None = None
+) -> ProductRoute:
+    """Return the cheapest way for products with cached factors.
+
+    Gradients are kept only for layers with shared weights, and whether they are does not depend on the
+    number of samples: both sides of a cross kernel are then made ready in the same way.
+
+    Args:
+        layer: The layer.
+        left: Samples of the rows.
+        right: Samples of the columns.
+        outputs: Outputs C per sample.
+        force: A way to take whatever it costs, where the layer has it.
+    """
+    if force == "dual" and layer.groups > 1:
+        return "factors"
+    if force is not None:
+        return force
+    if (layer.positions > 1 or layer.groups > 1) and not layer.one_hot:
+        costs = product_costs(layer, 1, 1, outputs)
+        if costs["gradient"] < costs["factors"]:
+            return "gradient"
+    costs = product_costs(layer, left, right, outputs)
+    return "dual" if costs.get("dual", math.inf) < costs["factors"] else "factors"

@@ -1,0 +1,185 @@
+"""Kernels, diagonals and Gram matrices of the covered parameters, tile by tile.
+
+A tile holds the factors of as many samples as the workspace allows, for all outputs that are wanted;
+where not even two samples fit, outputs are taken in groups. Memory is that of the result and two tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model import Inputs
+from .contract import accumulate_kernel, factor_lengths
+from .gathering import FactorSource, sample_slices
+from .rungs import Parameters
+
+__all__ = ["layer_diagonal", "layer_gram", "layer_kernel"]
+
+_MIRRORED_ROWS = 512
+
+
+def layer_kernel(
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """Return ``(M, N₁·r₁, N₂·r₂)`` kernels of the covered parameters.
+
+    Args:
+        source: Makes the factors.
+        params: All selected parameters.
+        left: N₁ samples.
+        right: N₂ samples.
+        left_outputs: ``(M, R, r₁)`` output numbers.
+        right_outputs: ``(M, R, r₂)``.
+    """
+    kernels, _, r1 = left_outputs.shape
+    r2 = right_outputs.shape[2]
+    pairs = torch.cat([left_outputs.flatten(1), right_outputs.flatten(1)], dim=1)
+    unique, index = torch.unique(pairs, dim=0, return_inverse=True)
+    if len(unique) < kernels:  # an expanded batch: each distinct kernel is made once
+        split = left_outputs[0].numel()
+        one = unique[:, :split].reshape(len(unique), -1, r1)
+        other = unique[:, split:].reshape(len(unique), -1, r2)
+        distinct = layer_kernel(source, params, left, right, one, other)
+        return distinct[index.to(distinct.device)]
+    widest = max(torch.unique(left_outputs).numel(), torch.unique(right_outputs).numel())
+    if widest > 1 and source.tile(widest) < min(2, left.num_samples):
+        return _in_parts(source, params, left, right, left_outputs, right_outputs)
+    return _filled(source, params, left, right, left_outputs, right_outputs)
+
+
+def _in_parts(
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """The same kernels with fewer outputs at a time."""
+    kernels, terms, r1 = left_outputs.shape
+    r2 = right_outputs.shape[2]
+
+    def part(kernel: slice, term: slice) -> Tensor:
+        return layer_kernel(
+            source, params, left, right, left_outputs[kernel, term], right_outputs[kernel, term]
+        )
+
+    everything = slice(None)
+    if kernels > 1:
+        half = kernels // 2
+        return torch.cat([part(slice(0, half), everything), part(slice(half, None), everything)])
+    if terms > 1:
+        half = terms // 2
+        return part(everything, slice(0, half)).add_(part(everything, slice(half, None)))
+    size = max(r1, r2)
+    while size > 1 and source.tile(size) < min(2, left.num_samples):
+        size = -(-size // 2)
+    shape = (left.num_samples, r1, right.num_samples, r2)
+    result = torch.empty(shape, dtype=source.dtype, device=source.device)
+    symmetric = left is right and torch.equal(left_outputs, right_outputs)
+    for a in range(0, r1, size):
+        for b in range(0, r2, size):
+            if symmetric and b < a:
+                continue
+            rows, columns = left_outputs[..., a : a + size], right_outputs[..., b : b + size]
+            block = _filled(source, params, left, right, rows, columns)
+            block = block.view(shape[0], rows.shape[2], shape[2], columns.shape[2])
+            result[:, a : a + size, :, b : b + size] = block
+            if symmetric and b > a:
+                result[:, b : b + size, :, a : a + size] = block.permute(2, 3, 0, 1)
+    return result.view(1, shape[0] * r1, shape[2] * r2)
+
+
+def _filled(
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """The same kernels with all outputs at a time, tile by tile."""
+    kernels, _, r1 = left_outputs.shape
+    r2 = right_outputs.shape[2]
+    shape = (kernels, left.num_samples * r1, right.num_samples * r2)
+    result = torch.zeros(shape, dtype=source.dtype, device=source.device)
+    symmetric = left is right and torch.equal(left_outputs, right_outputs)
+    left_numbers, left_index = torch.unique(left_outputs, return_inverse=True)
+    right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
+    size = max(1, source.tile(max(len(left_numbers), len(right_numbers))))
+    shared = left is right and torch.equal(left_numbers, right_numbers)
+    rows = 0
+    for a, b, part in sample_slices(left, size):
+        first = source.of_outputs(params, part, left_numbers)
+        rows += (b - a) * len(left_numbers)
+        for c, d, other in sample_slices(right, size):
+            if symmetric and c > a:
+                continue
+            second = first
+            if not (shared and c == a):
+                second = source.of_outputs(params, other, right_numbers)
+                rows += (d - c) * len(right_numbers)
+            target = result[:, a * r1 : b * r1, c * r2 : d * r2]
+            own = symmetric and c == a
+            accumulate_kernel(target, first, second, left_index, right_index, own, source.workspace)
+    if symmetric:
+        _mirror(result)
+    source.count_rows(rows, left)
+    return result
+
+
+def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Return ``(M, N·r)`` kernel diagonals of the covered parameters for ``(M, R, r)`` output numbers."""
+    distinct, index = torch.unique(outputs, return_inverse=True)
+    group = len(distinct)
+    while group > 1 and source.tile(group) < 1:
+        group = -(-group // 2)
+    columns = []
+    for chosen in distinct.split(group):
+        tiles = [
+            factor_lengths(source.of_outputs(params, part, chosen), source.workspace)
+            for _, _, part in sample_slices(inputs, max(1, source.tile(len(chosen))))
+        ]
+        columns.append(torch.cat(tiles))
+    source.count_rows(inputs.num_samples * len(distinct), inputs)
+    lengths = torch.cat(columns, dim=1)  # (N, u)
+    return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
+
+
+def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
+    """Return the ``(N, r, N, r)`` Gram matrix of covered gradients for ``(N, r, O)`` cotangents."""
+    count, width = cotangents.shape[:2]
+    result = cotangents.new_zeros((1, count * width, count * width))
+    index = torch.arange(width).view(1, 1, -1)
+    size, rows = max(1, source.tile(width)), 0
+    vectors = cotangents.transpose(0, 1)  # (r, N, O)
+    for a, b, part in sample_slices(inputs, size):
+        first = source.of(params, part, vectors[:, a:b])
+        rows += (b - a) * width
+        for c, d, other in sample_slices(inputs, size):
+            if c > a:
+                continue
+            second = first if c == a else source.of(params, other, vectors[:, c:d])
+            rows += 0 if c == a else (d - c) * width
+            target = result[:, a * width : b * width, c * width : d * width]
+            accumulate_kernel(target, first, second, index, index, c == a, source.workspace)
+    _mirror(result)
+    source.count_rows(rows, inputs)
+    return result.view(count, width, count, width)
+
+
+def _mirror(result: Tensor) -> None:
+    """Copy what is below the diagonal of each square matrix to above it."""
+    size = result.shape[1]
+    for matrix in result:
+        for start in range(0, size, _MIRRORED_ROWS):
+            stop = min(start + _MIRRORED_ROWS, size)
+            own = matrix[start:stop, start:stop]
+            own.copy_(own.tril() + own.tril(-1).mT)
+            matrix[start:stop, stop:] = matrix[stop:, start:stop].mT

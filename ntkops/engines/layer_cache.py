@@ -1,0 +1,92 @@
+"""Factors that are kept for products, as long as the process's budget allows."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+
+from ..model import Inputs
+from .budget import free_bytes, shared_store
+from .gathering import FactorSource
+from .products import ProductFactors, prepare_products
+from .rungs import Parameters
+
+__all__ = ["FactorCache"]
+
+_CACHE_SHARE = 0.2  # of free memory, for the factors of one set of samples
+_PRODUCT_PASSES = 4.0  # backward passes that one column of K v costs by automatic differentiation
+
+
+class FactorCache:
+    """Factors of whole sets of samples, made once products have cost as much as making them.
+
+    Args:
+        identity: Owner of the tensors in the shared store.
+    """
+
+    def __init__(self, identity: int) -> None:
+        self._identity = identity
+        self._held: dict[int, tuple[object, ProductFactors]] = {}
+        self._spent: weakref.WeakKeyDictionary[Inputs, float] = weakref.WeakKeyDictionary()
+        self._numbers: weakref.WeakKeyDictionary[Inputs, int] = weakref.WeakKeyDictionary()
+        self._serials = itertools.count()
+
+    def clear(self) -> int:
+        """Drop everything and return the bytes set free."""
+        self._held.clear()
+        return shared_store.release(self._identity)
+
+    def get(
+        self, source: FactorSource, params: Parameters, inputs: Inputs, columns: float
+    ) -> ProductFactors | None:
+        """Return the factors of these samples, or None where they do not pay or do not fit.
+
+        Args:
+            source: Makes the factors.
+            params: All selected parameters.
+            inputs: N samples.
+            columns: Columns of K v that are about to be multiplied; half of one for J or Jᵀ alone.
+        """
+        if inputs not in self._numbers:
+            self._numbers[inputs] = next(self._serials)
+        number = self._numbers[inputs]
+        state = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in params)
+        held = self._held.get(number)
+        if held is not None and held[0] == state and self._is_stored(number, held[1]):
+            return held[1]
+        spent = self._spent.get(inputs, 0.0) + columns * _PRODUCT_PASSES
+        self._spent[inputs] = spent
+        if spent < inputs.num_outputs or not self._fits(source, inputs):
+            return None
+        return self._make(source, params, inputs, number, state)
+
+    def _fits(self, source: FactorSource, inputs: Inputs) -> bool:
+        cover = source.coverage
+        # Gram matrices of activations are used only where they are smaller than twice the activations.
+        entries = inputs.num_outputs * cover.direction_entries + 3 * cover.sample_entries
+        needed = inputs.num_samples * entries * source.dtype.itemsize
+        return needed <= _CACHE_SHARE * free_bytes(source.device)
+
+    def _make(
+        self, source: FactorSource, params: Parameters, inputs: Inputs, number: int, state: object
+    ) -> ProductFactors | None:
+        outputs = torch.arange(inputs.num_outputs)
+        ready = prepare_products(source.of_outputs(params, inputs, outputs), source.rows)
+        source.count_rows(inputs.num_samples * inputs.num_outputs, inputs)
+        for position, tensor in enumerate(ready.tensors()):
+            if not shared_store.put(self._identity, ("factors", number, position), tensor):
+                return ready  # good for this product, too large to keep
+        self._held[number] = state, ready
+        return ready
+
+    def _is_stored(self, number: int, ready: ProductFactors) -> bool:
+        """Whether the shared store still holds every tensor: what it drops must be set free here, too."""
+        kept = all(
+            shared_store.get(self._identity, ("factors", number, position)) is tensor
+            for position, tensor in enumerate(ready.tensors())
+        )
+        if not kept:
+            del self._held[number]
+        return kept

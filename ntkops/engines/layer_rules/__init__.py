@@ -1,0 +1,56 @@
+"""The table of layer rules: what each function's parameters contribute to a sample's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from ...model.record import Entry
+from .attention import multi_head_attention
+from .base import Activation, Kind, Layout, OneHot, Rule
+from .broadcast import Add, Expand, Multiply, Subtract
+from .convolution import Convolution, TransposedConvolution
+from .embedding import Embedding
+from .linear import AffineProduct, Linear, MatrixProduct
+from .normalisation import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .recurrent import RECURRENT
+
+__all__ = [
+    # the table
+    "CATALOGUE",
+    "EXPANSIONS",
+    "RULES",
+    # what rules are made of
+    "Activation",
+    "Kind",
+    "Layout",
+    "OneHot",
+    "Rule",
+]
+
+_ALL: tuple[Rule, ...] = (
+    Linear(),
+    MatrixProduct(),
+    AffineProduct(),
+    Embedding(),
+    Convolution(),
+    TransposedConvolution(),
+    LayerNorm(),
+    RMSNorm(),
+    GroupNorm(),
+    InstanceNorm(),
+    BatchNorm(),
+    Add(),
+    Subtract(),
+    Multiply(),
+    Expand(),
+)
+
+RULES: dict[str, Rule] = {rule.entry.name: rule for rule in _ALL}
+CATALOGUE: dict[Any, Entry] = {function: rule.entry for rule in _ALL for function in rule.functions}
+EXPANSIONS: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    **RECURRENT,
+}

@@ -1,0 +1,90 @@
+"""What the layerwise engine does with each parameter, as a table that users can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..model import Inputs
+from ..results import LayerInfo
+from .cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
+from .factors import Direct
+from .gathering import FactorSource
+from .units import Unit
+
+__all__ = ["MeasuredLayer", "describe_layers", "measure_layers"]
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """One unit and the sizes of its factors; None where its gradient is written down."""
+
+    unit: Unit
+    shape: LayerShape | None
+
+
+def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
+    """Return the units' sizes, seen on one sample: a forward and a backward pass over it.
+
+    Args:
+        source: Makes the factors.
+        inputs: The samples; the first is used.
+    """
+    first = torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        factors = source.of_outputs(source.linearization.parameters, inputs.select(first), first)
+    measured = [MeasuredLayer(layer.unit, layer.shape) for layer in factors.outers]
+    return measured + [MeasuredLayer(layer.unit, None) for layer in factors.directs]
+
+
+def describe_layers(
+    source: FactorSource, measured: Iterable[MeasuredLayer], wanted: KernelShape, directions: int
+) -> tuple[LayerInfo, ...]:
+    """Return one line for every unit in the parameters' order, and one for every parameter without a rule.
+
+    Args:
+        source: Whose coverage and options are described.
+        measured: The units.
+        wanted: The kernel in question; its samples are cut to what one tile holds.
+        directions: Number of outputs for which products keep factors.
+    """
+    lines = {(layer.unit.index, layer.unit.start): _line(source, layer, wanted, directions) for layer in measured}
+    for index in source.uncovered:
+        name = source.linearization.names[index]
+        lines[index, 0] = LayerInfo(name, "none", "autograd", "autograd", "autograd", "autograd", 0)
+    return tuple(lines[key] for key in sorted(lines))
+
+
+def _line(source: FactorSource, layer: MeasuredLayer, wanted: KernelShape, directions: int) -> LayerInfo:
+    unit, shape, names = layer.unit, layer.shape, source.linearization.names
+    name, height = names[unit.index], source.linearization.shapes[unit.index]
+    if height and (unit.start, unit.stop) != (0, height[0]):
+        name = f"{name}[{unit.start}:{unit.stop}]"
+    bias = None if unit.bias is None else names[unit.bias.index]
+    rule = _rule(source, unit)
+    if shape is None:
+        return LayerInfo(name, rule, "direct", "gradient", "gradient", "gradient", 0, bias)
+    options = source.options
+    return LayerInfo(
+        name,
+        rule,
+        "outer",
+        choose_kernel(shape, wanted, options.kernel),
+        choose_diagonal(shape, options.diagonal),
+        choose_product(shape, wanted.left, wanted.right, directions, options.product),
+        shape.positions,
+        bias,
+    )
+
+
+def _rule(source: FactorSource, unit: Unit) -> str:
+    """Return the names of the rules of all calls in which the unit's parameter is used."""
+    roles = {use.role for use in unit.uses}
+    found = set()
+    for rule, places, *_ in source.coverage.layouts:
+        for role, place in places:  # type: ignore[attr-defined]
+            if place.index == unit.index and role in roles and place.start < unit.stop > unit.start < place.stop:
+                found.add(str(rule))
+    return ", ".join(sorted(found))

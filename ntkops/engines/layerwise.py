@@ -1,0 +1,427 @@
+"""The layerwise engine: exact blocks and products from activations and output gradients."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..model import Inputs, Linearization
+from .autograd import AutogradEngine
+from .checks import require_finite_product
+from .choose import Ladder, climb
+from .cost import KernelShape, LayerShape
+from .coverage import Coverage, CoverageChanged, cover
+from .gathering import FactorSource
+from .layer_blocks import layer_diagonal, layer_gram, layer_kernel
+from .layer_cache import FactorCache
+from .partial import partial_engine
+from .pricing import autograd_kernel_passes, layerwise_kernel_passes
+from .products import ProductFactors
+from .recorded import is_recorded
+from .rungs import Parameters
+from .settings import EngineSettings
+from .trust import trusted
+
+__all__ = ["LayerwiseEngine"]
+
+logger = logging.getLogger(__name__)
+
+Auto = Literal["auto"]
+Result = TypeVar("Result")
+
+_identities = itertools.count(1 << 32)  # apart from the numbers of other engines in the shared store
+
+
+class LayerwiseEngine(EngineSettings):
+    r"""Exact kernels, diagonals, Gram matrices and products from the structure of layers.
+
+    For each covered parameter the gradient of sample n in direction c is
+    :math:`\sum_s g_{ncs} a_{ns}^\top` with activations a and output gradients g, taken from one forward
+    pass and C backward passes; kernels follow from these without ever writing down N·O × P. Parameters
+    that no rule covers go to automatic differentiation, and the two parts add up. Where gradients of the
+    result are recorded, everything goes to automatic differentiation.
+
+    Args:
+        linearization: The pure function and its snapshot.
+        ladder: What the model allows.
+        coverage: Which parameters are covered, and how.
+        batch_size: Samples per pass, or "auto".
+        chunk_size: Columns per pass, or "auto".
+
+    Example:
+        >>> import torch
+        >>> from ntkops.engines.layerwise import LayerwiseEngine
+        >>> from ntkops.model import linearize
+        >>> _ = torch.manual_seed(0)
+        >>> linearization = linearize(torch.nn.Linear(3, 2))
+        >>> inputs = linearization.inputs(torch.randn(5, 3))
+        >>> engine = LayerwiseEngine.build(linearization, inputs)
+        >>> engine.covered
+        ('weight', 'bias')
+        >>> every = torch.arange(2).view(1, 1, 2)
+        >>> engine.kernel(linearization.parameters, inputs, inputs, every, every).shape
+        torch.Size([1, 10, 10])
+    """
+
+    name = "layerwise"
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        ladder: Ladder,
+        coverage: Coverage,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+    ) -> None:
+        self._autograd = AutogradEngine(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
+        self._sizes = batch_size, chunk_size
+        self._start(coverage)
+
+    def _start(self, coverage: Coverage) -> None:
+        self.identity = next(_identities)
+        self._cache = FactorCache(self.identity)
+        self._source = FactorSource(self._autograd, coverage)
+        self._layer_shapes: list[LayerShape] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        linearization: Linearization,
+        inputs: Inputs,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+    ) -> LayerwiseEngine:
+        """Try the ladder, find what the rules cover, and check every covered parameter.
+
+        Args:
+            linearization: The pure function and its snapshot.
+            inputs: The samples; a slice of them is used.
+            batch_size: Samples per pass, or "auto".
+            chunk_size: Columns per pass, or "auto".
+
+        Returns:
+            The engine. A covered parameter whose per-sample gradients differ from those of automatic
+            differentiation is left to it, with the reason in ``ladder.reasons``.
+        """
+        ladder = climb(linearization, inputs)
+        coverage = cover(linearization, inputs)
+        engine = cls(linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size)
+        engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
+        return engine
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerwiseEngine:
+        """Return the same engine for another dtype or device; nothing is tried again."""
+        moved = self.linearization.to(dtype=dtype, device=device)
+        batch_size, chunk_size = self._sizes
+        return LayerwiseEngine(
+            moved, self._autograd.ladder, self._coverage, batch_size=batch_size, chunk_size=chunk_size
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave identity, memory and caches behind: they are this process's."""
+        return {"autograd": self._autograd, "sizes": self._sizes, "coverage": self._coverage}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take a fresh identity, so that no cache of another engine is read."""
+        self._autograd = state["autograd"]  # type: ignore[assignment]
+        self._sizes = state["sizes"]  # type: ignore[assignment]
+        self._start(state["coverage"])  # type: ignore[arg-type]
+
+    def free(self) -> int:
+        """Drop everything cached for this engine and return the bytes set free."""
+        self._source.workspace.clear()
+        return self._cache.clear() + self._autograd.free()
+
+    # what it is and what it costs
+
+    @property
+    def _coverage(self) -> Coverage:
+        return self._source.coverage
+
+    @property
+    def ladder(self) -> Ladder:
+        """What the model allows, with a line for every parameter that is not covered."""
+        names = self.linearization.names
+        reasons = tuple(
+            f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
+            for i, reason in sorted(self._coverage.reasons.items())
+        )
+        return replace(self._autograd.ladder, reasons=(*self._autograd.ladder.reasons, *reasons))
+
+    @property
+    def fallback(self) -> AutogradEngine:
+        """The engine of automatic differentiation over all parameters."""
+        return self._autograd
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the parameters that the layer rules cover."""
+        return tuple(self.linearization.names[i] for i in sorted(self._coverage.covered))
+
+    # which engine does what
+
+    def _delegates(self, params: Parameters, *others: Tensor | Inputs) -> bool:
+        """Whether automatic differentiation does all of it: nothing is covered, or graphs are recorded."""
+        if not self._coverage.covered:
+            return True
+        live = self.linearization.differentiable
+        return is_recorded(params, others, live)
+
+    def _rest(self, params: Parameters) -> tuple[AutogradEngine, Parameters] | None:
+        """Return the engine for the parameters that are not covered, and these."""
+        return partial_engine(self._autograd, self._sizes, self._source.uncovered, params)
+
+    def _combined(
+        self,
+        params: Parameters,
+        watched: tuple[Tensor | Inputs, ...],
+        layers: Callable[[FactorSource], Result],
+        autograd: Callable[[AutogradEngine, Parameters], Result],
+        add: Callable[[Result, Result], Result],
+    ) -> Result:
+        """Run the rules for what is covered, automatic differentiation for the rest, and add them."""
+        if self._delegates(params, *watched):
+            return autograd(self._autograd, params)
+        with torch.no_grad():
+            try:
+                result = layers(self._source)
+            except CoverageChanged as change:
+                self._give_up(change)
+                return autograd(self._autograd, params)
+            rest = self._rest(params)
+            return result if rest is None else add(result, autograd(*rest))
+
+    def _give_up(self, change: CoverageChanged) -> None:
+        """Leave the layerwise way for good, loudly."""
+        logger.warning("the layerwise engine gives up: %s", change)
+        everything = range(len(self.linearization.names))
+        reasons = dict.fromkeys(everything, str(change))
+        self._source.coverage = replace(self._coverage, covered=frozenset(), reasons=reasons)
+        self.free()
+
+    # kernels and rows
+
+    def kernel(
+        self,
+        params: Parameters,
+        left: Inputs,
+        right: Inputs,
+        left_outputs: Tensor,
+        right_outputs: Tensor,
+    ) -> Tensor:
+        """Return dense kernels Σ_r J(left)_{o_r} J(right)_{o_r}ᵀ layer by layer.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            left: N₁ samples.
+            right: N₂ samples; the same object as ``left`` lets symmetry halve the work.
+            left_outputs: ``(M, R, r₁)`` output numbers: M kernels, R terms, r₁ outputs a sample.
+            right_outputs: ``(M, R, r₂)``.
+
+        Returns:
+            ``(M, N₁·r₁, N₂·r₂)``. Cost: one forward and one backward pass an output on each side, more
+            where the workspace holds the factors of only a part of the samples; memory: the result and
+            two tiles of factors.
+        """
+        result = self._combined(
+            params,
+            (left, right),
+            lambda source: layer_kernel(source, params, left, right, left_outputs, right_outputs),
+            lambda engine, chosen: engine.kernel(chosen, left, right, left_outputs, right_outputs),
+            torch.Tensor.add_,
+        )
+        require_finite_product(result, "the kernel", self.linearization, left_outputs)
+        return result
+
+    def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return what a dense kernel costs, in passes over the samples of its rows.
+
+        Args:
+            inputs: Samples of the rows.
+            wanted: The kernel.
+            distinct: Number of distinct outputs in it.
+        """
+        if not self._coverage.covered:
+            return autograd_kernel_passes(wanted, distinct)
+        if self._layer_shapes is None:
+            self._layer_shapes = self._measure_layers(inputs)
+        covered = layerwise_kernel_passes(wanted, distinct, self._layer_shapes)
+        if not self._source.uncovered:
+            return covered
+        share = sum(self.linearization.sizes[i] for i in self._source.uncovered) / self.num_parameters
+        return covered + share * autograd_kernel_passes(wanted, distinct)
+
+    def _measure_layers(self, inputs: Inputs) -> list[LayerShape]:
+        """Return the layers' sizes, seen on one sample."""
+        try:
+            with torch.no_grad():
+                first = inputs.select(torch.zeros(1, dtype=torch.long))
+                factors = self._source.of_outputs(
+                    self.linearization.parameters, first, torch.zeros(1, dtype=torch.long)
+                )
+        except CoverageChanged as change:
+            self._give_up(change)
+            return []
+        return [layer.shape for layer in factors.outers]
+
+    def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+        """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            outputs: ``(M, R, r)`` output numbers.
+
+        Returns:
+            ``(M, N·r)``. Cost: one forward pass and a backward pass for each distinct output; memory
+            does not grow with N.
+        """
+        result = self._combined(
+            params,
+            (inputs,),
+            lambda source: layer_diagonal(source, params, inputs, outputs),
+            lambda engine, chosen: engine.diagonal(chosen, inputs, outputs),
+            torch.Tensor.add_,
+        )
+        require_finite_product(result, "the diagonal", self.linearization, outputs)
+        return result
+
+    def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
+        r"""Return the Gram matrix of per-sample gradients, :math:`W_{ir,js} = g_{ir}^\top g_{js}`.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            cotangents: ``(N, r, O)``: r output combinations for each sample.
+
+        Returns:
+            ``(N, r, N, r)``. Cost: one forward and r backward passes, more where tiles do not fit at once.
+        """
+        result = self._combined(
+            params,
+            (inputs, cotangents),
+            lambda source: layer_gram(source, params, inputs, cotangents),
+            lambda engine, chosen: engine.sample_gram(chosen, inputs, cotangents),
+            torch.Tensor.add_,
+        )
+        require_finite_product(result, "the Gram matrix", self.linearization, cotangents)
+        return result
+
+    def jacobian_tile(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+        """Return the rows of J of every sample for some outputs.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: B samples; the caller keeps B·r·P within `workspace_bytes`.
+            outputs: ``(r,)`` output numbers.
+
+        Returns:
+            ``(B, r, P)``. Cost: one forward and r backward passes over these samples.
+        """
+        result = self._combined(
+            params,
+            (inputs,),
+            lambda source: source.written_down(source.of_outputs(params, inputs, outputs)),
+            lambda engine, chosen: engine.jacobian_tile(chosen, inputs, outputs),
+            self._source.scattered,
+        )
+        require_finite_product(result, "Jᵀv of single samples", self.linearization, outputs)
+        return result
+
+    # products
+
+    def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
+        """Return Jᵀv, flat, for each row of ``vectors``.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            vectors: ``(k, N, O)``.
+
+        Returns:
+            ``(k, P)``. Cost: from cached factors where these exist or pay, else k vjp passes.
+        """
+        ready = self._ready(params, inputs, inputs, len(vectors) / 2, vectors)
+        if ready is None:
+            return self._autograd.vjp(params, inputs, vectors)
+        with torch.no_grad():
+            result, rest = ready[0].pull(vectors, self.num_parameters), self._rest(params)
+            if rest is None:
+                self._autograd._report(vjp=len(vectors))
+            else:
+                self._source.scattered(result, rest[0].vjp(rest[1], inputs, vectors))
+        require_finite_product(result, "Jᵀv", self.linearization, vectors)
+        return result
+
+    def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
+        """Return J p for each row of ``tangents``.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            tangents: ``(k, P)``.
+
+        Returns:
+            ``(k, N, O)``. Cost: from cached factors where these exist or pay, else k jvp passes.
+        """
+        ready = self._ready(params, inputs, inputs, len(tangents) / 2, tangents)
+        if ready is None:
+            return self._autograd.jvp(params, inputs, tangents)
+        with torch.no_grad():
+            result, rest = ready[0].push(tangents), self._rest(params)
+            if rest is None:
+                self._autograd._report(jvp=len(tangents))
+            else:
+                result += rest[0].jvp(rest[1], inputs, self._source.gathered(tangents))
+        require_finite_product(result, "J p", self.linearization, tangents)
+        return result
+
+    def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
+        """Return J(left) J(right)ᵀ v for each row of ``vectors``.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            left: N₁ samples.
+            right: N₂ samples; the same object as ``left`` shares all factors.
+            vectors: ``(k, N₂, O)``.
+
+        Returns:
+            ``(k, N₁, O)``. Cost: from cached factors where these exist or pay, else k vjp and k jvp passes.
+        """
+        ready = self._ready(params, left, right, len(vectors), vectors)
+        if ready is None:
+            return self._autograd.product(params, left, right, vectors)
+        with torch.no_grad():
+            result, rest = ready[0].through(ready[1], vectors), self._rest(params)
+            if rest is None:
+                self._autograd._report(vjp=len(vectors), jvp=len(vectors))
+            else:
+                result += rest[0].product(rest[1], left, right, vectors)
+        require_finite_product(result, "K v", self.linearization, vectors)
+        return result
+
+    def _ready(
+        self, params: Parameters, left: Inputs, right: Inputs, columns: float, operand: Tensor
+    ) -> tuple[ProductFactors, ProductFactors] | None:
+        """Return cached factors of both sides, or None where automatic differentiation is to be used."""
+        if self._delegates(params, operand, left, right):
+            return None
+        try:
+            with torch.no_grad():
+                one = self._cache.get(self._source, params, left, columns)
+                if one is None or left is right:
+                    return None if one is None else (one, one)
+                other = self._cache.get(self._source, params, right, columns)
+        except CoverageChanged as change:
+            self._give_up(change)
+            return None
+        # Sides that were made ready in different ways (sequences of other lengths) do not fit together.
+        return None if other is None or one.dense_spans != other.dense_spans else (one, other)

@@ -1,0 +1,253 @@
+"""Products with J, Jᵀ and J Jᵀ from cached factors, without automatic differentiation.
+
+For each layer the cheapest of three ways: through activations and output gradients one after the
+other, through the Gram matrix of activations, or through the layer's per-sample gradients. Blocks of k
+vectors are row-major: ``(k, N, C)`` and ``(k, P)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .contract import gram_of_activations
+from .cost import product_costs
+from .factors import Factors, Outer, in_parameter_order, outer_gradients
+from .layer_rules import OneHot
+from .units import Unit
+
+__all__ = ["ProductFactors", "Span", "prepare_products", "unit_spans"]
+
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a piece of a gradient lies in the flat parameter vector."""
+
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class ProductFactors:
+    """Factors of N samples in all directions, made ready for products.
+
+    Attributes:
+        count: Number N of samples.
+        directions: Number C of outputs.
+        outers: Layers that stay in factors.
+        spans: Parameters of each of them, and of its bias.
+        dense: ``(N·C, p)`` gradients of all other layers side by side; None if there are none.
+        dense_spans: Where the columns of ``dense`` go.
+        grams: Gram matrices of activations of these samples, by position of the layer.
+    """
+
+    count: int
+    directions: int
+    outers: list[Outer]
+    spans: list[tuple[Span, Span | None]]
+    dense: Tensor | None
+    dense_spans: list[Span]
+    grams: dict[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Return what takes memory."""
+        held = [] if self.dense is None else [self.dense]
+        for layer in self.outers:
+            held.append(layer.gradients)
+            held.append(
+                layer.activations.index if isinstance(layer.activations, OneHot) else layer.activations
+            )
+        return held
+
+    def pull(self, vectors: Tensor, size: int) -> Tensor:
+        """Return Jᵀv, ``(k, P)``, for ``(k, N, C)``; parameters that are not covered get zero."""
+        result = vectors.new_zeros((len(vectors), size))
+        if self.dense is not None:
+            flat = vectors.flatten(1) @ self.dense  # (k, p)
+            offset = 0
+            for span in self.dense_spans:
+                width = span.stop - span.start
+                result[:, span.start : span.stop] += flat[:, offset : offset + width]
+                offset += width
+        for layer, (weight, bias) in zip(self.outers, self.spans, strict=True):
+            signals = _signals(layer, vectors)
+            pulled = in_parameter_order(_weights(layer, signals).unsqueeze(0), layer.transposed)
+            result[:, weight.start : weight.stop] += pulled.squeeze(0)
+            if bias is not None:
+                result[:, bias.start : bias.stop] += signals.sum((0, 4)).flatten(1)
+        return result
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """Return J p, ``(k, N, C)``, for ``(k, P)``."""
+        result = tangents.new_zeros((len(tangents), self.count, self.directions))
+        if self.dense is not None:
+            flat = torch.cat([tangents[:, span.start : span.stop] for span in self.dense_spans], dim=1)
+            result += (flat @ self.dense.mT).view_as(result)
+        for layer, (weight, bias) in zip(self.outers, self.spans, strict=True):
+            pieces = _as_outer(layer, tangents[:, weight.start : weight.stop])
+            shift = None
+            if bias is not None:
+                shift = tangents[:, bias.start : bias.stop].unflatten(1, (layer.shape.groups, -1))
+            result += _read(layer, _apply(layer, pieces, shift))
+        return result
+
+    def through(self, right: ProductFactors, vectors: Tensor) -> Tensor:
+        """Return J(self) J(right)ᵀ v, ``(k, N₁, C)``, for ``(k, N₂, C)``.
+
+        Args:
+            right: Factors of the other side, or the same object.
+            vectors: The block.
+        """
+        cache = self.grams if self is right else None
+        result = vectors.new_zeros((len(vectors), self.count, self.directions))
+        if self.dense is not None:
+            assert right.dense is not None
+            flat, total = vectors.flatten(1), result.flatten(1)
+            for start in range(
+                0, self.dense.shape[1], _COLUMNS
+            ):  # so that the second product finds it in cache
+                columns = slice(start, start + _COLUMNS)
+                total.addmm_(flat @ right.dense[:, columns], self.dense[:, columns].mT)
+        for position, (layer, other) in enumerate(zip(self.outers, right.outers, strict=True)):
+            signals = _signals(other, vectors)  # (N₂, k, g, d_out, S)
+            costs = product_costs(layer.shape, self.count, right.count, self.directions)
+            if costs.get("dual", math.inf) < costs["factors"]:
+                moved = _dual(layer, other, signals, position, cache)
+            else:
+                bias = signals.sum((0, 4)) if layer.unit.bias is not None else None
+                moved = _apply(layer, _weights(other, signals), bias)
+            result += _read(layer, moved)
+        return result
+
+
+def prepare_products(factors: Factors, rows: Mapping[int, tuple[int, int]]) -> ProductFactors:
+    """Choose for each layer whether products use its factors or its gradients.
+
+    Args:
+        factors: Factors of N samples in all C directions.
+        rows: Start in the flat vector, and entries of one row, of each parameter.
+
+    Returns:
+        The factors, ready for products.
+    """
+    outers: list[Outer] = []
+    outer_spans: list[tuple[Span, Span | None]] = []
+    dense: list[Tensor] = []
+    dense_spans: list[Span] = []
+    directions = 0
+    for layer in factors.outers:
+        directions = layer.gradients.shape[1]
+        weight, bias = unit_spans(layer.unit, rows)
+        if _is_better_written_down(layer):
+            dense.append(
+                in_parameter_order(outer_gradients(layer.gradients, layer.activations), layer.transposed)
+            )
+            dense_spans.append(weight)
+            if bias is not None:
+                dense.append(layer.gradients.sum(-1).flatten(2))
+                dense_spans.append(bias)
+        else:
+            outers.append(layer)
+            outer_spans.append((weight, bias))
+    for direct in factors.directs:
+        directions = direct.gradients.shape[1]
+        dense.append(direct.gradients)
+        dense_spans.append(unit_spans(direct.unit, rows)[0])
+    joined = torch.cat(dense, dim=2).flatten(0, 1) if dense else None
+    return ProductFactors(factors.count, directions, outers, outer_spans, joined, dense_spans)
+
+
+def _is_better_written_down(layer: Outer) -> bool:
+    shape = layer.shape
+    shared = shape.positions > 1 or shape.groups > 1
+    if not shared or shape.one_hot:
+        return False
+    # Not by the number of samples, so that two sets of samples are always made ready in the same way.
+    costs = product_costs(shape, 1, 1, layer.gradients.shape[1])
+    return costs["gradient"] < costs["factors"]
+
+
+def unit_spans(unit: Unit, rows: Mapping[int, tuple[int, int]]) -> tuple[Span, Span | None]:
+    """Return where a unit's parameter and its bias lie in the flat vector.
+
+    Args:
+        unit: The unit.
+        rows: Start in the flat vector, and entries of one row, of each parameter.
+    """
+    bias = unit.bias
+    return _span(rows[unit.index], unit.start, unit.stop), (
+        None if bias is None else _span(rows[bias.index], bias.start, bias.stop)
+    )
+
+
+def _span(parameter: tuple[int, int], start: int, stop: int) -> Span:
+    first, row = parameter
+    return Span(first + start * row, first + stop * row)
+
+
+def _signals(layer: Outer, vectors: Tensor) -> Tensor:
+    """Return Σ_c v_c G_c, ``(N, k, groups, d_out, S)``."""
+    flat = layer.gradients.flatten(2)  # (N, C, g·d_out·S)
+    return torch.bmm(vectors.transpose(0, 1), flat).unflatten(2, layer.gradients.shape[2:])
+
+
+def _weights(layer: Outer, signals: Tensor) -> Tensor:
+    """Return Σ_{n,s} signals ⊗ activations, ``(k, groups, d_out, d_in)``."""
+    columns, groups, outputs = signals.shape[1:4]
+    if isinstance(layer.activations, OneHot):
+        flat = signals.permute(1, 2, 3, 0, 4).flatten(3)  # (k, 1, d_out, N·S)
+        result = flat.new_zeros((*flat.shape[:3], layer.activations.size))
+        return result.index_add_(3, layer.activations.index.flatten(), flat)
+    left = signals.permute(2, 1, 3, 0, 4).reshape(groups, columns * outputs, -1)  # (g, k·d_out, N·S)
+    right = layer.activations.permute(1, 0, 3, 2).reshape(groups, left.shape[2], -1)  # (g, N·S, d_in)
+    return (left @ right).unflatten(1, (columns, outputs)).transpose(0, 1)
+
+
+def _apply(layer: Outer, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W a (+ b) at every position, ``(N, k, groups, d_out, S)``, for ``(k, groups, d_out, d_in)``."""
+    columns, groups, outputs, inputs = weights.shape
+    if isinstance(layer.activations, OneHot):
+        index = layer.activations.index
+        moved = weights[..., index.flatten()].unflatten(3, index.shape)  # (k, 1, d_out, N, S)
+        moved = moved.permute(3, 0, 1, 2, 4)
+    else:
+        right = layer.activations.permute(1, 2, 0, 3).reshape(groups, inputs, -1)  # (g, d_in, N·S)
+        left = weights.transpose(0, 1).reshape(groups, columns * outputs, inputs)
+        moved = (left @ right).view(groups, columns, outputs, len(layer.gradients), -1).permute(3, 1, 0, 2, 4)
+    return moved if bias is None else moved + bias.unsqueeze(-1)
+
+
+def _dual(
+    layer: Outer, other: Outer, signals: Tensor, position: int, cache: dict[int, Tensor] | None
+) -> Tensor:
+    """Return the same as ``_apply`` of ``_weights``, through the Gram matrix of activations."""
+    gram = None if cache is None else cache.get(position)
+    if gram is None:
+        gram = gram_of_activations(layer.activations, other.activations).to(signals.dtype)
+        if layer.unit.bias is not None:
+            gram = gram + 1
+        if cache is not None:
+            cache[position] = gram
+    columns, groups, outputs, positions = signals.shape[1:]
+    flat = signals.permute(0, 4, 1, 2, 3).reshape(len(signals) * positions, -1)  # (N₂·S₂, k·d_out)
+    moved = (gram @ flat).view(len(layer.gradients), -1, columns, groups, outputs)
+    return moved.permute(0, 2, 3, 4, 1)
+
+
+def _read(layer: Outer, moved: Tensor) -> Tensor:
+    """Return the products with the output gradients, ``(k, N, C)``, for ``(N, k, groups, d_out, S)``."""
+    return torch.bmm(moved.flatten(2), layer.gradients.flatten(2).mT).transpose(0, 1)
+
+
+def _as_outer(layer: Outer, flat: Tensor) -> Tensor:
+    """Turn ``(k, p)`` in the parameter's order into ``(k, groups, d_out, d_in)``."""
+    shape = layer.shape
+    if layer.transposed:
+        return flat.view(-1, shape.groups, shape.inputs, shape.outputs).mT
+    return flat.view(-1, shape.groups, shape.outputs, shape.inputs)

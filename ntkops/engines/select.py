@@ -1,0 +1,49 @@
+"""Which engine computes an operator's products and blocks."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from ..errors import InputError
+from ..model import Inputs, Linearization
+from .autograd import AutogradEngine
+from .layerwise import LayerwiseEngine
+
+__all__ = ["Engine", "EngineName", "build_engine"]
+
+Engine = AutogradEngine | LayerwiseEngine
+EngineName = Literal["auto", "autograd", "layerwise"]
+
+
+def build_engine(
+    linearization: Linearization,
+    inputs: Inputs,
+    engine: EngineName = "auto",
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+) -> Engine:
+    """Return the engine asked for, what the model allows found on the first samples.
+
+    Args:
+        linearization: The pure function and its snapshot.
+        inputs: The samples.
+        engine: "autograd"; "layerwise" for every parameter that its rules cover and autograd for the
+            rest; "auto" for layerwise where it covers anything.
+        batch_size: Samples per pass, or "auto".
+        chunk_size: Columns per pass, or "auto".
+
+    Returns:
+        The engine.
+
+    Raises:
+        InputError: If there is no engine of that name.
+    """
+    if engine not in get_args(EngineName):
+        raise InputError(f"engine={engine!r}: choose 'auto', 'autograd' or 'layerwise'")
+    if engine == "autograd" or linearization.differentiable:
+        return AutogradEngine.build(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size)
+    layerwise = LayerwiseEngine.build(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size)
+    if engine == "auto" and not layerwise.covered:
+        return layerwise.fallback
+    return layerwise

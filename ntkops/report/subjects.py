@@ -1,0 +1,196 @@
+"""What a report is about: one or more kernels of networks on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, NtkopsError
+from ..model import Linearization, linearize
+from ..results import Estimate
+from .digits import classifier, load_digits, train
+from .loading import brief, load_data, load_model, place
+
+__all__ = ["Subject", "accuracy", "digits_subject", "user_subject"]
+
+_ACCURACY_BATCH = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Networks at fixed parameters, and the samples on which their kernels are compared.
+
+    Attributes:
+        title: What the report calls it.
+        linearizations: Name of each state of the network, such as "before training".
+        x: N samples.
+        accuracies: Share of samples classified correctly, for states where that is known.
+        notes: What a reader should know.
+    """
+
+    title: str
+    linearizations: Mapping[str, Linearization]
+    x: Tensor
+    accuracies: Mapping[str, Estimate] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def accuracy(linearization: Linearization, x: Tensor, labels: Tensor, name: str) -> Estimate:
+    """Return the share of samples whose largest output is their label, with its sampling error.
+
+    Args:
+        linearization: The network.
+        x: ``(N, ...)`` samples.
+        labels: ``(N,)`` integers in [0, O).
+        name: What the samples are called; becomes the method of the estimate.
+
+    Returns:
+        The binomial proportion; its interval is Wilson's, which stays inside [0, 1].
+    """
+    hits = 0
+    with torch.no_grad(), linearization.safe_context():
+        for start, stop, batch in linearization.inputs(x).batches(_ACCURACY_BATCH):
+            guess = linearization.function(linearization.parameters, batch).argmax(dim=1)
+            hits += int((guess.cpu() == labels[start:stop]).sum())
+    count, z = len(labels), 1.96
+    share = hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    spread = (share * (1 - share) / count) ** 0.5
+    number = torch.tensor([share, spread, middle - half, middle + half], dtype=torch.float64)
+    return Estimate(
+        value=number[0],
+        stderr=number[1],
+        interval=(number[2], number[3]),
+        method=f"{count} {name}",
+        exact=False,
+        passes=0,
+    )
+
+
+def digits_subject(
+    samples: int = 300,
+    *,
+    epochs: int = 30,
+    width: int = 128,
+    seed: int = 0,
+    params: Any = None,
+    output: Any = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    announce: Callable[[str], None] | None = None,
+) -> Subject:
+    """Train a small classifier of digits, and keep it as it was before and after.
+
+    Args:
+        samples: Training images N on which the kernels are compared, at most 1400.
+        epochs: Epochs of training.
+        width: Hidden units.
+        seed: Seed of the split, the initial weights and the order of training.
+        params: Selects parameters, as in `ntkops.ntk`.
+        output: Selects the state, as in `ntkops.ntk`.
+        dtype: Floating dtype.
+        device: Where the kernels are computed; training runs on the CPU.
+        announce: Called with a line of text after each step.
+
+    Returns:
+        The subject, with the accuracies on the 397 test images.
+
+    Raises:
+        InputError: If there are fewer than 1 or more than 1400 samples.
+        MissingDependencyError: If scikit-learn is missing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    digits = load_digits(generator, dtype)
+    if not 1 <= samples <= len(digits.x):
+        raise InputError(f"--samples {samples}: the digits have 1 to {len(digits.x)} training images")
+    untrained = classifier(generator, width, dtype)
+    trained = train(untrained, digits, epochs, generator, announce)
+    models = {"before training": untrained, "after training": trained}
+    accuracies = {
+        name: accuracy(linearize(model), digits.x_test, digits.y_test, "test images")
+        for name, model in models.items()
+    }
+    return Subject(
+        title=f"a 64-{width}-10 classifier of handwritten digits",
+        linearizations={
+            name: linearize(place(model, digits.x, None, torch.device(device))[0], params, output)
+            for name, model in models.items()
+        },
+        x=digits.x[:samples].to(device),
+        accuracies=accuracies,
+    )
+
+
+def user_subject(
+    model: str,
+    data: str | Path,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    params: Any = None,
+    output: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Subject:
+    """Take a user's own network and data.
+
+    Args:
+        model: ``"package.module:factory"``.
+        data: An ``.npz`` file with samples ``x`` and optionally integer labels ``y``.
+        samples: Use a random subset of this size; None for all.
+        seed: Seed of the subset, and of what the factory draws.
+        params: Selects parameters, as in `ntkops.ntk`.
+        output: Selects the state, as in `ntkops.ntk`.
+        dtype: Floating dtype of network and samples; None to take both as they are.
+        device: Device of both.
+
+    Returns:
+        The subject, with the accuracy on these samples where labels and outputs fit.
+
+    Raises:
+        InputError: If ``samples`` is not between 1 and the number there are.
+        NtkopsError: The one that fits what is wrong with model or data.
+    """
+    x, labels = load_data(data)
+    if samples is not None and not 1 <= samples <= len(x):
+        raise InputError(f"--samples {samples}: the file has {len(x)} samples")
+    network, x = place(load_model(model, seed), x, dtype, torch.device(device))
+    linearization = linearize(network, params, output)
+    count = _number_of_outputs(model, linearization, x)
+    accuracies, notes = {}, []
+    if labels is not None:
+        low, high = int(labels.min()), int(labels.max())
+        if low == 0 and high == count - 1 > 0:  # else the largest output need not mean a class
+            accuracies["model"] = accuracy(linearization, x, labels, "samples of the file")
+        else:
+            notes.append(f"no accuracy: labels from {low} to {high} do not number the {count} outputs")
+    if samples is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(x), generator=generator)[:samples].sort().values
+        x = x[chosen.to(x.device)]
+    return Subject(
+        title=model,
+        linearizations={"model": linearization},
+        x=x,
+        accuracies=accuracies,
+        notes=tuple(notes),
+    )
+
+
+def _number_of_outputs(model: str, linearization: Linearization, x: Tensor) -> int:
+    """Return O from a trial run, in which the network itself may raise what it likes."""
+    try:
+        return linearization.inputs(x).num_outputs
+    except NtkopsError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"--model {model}: on samples of shape {tuple(x.shape)} and dtype {x.dtype} the network raised "
+            f"{brief(error)}; --traceback shows where"
+        ) from error

@@ -1,0 +1,171 @@
+"""A report as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..errors import MissingDependencyError
+from ..results import Eigenpairs, Estimate, TruncationRank
+from .measures import KernelReport, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["format_estimate", "print_report"]
+
+_LEADING = 5
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Return value and standard error to the digits that the error leaves meaningful.
+
+    Args:
+        estimate: A scalar estimate.
+
+    Returns:
+        One line, six digits if exact; the error has two.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.report import format_estimate
+        >>> from ntkops.results import Estimate
+        >>> value, error = torch.tensor(1234.5678), torch.tensor(0.25)
+        >>> noisy = Estimate(value, error, (value - error, value + error), "hutchinson", False, 20)
+        >>> format_estimate(noisy), format_estimate(Estimate.of_exact(value, passes=3))
+        ('1234.57 ± 0.25', '1234.57')
+    """
+    return format_with_error(float(estimate), float(estimate.stderr))
+
+
+def format_with_error(value: float, error: float) -> str:
+    """Return ``value ± error``, the value rounded to the second digit of the error, but not beyond seven.
+
+    Example:
+        >>> from ntkops.report.table import format_with_error
+        >>> format_with_error(202661.0, 380.0), format_with_error(1 / 3, 1e-9)
+        ('202660 ± 380', '0.3333333 ± 1e-09')
+    """
+    if not error > 0:
+        return f"{value:.6g}"
+    places = 1 - math.floor(math.log10(error))
+    largest = 6 - math.floor(math.log10(abs(value))) if value else places
+    if places > largest:
+        return f"{value:#.7g}".rstrip(".") + f" ± {error:.1g}"
+    if error > 1e-4 and abs(value) < 1e7:
+        return f"{round(value, places):.{max(places, 0)}f} ± {round(error, places):.{max(places, 0)}f}"
+    digits = max(0, places + math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{digits}e} ± {error:.1e}"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the tables of a report.
+
+    Args:
+        report: The report.
+        console: Where to.
+
+    Raises:
+        MissingDependencyError: If rich is missing.
+    """
+    try:
+        from rich.text import Text
+    except ImportError as error:
+        raise MissingDependencyError(
+            "tables need rich, which is not installed: pip install 'ntkops[demo]'"
+        ) from error
+    console.print(Text(f"Neural tangent kernel of {report.title}", style="bold"))
+    console.print(_sizes(report.kernels[0]), markup=False, highlight=False)
+    console.print(_kernel_table(report))
+    if any(kernel.classes is not None for kernel in report.kernels):
+        console.print(_class_table(report))
+    for note in report.notes:
+        console.print(Text("note: ", style="yellow").append(note, style="default"))
+
+
+def _sizes(kernel: KernelReport) -> str:
+    return (
+        f"n = {kernel.size} ({kernel.num_samples} samples x {kernel.num_outputs} outputs), "
+        f"P = {kernel.num_parameters}; {kernel.dtype} on {kernel.device}; "
+        f"engine {kernel.engine.engine}, rung {kernel.engine.rung}"
+    )
+
+
+def _new_table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="italic")
+
+
+def _kernel_table(report: Report) -> Table:
+    from rich.text import Text
+
+    kernels = report.kernels
+    table = _new_table("")
+    table.add_column("quantity")
+    for kernel in kernels:
+        table.add_column(Text(kernel.name), justify="right", no_wrap=True)
+        table.add_column("method, passes", style="dim")
+
+    def add(label: str, estimates: list[Estimate | None]) -> None:
+        if any(estimate is not None for estimate in estimates):
+            cells = [cell for e in estimates for cell in (_value(e), _provenance(e))]
+            table.add_row(label, *map(Text, cells))
+
+    add("trace", [kernel.trace for kernel in kernels])
+    add("Frobenius norm", [kernel.frobenius_norm for kernel in kernels])
+    add("effective rank", [kernel.effective_rank for kernel in kernels])
+    for position in range(min(_LEADING, *(len(kernel.leading.values) for kernel in kernels))):
+        cells = [cell for kernel in kernels for cell in _eigenvalue(kernel.leading, position)]
+        table.add_row(f"eigenvalue {position + 1}", *map(Text, cells))
+    if report.alignment is not None:
+        table.add_section()
+        blank = [""] * (2 * len(kernels) - 2)
+        cells = [*blank, _value(report.alignment), _provenance(report.alignment)]
+        table.add_row("alignment", *map(Text, cells))
+    if report.accuracies:
+        table.add_section()
+        add("accuracy", [report.accuracies.get(kernel.name) for kernel in kernels])
+    return table
+
+
+def _value(estimate: Estimate | None) -> str:
+    return "undefined" if estimate is None else format_estimate(estimate)
+
+
+def _provenance(estimate: Estimate | None) -> str:
+    return "" if estimate is None else _made(estimate)
+
+
+def _eigenvalue(pairs: Eigenpairs, position: int) -> tuple[str, str]:
+    value = format_with_error(float(pairs.values[position]), float(pairs.residuals[position]))
+    if position:
+        return value, ""
+    return value, _made(pairs)
+
+
+def _made(result: Estimate | Eigenpairs | TruncationRank) -> str:
+    method = ("dense" if result.exact else "lanczos") if isinstance(result, TruncationRank) else result.method
+    made = f"{method}, {result.passes}" if result.passes else method
+    return made if result.converged else f"{made}, not converged"
+
+
+def _class_table(report: Report) -> Table:
+    from rich.text import Text
+
+    shown = {kernel.name: kernel.classes for kernel in report.kernels if kernel.classes is not None}
+    first = next(iter(shown.values()))
+    size = report.kernels[0].num_samples
+    table = _new_table(
+        f"Truncation ranks: eigenvalues, of {size}, that hold {100 * (1 - first.epsilon):g} % of the trace"
+    )
+    table.add_column("output")
+    for number in range(len(first.rank)):
+        table.add_column(str(number), justify="right")
+    table.add_column("method, passes", style="dim")
+    for name, classes in shown.items():
+        ranks = [str(rank) for rank in classes.rank.tolist()]
+        table.add_row(Text(name), *ranks, _made(classes))
+    return table
