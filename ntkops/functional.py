@@ -172,7 +172,7 @@ def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
     """
     jacobian, shape = _per_sample_jacobian(function, params, inputs)
     leaves, _ = tree_flatten(jacobian)
-    diagonal = sum(_rows(leaf).square().sum(-1) for leaf in leaves)
+    diagonal = torch.stack([_rows(leaf).square().sum(-1) for leaf in leaves]).sum(0)
     return diagonal.reshape(-1, *shape)
 
 

@@ -67,14 +67,13 @@ def accumulate_kernel(
         right_index: ``(M, R, r₂)`` directions.
         symmetric: Whether both sides are the same.
         workspace: Memory to use again.
-        force: A way to take whatever it costs.
+        force: A way to take whatever it costs, where a layer has it.
     """
     kernels, terms, rows = left_index.shape
     wanted = KernelShape(left.count, right.count, rows, right_index.shape[2], terms, kernels, symmetric)
     pick_left, pick_right = _Picker(left_index), _Picker(right_index)
     for one, other in zip(left.outers, right.outers, strict=True):
-        route = force or choose_kernel(one.shape, wanted)
-        if route == "gram" and one.shape.groups == 1:
+        if choose_kernel(one.shape, wanted, force) == "gram":
             if one.shape.positions == other.shape.positions == 1:
                 _add_gram(target, one, other, pick_left, pick_right, symmetric, workspace)
             else:
@@ -280,7 +279,7 @@ def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute 
     Args:
         factors: Factors of B samples in C directions.
         workspace: Memory to use again.
-        force: A way to take whatever it costs.
+        force: A way to take whatever it costs, where a layer has it.
     """
     parts = [_layer_lengths(layer, workspace, force) for layer in factors.outers]
     parts += [_squared(direct.gradients) for direct in factors.directs]
@@ -294,10 +293,9 @@ def _squared(gradients: Tensor) -> Tensor:
 
 
 def _layer_lengths(layer: Outer, workspace: Workspace, force: DiagonalRoute | None) -> Tensor:
-    route = force or choose_diagonal(layer.shape)
     activations, gradients = layer.activations, layer.gradients
     extra = 0 if layer.unit.bias is None else 1
-    if route == "gram" and layer.shape.groups == 1:
+    if choose_diagonal(layer.shape, force) == "gram":
         if layer.shape.positions == 1:
             if isinstance(activations, OneHot):
                 return _squared(gradients) * (1 + extra)

@@ -14,6 +14,7 @@ from .collecting import collect
 from .contract import Workspace
 from .coverage import Coverage, CoverageChanged, record_batch
 from .factors import Direct, Factors, Outer, in_parameter_order, join_samples, outer_gradients
+from .options import Layerwise
 from .products import unit_spans
 from .rungs import Parameters
 from .units import plan_units
@@ -38,10 +39,14 @@ class FactorSource:
     Args:
         autograd: The engine whose settings, budget and tally are used.
         coverage: What is covered.
+        options: What the user decided.
     """
 
-    def __init__(self, autograd: AutogradEngine, coverage: Coverage) -> None:
+    def __init__(
+        self, autograd: AutogradEngine, coverage: Coverage, options: Layerwise | None = None
+    ) -> None:
         self._autograd = autograd
+        self.options = options or Layerwise()
         self.coverage = coverage
         self.linearization = autograd.linearization
         self.dtype: torch.dtype = self.linearization.dtype

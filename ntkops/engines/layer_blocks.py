@@ -127,7 +127,9 @@ def _filled(
                 rows += (d - c) * len(right_numbers)
             target = result[:, a * r1 : b * r1, c * r2 : d * r2]
             own = symmetric and c == a
-            accumulate_kernel(target, first, second, left_index, right_index, own, source.workspace)
+            accumulate_kernel(
+                target, first, second, left_index, right_index, own, source.workspace, source.options.kernel
+            )
     if symmetric:
         _mirror(result)
     source.count_rows(rows, left)
@@ -143,7 +145,9 @@ def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, out
     columns = []
     for chosen in distinct.split(group):
         tiles = [
-            factor_lengths(source.of_outputs(params, part, chosen), source.workspace)
+            factor_lengths(
+                source.of_outputs(params, part, chosen), source.workspace, source.options.diagonal
+            )
             for _, _, part in sample_slices(inputs, max(1, source.tile(len(chosen))))
         ]
         columns.append(torch.cat(tiles))
@@ -168,7 +172,9 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
             second = first if c == a else source.of(params, other, vectors[:, c:d])
             rows += 0 if c == a else (d - c) * width
             target = result[:, a * width : b * width, c * width : d * width]
-            accumulate_kernel(target, first, second, index, index, c == a, source.workspace)
+            accumulate_kernel(
+                target, first, second, index, index, c == a, source.workspace, source.options.kernel
+            )
     _mirror(result)
     source.count_rows(rows, inputs)
     return result.view(count, width, count, width)

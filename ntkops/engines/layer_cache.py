@@ -66,6 +66,8 @@ class FactorCache:
         cover = source.coverage
         # Gram matrices of activations are used only where they are smaller than twice the activations.
         entries = inputs.num_outputs * cover.direction_entries + 3 * cover.sample_entries
+        if source.options.product == "gradient":
+            entries += inputs.num_outputs * source.linearization.num_parameters
         needed = inputs.num_samples * entries * source.dtype.itemsize
         return needed <= _CACHE_SHARE * free_bytes(source.device)
 
@@ -73,7 +75,7 @@ class FactorCache:
         self, source: FactorSource, params: Parameters, inputs: Inputs, number: int, state: object
     ) -> ProductFactors | None:
         outputs = torch.arange(inputs.num_outputs)
-        ready = prepare_products(source.of_outputs(params, inputs, outputs), source.rows)
+        ready = prepare_products(source.of_outputs(params, inputs, outputs), source.rows, source.options.product)
         source.count_rows(inputs.num_samples * inputs.num_outputs, inputs)
         for position, tensor in enumerate(ready.tensors()):
             if not shared_store.put(self._identity, ("factors", number, position), tensor):

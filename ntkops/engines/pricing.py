@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cost import KernelShape, LayerShape, choose_kernel, kernel_costs
+from .cost import KernelRoute, KernelShape, LayerShape, choose_kernel, kernel_costs
 
 __all__ = ["autograd_kernel_passes", "layerwise_kernel_passes"]
 
@@ -32,21 +32,24 @@ def autograd_kernel_passes(wanted: KernelShape, distinct: int) -> float:
         Passes over the samples of the rows. Per-sample gradients count twice: they are slower.
     """
     entries = wanted.left * wanted.rows * wanted.right * wanted.columns * wanted.kernels * wanted.terms
-    entries /= 2 if wanted.symmetric else 1
-    return 2.0 * _sides(wanted, distinct) + 2.0 * entries / (_PASS * _SPEED * wanted.left)
+    share = 0.5 if wanted.symmetric else 1.0
+    return 2.0 * _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * wanted.left)
 
 
-def layerwise_kernel_passes(wanted: KernelShape, distinct: int, layers: Sequence[LayerShape]) -> float:
+def layerwise_kernel_passes(
+    wanted: KernelShape, distinct: int, layers: Sequence[LayerShape], force: KernelRoute | None = None
+) -> float:
     """Return the passes of a kernel from layer structure, each layer by its cheaper way.
 
     Args:
         wanted: The kernel.
         distinct: Number of distinct outputs in it.
         layers: The layers' sizes.
+        force: A way to take whatever it costs, where a layer has it.
 
     Returns:
         Passes over the samples of the rows.
     """
     one_pass = sum(_PASS * wanted.left * layer.positions * layer.entries for layer in layers)
-    contractions = sum(kernel_costs(layer, wanted)[choose_kernel(layer, wanted)] for layer in layers)
+    contractions = sum(kernel_costs(layer, wanted)[choose_kernel(layer, wanted, force)] for layer in layers)
     return _sides(wanted, distinct) + contractions / max(_SPEED * one_pass, 1.0)

@@ -7,7 +7,6 @@ vectors are row-major: ``(k, N, C)`` and ``(k, P)``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .contract import gram_of_activations
-from .cost import product_costs
+from .cost import ProductRoute, choose_product
 from .factors import Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import OneHot
 from .units import Unit
@@ -44,6 +43,7 @@ class ProductFactors:
         spans: Parameters of each of them, and of its bias.
         dense: ``(N·C, p)`` gradients of all other layers side by side; None if there are none.
         dense_spans: Where the columns of ``dense`` go.
+        route: A way through layers to take whatever it costs, where they have it.
         grams: Gram matrices of activations of these samples, by position of the layer.
     """
 
@@ -53,6 +53,7 @@ class ProductFactors:
     spans: list[tuple[Span, Span | None]]
     dense: Tensor | None
     dense_spans: list[Span]
+    route: ProductRoute | None = None
     grams: dict[int, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
@@ -116,8 +117,8 @@ class ProductFactors:
                 total.addmm_(flat @ right.dense[:, columns], self.dense[:, columns].mT)
         for position, (layer, other) in enumerate(zip(self.outers, right.outers, strict=True)):
             signals = _signals(other, vectors)  # (N₂, k, g, d_out, S)
-            costs = product_costs(layer.shape, self.count, right.count, self.directions)
-            if costs.get("dual", math.inf) < costs["factors"]:
+            sizes = self.count, right.count, self.directions
+            if choose_product(layer.shape, *sizes, self.route) == "dual":
                 moved = _dual(layer, other, signals, position, cache)
             else:
                 bias = signals.sum((0, 4)) if layer.unit.bias is not None else None
@@ -126,12 +127,15 @@ class ProductFactors:
         return result
 
 
-def prepare_products(factors: Factors, rows: Mapping[int, tuple[int, int]]) -> ProductFactors:
+def prepare_products(
+    factors: Factors, rows: Mapping[int, tuple[int, int]], route: ProductRoute | None = None
+) -> ProductFactors:
     """Choose for each layer whether products use its factors or its gradients.
 
     Args:
         factors: Factors of N samples in all C directions.
         rows: Start in the flat vector, and entries of one row, of each parameter.
+        route: A way to take whatever it costs, where a layer has it.
 
     Returns:
         The factors, ready for products.
@@ -144,7 +148,7 @@ def prepare_products(factors: Factors, rows: Mapping[int, tuple[int, int]]) -> P
     for layer in factors.outers:
         directions = layer.gradients.shape[1]
         weight, bias = unit_spans(layer.unit, rows)
-        if _is_better_written_down(layer):
+        if choose_product(layer.shape, factors.count, factors.count, directions, route) == "gradient":
             dense.append(
                 in_parameter_order(outer_gradients(layer.gradients, layer.activations), layer.transposed)
             )
@@ -160,17 +164,7 @@ def prepare_products(factors: Factors, rows: Mapping[int, tuple[int, int]]) -> P
         dense.append(direct.gradients)
         dense_spans.append(unit_spans(direct.unit, rows)[0])
     joined = torch.cat(dense, dim=2).flatten(0, 1) if dense else None
-    return ProductFactors(factors.count, directions, outers, outer_spans, joined, dense_spans)
-
-
-def _is_better_written_down(layer: Outer) -> bool:
-    shape = layer.shape
-    shared = shape.positions > 1 or shape.groups > 1
-    if not shared or shape.one_hot:
-        return False
-    # Not by the number of samples, so that two sets of samples are always made ready in the same way.
-    costs = product_costs(shape, 1, 1, layer.gradients.shape[1])
-    return costs["gradient"] < costs["factors"]
+    return ProductFactors(factors.count, directions, outers, outer_spans, joined, dense_spans, route)
 
 
 def unit_spans(unit: Unit, rows: Mapping[int, tuple[int, int]]) -> tuple[Span, Span | None]:
@@ -232,7 +226,8 @@ def _dual(
         gram = gram_of_activations(layer.activations, other.activations).to(signals.dtype)
         if layer.unit.bias is not None:
             gram = gram + 1
-        if cache is not None:
+        held = layer.activations.index if isinstance(layer.activations, OneHot) else layer.activations
+        if cache is not None and gram.numel() <= 2 * held.numel():  # else larger than the cache planned for
             cache[position] = gram
     columns, groups, outputs, positions = signals.shape[1:]
     flat = signals.permute(0, 4, 1, 2, 3).reshape(len(signals) * positions, -1)  # (N₂·S₂, k·d_out)

@@ -180,8 +180,8 @@ def pairs(quantity: Quantity, count: int, generator: torch.Generator, *, forward
 
     For independent isotropic u, v: :math:`\mathrm{tr}(K_1 K_2) = E[(u^\top K_1 v)(u^\top K_2 v)]` for
     symmetric kernels. With W_ij = u_iᵀ K u_j from m passes, the mean over the m (m - 1) ordered pairs
-    is unbiased and uses each pass m - 1 times. In forward mode the two kernels need one Jacobian: with probes p of the
-    parameters, tr(K²) = tr((JᵀJ)²) has the same form, and for two kernels
+    is unbiased and uses each pass m - 1 times. In forward mode the two kernels need one Jacobian: with
+    probes p of the parameters, tr(K²) = tr((JᵀJ)²) has the same form, and for two kernels
     tr(J₁J₁ᵀJ₂J₂ᵀ) = E[(J₁p · J₂q)²] needs both orders.
 
     Args:

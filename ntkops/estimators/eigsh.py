@@ -37,8 +37,8 @@ def eigsh(
 
     Lanczos with full reorthogonalisation; the residuals :math:`|K v - \lambda v|` are true ones,
     from products that were made. After convergence a fresh random direction is followed for a few
-    products, so that copies of a multiple eigenvalue do not stay hidden. Small operators, or k near n, are solved densely by
-    tiles. Nothing is clamped: a small negative eigenvalue is shown as it is.
+    products, so that copies of a multiple eigenvalue do not stay hidden. Small operators, or k near n, are
+    solved densely by tiles. Nothing is clamped: a small negative eigenvalue is shown as it is.
 
     Args:
         operator: Symmetric ``(*batch, n, n)`` operator or tensor.

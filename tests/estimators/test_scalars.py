@@ -298,10 +298,8 @@ def test_our_kernels_lazily_and_with_counted_passes(outputs, method):
     K = ntkops.ntk(model, x, outputs=outputs, max_dense_bytes=0)
     dense = ntkops.ntk(model, x, outputs=outputs).to_dense()
     for name, (estimate, _) in QUANTITIES.items():
-        if method == "one-sided":
-            chosen = "rhutch" if name == "trace" else "reverse"
-        else:
-            chosen = method
+        one_sided = "rhutch" if name == "trace" else "reverse"
+        chosen = one_sided if method == "one-sided" else method
         truth = estimate(dense, dense, method="exact").value
         with ntkops.count_passes() as tally:
             result = estimate(
