@@ -60,9 +60,16 @@ def test_unusual_settings_are_restored_after_an_exception(unusual):
         torch.set_float32_matmul_precision("highest")
 
 
+NEWER_SETTINGS = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9 and newer
+
+
 @pytest.fixture
 def precision_settings():
-    """Put the newer precision settings back, whatever a test does to them."""
+    """Put the newer precision settings back, whatever a test does to them; torch 2.8 has none."""
+    if not NEWER_SETTINGS:
+        yield []
+        torch.set_float32_matmul_precision("highest")
+        return
     settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
     before = [setting.fp32_precision for setting in settings]
     yield settings
@@ -72,9 +79,7 @@ def precision_settings():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of torch 2.9 and newer"
-)
+@pytest.mark.skipif(not NEWER_SETTINGS, reason="settings of torch 2.9 and newer")
 def test_the_newer_precision_settings_are_held_and_restored(precision_settings):
     matmul = precision_settings[0]
     matmul.fp32_precision = "tf32"
