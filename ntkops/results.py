@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import EstimateError
 
-__all__ = ["Eigenpairs", "EngineInfo", "Estimate", "PassCount", "TruncationRank"]
+__all__ = ["Eigenpairs", "EngineInfo", "Estimate", "LayerInfo", "PassCount", "TruncationRank"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,34 @@ class PassCount:
 
 
 @dataclass(frozen=True)
+class LayerInfo:
+    """How one parameter, or a range of its rows, enters kernels, diagonals and products.
+
+    Attributes:
+        parameter: Its name, with the range of rows where different functions use different ones.
+        rule: Names of the functions that use it; "none" where automatic differentiation takes it.
+        kind: "outer" (sums of outer products of output gradients and activations), "direct" (gradients
+            that are small enough to be written down) or "autograd".
+        kernel_route: "gram", "gradient" or "autograd": how dense kernels are made.
+        diagonal_route: The same for diagonals.
+        product_route: "factors", "dual", "gradient" or "autograd": how products are made from cached
+            factors, once these pay.
+        positions: Number of positions (pixels, time steps, calls) of one sample that share it; 0 where
+            its gradients are written down.
+        bias: Name of the bias that is computed together with it, if any.
+    """
+
+    parameter: str
+    rule: str
+    kind: str
+    kernel_route: str
+    diagonal_route: str
+    product_route: str
+    positions: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """How an operator computes its products.
 
@@ -53,6 +81,7 @@ class EngineInfo:
         max_dense_bytes: Limit for one dense result, in bytes.
         passes: Passes made by this engine so far.
         covered: Parameters that the layerwise engine computes from layer structure.
+        layers: How the layerwise engine computes each parameter for this operator.
     """
 
     engine: str
@@ -65,6 +94,7 @@ class EngineInfo:
     max_dense_bytes: int | None = None
     passes: PassCount = field(default_factory=PassCount)
     covered: tuple[str, ...] = ()
+    layers: tuple[LayerInfo, ...] = ()
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -192,10 +222,11 @@ class Eigenpairs:
     """Leading eigenpairs of a symmetric operator.
 
     Attributes:
-        values: ``(k,)`` eigenvalues, largest first, float64. Small negative ones are reported, not clamped.
-        vectors: ``(n, k)`` orthonormal eigenvectors in the operator's dtype.
-        residuals: ``(k,)`` true residual norms |K v - λ v|, recomputed at the end.
-        converged: Whether every residual met the tolerance.
+        values: ``(*batch, k)`` eigenvalues from the wanted end inwards (largest first unless the smallest
+            were asked for), float64. Small negative ones are reported, not clamped.
+        vectors: ``(*batch, n, k)`` orthonormal eigenvectors in the operator's dtype.
+        residuals: ``(*batch, k)`` true residual norms |K v - λ v|, recomputed at the end.
+        converged: Whether every residual met the tolerance, and no hidden copy was found.
         passes: Passes made.
         method: "lanczos" or "dense".
         seed: Seed of the starting vector; None if none was drawn.
@@ -226,6 +257,8 @@ class TruncationRank:
         passes: Passes made.
         seed: Seed of the starting vectors; None if none was drawn.
         seconds: Wall-clock time.
+        interval: The 95 % interval ``(low, high)`` of the rank, two int64 tensors ``(*batch)``; both ends
+            are the rank where the trace is exact.
     """
 
     rank: Tensor
@@ -237,6 +270,7 @@ class TruncationRank:
     passes: int
     seed: int | None = None
     seconds: float = 0.0
+    interval: tuple[Tensor, Tensor] | None = None
 
     def __int__(self) -> int:
         """Return the rank of a single kernel."""

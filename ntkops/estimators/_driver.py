@@ -1,194 +1,340 @@
-"""One driver for all scalar estimates: choose a method, grow it to the tolerance, wrap the result."""
+"""One driver for all estimates: choose a method, draw probes until the tolerance is met, wrap the result."""
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import Tally, count_passes
-from ..errors import NotConvergedWarning
+from ..errors import InputError, NotConvergedWarning
 from ..results import Estimate
-from ._methods import hutch_plus_plus, hutchinson, one_sided_trace, pairs
-from ._moments import MeanMoments, Moments, half_width, jackknife_error
-from ._quantities import Quantity, Trace
+from ._moments import Moment, Summary, student_quantile, summarize
+from ._one_sided import OneSidedPairs, OneSidedTrace
+from ._quantities import Quantity, exact_cost, exact_moments
 from ._request import Operand, Request
+from ._two_sided import TwoSided
 
-__all__ = ["PRODUCT_METHODS", "TRACE_METHODS", "estimate"]
+__all__ = ["PAIR_METHODS", "TRACE_METHODS", "Plan", "Sampler", "estimate", "run"]
 
 TRACE_METHODS = ("exact", "hutchinson", "hutch++", "rhutch", "fhutch")
-PRODUCT_METHODS = ("exact", "hutchinson", "hutch++", "reverse", "forward")
+PAIR_METHODS = ("exact", "hutchinson", "hutch++", "reverse", "forward")
 
-_FIRST = 16  # probes before a tolerance is looked at
-# A tolerance is tested after every doubling: the width is taken larger, so that stopping early on a
-# lucky stderr does not eat the coverage.
-_CAUTION = 1.3
+_LEVEL = 0.05  # the interval may miss with this probability
+_FIRST = 24  # columns before the error is looked at for the first time
+_GROWTH = (1.3, 4.0)  # least and greatest factor from one look to the next
+_ROUNDING = 8.0  # rounding units of the value that the interval allows for
+_ONE_SIDED_CAP = 20_000  # passes of one direction where only a tolerance is given
+# For positive semidefinite K the standard deviation of Hutch++ is at most 3/√2 tr K / m, whatever the
+# spectrum; the interval is 1.96 of them.
+_COLUMNS_FOR_RTOL = 1.96 * 3 / math.sqrt(2)
 
-Sampler = Callable[[int, torch.Generator], Moments]
+
+class Sampler(Protocol):
+    """A source of random probes."""
+
+    @property
+    def unit(self) -> int:
+        """Passes of one column."""
+
+    @property
+    def least(self) -> int:
+        """Fewest columns that it can do with."""
+
+    @property
+    def order(self) -> float:
+        """Power of the number of columns with which the variance falls."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether one direction of differentiation is all there may be, so that exactness is no way out."""
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many columns in all."""
+
+
+class Plan(Protocol):
+    """What the driver needs to know of a quantity: exactly, and by sampling."""
+
+    name: str
+    size: int
+    eps: float
+    bounds: tuple[float, float]
+    vector: bool
+
+    def exact_cost(self) -> float:
+        """Return the passes of the exact value."""
+
+    def exact(self) -> Tensor:
+        """Return the exact value."""
+
+    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
+        """Return the source of probes of a method."""
+
+    def summary(self, sampler: Sampler) -> Summary:
+        """Return the estimate as it stands."""
+
+    def preferred(self) -> str:
+        """Return the method of "auto" where exact is too dear."""
+
+
+class ScalarPlan:
+    """A quantity of one or two operators."""
+
+    vector = False
+
+    def __init__(self, quantity: Quantity, operands: Sequence[Operand], *, orthogonalize: bool) -> None:
+        self.quantity, self.operands = quantity, list(operands)
+        self.name, self.bounds = quantity.name, quantity.bounds
+        self.size = min(operands[0].rows.size, operands[0].columns.size)
+        self.eps = torch.finfo(operands[0].dtype).eps
+        self._orthogonalize = orthogonalize
+        if quantity.needs_square:
+            operands[0].require_square(quantity.name)
+
+    def exact_cost(self) -> float:
+        return exact_cost(self.quantity, self.operands)
+
+    def exact(self) -> Tensor:
+        moments = exact_moments(self.quantity, self.operands)
+        self.quantity.require_defined(moments)
+        return self.quantity.combine(moments)
+
+    def preferred(self) -> str:
+        infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
+        if all(info is None or info.rung != "reverse" for info in infos):
+            return "hutch++"
+        return "reverse" if self.quantity.needs_pairs else "rhutch"
+
+    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
+        if method in ("hutchinson", "hutch++"):
+            return TwoSided(self.quantity, self.operands, generator, sketched=method == "hutch++")
+        forward = method in ("fhutch", "forward")
+        if not self.quantity.needs_pairs:
+            return OneSidedTrace(
+                self.operands[0], generator, forward=forward, orthogonalize=self._orthogonalize
+            )
+        return OneSidedPairs(self.quantity, self.operands, generator, forward=forward)
+
+    def summary(self, sampler: Sampler) -> Summary:
+        assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
+        moments: Sequence[Moment] = sampler.moments()
+        self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
+        return summarize(moments, self.quantity.combine)
 
 
 def estimate(
-    make: Callable[[], Quantity],
+    quantity: Quantity,
+    operands: Callable[[], Sequence[Operand]],
+    methods: Sequence[str],
+    *,
     rtol: float | None,
     num_passes: int | None,
     method: str,
-    methods: Sequence[str],
     generator: torch.Generator | None,
     progress: bool,
     orthogonalize: bool = False,
 ) -> Estimate:
-    """Estimate a quantity; see `ntkops.trace` for the arguments."""
-    request = Request.check(rtol, num_passes, method, methods, generator, progress)
-    with torch.no_grad(), count_passes() as tally:
-        quantity = make()
-        chosen = _choose(quantity, request) if method == "auto" else method
-        if chosen != "exact" and _products_cover(quantity, request, chosen):
-            chosen = "exact"
-        if chosen == "exact":
-            value = quantity.result(quantity.exact())
-            return Estimate.of_exact(value, passes=tally.total, seconds=request.seconds)
-        sampler, unit = _sampler(quantity, chosen, orthogonalize)
-        return _grow(quantity, request, chosen, sampler, unit, tally, orthogonalize)
-
-
-def _choose(quantity: Quantity, request: Request) -> str:
-    """Return "exact" where it costs no more than the estimate would, else the best estimator there is."""
-    predicted = 6.0 / (request.rtol or 1e-2)  # Hutch++ reaches a tolerance with a multiple of its inverse
-    if request.num_passes is not None:
-        predicted = min(predicted, request.num_passes) if request.rtol else request.num_passes
-    if quantity.exact_cost() <= predicted:
-        return "exact"
-    if _has_forward(quantity.first):
-        return "hutch++"
-    return "rhutch" if isinstance(quantity, Trace) else "reverse"
-
-
-def _has_forward(operand: Operand) -> bool:
-    info = getattr(operand.operator, "engine_info", None)
-    return info is None or info.rung != "reverse"
-
-
-def _products_cover(quantity: Quantity, request: Request, method: str) -> bool:
-    """Whether the passes allowed would span the whole space, so that exact is no dearer."""
-    if (
-        request.num_passes is None
-        or request.rtol is not None
-        or method in ("rhutch", "fhutch", "reverse", "forward")
-    ):
-        return False
-    columns = request.num_passes // quantity.passes_per_column
-    return columns >= quantity.first.size and quantity.exact_cost() <= request.num_passes
-
-
-def _sampler(quantity: Quantity, method: str, orthogonalize: bool) -> tuple[Sampler, int]:
-    """Return the sampler of a method and the passes that one of its columns takes."""
-    if method == "hutchinson":
-        return lambda m, g: hutchinson(quantity, m, g), quantity.passes_per_column
-    if method == "hutch++":
-        return lambda m, g: hutch_plus_plus(quantity, m, g), quantity.passes_per_column
-    one_sided = sum(
-        _one_sided_passes(operand) * (1 if operand.structure.symmetric else 2)
-        for operand in quantity.operands
+    """Estimate a scalar quantity; see `ntkops.trace` for the arguments."""
+    request = Request.check(
+        methods, method=method, rtol=rtol, num_passes=num_passes, generator=generator, progress=progress
     )
-    if method in ("rhutch", "fhutch"):
-        forward = method == "fhutch"
-        return (
-            lambda m, g: one_sided_trace(quantity.first, m, g, forward=forward, orthogonalize=orthogonalize),
-            one_sided,
-        )
-    forward = method == "forward"
-    return lambda m, g: pairs(quantity, m, g, forward=forward), one_sided
+    if orthogonalize and method not in ("rhutch", "fhutch"):
+        raise InputError(f"orthogonalize is for method='rhutch' and 'fhutch', not {method!r}")
+    return run(ScalarPlan(quantity, operands(), orthogonalize=orthogonalize), request)
 
 
-def _one_sided_passes(operand: Operand) -> int:
-    return max(1, operand.passes_per_column // 2)
+def run(plan: Plan, request: Request) -> Estimate:
+    """Make the estimate that a request asks for.
 
+    With ``rtol`` the error is looked at again and again, and a rule that stops at the first good look
+    would stop at lucky ones. The k-th look, from the second on, therefore uses an interval that misses
+    with probability 0.05 / (k (k - 1)): together they miss with 0.05 at most, and the interval that
+    is reported is that of the last look.
 
-def _grow(
-    quantity: Quantity,
-    request: Request,
-    method: str,
-    sampler: Sampler,
-    unit: int,
-    tally: Tally,
-    orthogonalize: bool,
-) -> Estimate:
-    """Draw probes until the tolerance or the cap is met, and wrap what was found."""
-    cap = None if request.num_passes is None else max(1, request.num_passes // unit)
-    bar = tqdm(total=request.num_passes, desc=f"{quantity.name} ({method})", disable=not request.progress)
-    with bar:
+    Args:
+        plan: The quantity.
+        request: Tolerance, passes, method, generator.
+
+    Returns:
+        The exact value where that was asked or pays, else an estimate.
+    """
+    with torch.no_grad(), _Account(plan, request) as account:
+        cost = plan.exact_cost()
+        if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):
+            return account.exact(cost)
+        method = plan.preferred() if request.method == "auto" else request.method
+        sampler = plan.sampler(method, request.generator)
         if request.rtol is None:
-            assert cap is not None
-            found = sampler(cap, request.generator)
-            return _wrap(quantity, request, method, found, tally, converged=True, caution=1.0)
-        # Without a cap of the user's, no more than a few times the products that span the whole space.
-        limit = cap if cap is not None else max(_FIRST, 4 * quantity.first.size)
-        extends = method in ("hutchinson", "rhutch", "fhutch") and not orthogonalize
-        size = spent = min(_FIRST, limit)
-        found = sampler(size, request.generator)
-        while True:
-            bar.update(tally.total - bar.n)
-            result = _wrap(quantity, request, method, found, tally, converged=True, caution=_CAUTION)
-            if _meets(result, request.rtol):
-                return result
-            if cap is None and 2 * spent * unit >= quantity.exact_cost():
-                value = quantity.result(quantity.exact())
-                return Estimate.of_exact(value, passes=tally.total, seconds=request.seconds)
-            more = min(size if extends else 2 * size, limit - spent)
-            if more < (1 if extends else size + 1):
-                return _not_converged(quantity, request, method, found, tally)
-            fresh = sampler(more, request.generator)
-            if extends and isinstance(found, MeanMoments) and isinstance(fresh, MeanMoments):
-                found, size = found.extended(fresh.samples), size + more
-            else:  # a sketch or a set of pairs is drawn afresh, larger
-                found, size = fresh, more
-            spent += more
+            return _spend(plan, request, account, sampler, method, cost)
+        return _reach(plan, request, account, sampler, method, cost)
 
 
-def _meets(result: Estimate, rtol: float) -> bool:
-    low, high = result.interval
-    width = (high - low) / 2
-    return bool((width <= rtol * result.value.abs()).all())
+def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
+    if not request.allows(cost):
+        return False
+    if request.rtol is None:
+        return True
+    sampler = plan.sampler(plan.preferred(), request.generator)
+    return cost <= sampler.unit * _COLUMNS_FOR_RTOL / request.rtol
 
 
-def _wrap(
-    quantity: Quantity,
-    request: Request,
-    method: str,
-    moments: Moments,
-    tally: Tally,
-    *,
-    converged: bool,
-    caution: float,
+def _spend(
+    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
 ) -> Estimate:
-    value = quantity.result(moments.point())
-    stderr = jackknife_error(moments, quantity.combine)
-    width = caution * half_width(stderr, moments.count)
-    return Estimate(
-        value=value,
-        stderr=stderr,
-        interval=(value - width, value + width),
-        method=method,
-        exact=False,
-        passes=tally.total,
-        converged=converged,
-        seed=request.seed,
-        seconds=request.seconds,
-    )
+    """Spend the passes that were given."""
+    assert request.num_passes is not None
+    columns = request.num_passes // max(sampler.unit, 1)
+    if columns >= plan.size and not sampler.one_sided and request.allows(cost):
+        return account.exact(cost)  # as many columns as directions: nothing is left to chance
+    if columns < 1:
+        raise InputError(
+            f"num_passes={request.num_passes} does not pay for one column of {method!r}, which takes "
+            f"{sampler.unit} passes"
+        )
+    sampler.grow(columns)
+    return account.wrap(plan.summary(sampler), method, _LEVEL, converged=True)
 
 
-def _not_converged(
-    quantity: Quantity, request: Request, method: str, moments: Moments, tally: Tally
+def _reach(
+    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
 ) -> Estimate:
-    result = _wrap(quantity, request, method, moments, tally, converged=False, caution=_CAUTION)
-    width = (result.interval[1] - result.interval[0]) / 2
-    reached = float((width / result.value.abs()).max())
-    warnings.warn(
-        f"{quantity.name} by {method!r} ended at {tally.total} passes with a relative half width of "
-        f"{reached:.2g}, above rtol={request.rtol:g}; raise num_passes, or loosen rtol",
-        NotConvergedWarning,
-        stacklevel=5,
-    )
-    return result
+    """Go on until the tolerance is met, exactness is cheaper, or the passes are spent."""
+    assert request.rtol is not None
+    unit = max(sampler.unit, 1)
+    cap = _ONE_SIDED_CAP if request.num_passes is None and sampler.one_sided else request.num_passes
+    limit = None if cap is None else cap // unit
+    columns = max(_FIRST, 4 * sampler.least)
+    for look in range(1, 1000):
+        capped = limit is not None and columns >= limit
+        if capped:
+            assert limit is not None
+            columns = limit
+        if not sampler.one_sided and _exact_is_next(plan, request, account, columns, unit, cost):
+            return account.exact(cost)
+        if columns < 1:
+            raise InputError(f"num_passes={request.num_passes} does not pay for a column of {unit} passes")
+        sampler.grow(columns)
+        account.show()
+        summary = plan.summary(sampler)
+        level = _LEVEL / (look * (look - 1)) if look > 1 else _LEVEL
+        width = account.half_width(summary, level)
+        reached = _relative(width, summary.value, plan.vector)
+        if reached <= request.rtol and (look > 1 or capped):
+            return account.wrap(summary, method, level, converged=True)
+        if capped:
+            return account.not_converged(summary, method, level, reached)
+        columns = _next_columns(columns, reached / request.rtol, sampler.order)
+    raise AssertionError("unreachable: columns grow geometrically towards exactness")
+
+
+def _exact_is_next(
+    plan: Plan, request: Request, account: _Account, columns: int, unit: int, cost: float
+) -> bool:
+    """Whether the exact value should be computed and no more columns drawn."""
+    spent = account.passes
+    if not math.isfinite(cost) or not request.allows(spent + cost):
+        return False
+    dear = request.method == "auto" and columns * unit - spent >= cost
+    return dear or columns >= plan.size
+
+
+def _next_columns(columns: int, excess: float, order: float) -> int:
+    low, high = _GROWTH
+    wanted = 1.1 * excess ** (2 / order) if math.isfinite(excess) else high
+    return math.ceil(columns * min(max(wanted, low), high))
+
+
+def _relative(width: Tensor, value: Tensor, vector: bool) -> float:
+    """Return the greatest width / |value| of a batch, for vectors in their norm; 0 where both vanish."""
+    if vector:
+        width, value = width.norm(dim=-1), value.norm(dim=-1)
+    return float(torch.where(width == 0, 0.0, width / value.abs()).max())
+
+
+class _Account:
+    """Passes, seconds and the bar of one estimate, and the results made of them."""
+
+    def __init__(self, plan: Plan, request: Request) -> None:
+        self._plan, self._request = plan, request
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> _Account:
+        self._counting = count_passes()
+        self._tally: Tally = self._counting.__enter__()
+        total = self._request.num_passes
+        self._bar = tqdm(total=total, desc=self._plan.name, unit="pass", disable=not self._request.progress)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._bar.close()
+        self._counting.__exit__(None, None, None)
+
+    @property
+    def passes(self) -> int:
+        """Passes made so far."""
+        return self._tally.total
+
+    def show(self) -> None:
+        """Move the bar."""
+        self._bar.update(self._tally.total - self._bar.n)
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def exact(self, cost: float) -> Estimate:
+        """Return the exact value.
+
+        Raises:
+            InputError: If it costs more than the passes that were given.
+        """
+        if not self._request.allows(cost):
+            raise InputError(
+                f"the exact value of {self._plan.name} costs about {cost:.0f} passes, more than "
+                f"num_passes={self._request.num_passes}; raise it, or choose an estimator"
+            )
+        value = self._plan.exact().cpu()
+        self.show()
+        return Estimate.of_exact(value, passes=self._tally.total, seconds=self._seconds)
+
+    def half_width(self, summary: Summary, level: float) -> Tensor:
+        """Return the half width of the interval: Student's t, and what rounding may have done."""
+        quantile = student_quantile(level, summary.freedom)
+        spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
+        return spread + _ROUNDING * self._plan.eps * summary.value.abs()
+
+    def wrap(self, summary: Summary, method: str, level: float, *, converged: bool) -> Estimate:
+        """Return what was found."""
+        width = self.half_width(summary, level)
+        low, high = self._plan.bounds
+        ends = (summary.value - width).clamp(low, high), (summary.value + width).clamp(low, high)
+        self.show()
+        return Estimate(
+            value=summary.value,
+            stderr=summary.stderr,
+            interval=ends,
+            method=method,
+            exact=False,
+            passes=self._tally.total,
+            converged=converged,
+            seed=self._request.seed,
+            seconds=self._seconds,
+        )
+
+    def not_converged(self, summary: Summary, method: str, level: float, reached: float) -> Estimate:
+        """Return what was found, with a warning."""
+        result = self.wrap(summary, method, level, converged=False)
+        warnings.warn(
+            f"{self._plan.name} by {method!r} ended after {result.passes} passes with a relative error of "
+            f"up to {reached:.2g}, above rtol={self._request.rtol:g}; raise num_passes, or loosen rtol",
+            NotConvergedWarning,
+            stacklevel=6,
+        )
+        return result

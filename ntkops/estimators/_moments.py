@@ -1,14 +1,14 @@
-"""Estimated moments with their jackknife: the error of any smooth function of them.
+"""Estimated moments, and the jackknife that gives the error of any smooth function of them.
 
-A quantity is a function g of a few moments (a trace, a squared norm, an inner product). A method gives
-each moment as a deterministic part plus a mean over random probes. Leaving out one probe at a time gives
-the standard error of g, with the covariance of the moments counted: they share their probes. For one
-linear moment it equals the usual s / √m.
+A quantity is a function of a few moments (a trace, an inner product), each a mean over random probes, or
+over pairs of probes, plus a part that is not random. Leaving out one probe at a time shows how much the
+function hangs on each of them. The moments share their probes, so their covariance is counted, and what
+cancels in a ratio cancels in its error. For a single mean the result is the usual s / √m.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,116 +16,167 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-__all__ = ["Combination", "MeanMoments", "Moments", "PairMoments", "half_width", "jackknife_error"]
+from ..operators.structure import tile_slices
+
+__all__ = ["Combination", "Mean", "Moment", "Pairs", "Summary", "student_quantile", "summarize"]
 
 Combination = Callable[[Tensor], Tensor]
 
+_PAIR_ROWS = 512  # first probes of pairs whose terms are held at a time
 
-class Moments(Protocol):
-    """Estimated moments of q quantities from m probes."""
 
-    @property
-    def count(self) -> int:
-        """Number m of probes."""
-        ...
+class Moment(Protocol):
+    """An estimate that is a mean over probes, drawn in one or two independent groups."""
 
-    def point(self) -> Tensor:
-        """The estimates, ``(*batch, q)``."""
-        ...
+    def groups(self) -> dict[int, int]:
+        """Return the number of probes of each group that the estimate depends on."""
 
-    def leave_one_out(self) -> Tensor:
-        """The estimates without each probe in turn, ``(*batch, m, q)``."""
-        ...
+    def value(self) -> Tensor:
+        """Return the estimate, ``(*batch)``."""
+
+    def without(self, group: int) -> Tensor:
+        """Return the estimates without each probe of a group in turn, ``(*batch, m)``."""
 
 
 @dataclass(frozen=True, eq=False)
-class MeanMoments:
-    """A deterministic part plus a mean over independent probes.
+class Mean:
+    """A fixed part plus a mean over independent probes.
 
     Attributes:
-        constant: ``(*batch, q)``.
-        samples: ``(*batch, m, q)``.
+        samples: ``(*batch, m)``.
+        fixed: ``(*batch)``, or 0.
+        group: Group of the probes.
     """
 
-    constant: Tensor
     samples: Tensor
+    fixed: Tensor | float = 0.0
+    group: int = 0
 
-    @property
-    def count(self) -> int:
-        """Number of probes."""
-        return self.samples.shape[-2]
+    def groups(self) -> dict[int, int]:
+        """Return the one group."""
+        return {self.group: self.samples.shape[-1]}
 
-    def point(self) -> Tensor:
-        """Return the estimates."""
-        return self.constant + self.samples.mean(-2)
+    def value(self) -> Tensor:
+        """Return the estimate."""
+        return self.fixed + self.samples.mean(-1)
 
-    def leave_one_out(self) -> Tensor:
-        """Return the estimates without each probe in turn."""
-        total = self.samples.sum(-2, keepdim=True)
-        return self.constant.unsqueeze(-2) + (total - self.samples) / (self.count - 1)
-
-    def extended(self, samples: Tensor) -> MeanMoments:
-        """Return the moments with more probes."""
-        return MeanMoments(self.constant, torch.cat([self.samples, samples], dim=-2))
+    def without(self, group: int) -> Tensor:
+        """Return the estimates without each probe."""
+        rest = self.samples.sum(-1, keepdim=True) - self.samples
+        fixed = self.fixed.unsqueeze(-1) if isinstance(self.fixed, Tensor) else self.fixed
+        return fixed + rest / (self.samples.shape[-1] - 1)
 
 
 @dataclass(frozen=True, eq=False)
-class PairMoments:
-    """Means over pairs of different probes (a U-statistic), beside plain means over single probes.
+class Pairs:
+    """The mean over all pairs of independent probes: a U-statistic, kept as sums over one probe of a pair.
 
     Attributes:
-        single: ``(*batch, m, q₁)`` values of single probes.
-        pairs: ``(*batch, m, m, q₂)`` values of pairs; the diagonal is not used.
+        row_sums: ``(*batch, a)``: for each first probe the sum over the second.
+        column_sums: ``(*batch, b)``: for each second probe the sum over the first.
+        rows: Group of the first probe of a pair.
+        cols: Group of the second; in the same group the pairs of a probe with itself are left out.
     """
 
-    single: Tensor
-    pairs: Tensor
+    row_sums: Tensor
+    column_sums: Tensor
+    rows: int = 0
+    cols: int = 0
 
-    @property
-    def count(self) -> int:
-        """Number of probes."""
-        return self.pairs.shape[-2]
+    @classmethod
+    def of(cls, terms: Callable[[slice], Tensor], count: int, *, rows: int = 0, cols: int = 0) -> Pairs:
+        """Sum the terms of all pairs, some rows at a time.
 
-    def _off_diagonal(self) -> Tensor:
-        mask = ~torch.eye(self.count, dtype=torch.bool, device=self.pairs.device)
-        return self.pairs * mask.unsqueeze(-1)
+        Args:
+            terms: From a slice of first probes ``(r)`` to the values of their pairs, ``(*batch, r, b)``.
+            count: Number of first probes.
+            rows: Group of the first probe.
+            cols: Group of the second.
 
-    def point(self) -> Tensor:
-        """Return the estimates, the single ones first."""
-        m = self.count
-        pairs = self._off_diagonal().sum((-3, -2)) / (m * (m - 1))
-        return torch.cat([self.single.mean(-2), pairs], dim=-1)
+        Returns:
+            The moment. Memory: one slice of terms.
+        """
+        row_sums, column_sums = [], None
+        for part in tile_slices(count, _PAIR_ROWS):
+            block = terms(part)
+            if rows == cols:
+                own = block[..., part].diagonal(dim1=-2, dim2=-1)
+                own.zero_()
+            row_sums.append(block.sum(-1))
+            column_sums = block.sum(-2) if column_sums is None else column_sums + block.sum(-2)
+        assert column_sums is not None
+        return cls(torch.cat(row_sums, dim=-1).cpu(), column_sums.cpu(), rows, cols)
 
-    def leave_one_out(self) -> Tensor:
-        """Return the estimates without each probe in turn."""
-        m, off = self.count, self._off_diagonal()
-        without = off.sum((-3, -2)).unsqueeze(-2) - off.sum(-2) - off.sum(-3)
-        pairs = without / ((m - 1) * (m - 2))
-        single = (self.single.sum(-2, keepdim=True) - self.single) / (m - 1)
-        return torch.cat([single, pairs], dim=-1)
+    def groups(self) -> dict[int, int]:
+        """Return the groups of the first and the second probe."""
+        return {self.rows: self.row_sums.shape[-1], self.cols: self.column_sums.shape[-1]}
+
+    def value(self) -> Tensor:
+        """Return the estimate."""
+        a, b = self.row_sums.shape[-1], self.column_sums.shape[-1]
+        return self.row_sums.sum(-1) / (a * b if self.rows != self.cols else a * (a - 1))
+
+    def without(self, group: int) -> Tensor:
+        """Return the estimates without each probe of a group."""
+        a, b = self.row_sums.shape[-1], self.column_sums.shape[-1]
+        total = self.row_sums.sum(-1, keepdim=True)
+        if self.rows == self.cols:
+            return (total - self.row_sums - self.column_sums) / ((a - 1) * (a - 2))
+        if group == self.rows:
+            return (total - self.row_sums) / ((a - 1) * b)
+        return (total - self.column_sums) / (a * (b - 1))
 
 
-def jackknife_error(moments: Moments, combine: Combination) -> Tensor:
-    """Return the standard error of a function of moments.
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """An estimate and its standard error.
+
+    Attributes:
+        value: ``(*batch)`` or ``(*batch, n)``, float64.
+        stderr: Same shape; infinite where there are too few probes to tell.
+        freedom: Degrees of freedom of the standard error.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    freedom: int
+
+
+def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
+    """Return a function of moments with its jackknife error (Arvesen 1969 for pairs).
 
     Args:
-        moments: At least two probes for a mean, three for pairs; with fewer the error is infinite.
+        moments: q moments, which may share groups of probes.
         combine: ``(..., q) -> (...)``.
 
     Returns:
-        ``(*batch)``, float64.
+        The value at the estimated moments. The error sums the contributions of all groups; it needs two
+        probes in each, three where pairs are formed within a group.
     """
-    m = moments.count
-    least = 3 if isinstance(moments, PairMoments) else 2
-    if m < least:
-        return torch.full_like(combine(moments.point()), torch.inf)
-    values = combine(moments.leave_one_out())
-    centred = values - values.mean(-1, keepdim=True)
-    return ((m - 1) / m * centred.square().sum(-1)).sqrt()
+    values = [moment.value() for moment in moments]
+    point = combine(torch.stack(values, dim=-1))
+    sizes: dict[int, int] = {}
+    for moment in moments:
+        sizes |= moment.groups()
+    least = 3 if any(isinstance(m, Pairs) and m.rows == m.cols for m in moments) else 2
+    freedom = min(sizes.values()) - 1
+    if freedom + 1 < least:
+        return Summary(point, torch.full_like(point, torch.inf), freedom)
+    variance = torch.zeros_like(point)
+    for group, size in sizes.items():
+        without = [
+            moment.without(group)
+            if group in moment.groups()
+            else value.unsqueeze(-1).expand(*value.shape, size)
+            for moment, value in zip(moments, values, strict=True)
+        ]
+        changed = combine(torch.stack(without, dim=-1))
+        centred = changed - changed.mean(-1, keepdim=True)
+        variance = variance + (size - 1) / size * centred.square().sum(-1)
+    stderr = variance.sqrt()
+    return Summary(point, torch.where(stderr.isnan(), torch.inf, stderr), freedom)
 
 
-def half_width(stderr: Tensor, count: int) -> Tensor:
-    """Return the half width of the 95 % interval: Student's t with m - 1 degrees of freedom."""
-    if count < 2:
-        return torch.where(stderr > 0, torch.inf, stderr)
-    return stderr * float(scipy.stats.t.ppf(0.975, count - 1))
+def student_quantile(level: float, freedom: int) -> float:
+    """Return the half width, in standard errors, of the interval that errs with probability ``level``."""
+    return float(scipy.stats.t.ppf(1 - level / 2, freedom)) if freedom > 0 else float("inf")

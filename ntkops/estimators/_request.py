@@ -1,131 +1,167 @@
-"""What is common to all estimators: the request, its checks, and the counting of products."""
+"""What an estimator is asked, checked before any work is done, and the operators it is asked about."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import DeviceError, DtypeError, InputError, ShapeError
-from ..operators.counting import column_space, multiply, product_cost
+from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
+from ..operators.counting import column_space, multiply, product_cost, row_space
 from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
-__all__ = ["Operand", "Request", "require_same_shape"]
+__all__ = ["Operand", "Request", "operands", "require_finite"]
 
-_DEFAULT_RTOL = 1e-2
+DEFAULT_RTOL = 1e-2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
     """A checked request for one estimate.
 
     Attributes:
+        method: "auto" or the name of a method.
         rtol: Relative tolerance, or None when only a number of passes was given.
-        num_passes: Cap on passes, or None.
-        method: Name of the method, one of ``methods`` or "auto".
+        num_passes: Most passes that may be spent, or None.
         generator: CPU generator of the probes.
         seed: What reproduces them.
         progress: Whether to show a bar.
     """
 
+    method: str
     rtol: float | None
     num_passes: int | None
-    method: str
     generator: torch.Generator
     seed: int
     progress: bool
-    started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def check(
         cls,
+        methods: Sequence[str],
+        *,
+        method: str,
         rtol: float | None,
         num_passes: int | None,
-        method: str,
-        methods: Sequence[str],
         generator: torch.Generator | None,
         progress: bool,
     ) -> Request:
         """Check the arguments that all estimators take.
 
         Args:
-            rtol: Relative tolerance or None.
-            num_passes: Cap on passes or None.
-            method: The method asked for.
-            methods: The methods there are.
-            generator: CPU generator or None.
+            methods: Names of the methods there are, beside "auto".
+            method: The one that is asked for.
+            rtol: Relative tolerance, or None.
+            num_passes: Most passes, or None.
+            generator: CPU generator, or None.
             progress: Whether to show a bar.
 
         Returns:
-            The request.
+            The request, with the default tolerance where neither tolerance nor passes are given.
 
         Raises:
             InputError: If one of them is not understood.
         """
         if method not in ("auto", *methods):
             raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, methods))}")
-        if rtol is not None and not 0 < rtol < 1:
-            raise InputError(f"rtol={rtol!r}: a relative tolerance lies between 0 and 1")
-        if num_passes is not None and (
-            not isinstance(num_passes, int) or isinstance(num_passes, bool) or num_passes < 1
-        ):
-            raise InputError(f"num_passes={num_passes!r}: pass a positive number of passes")
+        if rtol is not None and not (_is_number(rtol) and 0 < rtol < 1):
+            raise InputError(f"rtol={rtol!r}: a relative tolerance is a number between 0 and 1")
+        if num_passes is not None and not (_is_integer(num_passes) and num_passes > 0):
+            raise InputError(f"num_passes={num_passes!r}: pass a positive integer")
         if rtol is None and num_passes is None:
-            rtol = _DEFAULT_RTOL
-        generator, seed = resolve_generator(generator)
-        return cls(rtol, num_passes, method, generator, seed, progress)
+            rtol = DEFAULT_RTOL
+        generator, seed = checked_generator(generator)
+        return cls(method, rtol, num_passes, generator, seed, bool(progress))
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time since the request was made."""
-        return time.perf_counter() - self.started
+    def allows(self, passes: float) -> bool:
+        """Whether so many passes in all stay below the cap."""
+        return self.num_passes is None or passes <= self.num_passes
+
+
+def checked_generator(generator: torch.Generator | None) -> tuple[torch.Generator, int]:
+    """Return a CPU generator and its seed.
+
+    Raises:
+        InputError: If it is no generator.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator={generator!r}: pass None or a torch.Generator, such as "
+            "torch.Generator().manual_seed(0)"
+        )
+    return resolve_generator(generator)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Operand:
-    """An operator or tensor as estimators see it: products that are counted, and its structure.
+    """An operator or a dense tensor as estimators see it: counted products, and its structure.
 
     Args:
-        operator: ``(*batch, m, n)``.
+        operator: ``(*batch, n, m)``.
+
+    Raises:
+        InputError: If it is neither a LinearOperator nor a tensor.
+        ShapeError: If it is not a matrix, or is empty.
+        DtypeError: If it is not of a real floating dtype.
     """
 
     def __init__(self, operator: LinearOperator | Tensor) -> None:
-        self.structure: Structure = structure(operator)
+        if not isinstance(operator, LinearOperator | Tensor):
+            raise InputError(f"expected a LinearOperator or a torch.Tensor, got {type(operator).__name__}")
+        if operator.dim() < 2 or operator.shape.numel() == 0:
+            raise ShapeError(
+                f"expected a matrix (*batch, n, m) with entries, got shape {tuple(operator.shape)}"
+            )
+        if not operator.dtype.is_floating_point:
+            raise DtypeError(f"expected a real floating dtype, got {operator.dtype}; cast the operator first")
         self.operator = operator
-        self.shape, self.dtype = self.structure.shape, self.structure.dtype
+        self.structure: Structure = structure(operator)
+        self.shape: torch.Size = operator.shape
+        self.batch_shape: torch.Size = operator.shape[:-2]
+        self.dtype: torch.dtype = operator.dtype
         self.device = self.structure.device
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Shape of the batch."""
-        return self.shape[:-2]
+        self.cost: int = product_cost(operator)
 
     @property
     def size(self) -> int:
-        """Number of columns n."""
-        return self.shape[-1]
+        """Number of entries of a vector that the operator multiplies."""
+        return self.columns.size
 
     @property
-    def space(self) -> Space:
-        """The space of the columns, in which probes are drawn."""
+    def rows(self) -> Space:
+        """The space of its rows."""
+        return row_space(self.operator)
+
+    @property
+    def columns(self) -> Space:
+        """The space of its columns: of the vectors that it multiplies."""
         return column_space(self.operator)
 
-    @property
-    def passes_per_column(self) -> int:
-        """Passes that one product column takes, an estimate for planning."""
-        return max(1, product_cost(self.operator))
-
     def multiply(self, block: Tensor) -> Tensor:
-        """Return K V for ``(n, k)`` or ``(*batch, n, k)``, checked to be finite.
-
-        Raises:
-            NonFiniteError: If the product holds NaN or infinity.
-        """
+        """Return K V for ``(*batch, m, k)``, counted and finite."""
         return multiply(self.operator, block)
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Return Kᵀ U for ``(*batch, n, k)``, counted and finite."""
+        return multiply(self.operator.mT, block)
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the operator is square."""
+        return self.shape[-2] == self.shape[-1]
 
     def require_square(self, quantity: str) -> None:
         """Raise if the operator is not square.
@@ -133,25 +169,40 @@ class Operand:
         Raises:
             ShapeError: Naming the quantity that needs it.
         """
-        if self.shape[-1] != self.shape[-2]:
+        if not self.is_square:
             raise ShapeError(f"{quantity} needs a square operator, this one is {tuple(self.shape)}")
 
 
-def require_same_shape(first: Operand, second: Operand) -> None:
-    """Raise if two operators cannot be compared entry by entry.
+def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
+    """Return the operands of a quantity, which must be comparable entry by entry.
 
     Raises:
         ShapeError: If their shapes differ.
         DtypeError: If their dtypes differ.
         DeviceError: If they live on different devices.
     """
-    if first.shape != second.shape:
-        raise ShapeError(f"the operators have shapes {tuple(first.shape)} and {tuple(second.shape)}")
-    if first.dtype != second.dtype:
-        raise DtypeError(
-            f"the operators have dtypes {first.dtype} and {second.dtype}; cast one with .to(dtype)"
-        )
-    if first.device != second.device:
-        raise DeviceError(
-            f"the operators live on {first.device} and {second.device}; move one with .to(device)"
-        )
+    found = [Operand(operator) for operator in operators]
+    first = found[0]
+    for other in found[1:]:
+        if first.shape != other.shape:
+            raise ShapeError(f"the operators have shapes {tuple(first.shape)} and {tuple(other.shape)}")
+        if first.dtype != other.dtype:
+            raise DtypeError(
+                f"the operators have dtypes {first.dtype} and {other.dtype}; use .to(dtype) on one"
+            )
+        if first.device != other.device:
+            raise DeviceError(
+                f"the operators live on {first.device} and {other.device}; use .to(device) on one"
+            )
+    return found
+
+
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """Return the values.
+
+    Raises:
+        NonFiniteError: If one of them is NaN or infinite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"{what} is not finite: the operator has entries that are NaN or infinite")
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -11,53 +12,64 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import count_passes
-from ..errors import InputError, NonFiniteError, NotConvergedWarning
-from ..operators.structure import Structure
+from ..errors import InputError, NotConvergedError, NotConvergedWarning, UnsupportedOperationError
+from ..operators.structure import Structure, dense_from_tiles
 from ..results import Eigenpairs
-from ..spectra import lanczos
-from ..vectors import resolve_generator
-from ._request import Operand
+from ..spectra import Lanczos, RitzPairs
+from ._request import Operand, checked_generator, require_finite
 
-__all__ = ["all_eigenpairs", "eigsh", "leading_pairs", "members"]
+__all__ = ["default_tolerance", "eigenvalues_by_tiles", "eigsh", "fits_dense", "members"]
 
-_DENSE = 128  # up to this size all eigenvalues cost less than a Krylov space
+_DENSE = 512  # rows up to which all eigenvalues may cost less than a Krylov space
 
 
 def eigsh(
     operator: LinearOperator | Tensor,
     k: int = 6,
     *,
+    which: str = "largest",
     tol: float | None = None,
     max_products: int | None = None,
     block_size: int = 1,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    raise_on_failure: bool = False,
 ) -> Eigenpairs:
-    r"""Compute the k largest eigenvalues and eigenvectors of a symmetric operator.
+    r"""Compute the k largest, or smallest, eigenvalues and eigenvectors of a symmetric operator.
 
-    Lanczos with full reorthogonalisation; the residuals :math:`|K v - \lambda v|` are true ones,
-    from products that were made. After convergence a fresh random direction is followed for a few
-    products, so that copies of a multiple eigenvalue do not stay hidden. Small operators, or k near n, are
-    solved densely by tiles. Nothing is clamped: a small negative eigenvalue is shown as it is.
+    Lanczos with full reorthogonalisation and thick restarts; the residuals :math:`|K v - \lambda v|` are
+    computed again from k fresh products, where at least 2 k are allowed. After convergence a random
+    direction is followed for some products, so that copies of a multiple eigenvalue do not stay hidden:
+    what one Krylov space cannot see is looked for, though it cannot be ruled out with certainty. Small
+    operators whose tiles cost less than that are solved densely. Nothing is clamped: a small negative
+    eigenvalue is shown as it is.
 
     Args:
-        operator: Symmetric ``(*batch, n, n)`` operator or tensor.
+        operator: Symmetric ``(*batch, n, n)`` operator or tensor. Products that contradict symmetry are
+            refused.
         k: Number of eigenpairs, 1 ≤ k ≤ n.
-        tol: Bound for each residual relative to the largest eigenvalue; default the square root of the
-            rounding unit (1.5e-8 in float64, 3.5e-4 in float32), which gives eigenvalues to its square.
-        max_products: Columns that may be multiplied; default n.
-        block_size: Columns multiplied at a time; one at least as large as a multiplicity finds all copies
-            at once, and blocks suit engines that multiply several columns for the price of a few.
+        which: "largest" or "smallest", with their signs. Small eigenvalues of a kernel whose spectrum
+            decays lie close together, so that they take many products.
+        tol: Bound for each residual relative to the largest |eigenvalue|; default 1e-9 in float64, 2e-5
+            in float32. The error of an eigenvalue is of the order of its residual squared.
+        max_products: Columns that may be multiplied for each member of a batch; default 20 k + 500.
+        block_size: Columns multiplied at a time: for engines that multiply several for the price of
+            one, and for eigenvalues of high multiplicity.
         generator: CPU generator of the starting block; None draws a seed.
         progress: Show a bar of products.
+        raise_on_failure: Raise where the tolerance is not met, and do not only warn.
 
     Returns:
-        Eigenpairs, values ``(*batch, k)`` and vectors ``(*batch, n, k)``. Memory: two n × products blocks.
+        Eigenpairs, values ``(*batch, k)`` from the wanted end inwards, vectors ``(*batch, n, k)``.
+        Memory: two blocks of n × (3 k + 60).
 
     Raises:
-        InputError: If k, the tolerance or a size is out of range.
+        InputError: If an option is out of range.
         ShapeError: If the operator is not square.
+        DtypeError: If the operator is not of a real floating dtype.
+        UnsupportedOperationError: If the operator is not symmetric.
         NonFiniteError: If a product is not finite.
+        NotConvergedError: If that was asked for; the exception has the pairs as ``result``.
 
     Warns:
         NotConvergedWarning: If the products ran out first; the result says ``converged=False``.
@@ -69,103 +81,169 @@ def eigsh(
         ([4.0, 3.0], True)
     """
     start = time.perf_counter()
+    operand = Operand(operator)
+    _check(operand, k, which, tol, max_products, block_size)
+    generator, seed = checked_generator(generator)
+    tolerance = default_tolerance(operand.dtype) if tol is None else tol
+    limit = 20 * k + 500 if max_products is None else max_products
+    sign = 1.0 if which == "largest" else -1.0
     with torch.no_grad(), count_passes() as tally:
-        operand = Operand(operator)
-        _check(operand, k, tol, max_products, block_size)
-        tolerance = torch.finfo(operand.dtype).eps ** 0.5 if tol is None else tol
-        generator, seed = resolve_generator(generator)
-        limit = operand.size if max_products is None else max_products
-        if max_products is None and (operand.size <= _DENSE or 3 * k >= operand.size):
-            values, vectors, residuals = _dense_pairs(operand.structure, k)
+        if max_products is None and _dense_pays(operand, k):
+            parts = _dense_pairs(operand.structure, k, sign)
             method, converged, drawn = "dense", True, None
         else:
-            found = [
-                leading_pairs(member, k, tolerance, limit, block_size, generator, progress)
-                for member in members(operand)
-            ]
-            values, vectors, residuals = (
-                _restack(operand, part) for part in zip(*(f[:3] for f in found), strict=True)
-            )
-            converged, method, drawn = all(f[3] for f in found), "lanczos", seed
+            with tqdm(desc="eigsh", unit="product", disable=not progress) as bar:
+                solved = []
+                for member in members(operand):
+                    solver = krylov(member, generator, block_size, bar, sign)
+                    checked = k if limit >= 2 * k else 0  # products kept for the residuals
+                    pairs = solver.solve(k, tolerance=tolerance, max_products=limit - checked)
+                    solved.append(_verified(member, pairs, sign, tolerance if checked else None))
+            parts = _restack(operand, [pairs for pairs, _ in solved])
+            method, converged, drawn = "lanczos", all(good for _, good in solved), seed
+    result = Eigenpairs(*parts, converged, tally.total, method, drawn, time.perf_counter() - start)
     if not converged:
-        warnings.warn(
-            f"eigsh made {limit} products, and the largest residual is {float(residuals.max()):.2g} against "
-            f"{tolerance:.2g} times the largest eigenvalue; raise max_products or tol",
-            NotConvergedWarning,
-            stacklevel=2,
+        message = (
+            f"eigsh ended within {limit} products with residuals of up to {float(parts[2].max()):.2g}, or "
+            f"with multiple eigenvalues not ruled out; the tolerance is {tolerance:.2g} times the largest "
+            "eigenvalue: raise max_products or tol"
         )
-    seconds = time.perf_counter() - start
-    return Eigenpairs(values, vectors, residuals, converged, tally.total, method, drawn, seconds)
+        if raise_on_failure:
+            raise NotConvergedError(message, result)
+        warnings.warn(message, NotConvergedWarning, stacklevel=2)
+    return result
 
 
-def _check(operand: Operand, k: int, tol: float | None, max_products: int | None, block_size: int) -> None:
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the residual, relative to the largest eigenvalue, that products of a dtype can reach."""
+    return {torch.float64: 1e-9, torch.float32: 2e-5}.get(dtype, 2e-2)
+
+
+def _check(
+    operand: Operand, k: int, which: str, tol: float | None, max_products: int | None, block_size: int
+) -> None:
     operand.require_square("eigsh")
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= operand.size:
-        raise InputError(f"k={k!r}: an operator of {operand.size} rows has 1 to {operand.size} eigenpairs")
+    size = operand.size
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
+        raise InputError(f"k={k!r}: an operator of {size} rows has 1 to {size} eigenpairs")
+    if which not in ("largest", "smallest"):
+        raise InputError(f"which={which!r}: choose 'largest' or 'smallest'")
     if tol is not None and not tol > 0:
         raise InputError(f"tol={tol!r}: pass a positive tolerance")
     if max_products is not None and max_products < k:
         raise InputError(f"max_products={max_products} is less than the k={k} products that k pairs need")
-    if not 1 <= block_size <= operand.size:
-        raise InputError(f"block_size={block_size!r}: pass 1 to {operand.size}")
+    if not isinstance(block_size, int) or not 1 <= block_size <= size:
+        raise InputError(f"block_size={block_size!r}: pass 1 to {size}")
 
 
-def members(operand: Operand) -> list[Operand]:
-    """Return the operands of a batch one by one, or the operand itself."""
+def fits_dense(operand: Operand) -> bool:
+    """Whether the dense matrix may be put together: ``max_dense_bytes`` of no part forbids it."""
+    needed = operand.shape.numel() * torch.finfo(operand.dtype).bits // 8
+    return needed <= _dense_limit(operand.operator)
+
+
+def _dense_limit(operator: LinearOperator | Tensor) -> float:
+    own = getattr(operator, "max_dense_bytes", None)
+    if own is not None:
+        return float(own)
+    inner = [arg for arg in getattr(operator, "_args", ()) if isinstance(arg, LinearOperator)]
+    return min((_dense_limit(part) for part in inner), default=float("inf"))
+
+
+def _dense_pays(operand: Operand, k: int) -> bool:
+    krylov_passes = operand.cost * (2 * k + 30)
+    small = operand.size <= _DENSE or 4 * k >= operand.size
+    return small and fits_dense(operand) and operand.structure.exact_cost("tiles") <= 4 * krylov_passes
+
+
+def members(operand: Operand) -> Iterator[Operand]:
+    """Yield the operands of a batch one by one, or the operand itself."""
     if not operand.batch_shape:
-        return [operand]
-    indices = [
-        torch.unravel_index(torch.tensor(i), operand.batch_shape) for i in range(operand.batch_shape.numel())
-    ]
-    return [Operand(operand.operator[tuple(int(p) for p in index)]) for index in indices]
+        yield operand
+        return
+    for number in range(operand.batch_shape.numel()):
+        index = torch.unravel_index(torch.tensor(number), operand.batch_shape)
+        yield Operand(operand.operator[tuple(int(position) for position in index)])
 
 
-def leading_pairs(
-    operand: Operand,
-    k: int,
-    tolerance: float,
-    max_products: int,
-    block_size: int,
-    generator: torch.Generator,
-    progress: bool,
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Return values, vectors, residuals and whether they converged, for one operator."""
-    with tqdm(desc="eigsh", disable=not progress) as bar:
-        pairs = lanczos(
-            operand.multiply,
-            operand.space,
-            k,
-            tolerance=tolerance,
-            max_products=max_products,
-            generator=generator,
-            block_size=block_size,
-            report=lambda done: bar.update(done - bar.n),
-        )
-    return pairs.values, pairs.vectors, pairs.residuals, pairs.converged
+def krylov(
+    operand: Operand, generator: torch.Generator, block_size: int, bar: tqdm, sign: float = 1.0
+) -> Lanczos:
+    """Return a Lanczos solver for an operator, or for its negative.
 
-
-def _restack(operand: Operand, parts: tuple[Tensor, ...]) -> Tensor:
-    return (
-        torch.stack(parts).reshape(*operand.batch_shape, *parts[0].shape) if operand.batch_shape else parts[0]
+    Raises:
+        UnsupportedOperationError: If a dense operator is not symmetric.
+    """
+    dense = operand.operator
+    if isinstance(dense, Tensor):
+        _require_symmetric(dense)
+    return Lanczos(
+        (lambda block: operand.multiply(block)) if sign > 0 else (lambda block: -operand.multiply(block)),
+        operand.rows,
+        generator,
+        block_size=block_size,
+        report=lambda done: bar.update(1),
     )
 
 
-def all_eigenpairs(structure: Structure) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all eigenvalues, largest first, vectors, and the dense float64 matrix, built by tiles."""
-    n = structure.shape[-1]
-    dense = torch.zeros(structure.shape, dtype=torch.float64, device=structure.device)
-    for tile in structure.tiles():
-        dense[..., tile.rows, tile.cols] = tile.block.double()
-        if structure.symmetric and tile.rows != tile.cols:
-            dense[..., tile.cols, tile.rows] = tile.block.mT.double()
-    if not bool(torch.isfinite(dense).all()):
-        raise NonFiniteError(f"the {n} x {n} operator has entries that are not finite")
-    values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
-    return values.flip(-1), vectors.flip(-1), dense
+def _verified(
+    operand: Operand, pairs: RitzPairs, sign: float, tolerance: float | None
+) -> tuple[RitzPairs, bool]:
+    """Return the pairs with residuals from fresh products, and whether they are as good as they were."""
+    values = sign * pairs.values
+    if tolerance is None:  # too few products were allowed for that
+        found = RitzPairs(values, pairs.vectors, pairs.residuals, pairs.converged, pairs.products)
+        return found, pairs.converged
+    outside = operand.multiply(pairs.vectors) - pairs.vectors * values.to(pairs.vectors.dtype)
+    residuals = operand.rows.sum_squares(outside).sqrt()
+    # Products of another width round differently, so that a residual at the limit may cross it.
+    good = bool((residuals <= 2 * tolerance * values.abs().max()).all())
+    found = RitzPairs(values, pairs.vectors, residuals, pairs.converged, pairs.products)
+    return found, pairs.converged and operand.rows.any(good)
 
 
-def _dense_pairs(structure: Structure, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    values, vectors, dense = all_eigenpairs(structure)
+def _restack(operand: Operand, solved: Sequence[RitzPairs]) -> tuple[Tensor, Tensor, Tensor]:
+    if not operand.batch_shape:
+        return solved[0].values, solved[0].vectors, solved[0].residuals
+    parts = zip(*((pairs.values, pairs.vectors, pairs.residuals) for pairs in solved), strict=True)
+    values, vectors, residuals = (
+        torch.stack(part).unflatten(0, tuple(operand.batch_shape)) for part in parts
+    )
+    return values, vectors, residuals
+
+
+def _require_symmetric(dense: Tensor) -> None:
+    gap, largest = float((dense - dense.mT).abs().max()), float(dense.abs().max())
+    if gap > torch.finfo(dense.dtype).eps ** 0.5 * largest:
+        raise UnsupportedOperationError(
+            f"the operator is not symmetric: entries differ from their mirror images by up to {gap:.2g}, the "
+            f"largest is {largest:.2g}; take the symmetric part, or the singular values"
+        )
+
+
+def symmetric_by_tiles(structure: Structure) -> Tensor:
+    """Return the dense float64 matrix, put together from tiles.
+
+    Raises:
+        UnsupportedOperationError: If it is not symmetric.
+        NonFiniteError: If it has entries that are not finite.
+    """
+    dense = require_finite(dense_from_tiles(structure), "the operator")
+    _require_symmetric(dense)
+    wide = dense.double()
+    return (wide + wide.mT) / 2
+
+
+def eigenvalues_by_tiles(structure: Structure) -> Tensor:
+    """Return all eigenvalues ``(*batch, n)``, largest first, in float64."""
+    return torch.linalg.eigvalsh(symmetric_by_tiles(structure)).flip(-1)
+
+
+def _dense_pairs(structure: Structure, k: int, sign: float) -> tuple[Tensor, Tensor, Tensor]:
+    dense = symmetric_by_tiles(structure)
+    values, vectors = torch.linalg.eigh(dense)
+    if sign > 0:
+        values, vectors = values.flip(-1), vectors.flip(-1)
     values, vectors = values[..., :k], vectors[..., :k]
     residuals = (dense @ vectors - vectors * values.unsqueeze(-2)).norm(dim=-2)
     return values, vectors.to(structure.dtype), residuals

@@ -7,9 +7,9 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..results import Estimate
-from ._driver import PRODUCT_METHODS, estimate
-from ._quantities import FrobeniusNorm
-from ._request import Operand
+from ._driver import PAIR_METHODS, estimate
+from ._quantities import FROBENIUS_NORM
+from ._request import operands
 
 __all__ = ["frobenius_norm"]
 
@@ -26,15 +26,15 @@ def frobenius_norm(
     r"""Estimate or compute the Frobenius norm, :math:`|K|_F = (\mathrm{tr}\,K^\top K)^{1/2}`.
 
     Exact: tile by tile, nothing n x n is held. Hutchinson and Hutch++ estimate :math:`\mathrm{tr}\,K^\top K =
-    E|K v|^2` without bias, with two passes a column (Hutch++ with the range of K as its sketch). The square
-    root has a bias of relative order 1/m, far below the reported error. Source: paper, section 3.3 and
-    Proposition 1.
+    E|K v|^2` without bias, with one product a column where the paper's form K (Kᵀ v) takes two. The
+    square root has a bias of relative order 1/m. Source: paper, section 3.3 and Proposition 1.
 
     Args:
         operator: ``(*batch, m, n)`` operator or tensor.
-        rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 if
+        rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 where
             ``num_passes`` is None too.
-        num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap.
+        num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
+            (by default 20,000 in one direction, and none where exactness is the end).
         method: "auto" (exact where that costs no more, else Hutch++, else one-sided), "exact" (by tiles),
             "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
             alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
@@ -44,13 +44,18 @@ def frobenius_norm(
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
-        tolerance was met. The interval is Student's t over the random probes; the deterministic part of
-        Hutch++ has no error.
+        tolerance was met. The interval is Student's t over the random probes, wider where `rtol` made
+        it stop early; the deterministic part of Hutch++ has no error. With a single residual probe the
+        error is infinite.
 
     Raises:
-        InputError: If an option is not understood.
+        InputError: If an option is not understood, or the passes do not pay for the method.
         UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
+        DtypeError: If the operator is not of a real floating dtype, or two of them differ.
         NonFiniteError: If a product is not finite.
+
+    Warns:
+        NotConvergedWarning: If the passes were spent before the tolerance was met.
 
     Example:
         >>> import torch, ntkops
@@ -59,11 +64,12 @@ def frobenius_norm(
         5.0
     """
     return estimate(
-        lambda: FrobeniusNorm([Operand(operator)]),
-        rtol,
-        num_passes,
-        method,
-        PRODUCT_METHODS,
-        generator,
-        progress,
+        FROBENIUS_NORM,
+        lambda: operands(operator),
+        PAIR_METHODS,
+        rtol=rtol,
+        num_passes=num_passes,
+        method=method,
+        generator=generator,
+        progress=progress,
     )

@@ -7,9 +7,9 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..results import Estimate
-from ._driver import PRODUCT_METHODS, estimate
-from ._quantities import Inner
-from ._request import Operand
+from ._driver import PAIR_METHODS, estimate
+from ._quantities import INNER
+from ._request import operands
 
 __all__ = ["inner"]
 
@@ -32,9 +32,10 @@ def inner(
     Args:
         first: ``(*batch, m, n)`` operator or tensor.
         second: One of the same shape.
-        rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 if
+        rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 where
             ``num_passes`` is None too.
-        num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap.
+        num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
+            (by default 20,000 in one direction, and none where exactness is the end).
         method: "auto" (exact where that costs no more, else Hutch++, else one-sided), "exact" (by tiles),
             "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
             alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
@@ -44,14 +45,19 @@ def inner(
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
-        tolerance was met. The interval is Student's t over the random probes; the deterministic part of
-        Hutch++ has no error.
+        tolerance was met. The interval is Student's t over the random probes, wider where `rtol` made
+        it stop early; the deterministic part of Hutch++ has no error. With a single residual probe the
+        error is infinite.
 
     Raises:
-        InputError: If an option is not understood.
+        InputError: If an option is not understood, or the passes do not pay for the method.
         ShapeError: If the shapes differ.
         UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
+        DtypeError: If the operator is not of a real floating dtype, or two of them differ.
         NonFiniteError: If a product is not finite.
+
+    Warns:
+        NotConvergedWarning: If the passes were spent before the tolerance was met.
 
     Example:
         >>> import torch, ntkops
@@ -60,11 +66,12 @@ def inner(
         7.0
     """
     return estimate(
-        lambda: Inner([Operand(first), Operand(second)]),
-        rtol,
-        num_passes,
-        method,
-        PRODUCT_METHODS,
-        generator,
-        progress,
+        INNER,
+        lambda: operands(first, second),
+        PAIR_METHODS,
+        rtol=rtol,
+        num_passes=num_passes,
+        method=method,
+        generator=generator,
+        progress=progress,
     )

@@ -1,5 +1,5 @@
 """Spectra from products alone."""
 
-from .lanczos import RitzPairs, lanczos
+from .lanczos import Lanczos, RitzPairs
 
-__all__ = ["RitzPairs", "lanczos"]
+__all__ = ["Lanczos", "RitzPairs"]

@@ -1,0 +1,272 @@
+"""Estimators from one direction of differentiation: Algorithm 2 and Proposition 1 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedOperationError
+from ..vectors import Space
+from ._moments import Mean, Moment, Pairs
+from ._quantities import Quantity, Trace
+from ._request import Operand
+from ._two_sided import column_dots, project_out
+
+__all__ = ["OneSidedPairs", "OneSidedTrace", "factors_of"]
+
+_WIDTH = 64  # probes passed at a time
+
+
+def factors_of(operand: Operand) -> tuple[Operand, Operand]:
+    """Return L and R with K = L Rᵀ; one and the same object where K is symmetric.
+
+    Raises:
+        UnsupportedOperationError: If the operator does not know its factors.
+    """
+    found = operand.structure.factors()
+    if found is None:
+        raise UnsupportedOperationError(
+            f"one-sided estimators need the factors of K = L Rᵀ, and {type(operand.operator).__name__} has "
+            "none; use method='hutch++' or 'hutchinson', or estimate the terms of a sum one by one"
+        )
+    left = Operand(found[0])
+    return left, left if operand.structure.symmetric or found[1] is found[0] else Operand(found[1])
+
+
+def _draw(space: Space, batch: torch.Size, count: int, generator: torch.Generator) -> Tensor:
+    wide = space.probes(count * batch.numel(), generator)
+    return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
+
+
+class OneSidedTrace:
+    r"""The trace from vjps or from jvps alone (paper, Algorithm 2).
+
+    .. math:: \mathrm{tr}(L R^\top) = E[(L^\top v)^\top (R^\top v)] = E[(R p)^\top (L p)]
+
+    Args:
+        operand: A square operator with factors.
+        generator: Draws the probes.
+        forward: Probe the parameters (jvps, FHutch) and not the states (vjps, RHutch).
+        orthogonalize: Give half of the probes to an orthonormal basis of random directions, on which the
+            trace is exact, and the others to its complement. The basis knows nothing of K, so that it
+            pays only where the probes are not few against the dimension.
+    """
+
+    one_sided = True
+    order = 1.0
+    least = 1
+
+    def __init__(
+        self, operand: Operand, generator: torch.Generator, *, forward: bool, orthogonalize: bool
+    ) -> None:
+        self._left, self._right = factors_of(operand)
+        self._forward, self._orthogonalize, self._generator = forward, orthogonalize, generator
+        self._space = self._left.columns if forward else operand.rows
+        self._images = self._right.rows if forward else self._left.columns
+        self._batch = operand.batch_shape
+        self._samples = torch.zeros((*self._batch, 0), dtype=torch.float64)
+        self._fixed: Tensor | float = 0.0
+
+    @property
+    def unit(self) -> int:
+        """Passes of one probe."""
+        return self._left.cost + (0 if self._right is self._left else self._right.cost)
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many probes in all; an orthonormal basis cannot grow, so that it is drawn again."""
+        if self._orthogonalize and columns > 1:
+            half = min(columns // 2, self._space.size)
+            drawn = _draw(self._space, self._batch, half, self._generator)
+            basis = self._space.orthonormalize(drawn)
+            self._fixed = self._terms(basis).sum(-1)
+            rest = _draw(self._space, self._batch, columns - half, self._generator)
+            self._samples = self._terms(project_out(self._space, basis, rest))
+            return
+        count = columns - self._samples.shape[-1]
+        if count > 0:
+            fresh = self._terms(_draw(self._space, self._batch, count, self._generator))
+            self._samples = torch.cat([self._samples, fresh], dim=-1)
+
+    def _terms(self, probes: Tensor) -> Tensor:
+        parts = []
+        for block in probes.split(_WIDTH, dim=-1):
+            left = self._apply(self._left, block)
+            right = left if self._right is self._left else self._apply(self._right, block)
+            parts.append(column_dots(self._images, left, right))
+        return torch.cat(parts, dim=-1).cpu()
+
+    def _apply(self, factor: Operand, block: Tensor) -> Tensor:
+        return factor.multiply(block) if self._forward else factor.pull(block)
+
+    def moments(self) -> list[Moment]:
+        """Return the trace as it stands."""
+        return [Mean(self._samples, self._fixed)]
+
+
+class OneSidedPairs:
+    r"""Traces and inner products from vjps or from jvps alone, over all pairs of probes (Proposition 1).
+
+    For kernels :math:`K_i = L_i R_i^\top` and independent isotropic probes u, v of the states,
+
+    .. math:: \mathrm{tr}(K_1^\top K_2) = E[(u^\top K_1 v)(u^\top K_2 v)],
+              \qquad u^\top K_i v = (L_i^\top u)^\top (R_i^\top v),
+
+    and for probes p of the parameters of K₁, q of those of K₂,
+
+    .. math:: \mathrm{tr}(K_1^\top K_2) = E[(L_1 p)^\top (L_2 q) \cdot (R_1 p)^\top (R_2 q)].
+
+    Every pair of two probes is used, m (m - 1) of them from m probes. Square kernels share their probes, and
+    so do kernels over equally many parameters, so that what cancels in a ratio does; else each side has
+    its own.
+
+    Args:
+        quantity: What is estimated.
+        operands: Its operators, with factors.
+        generator: Draws the probes.
+        forward: Probe the parameters and not the states.
+    """
+
+    one_sided = True
+    order = 1.0
+    least = 2
+
+    def __init__(
+        self, quantity: Quantity, operands: Sequence[Operand], generator: torch.Generator, *, forward: bool
+    ) -> None:
+        self._quantity, self._operands, self._generator = quantity, operands, generator
+        self._factors = [factors_of(operand) for operand in operands]
+        self._forward = forward
+        self._batch = operands[0].batch_shape
+        side = _ForwardSide if forward else _ReverseSide
+        self._side = side(operands, self._factors)
+        self._images: list[Tensor] = []
+
+    @property
+    def unit(self) -> int:
+        """Passes of one probe through every factor."""
+        return sum(factor.cost for factor, _ in self._side.jobs)
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many probes in all, keeping what the old ones gave.
+
+        Raises:
+            InputError: If there is no pair.
+        """
+        if columns < self.least:
+            raise InputError(
+                f"{self._quantity.name} from one direction takes at least {self.least} probes, that is "
+                f"num_passes={self.least * self.unit}; {columns} can be paid for"
+            )
+        old = self._images[0].shape[-1] if self._images else 0
+        if columns <= old:
+            return
+        spaces = self._side.spaces
+        probes = [_draw(space, self._batch, columns - old, self._generator) for space in spaces]
+        fresh = [
+            torch.cat(
+                [self._side.apply(factor, part) for part in probes[number].split(_WIDTH, dim=-1)], dim=-1
+            )
+            for factor, number in self._side.jobs
+        ]
+        self._images = (
+            [torch.cat(pair, dim=-1) for pair in zip(self._images, fresh, strict=True)] if old else fresh
+        )
+
+    def moments(self) -> list[Moment]:
+        """Return the moments as they stand."""
+        return [
+            self._side.trace(self._images, moment.of)
+            if isinstance(moment, Trace)
+            else self._side.inner(self._images, moment.first, moment.second)
+            for moment in self._quantity.moments
+        ]
+
+
+class _Side:
+    """Which factors multiply which probes, and how moments come from the images.
+
+    Attributes:
+        spaces: The spaces of the groups of probes.
+        jobs: Pairs of a factor and the group of probes that it multiplies.
+    """
+
+    def __init__(self) -> None:
+        self.spaces: list[Space] = []
+        self.jobs: list[tuple[Operand, int]] = []
+
+    def _job(self, factor: Operand, group: int) -> int:
+        """Return the position of a job, a new one only where it is not there yet."""
+        for position, (known, other) in enumerate(self.jobs):
+            if known is factor and other == group:
+                return position
+        self.jobs.append((factor, group))
+        return len(self.jobs) - 1
+
+
+class _ReverseSide(_Side):
+    """Probes of the states: one group where kernels are square, else one for rows and one for columns."""
+
+    def __init__(self, operands: Sequence[Operand], factors: Sequence[tuple[Operand, Operand]]) -> None:
+        super().__init__()
+        first = operands[0]
+        self.spaces = [first.rows] if first.is_square else [first.rows, first.columns]
+        self._columns = len(self.spaces) - 1
+        self._jobs = [(self._job(left, 0), self._job(right, self._columns)) for left, right in factors]
+        self._inside = [left.columns for left, _ in factors]
+
+    def apply(self, factor: Operand, block: Tensor) -> Tensor:
+        return factor.pull(block)
+
+    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Pairs:
+        def forms(number: int, part: slice) -> Tensor:  # u_aᵀ K v_b
+            left, right = self._jobs[number]
+            return self._inside[number].inner(images[left][..., part], images[right])
+
+        def terms(part: slice) -> Tensor:
+            one = forms(first, part)
+            return one * (one if first == second else forms(second, part))
+
+        return Pairs.of(terms, images[self._jobs[first][0]].shape[-1], rows=0, cols=self._columns)
+
+    def trace(self, images: Sequence[Tensor], number: int) -> Mean:
+        left, right = self._jobs[number]
+        return Mean(column_dots(self._inside[number], images[left], images[right]).cpu())
+
+
+class _ForwardSide(_Side):
+    """Probes of the parameters: one group where kernels have equally many, else one for each kernel."""
+
+    def __init__(self, operands: Sequence[Operand], factors: Sequence[tuple[Operand, Operand]]) -> None:
+        super().__init__()
+        parameters = [left.columns for left, _ in factors]
+        shared = len({space.size for space in parameters}) == 1
+        self.spaces = parameters[:1] if shared else parameters
+        self._groups = [0 if shared else number for number in range(len(factors))]
+        self._jobs = [
+            (self._job(left, group), self._job(right, group))
+            for (left, right), group in zip(factors, self._groups, strict=True)
+        ]
+        self._rows, self._columns = operands[0].rows, operands[0].columns
+
+    def apply(self, factor: Operand, block: Tensor) -> Tensor:
+        return factor.multiply(block)
+
+    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Pairs:
+        (left_one, right_one), (left_two, right_two) = self._jobs[first], self._jobs[second]
+        same = left_one == right_one and left_two == right_two
+
+        def terms(part: slice) -> Tensor:
+            lefts = self._rows.inner(images[left_one][..., part], images[left_two])
+            if same:
+                return lefts * lefts
+            return lefts * self._columns.inner(images[right_one][..., part], images[right_two])
+
+        count = images[left_one].shape[-1]
+        return Pairs.of(terms, count, rows=self._groups[first], cols=self._groups[second])
+
+    def trace(self, images: Sequence[Tensor], number: int) -> Mean:
+        left, right = self._jobs[number]
+        dots = column_dots(self._rows, images[left], images[right])
+        return Mean(dots.cpu(), group=self._groups[number])

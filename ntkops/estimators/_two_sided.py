@@ -1,0 +1,184 @@
+"""Estimators from products with K: Hutchinson's, and Hutch++ on a sketched range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..vectors import Space
+from ._moments import Mean
+from ._quantities import Inner, Quantity
+from ._request import Operand
+
+__all__ = ["TwoSided", "column_dots", "project_out"]
+
+_WIDTH = 64  # columns multiplied at a time
+
+
+class TwoSided:
+    r"""Moments of operators from products with shared probes.
+
+    Hutchinson: :math:`\mathrm{tr}\,A = E[v^\top A v]`. Hutch++ (paper, Algorithm 1) splits the space by an
+    orthonormal Q that does not depend on the probes,
+
+    .. math:: \mathrm{tr}\,A = \mathrm{tr}(Q^\top A Q) + \mathrm{tr}((I - QQ^\top) A (I - QQ^\top)),
+
+    takes the first term exactly and the second by Hutchinson. That holds for any A and any such Q, so one Q
+    and one set of probes serve every moment: A = K for the trace, K₁ᵀK₂ for inner products, for which
+    :math:`v^\top K_1^\top K_2 v = (K_1 v)^\top (K_2 v)` takes one product with each operator and not two. Q
+    spans the products of all operators with one random sketch. All products are kept, so that growing
+    repeats none: the sketch is widened, and old probes are projected on from the products that exist.
+
+    Args:
+        quantity: What is estimated.
+        operands: Its operators.
+        generator: Draws sketch and probes.
+        sketched: Hutch++, else Hutchinson.
+    """
+
+    one_sided = False
+
+    def __init__(
+        self, quantity: Quantity, operands: Sequence[Operand], generator: torch.Generator, *, sketched: bool
+    ) -> None:
+        self._quantity, self._operands, self._generator = quantity, operands, generator
+        self._space: Space = operands[0].columns
+        self._batch = operands[0].batch_shape
+        self._sketched = sketched
+        # A square operator that is not symmetric has its trace in its range, its norm in that of Kᵀ.
+        self._transposed = [
+            not (op.structure.symmetric or (op.is_square and quantity.needs_square)) for op in operands
+        ]
+        self._width = 0
+        self._basis = self._empty(self._space.size)
+        self._basis_products = [self._empty(op.shape[-2]) for op in operands]
+        self._fixed = torch.zeros((len(quantity.moments), *self._batch), dtype=torch.float64)
+        self._probes = self._empty(self._space.size)
+        self._products = [self._empty(op.shape[-2]) for op in operands]
+
+    @property
+    def unit(self) -> int:
+        """Passes of one column through every operator."""
+        return sum(operand.cost for operand in self._operands)
+
+    @property
+    def least(self) -> int:
+        """Fewest columns."""
+        return 1 + 2 * len(self._operands) if self._sketched else 1
+
+    @property
+    def order(self) -> float:
+        """Power of the number of columns with which the variance falls, for planning."""
+        return 2.0 if self._sketched else 1.0
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many columns for each operator in all.
+
+        With one operator a third goes into the sketch, a third into the products with Q, the rest into
+        residual probes; with two, each sketch column gives two columns of Q.
+
+        Raises:
+            InputError: If there are too few columns for the three stages.
+        """
+        if columns < self.least:
+            raise InputError(
+                f"hutch++ needs at least {self.least} product columns for {self._quantity.name}, that is "
+                f"num_passes={self.least * self.unit}; {columns} can be paid for"
+            )
+        width = min(columns // self.least, self._space.size // len(self._operands)) if self._sketched else 0
+        if width > self._width:
+            self._widen(width)
+        count = columns - width - width * len(self._operands) if self._sketched else columns
+        if count > self._probes.shape[-1]:
+            self._draw(count - self._probes.shape[-1])
+
+    def _widen(self, width: int) -> None:
+        fresh = self._sketch(width - self._width)
+        self._width = width
+        basis = extend_basis(self._space, self._basis, fresh)
+        if not basis.shape[-1]:
+            return
+        products = [self._multiply(operand, basis) for operand in self._operands]
+        self._fixed = self._fixed + self._terms(basis, products).sum(-1)
+        if self._probes.shape[-1]:  # K (I - QQᵀ) v from K v and K Q, with no new product
+            coefficients = self._space.inner(basis, self._probes).to(basis.dtype)
+            self._probes = self._probes - basis @ coefficients
+            self._products = [
+                old - new @ coefficients for old, new in zip(self._products, products, strict=True)
+            ]
+        self._basis = torch.cat([self._basis, basis], dim=-1)
+        self._basis_products = [
+            torch.cat(pair, dim=-1) for pair in zip(self._basis_products, products, strict=True)
+        ]
+
+    def _sketch(self, width: int) -> Tensor:
+        parts, drawn = [], {}
+        for operand, transposed in zip(self._operands, self._transposed, strict=True):
+            if transposed not in drawn:  # operators of one kind share the sketch
+                space = operand.rows if transposed else self._space
+                drawn[transposed] = self._draw_from(space, width)
+            parts.append(operand.pull(drawn[True]) if transposed else self._multiply(operand, drawn[False]))
+        return torch.cat(parts, dim=-1)
+
+    def _draw_from(self, space: Space, count: int) -> Tensor:
+        """Draw independent probes for every batch entry, ``(*batch, n, count)``."""
+        wide = space.probes(count * self._batch.numel(), self._generator)
+        return wide.unflatten(-1, (*self._batch, count)).movedim(0, -2) if self._batch else wide
+
+    def _draw(self, count: int) -> None:
+        probes = project_out(self._space, self._basis, self._draw_from(self._space, count))
+        products = [self._multiply(operand, probes) for operand in self._operands]
+        self._probes = torch.cat([self._probes, probes], dim=-1)
+        self._products = [torch.cat(pair, dim=-1) for pair in zip(self._products, products, strict=True)]
+
+    def moments(self) -> list[Mean]:
+        """Return the moments as they stand."""
+        terms = self._terms(self._probes, self._products)
+        return [Mean(samples, fixed) for samples, fixed in zip(terms, self._fixed, strict=True)]
+
+    def _terms(self, probes: Tensor, products: Sequence[Tensor]) -> Tensor:
+        """Return what each column adds to each moment, ``(q, *batch, k)``, float64, on the CPU."""
+        parts = []
+        for moment in self._quantity.moments:
+            if isinstance(moment, Inner):
+                left, right, space = products[moment.first], products[moment.second], self._operands[0].rows
+            else:
+                left, right, space = probes, products[moment.of], self._space
+            parts.append(column_dots(space, left, right))
+        return torch.stack(parts).cpu()
+
+    def _multiply(self, operand: Operand, block: Tensor) -> Tensor:
+        parts = [operand.multiply(part) for part in block.split(_WIDTH, dim=-1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _empty(self, length: int) -> Tensor:
+        first = self._operands[0]
+        return torch.empty((*first.batch_shape, length, 0), dtype=first.dtype, device=first.device)
+
+
+def column_dots(space: Space, left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner products of matching columns, ``(*batch, k)``."""
+    return space.inner(left.mT.unsqueeze(-1), right.mT.unsqueeze(-1)).flatten(-3)
+
+
+def project_out(space: Space, basis: Tensor, block: Tensor) -> Tensor:
+    """Return the part of a block that is orthogonal to a basis; twice, as cancellation leaves a rest."""
+    if basis.shape[-1]:
+        for _ in range(2):
+            block = block - basis @ space.inner(basis, block).to(block.dtype)
+    return block
+
+
+def extend_basis(space: Space, basis: Tensor, block: Tensor) -> Tensor:
+    """Return orthonormal directions that a block adds to an orthonormal basis, ``(*batch, n, r)``."""
+    fresh = project_out(space, basis, block)
+    if block.dim() == 2:  # what is left of a dependent column is rounding
+        kept = space.sum_squares(fresh).sqrt()
+        cutoff = 1e2 * torch.finfo(block.dtype).eps * space.sum_squares(block).sqrt()
+        fresh = fresh[:, kept > cutoff]
+    if not basis.shape[-1] or not fresh.shape[-1]:
+        return space.orthonormalize(fresh)
+    return space.orthonormalize(project_out(space, basis, space.orthonormalize(fresh)))
