@@ -254,15 +254,16 @@ def test_unknown_dtypes_and_devices_are_refused() -> None:
 
 
 SETTINGS = report.Settings(rtol=0.1, leading=5, repeats=2, passes=(8, 32), seed=1)
-_BUILT: dict[torch.dtype, tuple[report.Subject, report.Report]] = {}
+_BUILT: dict[tuple[torch.dtype, str], tuple[report.Subject, report.Report]] = {}
 
 
-def small_report(dtype: torch.dtype) -> tuple[report.Subject, report.Report]:
+def small_report(dtype: torch.dtype, engine: str = "auto") -> tuple[report.Subject, report.Report]:
     """A report on 40 digits and 16 hidden units: n = 400, P = 1210."""
-    if dtype not in _BUILT:
+    if (dtype, engine) not in _BUILT:
         subject = report.digits_subject(40, epochs=2, width=16, seed=1, dtype=dtype)
-        _BUILT[dtype] = subject, report.build(subject, SETTINGS)
-    return _BUILT[dtype]
+        settings = dataclasses.replace(SETTINGS, engine=engine)
+        _BUILT[dtype, engine] = subject, report.build(subject, settings)
+    return _BUILT[dtype, engine]
 
 
 def reference_jacobian(subject: report.Subject, name: str) -> Tensor:
@@ -291,9 +292,10 @@ def assert_agrees(estimate: Estimate | None, reference: Tensor, dtype: torch.dty
     assert abs(float(value) - float(reference)) <= shown + rounding
 
 
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numbers_agree_with_dense_references_to_the_printed_errors(dtype: torch.dtype) -> None:
-    subject, result = small_report(dtype)
+def test_numbers_agree_with_dense_references_to_the_printed_errors(dtype: torch.dtype, engine: str) -> None:
+    subject, result = small_report(dtype, engine)
     assert [kernel.name for kernel in result.kernels] == ["before training", "after training"]
     estimates, dense = [], []
     for kernel in result.kernels:
@@ -313,7 +315,9 @@ def test_numbers_agree_with_dense_references_to_the_printed_errors(dtype: torch.
         )
     first, last = dense
     assert_agrees(result.alignment, (first * last).sum() / (first.norm() * last.norm()), dtype)
-    assert {e.exact for e in estimates if e is not None} == {True, False}  # both kinds were looked at
+    # Layer structure makes everything exact here; automatic differentiation leaves estimates to look at.
+    kinds = {e.exact for e in estimates if e is not None}
+    assert kinds == ({True} if engine == "auto" else {True, False})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -98,6 +98,12 @@ def add_command(commands: Any) -> None:
         "--rtol", type=float, default=Settings.rtol, help="relative error of estimates; default: %(default)s"
     )
     how.add_argument(
+        "--engine",
+        choices=("auto", "autograd", "layerwise"),
+        default=Settings.engine,
+        help="how kernels are computed; default: %(default)s",
+    )
+    how.add_argument(
         "--repeats",
         type=int,
         default=Settings.repeats,
@@ -158,7 +164,9 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise InputError(f"--threads {options.threads}: at least one is needed")
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed {options.seed}: a seed lies between 0 and {2**32 - 1}")
-    return Settings(rtol=options.rtol, repeats=options.repeats, seed=options.seed)
+    return Settings(
+        rtol=options.rtol, repeats=options.repeats, seed=options.seed, engine=options.engine
+    )
 
 
 def _require_packages(*, digits: bool) -> None:

@@ -35,6 +35,7 @@ class Settings:
         max_dense_bytes: Largest dense block, in bytes. A fixed number rather than a share of free memory,
             so that a report does not depend on the machine.
         seed: Seed of all probes.
+        engine: Engine of the kernels, as in `ntkops.ntk`.
     """
 
     rtol: float = 1e-2
@@ -44,6 +45,7 @@ class Settings:
     passes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     max_dense_bytes: int = 16 * 2**20
     seed: int = 0
+    engine: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,8 @@ class _Builder:
     def kernel(self, name: str, **choice: Any) -> NTKOperator:
         """Return the lazy kernel of one state of the network."""
         linearization = self.subject.linearizations[name]
-        choice = {"max_dense_bytes": self.settings.max_dense_bytes, **choice}
+        settings = self.settings
+        choice = {"max_dense_bytes": settings.max_dense_bytes, "engine": settings.engine, **choice}
         return ntk(linearization, self.subject.x, **choice)
 
     def measure(self, name: str) -> KernelReport:
