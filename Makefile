@@ -78,7 +78,7 @@ unit: $(TEST)
 
 bench: $(DEMO)
 	@mkdir -p benchmarks/results
-	set -e; for script in benchmarks/*.py; do \
+	set -e; for script in benchmarks/[!_]*.py; do \
 	  $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).json; \
 	done
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "KERNEL_CASES", "PAPER_CASES", "Case"]
 
 _CLASSES = 10
 
@@ -130,5 +130,107 @@ CASES: dict[str, Case] = {
         Case("cnn", "CNN, 32-64-64, 16 x 16", _convolutional, _images, Size(16, 64, 16), Size(3, 8, 8)),
         Case("gru", "GRU, 64 units, 24 steps", _Recurrent, _sequences, Size(32, 64, 24), Size(3, 8, 4)),
         Case("transformer", "transformer, 2 x 64", _Transformer, _tokens, Size(16, 64, 32), Size(3, 8, 4)),
+    )
+}
+
+
+# kernels: the same four, images of CIFAR's size, the recurrent cell in a loop, and a residual network
+
+
+class _RecurrentCells(nn.Module):
+    """A GRU cell called in a loop, which `torch.func.vmap` can differentiate, read out at its last step."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(8, size.width)
+        self.head = nn.Linear(size.width, _CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), self.cell.hidden_size)
+        for step in range(x.shape[1]):
+            hidden = self.cell(x[:, step], hidden)
+        return self.head(hidden)
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch normalisation, and a way around them."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def _residual(size: Size) -> nn.Module:
+    """Eight residual blocks in four stages, each twice as wide as the one before: the layout of ResNet-18."""
+    width = before = size.width
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    for stage in range(4):
+        after = width * 2**stage
+        layers += [_ResidualBlock(before, after, 1 if stage == 0 else 2), _ResidualBlock(after, after, 1)]
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, _CLASSES))
+
+
+# The full sizes hold as many samples as any measurement takes; each takes the first of them.
+KERNEL_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("mlp", "MLP, 3 x 256", _perceptron, _vectors, Size(2048, 256, 1), Size(4, 16, 1)),
+        Case("cnn", "CNN, 32-64-64, 32 x 32", _convolutional, _images, Size(512, 64, 32), Size(3, 8, 8)),
+        Case(
+            "resnet", "ResNet-18 layout, 16-128, 16 x 16", _residual, _images, Size(64, 16, 16), Size(2, 2, 8)
+        ),
+        Case(
+            "gru", "GRU, 64 units, 24 steps", _RecurrentCells, _sequences, Size(2048, 64, 24), Size(3, 8, 4)
+        ),
+        Case("transformer", "transformer, 2 x 64", _Transformer, _tokens, Size(512, 64, 32), Size(3, 8, 4)),
+    )
+}
+
+
+# the two networks on which a paper on trace estimation is evaluated
+
+
+def _deep(size: Size) -> nn.Module:
+    widths = [100, *[size.width] * 15]
+    pairs = zip(widths, widths[1:], strict=False)
+    return nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), nn.ReLU())))
+
+
+def _features(size: Size, generator: Generator) -> Tensor:
+    return torch.randn(size.samples, 100, generator=generator)
+
+
+def _time_major(size: Size, generator: Generator) -> Tensor:
+    return torch.randn(size.length, size.samples, 10, generator=generator)
+
+
+def _states(size: Size) -> nn.Module:
+    return nn.GRU(10, size.width)
+
+
+PAPER_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("deep", "15 x Linear 64, ReLU after each", _deep, _features, Size(50, 64, 1), Size(3, 8, 1)),
+        Case("states", "hidden states of a GRU", _states, _time_major, Size(15, 64, 50), Size(2, 8, 4)),
     )
 }

@@ -74,7 +74,20 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         *_grid(_SETUP, setup_rows(result), left=1),
     ]
+    if result["targets"]:
+        lines += ["", "Targets, for the median ratio of CPU times:", "", *_verdicts(result["targets"])]
     return "\n".join(lines)
+
+
+def _verdicts(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of each target on which networks it is missed."""
+    lines = []
+    for ratio, columns, least in dict.fromkeys((t["ratio"], t["columns"], t["least"]) for t in targets):
+        same = [t for t in targets if (t["ratio"], t["columns"]) == (ratio, columns)]
+        missed = [f"{t['model']} ({t['median']:.2f})" for t in same if not t["held"]]
+        verdict = f"missed on {', '.join(missed)}" if missed else "held on every network"
+        lines.append(f"- {ratio} at least {least} at k = {columns}: {verdict}.")
+    return lines
 
 
 def fill(page: str, name: str, table: str) -> str:

@@ -235,14 +235,14 @@ def run(
     Args:
         models: Names among `CASES`.
         quick: Small sizes, few repetitions.
-        repetitions: Times that each variant is timed; None for 9, and 3 if quick.
-        memory: Whether peak memory is measured.
+        repetitions: Times that each variant is timed; None for 9, and 2 if quick.
+        memory: Whether peak memory is measured; if quick, once.
         say: Told what comes next.
 
     Returns:
         Environment, options, cases, set-up times and whether the targets are held.
     """
-    count = repetitions or (3 if quick else 9)
+    count = repetitions or (2 if quick else 9)
     cases, setup = [], []
     started = time.perf_counter()
     with one_thread():
@@ -251,7 +251,7 @@ def run(
             case = CASES[name]
             for columns in QUICK_COLUMNS if quick else COLUMNS:
                 say(f"{name}, k = {columns}")
-                also_memory = memory and (not quick or columns == QUICK_COLUMNS[-1])
+                also_memory = memory and (not quick or (name == models[0] and columns == QUICK_COLUMNS[-1]))
                 cases.append(measure_case(case, columns, quick=quick, repetitions=count, memory=also_memory))
             say(f"{name}, set-up")
             setup.append(measure_setup(case, quick=quick, repetitions=min(count, 5)))

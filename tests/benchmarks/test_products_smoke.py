@@ -107,6 +107,12 @@ def test_targets_are_judged_on_medians_of_cpu_time(products: ModuleType) -> None
     verdicts = products._judge([entry(8, 1.49), entry(64, 0.9)])
     found = {(v["ratio"], v["columns"]): v["held"] for v in verdicts}
     assert found == {("loop/fused", 8): False, ("vmap/fused", 8): True, ("vmap/fused", 64): True}
+    lines = importlib.import_module("_tables")._verdicts(verdicts)
+    assert lines == [
+        "- loop/fused at least 1.5 at k = 8: missed on m (1.49).",
+        "- vmap/fused at least 0.9 at k = 8: held on every network.",
+        "- vmap/fused at least 0.9 at k = 64: held on every network.",
+    ]
 
 
 def test_repetitions_are_interleaved_there_and_back(measure: ModuleType) -> None:
