@@ -1,7 +1,7 @@
 """Neural tangent kernels of PyTorch models as lazy linear operators."""
 
 from . import functional, plotting
-from .engines import count_passes
+from .engines import Layerwise, count_passes
 from .errors import NtkopsError, NtkopsWarning
 from .estimators import (
     alignment,
@@ -16,7 +16,7 @@ from .estimators import (
 )
 from .model import Linearization, linearize
 from .operators import JacobianOperator, NTKOperator, jacobian, ntk
-from .results import Eigenpairs, EngineInfo, Estimate, TruncationRank
+from .results import Eigenpairs, EngineInfo, Estimate, LayerInfo, TruncationRank
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "jacobian",
     "ntk",
     "linearize",
+    "Layerwise",
     "JacobianOperator",
     "NTKOperator",
     "Linearization",
@@ -47,6 +48,7 @@ __all__ = [
     "Eigenpairs",
     "TruncationRank",
     "EngineInfo",
+    "LayerInfo",
     "count_passes",
     # errors
     "NtkopsError",

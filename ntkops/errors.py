@@ -34,6 +34,7 @@ __all__ = [
     # engines and operators
     "DifferentiationError",
     "DenseMemoryError",
+    "BackwardLimitError",
     "SingularKernelError",
     "UnsupportedOperationError",
     # optional packages
@@ -128,6 +129,10 @@ class DifferentiationError(NtkopsError, TypeError):
 
 class DenseMemoryError(NtkopsError, MemoryError):
     """A dense result would exceed ``max_dense_bytes``; raised before anything is allocated."""
+
+
+class BackwardLimitError(NtkopsError, ValueError):
+    """An exact result would take more than ``max_backwards`` backward passes; raised before any work."""
 
 
 class SingularKernelError(NtkopsError, ValueError):

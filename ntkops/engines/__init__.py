@@ -5,7 +5,8 @@ from .budget import TensorStore, format_bytes, free_bytes, shared_store, tensor_
 from .choose import Ladder, climb
 from .cost import KernelShape
 from .layerwise import LayerwiseEngine
-from .select import Engine, EngineName, build_engine
+from .options import Layerwise
+from .select import Engine, EngineChoice, EngineName, build_engine
 from .tally import Tally, count_passes, report_passes
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "AutogradEngine",
     "LayerwiseEngine",
     "Engine",
+    "EngineChoice",
     "EngineName",
+    "Layerwise",
     "build_engine",
     # what they cost
     "KernelShape",

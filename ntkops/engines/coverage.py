@@ -19,11 +19,13 @@ from ..errors import NtkopsError
 from ..model import Inputs, Linearization
 from ..model.record import Call, Recording, record
 from .collecting import backward, collect
+from .cost import KernelShape
 from .factors import Factors, Outer
 from .layer_rules import CATALOGUE, EXPANSIONS, RULES, Layout, OneHot
+from .tail import Tail, find_tail
 from .units import plan_units
 
-__all__ = ["Coverage", "CoverageChanged", "cover", "record_batch"]
+__all__ = ["Coverage", "CoverageChanged", "HiddenStates", "cover", "record_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,19 @@ class CoverageChanged(NtkopsError):
 
 
 @dataclass(frozen=True)
+class HiddenStates:
+    """The output is all hidden states of one recurrent layer over time, which has all the parameters.
+
+    Attributes:
+        hidden: Number H of hidden units.
+        parts: Number of tensors in a state, 2 for an LSTM.
+    """
+
+    hidden: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What the layer rules cover.
 
@@ -50,6 +65,9 @@ class Coverage:
         direction_entries: Entries of output gradients, for each sample and direction.
         sample_entries: Entries of activations, for each sample.
         layer_entries: Entries of the largest layer's gradient.
+        states: What the output is if it is all hidden states of a recurrent layer, else None.
+        tail: The linear layer with which the model ends, if it is wider than what it reads.
+        body: The coverage of what is before the tail.
     """
 
     covered: frozenset[int]
@@ -59,10 +77,35 @@ class Coverage:
     direction_entries: int = 0
     sample_entries: int = 0
     layer_entries: int = 0
+    states: HiddenStates | None = None
+    tail: Tail | None = None
+    body: Coverage | None = None
 
     def without(self, index: int, reason: str) -> Coverage:
         """Return the coverage with one parameter less."""
-        return replace(self, covered=self.covered - {index}, reasons={**self.reasons, index: reason})
+        left = replace(self, covered=self.covered - {index}, reasons={**self.reasons, index: reason})
+        if self.tail is None or self.body is None:
+            return left
+        if index in self.tail.parameters or self.body.covered == {index}:
+            return left.without_tail()
+        return replace(left, body=self.body.without(index, reason))
+
+    def without_tail(self) -> Coverage:
+        """Return the coverage with one backward pass for each output."""
+        return replace(self, tail=None, body=None)
+
+    def backwards(self, outputs: int) -> int:
+        """Return how many backward passes a number of outputs takes."""
+        return outputs if self.tail is None else min(outputs, self.tail.rank)
+
+    def reduced(self, wanted: KernelShape) -> KernelShape:
+        """Return the kernel that is made of what is before the tail, in order to make another one."""
+        tail = self.tail
+        if tail is None or wanted.rows * wanted.terms * wanted.kernels <= tail.rank:
+            return wanted
+        if wanted.rows == wanted.columns == wanted.kernels == 1:
+            return replace(wanted, terms=tail.rank)
+        return replace(wanted, rows=tail.rank, columns=tail.rank, terms=1, kernels=1)
 
     def chunk(self, directions: int, count: int) -> int:
         """Return how many directions go through one backward pass."""
@@ -114,6 +157,10 @@ def cover(linearization: Linearization, inputs: Inputs) -> Coverage:
         covered = frozenset(range(len(names))) - reasons.keys()
         coverage = Coverage(covered, reasons, layouts)
         coverage = _measured(linearization, first, coverage)
+        tail = find_tail(first, coverage.covered, layouts, linearization.shapes)
+        if tail is not None:
+            body = replace(coverage, covered=coverage.covered - tail.parameters)
+            coverage = replace(coverage, tail=tail, body=_measured(linearization, first, body))
     for index, reason in coverage.reasons.items():
         logger.info("layer rules: parameter %r goes to automatic differentiation: %s", names[index], reason)
     return coverage

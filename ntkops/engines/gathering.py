@@ -70,6 +70,14 @@ class FactorSource:
         """Report gradients of single samples as passes over all samples."""
         self._autograd.count_rows(rows, inputs)
 
+    def batch_size(self, inputs: Inputs) -> int:
+        """Samples that go through one pass."""
+        return self._autograd.batch_size(inputs)
+
+    def workspace_bytes(self) -> int:
+        """Bytes for one tile of factors."""
+        return self._autograd.workspace_bytes()
+
     def tile(self, directions: int) -> int:
         """Return how many samples' factors, and one layer's gradients, fit into the workspace."""
         cover = self.coverage

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..model import Inputs
 from .contract import accumulate_kernel, factor_lengths
 from .gathering import FactorSource, sample_slices
+from .recurrent import states_diagonal, states_kernel
 from .rungs import Parameters
 
-__all__ = ["layer_diagonal", "layer_gram", "layer_kernel"]
+__all__ = ["layer_diagonal", "layer_gram", "layer_kernel", "mirror"]
 
 _MIRRORED_ROWS = 512
 
@@ -47,6 +48,9 @@ def layer_kernel(
         other = unique[:, split:].reshape(len(unique), -1, r2)
         distinct = layer_kernel(source, params, left, right, one, other)
         return distinct[index.to(distinct.device)]
+    over_time = states_kernel(source, params, left, right, left_outputs, right_outputs)
+    if over_time is not None:
+        return over_time
     widest = max(torch.unique(left_outputs).numel(), torch.unique(right_outputs).numel())
     if widest > 1 and source.tile(widest) < min(2, left.num_samples):
         return _in_parts(source, params, left, right, left_outputs, right_outputs)
@@ -131,13 +135,16 @@ def _filled(
                 target, first, second, left_index, right_index, own, source.workspace, source.options.kernel
             )
     if symmetric:
-        _mirror(result)
+        mirror(result)
     source.count_rows(rows, left)
     return result
 
 
 def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
     """Return ``(M, N·r)`` kernel diagonals of the covered parameters for ``(M, R, r)`` output numbers."""
+    over_time = states_diagonal(source, params, inputs, outputs)
+    if over_time is not None:
+        return over_time
     distinct, index = torch.unique(outputs, return_inverse=True)
     group = len(distinct)
     while group > 1 and source.tile(group) < 1:
@@ -145,9 +152,7 @@ def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, out
     columns = []
     for chosen in distinct.split(group):
         tiles = [
-            factor_lengths(
-                source.of_outputs(params, part, chosen), source.workspace, source.options.diagonal
-            )
+            factor_lengths(source.of_outputs(params, part, chosen), source.workspace, source.options.diagonal)
             for _, _, part in sample_slices(inputs, max(1, source.tile(len(chosen))))
         ]
         columns.append(torch.cat(tiles))
@@ -175,12 +180,12 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
             accumulate_kernel(
                 target, first, second, index, index, c == a, source.workspace, source.options.kernel
             )
-    _mirror(result)
+    mirror(result)
     source.count_rows(rows, inputs)
     return result.view(count, width, count, width)
 
 
-def _mirror(result: Tensor) -> None:
+def mirror(result: Tensor) -> None:
     """Copy what is below the diagonal of each square matrix to above it."""
     size = result.shape[1]
     for matrix in result:

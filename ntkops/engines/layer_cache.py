@@ -10,8 +10,9 @@ import torch
 from ..model import Inputs
 from .budget import free_bytes, shared_store
 from .gathering import FactorSource
-from .products import ProductFactors, prepare_products
+from .products import CachedFactors, prepare_products
 from .rungs import Parameters
+from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]
 
@@ -28,7 +29,7 @@ class FactorCache:
 
     def __init__(self, identity: int) -> None:
         self._identity = identity
-        self._held: dict[int, tuple[object, ProductFactors]] = {}
+        self._held: dict[int, tuple[object, CachedFactors]] = {}
         self._spent: weakref.WeakKeyDictionary[Inputs, float] = weakref.WeakKeyDictionary()
         self._numbers: weakref.WeakKeyDictionary[Inputs, int] = weakref.WeakKeyDictionary()
         self._serials = itertools.count()
@@ -40,7 +41,7 @@ class FactorCache:
 
     def get(
         self, source: FactorSource, params: Parameters, inputs: Inputs, columns: float
-    ) -> ProductFactors | None:
+    ) -> CachedFactors | None:
         """Return the factors of these samples, or None where they do not pay or do not fit.
 
         Args:
@@ -58,32 +59,39 @@ class FactorCache:
             return held[1]
         spent = self._spent.get(inputs, 0.0) + columns * _PRODUCT_PASSES
         self._spent[inputs] = spent
-        if spent < inputs.num_outputs or not self._fits(source, inputs):
+        backwards = source.coverage.backwards(inputs.num_outputs)
+        if backwards > min(spent, source.options.max_backwards) or not self._fits(source, inputs):
             return None
         return self._make(source, params, inputs, number, state)
 
     def _fits(self, source: FactorSource, inputs: Inputs) -> bool:
-        cover = source.coverage
+        cover, directions = source.coverage, inputs.num_outputs
+        read, tail, body = 0, cover.tail, cover.body
+        if tail is not None and body is not None and tail.rank < directions:
+            cover, directions, read = body, tail.rank, tail.rank
         # Gram matrices of activations are used only where they are smaller than twice the activations.
-        entries = inputs.num_outputs * cover.direction_entries + 3 * cover.sample_entries
+        entries = directions * cover.direction_entries + 3 * cover.sample_entries + read
         if source.options.product == "gradient":
-            entries += inputs.num_outputs * source.linearization.num_parameters
+            entries += directions * source.linearization.num_parameters
         needed = inputs.num_samples * entries * source.dtype.itemsize
         return needed <= _CACHE_SHARE * free_bytes(source.device)
 
     def _make(
         self, source: FactorSource, params: Parameters, inputs: Inputs, number: int, state: object
-    ) -> ProductFactors | None:
-        outputs = torch.arange(inputs.num_outputs)
-        ready = prepare_products(source.of_outputs(params, inputs, outputs), source.rows, source.options.product)
-        source.count_rows(inputs.num_samples * inputs.num_outputs, inputs)
+    ) -> CachedFactors | None:
+        ready: CachedFactors | None = prepare_tail(source, params, inputs)
+        if ready is None:
+            factors = source.of_outputs(params, inputs, torch.arange(inputs.num_outputs))
+            ready = prepare_products(factors, source.rows, source.options.product)
+        rows = source.coverage.backwards(inputs.num_outputs)
+        source.count_rows(inputs.num_samples * rows, inputs)
         for position, tensor in enumerate(ready.tensors()):
             if not shared_store.put(self._identity, ("factors", number, position), tensor):
                 return ready  # good for this product, too large to keep
         self._held[number] = state, ready
         return ready
 
-    def _is_stored(self, number: int, ready: ProductFactors) -> bool:
+    def _is_stored(self, number: int, ready: CachedFactors) -> bool:
         """Whether the shared store still holds every tensor: what it drops must be set free here, too."""
         kept = all(
             shared_store.get(self._identity, ("factors", number, position)) is tensor

@@ -10,7 +10,6 @@ import torch
 from ..model import Inputs
 from ..results import LayerInfo
 from .cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
-from .factors import Direct
 from .gathering import FactorSource
 from .units import Unit
 
@@ -40,24 +39,34 @@ def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
 
 
 def describe_layers(
-    source: FactorSource, measured: Iterable[MeasuredLayer], wanted: KernelShape, directions: int
+    source: FactorSource,
+    measured: Iterable[MeasuredLayer],
+    tile: KernelShape,
+    whole: KernelShape,
+    directions: int,
 ) -> tuple[LayerInfo, ...]:
     """Return one line for every unit in the parameters' order, and one for every parameter without a rule.
 
     Args:
         source: Whose coverage and options are described.
         measured: The units.
-        wanted: The kernel in question; its samples are cut to what one tile holds.
+        tile: The part of the kernel in question that is made at once.
+        whole: All of it, which products work on.
         directions: Number of outputs for which products keep factors.
     """
-    lines = {(layer.unit.index, layer.unit.start): _line(source, layer, wanted, directions) for layer in measured}
+    lines = {
+        (layer.unit.index, layer.unit.start): _line(source, layer, tile, whole, directions)
+        for layer in measured
+    }
     for index in source.uncovered:
         name = source.linearization.names[index]
         lines[index, 0] = LayerInfo(name, "none", "autograd", "autograd", "autograd", "autograd", 0)
     return tuple(lines[key] for key in sorted(lines))
 
 
-def _line(source: FactorSource, layer: MeasuredLayer, wanted: KernelShape, directions: int) -> LayerInfo:
+def _line(
+    source: FactorSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
+) -> LayerInfo:
     unit, shape, names = layer.unit, layer.shape, source.linearization.names
     name, height = names[unit.index], source.linearization.shapes[unit.index]
     if height and (unit.start, unit.stop) != (0, height[0]):
@@ -67,13 +76,14 @@ def _line(source: FactorSource, layer: MeasuredLayer, wanted: KernelShape, direc
     if shape is None:
         return LayerInfo(name, rule, "direct", "gradient", "gradient", "gradient", 0, bias)
     options = source.options
+    tail = source.coverage.tail
     return LayerInfo(
         name,
         rule,
-        "outer",
-        choose_kernel(shape, wanted, options.kernel),
+        "tail" if tail is not None and tail.weight == unit.index else "outer",
+        choose_kernel(shape, tile, options.kernel),
         choose_diagonal(shape, options.diagonal),
-        choose_product(shape, wanted.left, wanted.right, directions, options.product),
+        choose_product(shape, whole.left, whole.right, directions, options.product),
         shape.positions,
         bias,
     )
@@ -85,6 +95,10 @@ def _rule(source: FactorSource, unit: Unit) -> str:
     found = set()
     for rule, places, *_ in source.coverage.layouts:
         for role, place in places:  # type: ignore[attr-defined]
-            if place.index == unit.index and role in roles and place.start < unit.stop > unit.start < place.stop:
+            if (
+                place.index == unit.index
+                and role in roles
+                and place.start < unit.stop > unit.start < place.stop
+            ):
                 found.add(str(rule))
     return ", ".join(sorted(found))

@@ -11,21 +11,27 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import BackwardLimitError
 from ..model import Inputs, Linearization
+from ..results import LayerInfo
 from .autograd import AutogradEngine
 from .checks import require_finite_product
 from .choose import Ladder, climb
-from .cost import KernelShape, LayerShape
+from .cost import KernelShape
 from .coverage import Coverage, CoverageChanged, cover
 from .gathering import FactorSource
-from .layer_blocks import layer_diagonal, layer_gram, layer_kernel
+from .layer_blocks import layer_gram
 from .layer_cache import FactorCache
+from .layer_table import MeasuredLayer, describe_layers, measure_layers
+from .options import Layerwise
 from .partial import partial_engine
 from .pricing import autograd_kernel_passes, layerwise_kernel_passes
-from .products import ProductFactors
+from .products import CachedFactors
 from .recorded import is_recorded
+from .recurrent import states_diagonal_passes, states_kernel_passes, trusted_states
 from .rungs import Parameters
 from .settings import EngineSettings
+from .tail_blocks import tail_diagonal, tail_kernel
 from .trust import trusted
 
 __all__ = ["LayerwiseEngine"]
@@ -53,6 +59,7 @@ class LayerwiseEngine(EngineSettings):
         coverage: Which parameters are covered, and how.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
+        options: What the user decided, None for nothing.
 
     Example:
         >>> import torch
@@ -79,16 +86,17 @@ class LayerwiseEngine(EngineSettings):
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
+        options: Layerwise | None = None,
     ) -> None:
         self._autograd = AutogradEngine(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
         self._sizes = batch_size, chunk_size
-        self._start(coverage)
+        self._start(coverage, options)
 
-    def _start(self, coverage: Coverage) -> None:
+    def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
         self.identity = next(_identities)
         self._cache = FactorCache(self.identity)
-        self._source = FactorSource(self._autograd, coverage)
-        self._layer_shapes: list[LayerShape] | None = None
+        self._source = FactorSource(self._autograd, coverage, options)
+        self._measured: list[MeasuredLayer] | None = None
 
     @classmethod
     def build(
@@ -98,6 +106,7 @@ class LayerwiseEngine(EngineSettings):
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
+        options: Layerwise | None = None,
     ) -> LayerwiseEngine:
         """Try the ladder, find what the rules cover, and check every covered parameter.
 
@@ -106,6 +115,7 @@ class LayerwiseEngine(EngineSettings):
             inputs: The samples; a slice of them is used.
             batch_size: Samples per pass, or "auto".
             chunk_size: Columns per pass, or "auto".
+            options: What the user decided, None for nothing.
 
         Returns:
             The engine. A covered parameter whose per-sample gradients differ from those of automatic
@@ -113,8 +123,12 @@ class LayerwiseEngine(EngineSettings):
         """
         ladder = climb(linearization, inputs)
         coverage = cover(linearization, inputs)
-        engine = cls(linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size)
+        engine = cls(
+            linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size, options=options
+        )
         engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
+        states = trusted_states(engine._source, engine._autograd, inputs)
+        engine._source.coverage = replace(engine._source.coverage, states=states)
         return engine
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerwiseEngine:
@@ -122,18 +136,24 @@ class LayerwiseEngine(EngineSettings):
         moved = self.linearization.to(dtype=dtype, device=device)
         batch_size, chunk_size = self._sizes
         return LayerwiseEngine(
-            moved, self._autograd.ladder, self._coverage, batch_size=batch_size, chunk_size=chunk_size
+            moved,
+            self._autograd.ladder,
+            self._coverage,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            options=self.options,
         )
 
     def __getstate__(self) -> dict[str, object]:
         """Leave identity, memory and caches behind: they are this process's."""
-        return {"autograd": self._autograd, "sizes": self._sizes, "coverage": self._coverage}
+        state = {"autograd": self._autograd, "sizes": self._sizes, "coverage": self._coverage}
+        return {**state, "options": self.options}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take a fresh identity, so that no cache of another engine is read."""
         self._autograd = state["autograd"]  # type: ignore[assignment]
         self._sizes = state["sizes"]  # type: ignore[assignment]
-        self._start(state["coverage"])  # type: ignore[arg-type]
+        self._start(state["coverage"], state["options"])  # type: ignore[arg-type]
 
     def free(self) -> int:
         """Drop everything cached for this engine and return the bytes set free."""
@@ -145,6 +165,11 @@ class LayerwiseEngine(EngineSettings):
     @property
     def _coverage(self) -> Coverage:
         return self._source.coverage
+
+    @property
+    def options(self) -> Layerwise:
+        """What the user decided."""
+        return self._source.options
 
     @property
     def ladder(self) -> Ladder:
@@ -175,6 +200,20 @@ class LayerwiseEngine(EngineSettings):
         live = self.linearization.differentiable
         return is_recorded(params, others, live)
 
+    def _require_few(self, what: str, *outputs: Tensor) -> None:
+        """Refuse more backward passes than the user allows, before any work."""
+        if not self._coverage.covered or self._coverage.states is not None:
+            return
+        distinct = max(torch.unique(numbers).numel() for numbers in outputs)
+        passes, limit = self._coverage.backwards(distinct), self.options.max_backwards
+        if passes > limit:
+            raise BackwardLimitError(
+                f"{what} for {distinct} outputs takes {passes} backward passes, more than "
+                f"max_backwards={limit}: choose fewer outputs (outputs=[...]), estimate (ntkops.trace, "
+                "ntkops.frobenius_norm with method='hutchinson'), or pass "
+                f"engine=ntkops.Layerwise(max_backwards={passes})"
+            )
+
     def _rest(self, params: Parameters) -> tuple[AutogradEngine, Parameters] | None:
         """Return the engine for the parameters that are not covered, and these."""
         return partial_engine(self._autograd, self._sizes, self._source.uncovered, params)
@@ -204,7 +243,7 @@ class LayerwiseEngine(EngineSettings):
         logger.warning("the layerwise engine gives up: %s", change)
         everything = range(len(self.linearization.names))
         reasons = dict.fromkeys(everything, str(change))
-        self._source.coverage = replace(self._coverage, covered=frozenset(), reasons=reasons)
+        self._source.coverage = replace(self._coverage, covered=frozenset(), reasons=reasons, states=None)
         self.free()
 
     # kernels and rows
@@ -230,11 +269,15 @@ class LayerwiseEngine(EngineSettings):
             ``(M, N₁·r₁, N₂·r₂)``. Cost: one forward and one backward pass an output on each side, more
             where the workspace holds the factors of only a part of the samples; memory: the result and
             two tiles of factors.
+
+        Raises:
+            BackwardLimitError: If the outputs take more backward passes than ``max_backwards``.
         """
+        self._require_few("the kernel", left_outputs, right_outputs)
         result = self._combined(
             params,
             (left, right),
-            lambda source: layer_kernel(source, params, left, right, left_outputs, right_outputs),
+            lambda source: tail_kernel(source, params, left, right, left_outputs, right_outputs),
             lambda engine, chosen: engine.kernel(chosen, left, right, left_outputs, right_outputs),
             torch.Tensor.add_,
         )
@@ -251,26 +294,56 @@ class LayerwiseEngine(EngineSettings):
         """
         if not self._coverage.covered:
             return autograd_kernel_passes(wanted, distinct)
-        if self._layer_shapes is None:
-            self._layer_shapes = self._measure_layers(inputs)
-        covered = layerwise_kernel_passes(wanted, distinct, self._layer_shapes)
+        over_time = states_kernel_passes(self._source, inputs, wanted)
+        if over_time is not None:
+            return over_time
+        distinct, wanted = self._coverage.backwards(distinct), self._coverage.reduced(wanted)
+        shapes = [layer.shape for layer in self._measure(inputs) if layer.shape is not None]
+        covered = layerwise_kernel_passes(wanted, distinct, shapes, self.options.kernel)
         if not self._source.uncovered:
             return covered
         share = sum(self.linearization.sizes[i] for i in self._source.uncovered) / self.num_parameters
         return covered + share * autograd_kernel_passes(wanted, distinct)
 
-    def _measure_layers(self, inputs: Inputs) -> list[LayerShape]:
+    def layers(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> tuple[LayerInfo, ...]:
+        """Return how each parameter is computed, in the parameters' order.
+
+        Args:
+            inputs: Samples of the rows.
+            wanted: The kernel in question.
+            distinct: Number of distinct outputs in it.
+        """
+        measured = self._measure(inputs) if self._coverage.covered else []
+        tile = max(1, self._source.tile(distinct))
+        shown = replace(wanted, left=min(wanted.left, tile), right=min(wanted.right, tile))
+        return describe_layers(self._source, measured, shown, wanted, inputs.num_outputs)
+
+    def _measure(self, inputs: Inputs) -> list[MeasuredLayer]:
         """Return the layers' sizes, seen on one sample."""
-        try:
-            with torch.no_grad():
-                first = inputs.select(torch.zeros(1, dtype=torch.long))
-                factors = self._source.of_outputs(
-                    self.linearization.parameters, first, torch.zeros(1, dtype=torch.long)
-                )
-        except CoverageChanged as change:
-            self._give_up(change)
-            return []
-        return [layer.shape for layer in factors.outers]
+        if self._measured is None:
+            try:
+                self._measured = measure_layers(self._source, inputs)
+            except CoverageChanged as change:
+                self._give_up(change)
+                return []
+        return self._measured
+
+    @property
+    def over_time(self) -> bool:
+        """Whether the output is all hidden states of a recurrent layer, whose kernels have their own way."""
+        return self._coverage.states is not None
+
+    def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
+        """Return what the diagonal costs, in passes over the samples.
+
+        Args:
+            inputs: N samples.
+            distinct: Number of distinct outputs in it.
+        """
+        over_time = states_diagonal_passes(self._source, inputs, distinct)
+        if over_time is not None:
+            return over_time
+        return float(distinct if self._source.uncovered else self._coverage.backwards(distinct))
 
     def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
@@ -281,13 +354,17 @@ class LayerwiseEngine(EngineSettings):
             outputs: ``(M, R, r)`` output numbers.
 
         Returns:
-            ``(M, N·r)``. Cost: one forward pass and a backward pass for each distinct output; memory
-            does not grow with N.
+            ``(M, N·r)``. Cost: one forward pass and a backward pass for each distinct output, or column of
+            the linear layer that ends the model, whichever are fewer; memory does not grow with N.
+
+        Raises:
+            BackwardLimitError: If these are more than ``max_backwards``.
         """
+        self._require_few("the diagonal", outputs)
         result = self._combined(
             params,
             (inputs,),
-            lambda source: layer_diagonal(source, params, inputs, outputs),
+            lambda source: tail_diagonal(source, params, inputs, outputs),
             lambda engine, chosen: engine.diagonal(chosen, inputs, outputs),
             torch.Tensor.add_,
         )
@@ -410,7 +487,7 @@ class LayerwiseEngine(EngineSettings):
 
     def _ready(
         self, params: Parameters, left: Inputs, right: Inputs, columns: float, operand: Tensor
-    ) -> tuple[ProductFactors, ProductFactors] | None:
+    ) -> tuple[CachedFactors, CachedFactors] | None:
         """Return cached factors of both sides, or None where automatic differentiation is to be used."""
         if self._delegates(params, operand, left, right):
             return None
@@ -424,4 +501,4 @@ class LayerwiseEngine(EngineSettings):
             self._give_up(change)
             return None
         # Sides that were made ready in different ways (sequences of other lengths) do not fit together.
-        return None if other is None or one.dense_spans != other.dense_spans else (one, other)
+        return None if other is None or one.spans_key != other.spans_key else (one, other)

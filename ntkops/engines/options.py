@@ -30,9 +30,12 @@ class Layerwise:
         product_route: "auto", "factors" (activations and output gradients one after the other), "dual"
             (with the Gram matrix of activations) or "gradient" (per-sample gradients, kept in memory):
             how products are made once factors are cached.
+        max_backwards: Largest number of backward passes for one kernel or diagonal, above which it is
+            refused; products then go without cached factors. A model takes one backward pass for each
+            output, or, if it ends with a linear layer that reads d features, d for each position.
 
     Raises:
-        InputError: If a route does not exist.
+        InputError: If a route does not exist, or the limit is not a positive number.
 
     Example:
         >>> import torch, ntkops
@@ -41,12 +44,13 @@ class Layerwise:
         >>> x = torch.randn(4, 2, 6)
         >>> K = ntkops.ntk(model, x, engine=ntkops.Layerwise(kernel_route="gram"))
         >>> [(layer.parameter, layer.rule, layer.kernel_route) for layer in K.engine_info.layers]
-        [('0.weight', 'conv1d', 'gram'), ('2.weight', 'linear', 'gram')]
+        [('0.weight', 'convolution', 'gram'), ('2.weight', 'linear', 'gram')]
     """
 
     kernel_route: KernelRoute | Auto = "auto"
     diagonal_route: DiagonalRoute | Auto = "auto"
     product_route: ProductRoute | Auto = "auto"
+    max_backwards: int = 4096
 
     def __post_init__(self) -> None:
         """Refuse what is not a route."""
@@ -58,6 +62,9 @@ class Layerwise:
             if getattr(self, name) not in ("auto", *routes):
                 choices = ", ".join(repr(route) for route in routes)
                 raise InputError(f"{name}={getattr(self, name)!r}: choose 'auto', {choices}")
+        limit = self.max_backwards
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise InputError(f"max_backwards={limit!r}: pass a positive whole number")
 
     @property
     def kernel(self) -> KernelRoute | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .factors import Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import OneHot
 from .units import Unit
 
-__all__ = ["ProductFactors", "Span", "prepare_products", "unit_spans"]
+__all__ = ["CachedFactors", "ProductFactors", "Span", "prepare_products", "unit_spans"]
 
 _COLUMNS = 1024
 
@@ -30,6 +31,31 @@ class Span:
 
     start: int
     stop: int
+
+
+class CachedFactors(Protocol):
+    """Products with the covered parameters of one set of samples, without automatic differentiation."""
+
+    @property
+    def spans_key(self) -> object:
+        """What two sides of a kernel must have in common."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Return what takes memory."""
+        ...
+
+    def pull(self, vectors: Tensor, size: int) -> Tensor:
+        """Return Jᵀv, ``(k, P)``, for ``(k, N, O)``."""
+        ...
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """Return J p, ``(k, N, O)``, for ``(k, P)``."""
+        ...
+
+    def through(self, right: Any, vectors: Tensor) -> Tensor:
+        """Return J(self) J(right)ᵀ v, with a right side of the same class."""
+        ...
 
 
 @dataclass(eq=False)
@@ -55,6 +81,11 @@ class ProductFactors:
     dense_spans: list[Span]
     route: ProductRoute | None = None
     grams: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def spans_key(self) -> object:
+        """What two sides of a kernel must have in common."""
+        return ("layers", tuple(self.dense_spans))
 
     def tensors(self) -> list[Tensor]:
         """Return what takes memory."""

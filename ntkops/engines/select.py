@@ -8,17 +8,19 @@ from ..errors import InputError
 from ..model import Inputs, Linearization
 from .autograd import AutogradEngine
 from .layerwise import LayerwiseEngine
+from .options import Layerwise
 
-__all__ = ["Engine", "EngineName", "build_engine"]
+__all__ = ["Engine", "EngineChoice", "EngineName", "build_engine"]
 
 Engine = AutogradEngine | LayerwiseEngine
 EngineName = Literal["auto", "autograd", "layerwise"]
+EngineChoice = EngineName | Layerwise
 
 
 def build_engine(
     linearization: Linearization,
     inputs: Inputs,
-    engine: EngineName = "auto",
+    engine: EngineChoice = "auto",
     *,
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
@@ -29,7 +31,8 @@ def build_engine(
         linearization: The pure function and its snapshot.
         inputs: The samples.
         engine: "autograd"; "layerwise" for every parameter that its rules cover and autograd for the
-            rest; "auto" for layerwise where it covers anything.
+            rest, or `Layerwise` for the same with choices of one's own; "auto" for layerwise where it
+            covers anything.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
 
@@ -39,11 +42,16 @@ def build_engine(
     Raises:
         InputError: If there is no engine of that name.
     """
-    if engine not in get_args(EngineName):
-        raise InputError(f"engine={engine!r}: choose 'auto', 'autograd' or 'layerwise'")
+    options = engine if isinstance(engine, Layerwise) else None
+    if options is None and engine not in get_args(EngineName):
+        raise InputError(
+            f"engine={engine!r}: choose 'auto', 'autograd', 'layerwise', or a ntkops.Layerwise(...)"
+        )
     if engine == "autograd" or linearization.differentiable:
         return AutogradEngine.build(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size)
-    layerwise = LayerwiseEngine.build(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size)
+    layerwise = LayerwiseEngine.build(
+        linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options
+    )
     if engine == "auto" and not layerwise.covered:
         return layerwise.fallback
     return layerwise

@@ -10,6 +10,7 @@ from ..model import Inputs
 from .autograd import AutogradEngine
 from .coverage import Coverage, CoverageChanged
 from .gathering import FactorSource
+from .tail_blocks import Reduction, confirmed
 
 __all__ = ["trusted"]
 
@@ -60,4 +61,11 @@ def trusted(source: FactorSource, autograd: AutogradEngine, inputs: Inputs) -> C
             name = linearization.names[index]
             logger.warning("parameter %r goes to automatic differentiation: %s", name, reason)
             coverage = coverage.without(index, reason)
+    tail = coverage.tail
+    if tail is not None:
+        every = torch.arange(part.num_outputs)
+        reduction = Reduction(tail, params, every, part.num_outputs).prepare()
+        if not confirmed(source, tail, reduction, params, part):
+            logger.info("the last linear layer is not the end of the model: one backward pass an output")
+            coverage = coverage.without_tail()
     return coverage

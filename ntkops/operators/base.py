@@ -13,8 +13,9 @@ from typing import Any, NoReturn, Self
 import torch
 from linear_operator.utils.generic import _to_helper
 
+from ..engines import KernelShape, LayerwiseEngine
 from ..errors import UnsupportedOperationError
-from ..results import EngineInfo
+from ..results import EngineInfo, LayerInfo
 from .axes import Axis, ParameterAxis, StateAxis
 from .export import to_scipy
 from .indexing import IndexedOperator
@@ -32,10 +33,13 @@ class EngineOperator(IndexedOperator):
 
     @property
     def engine_info(self) -> EngineInfo:
-        """How products are computed: engine, rung of the ladder, chunk sizes, passes so far."""
+        """How products are computed: engine, rung of the ladder, layers, chunk sizes, passes so far.
+
+        Cost: for the layerwise engine one forward and one backward pass over one sample, once.
+        """
         engine = self._core.engine
-        axis = self._core.rows if isinstance(self._core.rows, StateAxis) else self._core.columns
-        assert isinstance(axis, StateAxis)
+        axis, _ = self._state_axes()
+        layers = self._layers()  # first: it may find that the layerwise way has to be left
         return EngineInfo(
             engine=engine.name,
             rung=engine.ladder.rung,
@@ -46,8 +50,35 @@ class EngineOperator(IndexedOperator):
             chunk_size=engine.chunk_size(),
             max_dense_bytes=self._core.max_dense_bytes,
             passes=engine.passes,
-            covered=getattr(engine, "covered", ()),
+            covered=engine.covered if isinstance(engine, LayerwiseEngine) else (),
+            layers=layers,
         )
+
+    def _state_axes(self) -> tuple[StateAxis, StateAxis]:
+        """Rows and columns of the kernel in question; for J and Jᵀ that of their own samples."""
+        axes = [axis for axis in (self._core.rows, self._core.columns) if isinstance(axis, StateAxis)]
+        return axes[0], axes[-1]
+
+    def _kernel_shape(self) -> KernelShape:
+        rows, columns = self._state_axes()
+        return KernelShape(
+            left=rows.inputs.num_samples,
+            right=columns.inputs.num_samples,
+            rows=rows.outputs.shape[-1],
+            columns=columns.outputs.shape[-1],
+            terms=rows.terms,
+            kernels=rows.batch_shape.numel(),
+            symmetric=rows is columns,
+        )
+
+    def _num_distinct(self) -> int:
+        return max(len(axis.distinct_outputs) for axis in self._state_axes())
+
+    def _layers(self) -> tuple[LayerInfo, ...]:
+        engine = self._core.engine
+        if not isinstance(engine, LayerwiseEngine):
+            return ()
+        return engine.layers(self._state_axes()[0].inputs, self._kernel_shape(), self._num_distinct())
 
     def free(self) -> int:
         """Drop every tensor cached for this operator's engine.

@@ -9,7 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines import Engine, EngineName, build_engine
+from ..engines import Engine, EngineChoice, build_engine
 from ..model import Linearization, linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
@@ -122,7 +122,7 @@ def jacobian(
     x: Any,
     params: Any = None,
     output: Any = None,
-    engine: EngineName = "auto",
+    engine: EngineChoice = "auto",
     *,
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
@@ -144,7 +144,9 @@ def jacobian(
             ``(name, parameter) -> bool``, or a dict of tensors.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
-        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it).
+        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
+            `Layerwise` is "layerwise" with routes, and a limit of backward passes, of your own choice.
+            Results do not depend on it.
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now, 0 never.

@@ -14,7 +14,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..engines import EngineName, KernelShape, build_engine
+from ..engines import EngineChoice, build_engine
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
 from .axes import ParameterAxis, StateAxis
@@ -111,18 +111,7 @@ class NTKOperator(EngineOperator):
         return min(self._block_cost(), self._column_cost())
 
     def _block_cost(self) -> float:
-        rows, columns = self._rows, self._columns
-        wanted = KernelShape(
-            left=rows.inputs.num_samples,
-            right=columns.inputs.num_samples,
-            rows=rows.outputs.shape[-1],
-            columns=columns.outputs.shape[-1],
-            terms=rows.terms,
-            kernels=rows.batch_shape.numel(),
-            symmetric=self._core.symmetric,
-        )
-        distinct = max(len(rows.distinct_outputs), len(columns.distinct_outputs))
-        return self._core.engine.kernel_passes(rows.inputs, wanted, distinct)
+        return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _column_cost(self) -> float:
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
@@ -297,7 +286,7 @@ def ntk(
     outputs: OutputChoice = "all",
     params: Any = None,
     output: Any = None,
-    engine: EngineName = "auto",
+    engine: EngineChoice = "auto",
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
@@ -320,7 +309,9 @@ def ntk(
             ``(name, parameter) -> bool``, or a dict of tensors.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
-        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it).
+        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
+            `Layerwise` is "layerwise" with routes, and a limit of backward passes, of your own choice.
+            Results do not depend on it.
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside

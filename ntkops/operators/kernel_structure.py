@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..engines import LayerwiseEngine
 from ..vectors import Space
 from .axes import StateAxis
 from .jacobian import JacobianOperator, jacobian_rows
@@ -57,8 +58,13 @@ class KernelStructure:
             return 0.0
         rows = self._rows
         outputs = len(rows.distinct_outputs)
+        engine = self._kernel._core.engine
         if quantity == "diagonal":
+            if isinstance(engine, LayerwiseEngine):
+                return engine.diagonal_passes(rows.inputs, outputs)
             return float(outputs)
+        if self._over_time:
+            return self._kernel._block_cost()
         size = self.tile_size()
         count, others = (math.ceil(length / size) for length in self.shape[-2:])
         slabs = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
@@ -78,6 +84,12 @@ class KernelStructure:
         """Whether blocks come from layer structure, which never writes gradients down."""
         return self._kernel._core.engine.name == "layerwise"
 
+    @property
+    def _over_time(self) -> bool:
+        """Whether blocks of hidden states over time come from recursions, one for each pair of samples."""
+        engine = self._kernel._core.engine
+        return isinstance(engine, LayerwiseEngine) and engine.over_time
+
     def tile_size(self) -> int:
         """Return the rows of a tile for which the workspace suffices."""
         workspace = self._kernel._core.engine.workspace_bytes()
@@ -87,6 +99,8 @@ class KernelStructure:
             fit = max(1, workspace // self._row_bytes())
         width = self._rows.outputs.shape[-1]
         fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
+        if self._over_time and width**2 * self.dtype.itemsize <= workspace:
+            fit = max(fit, width)  # parts of a sample cost as much as all of it
         return max(1, min(fit, max(self.shape[-2:])))
 
     def tiles(self, size: int | None = None) -> Iterator[Tile]:

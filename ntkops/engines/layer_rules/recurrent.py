@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RECURRENT"]
+__all__ = ["RECURRENT", "SEQUENCES", "State", "Step"]
 
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Callable[[Tensor], Tensor]], State]
@@ -111,11 +111,16 @@ def _cell(step: Step, parts: int, inputs: Tensor, hx: Any, *weights: Tensor | No
     return result if parts == 2 else result[0]
 
 
+# One step, and the number of tensors in a state, of each function that runs whole sequences.
+SEQUENCES: dict[Any, tuple[Step, int]] = {
+    torch.gru: (_gru_step, 1),
+    torch.lstm: (_lstm_step, 2),
+    torch.rnn_tanh: (_tanh_step, 1),
+    torch.rnn_relu: (_relu_step, 1),
+}
+
 RECURRENT: dict[Any, Callable[..., Any]] = {
-    torch.gru: partial(_sequence, _gru_step, 1),
-    torch.lstm: partial(_sequence, _lstm_step, 2),
-    torch.rnn_tanh: partial(_sequence, _tanh_step, 1),
-    torch.rnn_relu: partial(_sequence, _relu_step, 1),
+    **{function: partial(_sequence, *found) for function, found in SEQUENCES.items()},
     torch.gru_cell: partial(_cell, _gru_step, 1),
     torch.lstm_cell: partial(_cell, _lstm_step, 2),
     torch.rnn_tanh_cell: partial(_cell, _tanh_step, 1),

@@ -1,0 +1,316 @@
+"""Hidden states over time: the layerwise engine's way where they are all that a model returns.
+
+A model whose output is every hidden state of one recurrent layer has T·H outputs a sample, each of which
+would need a backward pass through time. Here the layer's call is caught in the forward pass, and kernels
+and diagonals come from the Jacobians of its single steps (`ntkops.engines.recurrence`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import NtkopsError
+from ..model import Inputs
+from .autograd import AutogradEngine
+from .cost import KernelShape
+from .coverage import CoverageChanged, HiddenStates
+from .gathering import FactorSource, sample_slices
+from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
+from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
+from .rungs import Parameters
+
+__all__ = [
+    "states_diagonal",
+    "states_diagonal_passes",
+    "states_kernel",
+    "states_kernel_passes",
+    "trusted_states",
+]
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES = 2**22  # of one batch of step Jacobians: what stays near the processor
+_BLOCK_ENTRIES = 2**24  # of the kernel between a batch of sequences and one
+_PASS = 6.0  # operations of one pass over one sample: this times T P
+_SPEED = 4.0  # of matrix products against passes
+_CHECKED_SAMPLES = 3
+_CHECKED_STEPS = 6
+
+
+# what it costs
+
+
+def _sizes(states: HiddenStates, inputs: Inputs) -> tuple[int, int]:
+    """Return the numbers T of steps and D of entries of a state."""
+    return inputs.num_outputs // states.hidden, states.parts * states.hidden
+
+
+def _tile(states: HiddenStates, inputs: Inputs) -> int:
+    length, size = _sizes(states, inputs)
+    return max(1, _ENTRIES // max(1, length * size * size))
+
+
+def _fits(source: FactorSource, states: HiddenStates, inputs: Inputs) -> bool:
+    """Whether the step Jacobians of one sample, three times, are well inside the workspace."""
+    length, size = _sizes(states, inputs)
+    return 3 * length * size * size * source.dtype.itemsize <= 2 * source.workspace_bytes()
+
+
+def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) -> float | None:
+    """Return what the diagonal costs by this way, in passes over all samples; None for another way.
+
+    Args:
+        source: What is covered.
+        inputs: N samples.
+        distinct: Number of distinct outputs that are wanted; each would cost a pass.
+    """
+    states = source.coverage.states
+    if states is None or source.options.diagonal is not None or not _fits(source, states, inputs):
+        return None
+    length, size = _sizes(states, inputs)
+    recursion = length * size**3 / (_PASS * _SPEED * max(1, source.linearization.num_parameters))
+    passes = float(math.ceil(max(size, recursion)))
+    return passes if passes < distinct else None
+
+
+def states_kernel_passes(source: FactorSource, inputs: Inputs, wanted: KernelShape) -> float | None:
+    """Return what a dense kernel costs by this way, in passes over the rows' samples; None for another way.
+
+    Args:
+        source: What is covered.
+        inputs: Samples of the rows.
+        wanted: The kernel.
+    """
+    states = source.coverage.states
+    if states is None or source.options.kernel is not None or not _fits(source, states, inputs):
+        return None
+    length, size = _sizes(states, inputs)
+    weights = max(1, source.linearization.num_parameters)
+    share = 0.5 if wanted.symmetric else 1.0
+    pairs = wanted.left * wanted.right * share
+    recursion = 4.0 * length**2 * size**3 * pairs
+    gradients = wanted.kernels * wanted.terms * wanted.rows
+    entries = 2.0 * gradients * wanted.columns * weights * pairs
+    one_pass = _PASS * length * weights * wanted.left
+    if recursion >= entries + _SPEED * min(gradients, inputs.num_outputs) * one_pass:
+        return None
+    return size + recursion / (_SPEED * one_pass)
+
+
+# kernels and diagonals
+
+
+def states_diagonal(
+    source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor
+) -> Tensor | None:
+    """Return ``(M, N·r)`` kernel diagonals for ``(M, R, r)`` output numbers; None for another way."""
+    passes = states_diagonal_passes(source, inputs, torch.unique(outputs).numel())
+    states = source.coverage.states
+    if passes is None or states is None:
+        return None
+    parts = []
+    try:
+        for _, _, part in sample_slices(inputs, _tile(states, inputs)):
+            parts.append(same_time_diagonal(steps_of(source, params, part)).flatten(1))
+    except CoverageChanged as change:
+        _leave(source, change)
+        return None
+    source.count_rows(int(passes) * inputs.num_samples, inputs)
+    lengths = torch.cat(parts)  # (N, O)
+    return lengths[:, outputs.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
+
+
+def states_kernel(
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor | None:
+    """Return ``(M, N₁·r₁, N₂·r₂)`` kernels for output numbers ``(M, R, r)``; None for another way."""
+    kernels, terms, r1 = left_outputs.shape
+    r2 = right_outputs.shape[2]
+    symmetric = left is right and torch.equal(left_outputs, right_outputs)
+    n1, n2 = left.num_samples, right.num_samples
+    wanted = KernelShape(n1, n2, r1, r2, terms, kernels, symmetric)
+    passes = states_kernel_passes(source, left, wanted)
+    if passes is None:
+        return None
+    result = torch.empty((kernels, n1, r1, n2, r2), dtype=source.dtype, device=source.device)
+    whole = _is_everything(left_outputs, left.num_outputs) and _is_everything(
+        right_outputs, right.num_outputs
+    )
+    try:
+        for rows, columns, make in _pairs(source, params, left, right, symmetric):
+            target = result[:, rows, :, columns]  # (M, B, r₁, r₂)
+            if whole:
+                make(target[0])
+            else:
+                target.copy_(_selected(make(None), left_outputs, right_outputs))
+            if symmetric:
+                _mirror(result, rows, columns)
+    except CoverageChanged as change:
+        _leave(source, change)
+        return None
+    source.count_rows(math.ceil(passes) * n1, left)
+    return result.view(kernels, n1 * r1, n2 * r2)
+
+
+def _mirror(result: Tensor, rows: slice, columns: int) -> None:
+    """Copy the kernels of some samples with one to those of one with some."""
+    own = result[:, columns, :, columns]
+    if rows.start == columns:
+        own.copy_((own + own.mT) / 2)
+    others = slice(max(rows.start, columns + 1), rows.stop)
+    result[:, columns, :, others] = result[:, others, :, columns].permute(0, 3, 1, 2)
+
+
+Maker = Callable[[Tensor | None], Tensor]
+
+
+def _pairs(
+    source: FactorSource, params: Parameters, left: Inputs, right: Inputs, symmetric: bool
+) -> Iterator[tuple[slice, int, Maker]]:
+    """Yield what makes ``(B, O, O')`` kernels of some samples with one, in place where that is asked.
+
+    Of a symmetric kernel only those of later samples with earlier ones are made.
+    """
+    states = source.coverage.states
+    assert states is not None
+    room = _BLOCK_ENTRIES // max(1, left.num_outputs * right.num_outputs)
+    size = max(1, min(room, _tile(states, left)))
+    for a, b, part in sample_slices(left, size):
+        steps = steps_of(source, params, part)
+        for c, d, other in sample_slices(right, size):
+            if symmetric and c > a:
+                continue
+            columns = steps if left is right and c == a else steps_of(source, params, other)
+            for number in range(c, d):
+                first = max(a, number) if symmetric else a
+                one = columns.take(number - c, number - c + 1)
+                yield slice(first, b), number, partial(_made, steps.take(first - a, b - a), one)
+
+
+def _made(left: Steps, right: Steps, target: Tensor | None) -> Tensor:
+    """Make ``(B, O, O')`` kernels, in a strided target if there is one."""
+    if target is not None:
+        target = target.unflatten(1, (left.length, -1)).unflatten(3, (right.length, -1))
+    return state_kernel(left, right, _ENTRIES, target).flatten(3).flatten(1, 2)
+
+
+def _selected(block: Tensor, left_outputs: Tensor, right_outputs: Tensor) -> Tensor:
+    """Pick the outputs out of ``(B, O, O')`` and sum the terms, ``(M, B, r₁, r₂)``."""
+    ones, others = left_outputs.to(block.device), right_outputs.to(block.device)
+    if ones.shape[:2] == (1, 1):
+        return block[:, ones[0, 0]][:, :, others[0, 0]].unsqueeze(0)
+    kernels = []
+    for one, other in zip(ones, others, strict=True) if ones.shape[2] > 1 else [(ones, others)]:
+        kernels.append(block[:, one.unsqueeze(-1), other.unsqueeze(-2)])  # (B, ..., R, r₁, r₂)
+    found = torch.stack(kernels, dim=1) if ones.shape[2] > 1 else kernels[0]
+    return found.sum(2).movedim(1, 0)
+
+
+def _is_everything(outputs: Tensor, count: int) -> bool:
+    """Whether one kernel of all outputs in order is wanted."""
+    return outputs.shape == (1, 1, count) and torch.equal(outputs.flatten().cpu(), torch.arange(count))
+
+
+def _leave(source: FactorSource, change: CoverageChanged) -> None:
+    """Take the ordinary way from now on, loudly."""
+    logger.warning("hidden states go the way of any output from now on: %s", change)
+    source.coverage = replace(source.coverage, states=None)
+
+
+# the check at construction
+
+
+def trusted_states(source: FactorSource, autograd: AutogradEngine, inputs: Inputs) -> HiddenStates | None:
+    """Find out whether the output is all hidden states of one recurrent layer, and check this way.
+
+    Args:
+        source: The layer rules.
+        autograd: What gradients, diagonal and kernel must agree with.
+        inputs: The samples; the first three are used.
+
+    Returns:
+        What the output is; None where it is something else, where other layers have parameters too, or
+        where the results differ from those of automatic differentiation. Cost: a forward pass; where the
+        output is hidden states, three per-sample passes over three samples.
+
+    Raises:
+        NtkopsError: What the model floor refuses in a forward pass.
+    """
+    linearization = source.linearization
+    if not source.coverage.covered or source.uncovered:
+        return None
+    params = tuple(p.detach() for p in linearization.parameters)
+    part = inputs.select(torch.arange(min(_CHECKED_SAMPLES, inputs.num_samples)))
+    with torch.no_grad():
+        try:
+            (layer,) = recurrent_layers(source, params, part, part.num_samples)
+        except CoverageChanged as change:
+            logger.debug("%s", change)
+            return None
+        except NtkopsError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            logger.debug("hidden states over time are not looked for: %s", error)
+            return None
+        states = HiddenStates(layer.state[0].shape[-1], len(layer.state))
+        if not _fits(source, states, inputs):
+            return None
+        steps = layer.linearize()
+        if _agree(source, autograd, part, layer, steps):
+            return states
+    logger.warning("hidden states over time: step Jacobians and automatic differentiation differ")
+    return None
+
+
+def _agree(
+    source: FactorSource, autograd: AutogradEngine, part: Inputs, layer: RecurrentLayer, steps: Steps
+) -> bool:
+    """Compare gradients of all states, and the kernel of some early ones."""
+    params = tuple(p.detach() for p in source.linearization.parameters)
+    generator = torch.Generator().manual_seed(19)
+    early = steps.between(0, min(_CHECKED_STEPS, steps.length))
+    picked = torch.tensor([(early.length - 1) * steps.hidden, early.length * steps.hidden // 2])
+    cotangents = torch.zeros((part.num_samples, 3, part.num_outputs), dtype=torch.float64)
+    cotangents[:, 0] = torch.randn(cotangents[:, 0].shape, generator=generator, dtype=torch.float64)
+    cotangents[:, torch.arange(1, 3), picked] = 1
+    cotangents = cotangents.to(dtype=source.dtype, device=source.device)
+    expected = autograd._sample_tile(params, part, cotangents).double()  # (B, 3, P)
+    found = _gradients(source, layer, steps, cotangents).double()
+    rows = expected[:, 1:]
+    diagonal = same_time_diagonal(early).flatten(1)[:, picked]
+    kernel = state_kernel(early, early.take(0, 1), _ENTRIES).flatten(3).flatten(1, 2)
+    block = kernel[:, picked][:, :, picked]  # (B, 2, 2)
+    tolerance = 1e3 * torch.finfo(source.dtype).eps
+    compared = (
+        (found, expected),
+        (diagonal.double(), rows.square().sum(2)),
+        (block.double(), torch.einsum("bip,jp->bij", rows, rows[0])),
+    )
+    return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b in compared)
+
+
+def _gradients(source: FactorSource, layer: RecurrentLayer, steps: Steps, cotangents: Tensor) -> Tensor:
+    """Return ``(B, C, P)`` gradients for ``(B, C, O)`` cotangents."""
+    result = cotangents.new_zeros((*cotangents.shape[:2], source.linearization.num_parameters))
+    signals = pulled_signals(steps, cotangents.unflatten(2, (steps.length, steps.hidden)))
+    for number, (signal, activations) in enumerate(zip(signals, steps.activations, strict=True)):
+        written = signal.mT @ activations.unsqueeze(1)  # (B, C, Q·H, d)
+        weight, bias = (layer.places[number], (*layer.places, None, None)[number + 2])
+        if bias is not None:
+            result[..., source.starts[bias] : source.starts[bias + 1]] = written[..., -1]
+        if weight is not None:
+            columns = written[..., : written.shape[-1] - (bias is not None)]
+            result[..., source.starts[weight] : source.starts[weight + 1]] = columns.flatten(2)
+    return result

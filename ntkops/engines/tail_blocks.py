@@ -1,0 +1,359 @@
+"""Kernels and diagonals of a model with a linear tail, from as many backward passes as the tail is wide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..model import Inputs
+from .collecting import backward
+from .coverage import CoverageChanged, record_batch
+from .factors import Factors, Outer, outer_gradients
+from .gathering import FactorSource, sample_slices
+from .layer_blocks import layer_diagonal, layer_kernel, mirror
+from .layer_rules import OneHot
+from .rungs import Parameters
+from .tail import Tail, read_positions
+from .units import plan_units
+
+__all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
+
+_ENTRIES = 2**24  # entries of a kernel of directions that is made in one piece
+
+
+class Reduction:
+    """An orthonormal basis for what the head can pass on to some outputs.
+
+    Args:
+        tail: The head.
+        params: All selected parameters.
+        outputs: The output numbers in question.
+        num_outputs: Number O of outputs.
+    """
+
+    def __init__(self, tail: Tail, params: Parameters, outputs: Tensor, num_outputs: int) -> None:
+        self._classes_total, self._num_outputs = tail.classes, num_outputs
+        numbers = torch.unique(outputs).cpu()
+        self.distinct = len(numbers)
+        self.positions, _ = torch.unique(numbers // tail.classes, return_inverse=True)
+        self.classes, _ = torch.unique(numbers % tail.classes, return_inverse=True)
+        rows = tail.matrix(params)[self.classes.to(params[tail.weight].device)]
+        self._full = tail
+        self._rows = rows
+        self.size = len(self.positions) * min(rows.shape)
+
+    @property
+    def pays(self) -> bool:
+        """Whether there are fewer directions than outputs."""
+        return self.size < self.distinct
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the outputs are all of some classes at all of some positions."""
+        return self.distinct == len(self.positions) * len(self.classes)
+
+    def prepare(self) -> Reduction:
+        """Factor the head: Q of ``(classes, k)``, rounded once from float64."""
+        basis, _ = torch.linalg.qr(self._rows.double())
+        self.basis = basis.to(self._rows.dtype)
+        return self
+
+    @property
+    def directions(self) -> Tensor:
+        """Cotangents ``(positions · k, O)``."""
+        count, width = len(self.positions), self.basis.shape[1]
+        found = self.basis.new_zeros((count, width, self._num_outputs))
+        for number, position in enumerate(self.positions.tolist()):
+            columns = position * self._classes_total + self.classes
+            found[number][:, columns.to(found.device)] = self.basis.mT
+        return found.flatten(0, 1)
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the position, and the class, of each output is in `positions` and `classes`."""
+        return (
+            torch.searchsorted(self.positions, outputs // self._classes_total),
+            torch.searchsorted(self.classes, outputs % self._classes_total),
+        )
+
+    def coordinates(self, outputs: Tensor) -> Tensor:
+        """Return the outputs in terms of the directions, ``(*outputs, positions · k)``."""
+        place, row = (index.flatten().to(self.basis.device) for index in self.split(outputs))
+        found = self.basis.new_zeros((len(place), len(self.positions), self.basis.shape[1]))
+        found[torch.arange(len(place), device=found.device), place] = self.basis[row]
+        return found.view(*outputs.shape, -1)
+
+
+class TailSource(FactorSource):
+    """Factors of what is before the head, for the directions of a reduction instead of outputs."""
+
+    def __init__(self, source: FactorSource, reduction: Reduction) -> None:
+        assert source.coverage.body is not None and source.coverage.tail is not None
+        super().__init__(source._autograd, source.coverage.body, source.options)
+        self.workspace = source.workspace
+        self._tail, self._reduction = source.coverage.tail, reduction
+        self._directions = reduction.directions
+
+    def of_outputs(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Factors:
+        """Return the factors of all samples for some of the directions, the head's place confirmed."""
+        if not confirmed(self, self._tail, self._reduction, params, inputs):
+            raise CoverageChanged(
+                "a batch does not end with the linear layer that the first samples ended with"
+            )
+        chosen = self._directions[outputs.to(self._directions.device)]
+        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1))
+
+
+def confirmed(
+    source: FactorSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
+) -> bool:
+    """Whether the output of the first sample moves with parameters before the head within its range only.
+
+    A random combination of the outputs, and its projection on the directions, must have the same gradients
+    before the head; at the head the combination itself must arrive.
+
+    Args:
+        source: Makes the factors.
+        tail: The head.
+        reduction: The directions.
+        params: All selected parameters.
+        inputs: The samples; the first is used.
+
+    Returns:
+        Whether the tail may be used. Cost: one forward and three backward passes over one sample.
+    """
+    _, _, batch = next(iter(inputs.select(torch.zeros(1, dtype=torch.long)).batches(1)))
+    with source.linearization.safe_context():
+        recording = record_batch(source.linearization, params, batch)
+        layout = source.coverage.layouts.get(recording.calls[-1].signature) if recording.calls else None
+        if layout is None or tail.weight not in {p.index for p in recording.calls[-1].places.values()}:
+            return False
+        generator = torch.Generator().manual_seed(18)
+        whole = torch.randn((1, inputs.num_outputs), generator=generator, dtype=torch.float64)
+        sent = whole.to(recording.output)
+        if read_positions(recording, layout, sent, tail.classes) != tail.positions:
+            return False
+        directions = reduction.directions
+        inside = directions.ne(0).any(0)
+        sent = sent.to(directions.dtype) * inside
+        projected = sent @ directions.mT @ directions
+        units = plan_units(recording.calls, source.coverage.covered - tail.parameters)
+        numbers = sorted({use.call for unit in units for use in unit.uses})
+        one, other = (
+            backward(recording, c.to(recording.output).unsqueeze(0), numbers, False, False)
+            for c in (sent, projected)
+        )
+    difference = scale = 0.0
+    for a, b in zip(one, other, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and b is not None:
+            difference += float((a.double() - b.double()).square().sum())
+            scale += float(a.double().square().sum())
+    return difference <= (1e3 * torch.finfo(source.dtype).eps) ** 2 * scale
+
+
+def _reduced(source: FactorSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
+    tail = source.coverage.tail
+    if tail is None:
+        return None
+    reduction = Reduction(tail, params, outputs, inputs.num_outputs)
+    return reduction.prepare() if reduction.pays else None
+
+
+def head_activations(source: FactorSource, params: Parameters, inputs: Inputs) -> Tensor:
+    """Return what the head reads at every output position, ``(N, S, d)``: one forward pass."""
+    tail = source.coverage.tail
+    assert tail is not None
+    head = FactorSource(
+        source._autograd, replace(source.coverage, covered=tail.parameters, tail=None, body=None)
+    )
+    (layer,) = head.of_outputs(params, inputs, torch.zeros(1, dtype=torch.long)).outers
+    assert isinstance(layer.activations, Tensor)
+    return layer.activations[:, 0].mT[:, list(tail.positions)]
+
+
+# kernels
+
+
+def tail_kernel(
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> Tensor:
+    """Return what `layer_kernel` returns, with fewer backward passes where a linear tail allows.
+
+    Args:
+        source: Makes the factors.
+        params: All selected parameters.
+        left: N₁ samples.
+        right: N₂ samples.
+        left_outputs: ``(M, R, r₁)`` output numbers.
+        right_outputs: ``(M, R, r₂)``.
+    """
+    both = torch.cat([left_outputs.flatten(), right_outputs.flatten()])
+    reduction = _reduced(source, params, both, left)
+    if reduction is None:
+        return layer_kernel(source, params, left, right, left_outputs, right_outputs)
+    body = TailSource(source, reduction)
+    same = torch.equal(left_outputs, right_outputs)
+    if _is_trace(left_outputs, reduction) and same:  # the sum over an orthonormal basis is the same
+        index = torch.arange(reduction.size).view(1, -1, 1)
+        result = layer_kernel(body, params, left, right, index, index)
+    else:
+        one = reduction.coordinates(left_outputs)
+        other = one if same else reduction.coordinates(right_outputs)
+        result = _projected(body, params, left, right, one, other)
+    _add_head(result, source, params, left, right, reduction, left_outputs, right_outputs)
+    if same and left is right:
+        mirror(result)
+    return result
+
+
+def _is_trace(outputs: Tensor, reduction: Reduction) -> bool:
+    single = outputs.shape[0] == outputs.shape[2] == 1
+    return single and reduction.is_product and outputs.numel() == reduction.distinct
+
+
+def _projected(
+    body: TailSource, params: Parameters, left: Inputs, right: Inputs, one: Tensor, other: Tensor
+) -> Tensor:
+    """Return the kernels Σ_R B K' B'ᵀ for coordinates ``(M, R, r, C)``, in parts that fit."""
+    size = one.shape[-1]
+    n1, n2 = left.num_samples, right.num_samples
+    if n1 * n2 * size**2 > _ENTRIES and max(n1, n2) > 1:
+        if left is right and one is other:
+            (a, b), cut = _halves(left), (n1 // 2) * one.shape[2]
+            result = one.new_empty((len(one), n1 * one.shape[2], n1 * one.shape[2]))
+            result[:, :cut, :cut] = _projected(body, params, a, a, one, one)
+            result[:, cut:, cut:] = _projected(body, params, b, b, one, one)
+            result[:, cut:, :cut] = _projected(body, params, b, a, one, one)
+            result[:, :cut, cut:] = result[:, cut:, :cut].mT
+            return result
+        if n1 >= n2:
+            return torch.cat([_projected(body, params, a, right, one, other) for a in _halves(left)], 1)
+        return torch.cat([_projected(body, params, left, b, one, other) for b in _halves(right)], 2)
+    index = torch.arange(size).view(1, 1, -1)
+    inner = layer_kernel(body, params, left, right, index, index).view(n1, size, n2, size)
+    if one.shape[2] == other.shape[2] == 1:
+        return _single_entries(inner, one.squeeze(2), other.squeeze(2))
+    result = inner.new_zeros((len(one), n1 * one.shape[2], n2 * other.shape[2]))
+    for target, rows, columns in zip(result, one, other, strict=True):
+        for a, b in zip(rows, columns, strict=True):  # (r₁, C), (r₂, C)
+            moved = (a @ inner.flatten(2)).view(n1 * len(a) * n2, size)
+            target += (moved @ b.mT).view(n1 * len(a), n2 * len(b))
+    return result
+
+
+def _single_entries(inner: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """The same for one row and column a sample: entries ⟨Σ_R bᵀb', K'⟩, ``(M, N₁, N₂)``."""
+    n1, size, n2, _ = inner.shape
+    flat = inner.transpose(1, 2).reshape(n1 * n2, size**2)
+    step = max(1, _ENTRIES // size**2)
+    parts = [(a.mT @ b).flatten(1) @ flat.mT for a, b in zip(one.split(step), other.split(step), strict=True)]
+    return torch.cat(parts).view(-1, n1, n2)
+
+
+def _halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    middle = inputs.num_samples // 2
+    return (
+        inputs.select(torch.arange(middle)),
+        inputs.select(torch.arange(middle, inputs.num_samples)),
+    )
+
+
+def _add_head(
+    result: Tensor,
+    source: FactorSource,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    reduction: Reduction,
+    left_outputs: Tensor,
+    right_outputs: Tensor,
+) -> None:
+    """Add the head's own kernel: outputs of one class share ⟨h, h'⟩, and 1 for the bias."""
+    tail = source.coverage.tail
+    assert tail is not None
+    chosen = reduction.positions
+    one = head_activations(source, params, left)[:, chosen]  # (N₁, S, d)
+    other = one if left is right else head_activations(source, params, right)[:, chosen]
+    gram = (one.flatten(0, 1) @ other.flatten(0, 1).mT).view(*one.shape[:2], *other.shape[:2])
+    if tail.bias is not None:
+        gram += 1
+    (p1, c1), (p2, c2) = reduction.split(left_outputs), reduction.split(right_outputs)
+    r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
+    if r1 == r2 == 1:
+        weights = torch.zeros((len(result), len(chosen), len(chosen)), dtype=gram.dtype)
+        kernels = torch.arange(len(result)).view(-1, 1, 1).expand_as(p1)
+        weights.index_put_((kernels, p1, p2), (c1 == c2).to(gram.dtype), accumulate=True)
+        result += torch.einsum("mpq,npkq->mnk", weights.to(gram.device), gram)
+        return
+    for number, target in enumerate(result):
+        view = target.view(len(one), r1, len(other), r2)
+        for term in range(left_outputs.shape[1]):
+            a, b = (c1[number, term][:, None] == c2[number, term]).nonzero(as_tuple=True)
+            view[:, a, :, b] += gram[:, p1[number, term][a], :, p2[number, term][b]]
+
+
+# diagonals
+
+
+def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Return what `layer_diagonal` returns, ``(M, N·r)``, with fewer backward passes where a tail allows."""
+    reduction = _reduced(source, params, outputs, inputs)
+    if reduction is None:
+        return layer_diagonal(source, params, inputs, outputs)
+    body = TailSource(source, reduction)
+    tail = source.coverage.tail
+    assert tail is not None
+    numbers, index = torch.unique(outputs, return_inverse=True)
+    place, _ = reduction.split(numbers)
+    traced = _is_trace(outputs, reduction)
+    every = torch.arange(reduction.size)
+    tiles = []
+    for _, _, part in sample_slices(inputs, max(1, body.tile(reduction.size))):
+        if traced:
+            own = layer_diagonal(body, params, part, every.view(1, -1, 1)).mT  # (n, 1)
+        else:
+            grams = _sample_grams(body.of_outputs(params, part, every))  # (n, C, C)
+            basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
+            own = ((basis @ grams) * basis).sum(2)  # (n, u)
+            body.count_rows(part.num_samples * reduction.size, part)
+        read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
+        read = (read + (tail.bias is not None))[:, place]  # (n, u)
+        head = read.sum(1, keepdim=True) if traced else read
+        tiles.append((own.double() + head).to(source.dtype))
+    lengths = torch.cat(tiles)
+    if traced:
+        return lengths.mT
+    return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
+
+
+def _sample_grams(factors: Factors) -> Tensor:
+    """Return ``(B, C, C)`` inner products of the gradients of each sample, in float64."""
+    parts = [_layer_grams(layer) for layer in factors.outers]
+    parts += [_products(direct.gradients) for direct in factors.directs]
+    return torch.stack(parts).sum(0)
+
+
+def _products(gradients: Tensor) -> Tensor:
+    return torch.bmm(gradients, gradients.mT).double()
+
+
+def _layer_grams(layer: Outer) -> Tensor:
+    shape, activations = layer.shape, layer.activations
+    if shape.positions == 1 and shape.groups == 1:
+        lengths = torch.ones(len(layer.gradients), 1, 1, dtype=torch.float64, device=layer.gradients.device)
+        if isinstance(activations, Tensor):
+            lengths = activations.double().square().flatten(1).sum(1)[:, None, None]
+        return _products(layer.gradients.flatten(2)) * (lengths + (layer.unit.bias is not None))
+    if isinstance(activations, OneHot):
+        found, index = torch.unique(activations.index, return_inverse=True)
+        activations = OneHot(index, len(found))
+    found = _products(outer_gradients(layer.gradients, activations).flatten(2))
+    return found if layer.unit.bias is None else found + _products(layer.gradients.sum(-1).flatten(2))

@@ -1,0 +1,136 @@
+"""The routes through layers: what is chosen is shown, can be forced, and changes no number."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ntkops
+from ntkops.engines.cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
+from ntkops.engines.layerwise import LayerwiseEngine
+from ntkops.results import LayerInfo
+from tests.cases import BY_NAME, reference_jacobian
+from tests.engines.test_layerwise import ODD, block, build, distance, jacobian, rounding
+
+KERNEL, DIAGONAL = ("auto", "gram", "gradient"), ("auto", "gram", "gradient")
+PRODUCT = ("auto", "factors", "dual", "gradient")
+NAMES = ["mlp", "conv", "tied", "lstm", "encoder-eval", "grouped", "padded", "functional", "time-first"]
+
+
+def rerouted(engine, options):
+    """The same engine with other choices, nothing tried again."""
+    return LayerwiseEngine(engine.linearization, engine.ladder, engine._coverage, options=options)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 4e-7)], ids=["f64", "f32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_results_do_not_depend_on_the_route(name, dtype, limit):
+    case = {**BY_NAME, **ODD}[name]
+    built, linearization, inputs = build(case, dtype)
+    J, J2 = jacobian(case, dtype), jacobian(case, dtype, 2, seed=9)
+    limit, width, params = rounding(case, dtype, limit), len(J) // 3, linearization.parameters
+    every = torch.arange(width).view(1, 1, -1)
+    for kernel_route, diagonal_route in itertools.product(KERNEL, DIAGONAL):
+        engine = rerouted(built, ntkops.Layerwise(kernel_route, diagonal_route))
+        assert distance(engine.kernel(params, inputs, inputs, every, every)[0], J @ J.T) < limit
+        assert distance(engine.diagonal(params, inputs, every)[0], (J * J).sum(1)) < limit
+    other = linearization.inputs(case.data(2, dtype, seed=9))
+    v, p = block(width + 1, 3, width), block(2, J.shape[1])
+    for product_route in PRODUCT:
+        engine = rerouted(built, ntkops.Layerwise(product_route=product_route))
+        for few in (v, v[:1]):  # the first block pays for the factors
+            found = engine.product(params, inputs, inputs, few.to(dtype)).flatten(1)
+            assert distance(found, few.flatten(1) @ J @ J.T) < limit
+        assert engine._cache._held
+        assert distance(engine.vjp(params, inputs, v.to(dtype)), v.flatten(1) @ J) < limit
+        assert distance(engine.jvp(params, inputs, p.to(dtype)).flatten(1), p @ J.T) < limit
+        crossed = engine.product(params, other, inputs, v.to(dtype)).flatten(1)
+        assert distance(crossed, v.flatten(1) @ J @ J2.T) < limit
+
+
+@pytest.mark.parametrize("kernel_route", KERNEL)
+@pytest.mark.parametrize("outputs", ["each", "trace", [1, 0]])
+def test_forced_routes_of_other_kernels(kernel_route, outputs):
+    case = BY_NAME["conv"]
+    J = reference_jacobian(case, case.make(), case.data(3)).reshape(3, 2, -1)
+    expected = {
+        "each": torch.einsum("iop,jop->oij", J, J),
+        "trace": torch.einsum("iop,jop->ij", J, J),
+    }.get(str(outputs), torch.einsum("iop,jqp->iojq", J.flip(1), J.flip(1)).reshape(6, 6))
+    engine = ntkops.Layerwise(kernel_route=kernel_route)
+    K = ntkops.ntk(case.make(), case.data(3), outputs=outputs, engine=engine)
+    assert distance(K.materialize(), expected) < 1e-12
+    routes = {layer.kernel_route for layer in K.engine_info.layers if layer.kind == "outer"}
+    assert kernel_route == "auto" or routes == {kernel_route}
+
+
+def test_the_table_shows_every_parameter_once_and_what_is_done_with_it():
+    case = ODD["functional"]  # a layer's weight is used in arithmetic, too; its bias and the head are not
+    info = ntkops.ntk(case.make(), case.data(3)).engine_info
+    weight, bias, head = info.layers
+    autograd = LayerInfo("layer.weight", "none", "autograd", "autograd", "autograd", "autograd", 0)
+    assert weight == autograd
+    assert bias == LayerInfo("layer.bias", "linear", "direct", "gradient", "gradient", "gradient", 0)
+    assert (head.parameter, head.bias, head.rule, head.positions) == ("head.weight", "head.bias", "linear", 1)
+    assert head.kind == "outer" and head.kernel_route == head.diagonal_route == "gram"
+    assert info.covered == ("layer.bias", "head.weight", "head.bias")
+
+
+def test_the_table_shows_positions_and_rows():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 2)).double()
+    layers = ntkops.ntk(model, torch.ones(4, 2, 6, 6).double()).engine_info.layers
+    assert [layer.parameter for layer in layers] == ["0.weight", "1.weight", "1.bias", "3.weight"]
+    assert [layer.positions for layer in layers] == [16, 0, 0, 1]
+    assert [layer.rule for layer in layers] == ["convolution", "group_norm", "group_norm", "linear"]
+    case = BY_NAME["encoder-eval"]
+    names = [layer.parameter for layer in ntkops.ntk(case.make(), case.data(3)).engine_info.layers]
+    assert len(names) == len(set(names))
+    wide = ntkops.ntk(nn.Linear(3, 2), torch.ones(2, 3), engine="autograd").engine_info
+    assert wide.layers == ()
+
+
+def test_the_table_is_there_for_jacobians_and_slices():
+    case = BY_NAME["conv"]
+    J = ntkops.jacobian(case.make(), case.data(3), engine=ntkops.Layerwise(product_route="dual"))
+    for operator in (J, J.mT, J[1:3]):
+        shown = [layer for layer in operator.engine_info.layers if layer.kind == "outer"]
+        assert shown and all(layer.product_route == "dual" for layer in shown)
+    K = ntkops.ntk(case.make(), case.data(3))
+    assert [layer.parameter for layer in K[:2, :2].engine_info.layers] == [
+        layer.parameter for layer in K.engine_info.layers
+    ]
+
+
+def test_a_choice_survives_casting_and_pickling():
+    case = BY_NAME["conv"]
+    K = ntkops.ntk(case.make(), case.data(3), engine=ntkops.Layerwise("gram", "gradient", "factors"))
+    for other in (K.to(dtype=torch.float32), pickle.loads(pickle.dumps(K)), K.cross(case.data(2))):
+        layer = next(layer for layer in other.engine_info.layers if layer.kind == "outer")
+        assert (layer.kernel_route, layer.diagonal_route, layer.product_route) == (
+            "gram",
+            "gradient",
+            "factors",
+        )
+
+
+def test_a_route_that_a_layer_does_not_have_is_replaced():
+    grouped = LayerShape(positions=4, inputs=3, outputs=2, groups=2)
+    assert choose_kernel(grouped, KernelShape(2, 2, 2, 2), "gram") == "gradient"
+    assert choose_diagonal(grouped, "gram") == "gradient"
+    assert choose_product(grouped, 2, 2, 2, "dual") == "factors"
+    plain = LayerShape(positions=1, inputs=3, outputs=2)
+    assert choose_kernel(plain, KernelShape(2, 2, 2, 2), "gradient") == "gradient"
+    assert choose_product(plain, 2, 2, 2, "gradient") == "gradient"
+
+
+@pytest.mark.parametrize("name", ["kernel_route", "diagonal_route", "product_route"])
+def test_an_unknown_route_is_refused(name):
+    with pytest.raises(ntkops.errors.InputError, match=f"{name}='fast': choose 'auto'"):
+        ntkops.Layerwise(**{name: "fast"})
+
+
+def test_an_unknown_engine_names_the_choices():
+    with pytest.raises(ntkops.errors.InputError, match="Layerwise"):
+        ntkops.ntk(nn.Linear(3, 2), torch.ones(2, 3), engine="fast")
