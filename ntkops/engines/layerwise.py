@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import BackwardLimitError
-from ..model import Inputs, Linearization
+from ..model import Inputs
 from ..results import LayerInfo
-from .autograd import AutogradEngine
 from .checks import require_finite_product
-from .choose import Ladder, climb
 from .cost import KernelShape
-from .coverage import Coverage, CoverageChanged, cover
-from .gathering import FactorSource
+from .coverage import CoverageChanged
 from .layer_blocks import layer_gram
-from .layer_cache import FactorCache
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
-from .options import Layerwise
-from .partial import partial_engine
+from .layerwise_core import LayerwiseCore
 from .pricing import autograd_kernel_passes, layerwise_kernel_passes
 from .products import CachedFactors
-from .recorded import is_recorded
-from .recurrent import states_diagonal_passes, states_kernel_passes, trusted_states
+from .recurrent import states_diagonal_passes, states_kernel_passes
 from .rungs import Parameters
-from .settings import EngineSettings
 from .tail_blocks import tail_diagonal, tail_kernel
-from .trust import trusted
 
 __all__ = ["LayerwiseEngine"]
 
-logger = logging.getLogger(__name__)
 
-Auto = Literal["auto"]
-Result = TypeVar("Result")
-
-_identities = itertools.count(1 << 32)  # apart from the numbers of other engines in the shared store
-
-
-class LayerwiseEngine(EngineSettings):
+class LayerwiseEngine(LayerwiseCore):
     r"""Exact kernels, diagonals, Gram matrices and products from the structure of layers.
 
     For each covered parameter the gradient of sample n in direction c is
@@ -75,176 +55,6 @@ class LayerwiseEngine(EngineSettings):
         >>> engine.kernel(linearization.parameters, inputs, inputs, every, every).shape
         torch.Size([1, 10, 10])
     """
-
-    name = "layerwise"
-
-    def __init__(
-        self,
-        linearization: Linearization,
-        ladder: Ladder,
-        coverage: Coverage,
-        *,
-        batch_size: int | Auto = "auto",
-        chunk_size: int | Auto = "auto",
-        options: Layerwise | None = None,
-    ) -> None:
-        self._autograd = AutogradEngine(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
-        self._sizes = batch_size, chunk_size
-        self._start(coverage, options)
-
-    def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
-        self.identity = next(_identities)
-        self._cache = FactorCache(self.identity)
-        self._source = FactorSource(self._autograd, coverage, options)
-        self._measured: list[MeasuredLayer] | None = None
-
-    @classmethod
-    def build(
-        cls,
-        linearization: Linearization,
-        inputs: Inputs,
-        *,
-        batch_size: int | Auto = "auto",
-        chunk_size: int | Auto = "auto",
-        options: Layerwise | None = None,
-    ) -> LayerwiseEngine:
-        """Try the ladder, find what the rules cover, and check every covered parameter.
-
-        Args:
-            linearization: The pure function and its snapshot.
-            inputs: The samples; a slice of them is used.
-            batch_size: Samples per pass, or "auto".
-            chunk_size: Columns per pass, or "auto".
-            options: What the user decided, None for nothing.
-
-        Returns:
-            The engine. A covered parameter whose per-sample gradients differ from those of automatic
-            differentiation is left to it, with the reason in ``ladder.reasons``.
-        """
-        ladder = climb(linearization, inputs)
-        coverage = cover(linearization, inputs)
-        engine = cls(
-            linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size, options=options
-        )
-        engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
-        states = trusted_states(engine._source, engine._autograd, inputs)
-        engine._source.coverage = replace(engine._source.coverage, states=states)
-        return engine
-
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LayerwiseEngine:
-        """Return the same engine for another dtype or device; nothing is tried again."""
-        moved = self.linearization.to(dtype=dtype, device=device)
-        batch_size, chunk_size = self._sizes
-        return LayerwiseEngine(
-            moved,
-            self._autograd.ladder,
-            self._coverage,
-            batch_size=batch_size,
-            chunk_size=chunk_size,
-            options=self.options,
-        )
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave identity, memory and caches behind: they are this process's."""
-        state = {"autograd": self._autograd, "sizes": self._sizes, "coverage": self._coverage}
-        return {**state, "options": self.options}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Take a fresh identity, so that no cache of another engine is read."""
-        self._autograd = state["autograd"]  # type: ignore[assignment]
-        self._sizes = state["sizes"]  # type: ignore[assignment]
-        self._start(state["coverage"], state["options"])  # type: ignore[arg-type]
-
-    def free(self) -> int:
-        """Drop everything cached for this engine and return the bytes set free."""
-        self._source.workspace.clear()
-        return self._cache.clear() + self._autograd.free()
-
-    # what it is and what it costs
-
-    @property
-    def _coverage(self) -> Coverage:
-        return self._source.coverage
-
-    @property
-    def options(self) -> Layerwise:
-        """What the user decided."""
-        return self._source.options
-
-    @property
-    def ladder(self) -> Ladder:
-        """What the model allows, with a line for every parameter that is not covered."""
-        names = self.linearization.names
-        reasons = tuple(
-            f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
-            for i, reason in sorted(self._coverage.reasons.items())
-        )
-        return replace(self._autograd.ladder, reasons=(*self._autograd.ladder.reasons, *reasons))
-
-    @property
-    def fallback(self) -> AutogradEngine:
-        """The engine of automatic differentiation over all parameters."""
-        return self._autograd
-
-    @property
-    def covered(self) -> tuple[str, ...]:
-        """Names of the parameters that the layer rules cover."""
-        return tuple(self.linearization.names[i] for i in sorted(self._coverage.covered))
-
-    # which engine does what
-
-    def _delegates(self, params: Parameters, *others: Tensor | Inputs) -> bool:
-        """Whether automatic differentiation does all of it: nothing is covered, or graphs are recorded."""
-        if not self._coverage.covered:
-            return True
-        live = self.linearization.differentiable
-        return is_recorded(params, others, live)
-
-    def _require_few(self, what: str, *outputs: Tensor) -> None:
-        """Refuse more backward passes than the user allows, before any work."""
-        if not self._coverage.covered or self._coverage.states is not None:
-            return
-        distinct = max(torch.unique(numbers).numel() for numbers in outputs)
-        passes, limit = self._coverage.backwards(distinct), self.options.max_backwards
-        if passes > limit:
-            raise BackwardLimitError(
-                f"{what} for {distinct} outputs takes {passes} backward passes, more than "
-                f"max_backwards={limit}: choose fewer outputs (outputs=[...]), estimate (ntkops.trace, "
-                "ntkops.frobenius_norm with method='hutchinson'), or pass "
-                f"engine=ntkops.Layerwise(max_backwards={passes})"
-            )
-
-    def _rest(self, params: Parameters) -> tuple[AutogradEngine, Parameters] | None:
-        """Return the engine for the parameters that are not covered, and these."""
-        return partial_engine(self._autograd, self._sizes, self._source.uncovered, params)
-
-    def _combined(
-        self,
-        params: Parameters,
-        watched: tuple[Tensor | Inputs, ...],
-        layers: Callable[[FactorSource], Result],
-        autograd: Callable[[AutogradEngine, Parameters], Result],
-        add: Callable[[Result, Result], Result],
-    ) -> Result:
-        """Run the rules for what is covered, automatic differentiation for the rest, and add them."""
-        if self._delegates(params, *watched):
-            return autograd(self._autograd, params)
-        with torch.no_grad():
-            try:
-                result = layers(self._source)
-            except CoverageChanged as change:
-                self._give_up(change)
-                return autograd(self._autograd, params)
-            rest = self._rest(params)
-            return result if rest is None else add(result, autograd(*rest))
-
-    def _give_up(self, change: CoverageChanged) -> None:
-        """Leave the layerwise way for good, loudly."""
-        logger.warning("the layerwise engine gives up: %s", change)
-        everything = range(len(self.linearization.names))
-        reasons = dict.fromkeys(everything, str(change))
-        self._source.coverage = replace(self._coverage, covered=frozenset(), reasons=reasons, states=None)
-        self.free()
 
     # kernels and rows
 

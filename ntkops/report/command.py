@@ -164,9 +164,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise InputError(f"--threads {options.threads}: at least one is needed")
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed {options.seed}: a seed lies between 0 and {2**32 - 1}")
-    return Settings(
-        rtol=options.rtol, repeats=options.repeats, seed=options.seed, engine=options.engine
-    )
+    return Settings(rtol=options.rtol, repeats=options.repeats, seed=options.seed, engine=options.engine)
 
 
 def _require_packages(*, digits: bool) -> None:
