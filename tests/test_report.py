@@ -583,7 +583,9 @@ def test_digits_from_end_to_end(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == sorted([*record["plots"], "report.json"])
     assert len(record["plots"]) == 4
     assert all((out / name).read_bytes().startswith(PNG) for name in record["plots"])
-    assert record["environment"]["versions"]["torch"] == torch.__version__
+    # Some builds are 2.8.0 to the package index and 2.8.0+cu128 to themselves.
+    version = record["environment"]["versions"]["torch"]
+    assert version.split("+")[0] == str(torch.__version__).split("+")[0]
     assert record["options"]["seed"] == 3 and record["options"]["samples"] == 24
     assert 10**8 < record["peak_memory_bytes"] < 10**10
     assert 0 < record["seconds"]["kernels"] < record["seconds"]["after_imports"]

@@ -6,7 +6,6 @@ of the result and two tiles, never the whole Jacobian.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..model import Inputs
 from .rungs import Parameters
+from .tiling import Part, lower_pairs, sample_slices
 
 if TYPE_CHECKING:
     from .autograd import AutogradEngine
@@ -24,16 +24,6 @@ __all__ = ["dense_kernel", "gradient_gram", "kernel_diagonal"]
 def _distinct(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct output numbers and, in the shape given, where each is found among them."""
     return torch.unique(outputs, return_inverse=True)
-
-
-def _sample_slices(inputs: Inputs, size: int) -> Iterator[tuple[int, int, Inputs]]:
-    count = inputs.num_samples
-    if size >= count:
-        yield 0, count, inputs
-        return
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield start, stop, inputs.select(torch.arange(start, stop))
 
 
 def dense_kernel(
@@ -81,22 +71,24 @@ def _kernel_by_samples(
     r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
     shape = (len(left_outputs), left.num_samples, r1, right.num_samples, r2)
     blocks: list[tuple[slice, slice, Tensor]] = []
-    rows = 0
-    for a, b, left_part in _sample_slices(left, size):
-        left_tile = engine.jacobian_tile(params, left_part, left_distinct)  # (B, u, P)
-        rows += (b - a) * len(left_distinct)
-        for c, d, right_part in _sample_slices(right, size):
-            if symmetric and c < a:
-                continue
-            if symmetric and c == a:
-                right_tile = left_tile
-            else:
-                right_tile = engine.jacobian_tile(params, right_part, right_distinct)
-                rows += (d - c) * len(right_distinct)
-            blocks.append(
-                (slice(a, b), slice(c, d), _contract(left_tile, right_tile, left_index, right_index))
-            )
-    engine.count_rows(rows, left)
+    made = 0
+
+    def make(part: Part, distinct: Tensor) -> Tensor:
+        nonlocal made
+        made += (part[1] - part[0]) * len(distinct)
+        return engine.jacobian_tile(params, part[2], distinct)  # (B, u, P)
+
+    if symmetric:
+        for rows, columns, first, second in lower_pairs(left, size, lambda part: make(part, left_distinct)):
+            blocks.append((rows, columns, _contract(first, second, left_index, right_index)))
+    else:
+        for part in sample_slices(left, size):
+            first = make(part, left_distinct)
+            for other in sample_slices(right, size):
+                second = make(other, right_distinct)
+                block = _contract(first, second, left_index, right_index)
+                blocks.append((slice(*part[:2]), slice(*other[:2]), block))
+    engine.count_rows(made, left)
     return _assemble(blocks, shape, symmetric)
 
 
@@ -174,7 +166,7 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
     for chosen in distinct.split(group):
         tiles = [
             engine.jacobian_tile(params, part, chosen).square().sum(-1)  # (B, u)
-            for _, _, part in _sample_slices(inputs, engine.tile_samples(len(chosen)))
+            for _, _, part in sample_slices(inputs, engine.tile_samples(len(chosen)))
         ]
         parts.append(torch.cat(tiles))
     engine.count_rows(inputs.num_samples * len(distinct), inputs)
@@ -191,17 +183,17 @@ def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, co
     """Return the ``(N, r, N, r)`` Gram matrix of per-sample gradients; see `AutogradEngine.sample_gram`."""
     count, size = cotangents.shape[1], engine.tile_samples(cotangents.shape[1])
     blocks: list[tuple[slice, slice, Tensor]] = []
-    rows = 0
-    for a, b, left in _sample_slices(inputs, size):
-        left_tile = engine._sample_tile(params, left, cotangents[a:b])
-        rows += (b - a) * count
-        for c, d, right in _sample_slices(inputs, size):
-            if c < a:
-                continue
-            right_tile = left_tile if c == a else engine._sample_tile(params, right, cotangents[c:d])
-            rows += 0 if c == a else (d - c) * count
-            product = left_tile.flatten(0, 1) @ right_tile.flatten(0, 1).mT
-            blocks.append((slice(a, b), slice(c, d), product.reshape(1, b - a, count, d - c, count)))
-    engine.count_rows(rows, inputs)
+    made = 0
+
+    def make(part: Part) -> Tensor:
+        nonlocal made
+        start, stop, samples = part
+        made += (stop - start) * count
+        return engine._sample_tile(params, samples, cotangents[start:stop])
+
+    for rows, columns, first, second in lower_pairs(inputs, size, make):
+        product = first.flatten(0, 1) @ second.flatten(0, 1).mT
+        blocks.append((rows, columns, product.reshape(1, len(first), count, len(second), count)))
+    engine.count_rows(made, inputs)
     shape = (1, inputs.num_samples, count, inputs.num_samples, count)
     return _assemble(blocks, shape, symmetric=True).reshape(shape[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,18 +18,7 @@ from .products import unit_spans
 from .rungs import Parameters
 from .units import plan_units
 
-__all__ = ["FactorSource", "sample_slices"]
-
-
-def sample_slices(inputs: Inputs, size: int) -> Iterator[tuple[int, int, Inputs]]:
-    """Yield ``(start, stop, part)`` for consecutive parts of at most ``size`` samples."""
-    count = inputs.num_samples
-    if size >= count:
-        yield 0, count, inputs
-        return
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield start, stop, inputs.select(torch.arange(start, stop))
+__all__ = ["FactorSource"]
 
 
 class FactorSource:

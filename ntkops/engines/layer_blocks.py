@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..model import Inputs
 from .contract import accumulate_kernel, factor_lengths
-from .gathering import FactorSource, sample_slices
+from .factors import Factors
+from .gathering import FactorSource
 from .recurrent import states_diagonal, states_kernel
 from .rungs import Parameters
+from .tiling import Part, lower_pairs, sample_slices
 
 __all__ = ["layer_diagonal", "layer_gram", "layer_kernel", "mirror"]
 
@@ -118,25 +120,30 @@ def _filled(
     right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
     size = max(1, source.tile(max(len(left_numbers), len(right_numbers))))
     shared = left is right and torch.equal(left_numbers, right_numbers)
-    rows = 0
-    for a, b, part in sample_slices(left, size):
-        first = source.of_outputs(params, part, left_numbers)
-        rows += (b - a) * len(left_numbers)
-        for c, d, other in sample_slices(right, size):
-            if symmetric and c > a:
-                continue
-            second = first
-            if not (shared and c == a):
-                second = source.of_outputs(params, other, right_numbers)
-                rows += (d - c) * len(right_numbers)
-            target = result[:, a * r1 : b * r1, c * r2 : d * r2]
-            own = symmetric and c == a
-            accumulate_kernel(
-                target, first, second, left_index, right_index, own, source.workspace, source.options.kernel
-            )
+    made = 0
+
+    def make(part: Part, numbers: Tensor) -> Factors:
+        nonlocal made
+        made += (part[1] - part[0]) * len(numbers)
+        return source.of_outputs(params, part[2], numbers)
+
+    def add(rows: slice, columns: slice, first: Factors, second: Factors, own: bool) -> None:
+        target = result[:, rows.start * r1 : rows.stop * r1, columns.start * r2 : columns.stop * r2]
+        accumulate_kernel(
+            target, first, second, left_index, right_index, own, source.workspace, source.options.kernel
+        )
+
     if symmetric:
+        for rows, columns, first, second in lower_pairs(left, size, lambda part: make(part, left_numbers)):
+            add(rows, columns, first, second, own=rows == columns)
         mirror(result)
-    source.count_rows(rows, left)
+    else:
+        for part in sample_slices(left, size):
+            first = make(part, left_numbers)
+            for other in sample_slices(right, size):
+                second = first if shared and other[0] == part[0] else make(other, right_numbers)
+                add(slice(*part[:2]), slice(*other[:2]), first, second, own=False)
+    source.count_rows(made, left)
     return result
 
 
@@ -166,22 +173,22 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
     count, width = cotangents.shape[:2]
     result = cotangents.new_zeros((1, count * width, count * width))
     index = torch.arange(width).view(1, 1, -1)
-    size, rows = max(1, source.tile(width)), 0
-    vectors = cotangents.transpose(0, 1)  # (r, N, O)
-    for a, b, part in sample_slices(inputs, size):
-        first = source.of(params, part, vectors[:, a:b])
-        rows += (b - a) * width
-        for c, d, other in sample_slices(inputs, size):
-            if c > a:
-                continue
-            second = first if c == a else source.of(params, other, vectors[:, c:d])
-            rows += 0 if c == a else (d - c) * width
-            target = result[:, a * width : b * width, c * width : d * width]
-            accumulate_kernel(
-                target, first, second, index, index, c == a, source.workspace, source.options.kernel
-            )
+    vectors, made = cotangents.transpose(0, 1), 0  # (r, N, O)
+
+    def make(part: Part) -> Factors:
+        nonlocal made
+        start, stop, samples = part
+        made += (stop - start) * width
+        return source.of(params, samples, vectors[:, start:stop])
+
+    for rows, columns, first, second in lower_pairs(inputs, max(1, source.tile(width)), make):
+        target = result[
+            :, rows.start * width : rows.stop * width, columns.start * width : columns.stop * width
+        ]
+        own = rows == columns
+        accumulate_kernel(target, first, second, index, index, own, source.workspace, source.options.kernel)
     mirror(result)
-    source.count_rows(rows, inputs)
+    source.count_rows(made, inputs)
     return result.view(count, width, count, width)
 
 

@@ -21,10 +21,11 @@ from ..model import Inputs
 from .autograd import AutogradEngine
 from .cost import KernelShape
 from .coverage import CoverageChanged, HiddenStates
-from .gathering import FactorSource, sample_slices
+from .gathering import FactorSource
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
 from .rungs import Parameters
+from .tiling import sample_slices
 
 __all__ = [
     "states_diagonal",

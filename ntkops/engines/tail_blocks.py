@@ -11,11 +11,12 @@ from ..model import Inputs
 from .collecting import backward
 from .coverage import CoverageChanged, record_batch
 from .factors import Factors, Outer, outer_gradients
-from .gathering import FactorSource, sample_slices
+from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
 from .rungs import Parameters
 from .tail import Tail, read_positions
+from .tiling import sample_slices
 from .units import plan_units
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]

@@ -54,7 +54,8 @@ def jacobian(model, x, state=lambda raw: raw[0], names=None):
 
 def assert_near(found, wanted, dtype):
     assert found.shape == wanted.shape
-    assert float((found.double() - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
+    difference = (found.double() - wanted).detach()
+    assert float(difference.norm() / wanted.detach().norm()) < TOLERANCE[dtype]
 
 
 def linearized(name, dtype, selected=None):

@@ -46,13 +46,14 @@ class _Dtype(unittest.TestCase):
     seed = 3
 
     def setUp(self):
-        self.previous = torch.get_default_dtype()
+        self.previous = torch.get_default_dtype(), torch.get_rng_state()
         torch.set_default_dtype(self.dtype)
-        super().setUp()
+        torch.manual_seed(self.seed)  # the suite draws its right-hand sides from the global state
 
     def tearDown(self):
-        super().tearDown()
-        torch.set_default_dtype(self.previous)
+        dtype, state = self.previous
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(state)
 
     @property
     def data(self):
