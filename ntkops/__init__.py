@@ -1,5 +1,12 @@
 """Neural tangent kernels of PyTorch models as lazy linear operators."""
 
+import warnings as _warnings
+
+with _warnings.catch_warnings():
+    # linear_operator 0.6 compiles two helpers when it is first imported, which newer torch remarks on.
+    _warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+    import linear_operator as _linear_operator  # noqa: F401
+
 from . import functional, plotting
 from .engines import Layerwise, count_passes
 from .errors import NtkopsError, NtkopsWarning
