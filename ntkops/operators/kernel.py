@@ -15,7 +15,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..engines import EngineChoice, build_engine
-from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
+from ..errors import DtypeError, InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
@@ -192,12 +192,15 @@ class NTKOperator(EngineOperator):
 
         Raises:
             UnsupportedOperationError: For a number: K + 0.1 has two readings.
+            ShapeError: If the matrices differ in shape.
         """
         if isinstance(other, (int, float)) and other != 0 or isinstance(other, Tensor) and other.dim() == 0:
             raise UnsupportedOperationError(
                 "K + number would add it to every entry, which is rarely meant: use K.add_jitter(number) for "
                 "K + number * I"
             )
+        if isinstance(other, (LinearOperator, Tensor)) and tuple(other.shape[-2:]) != tuple(self.shape[-2:]):
+            raise ShapeError(f"cannot add shapes {tuple(self.shape)} and {tuple(other.shape)}")
         if isinstance(other, RootLinearOperator):
             return SumLinearOperator(self, other)  # linear_operator would factor both eagerly
         if isinstance(other, DiagLinearOperator):
@@ -223,11 +226,16 @@ class NTKOperator(EngineOperator):
 
         Raises:
             ShapeError: If K is not square or the diagonal does not fit.
+            DtypeError: If the diagonal has another dtype than K.
         """
         if not self.is_square:
             raise ShapeError(f"only a square kernel takes a diagonal, this one is {tuple(self.shape)}")
         if diag.dim() and diag.shape[-1] not in (1, self.shape[-1]):
             raise ShapeError(f"the diagonal needs 1 or {self.shape[-1]} entries, got {tuple(diag.shape)}")
+        if diag.dtype != self.dtype:
+            raise DtypeError(
+                f"the kernel has dtype {self.dtype}, the diagonal {diag.dtype}; cast one of them"
+            )
         plain = super().add_diagonal(diag)
         return self._with_diagonal(plain._diag_tensor)
 

@@ -106,8 +106,13 @@ class ProductOperator(LinearOperator):
             NonFiniteError: If the product is not finite.
             StaleOperatorError: If something held by reference has changed.
         """
-        if not isinstance(other, Tensor):
+        if isinstance(other, LinearOperator):
             return super().matmul(other)
+        if not isinstance(other, Tensor):
+            raise DtypeError(
+                f"an operator multiplies tensors and operators, not a {type(other).__name__}; pass "
+                "torch.as_tensor(v), or use .to_scipy() for NumPy arrays"
+            )
         self._check_operand(other)
         if torch.is_grad_enabled() and (other.requires_grad or self.requires_grad):
             return super().matmul(other)

@@ -168,3 +168,13 @@ def test_cross_kernels_check_the_new_samples():
         K.cross(CASE.data(2, dtype=torch.float32))
     with pytest.raises(ShapeError, match="before slicing"):
         K[[0, 3]].mT.cross(CASE.data(2))
+
+
+def test_what_cannot_meet_the_operator_is_told(kernel):
+    for other in (np.ones(10), [1.0] * 10):
+        with pytest.raises(DtypeError, match="multiplies tensors and operators"):
+            kernel @ other
+    with pytest.raises(ShapeError, match="cannot add shapes"):
+        kernel + ntkops.ntk(CASE.make(), CASE.data(3))
+    with pytest.raises(DtypeError, match="the diagonal torch.float32"):
+        kernel.add_diagonal(torch.ones(10))
