@@ -1,0 +1,22 @@
+"""Drawings of results: spectra, classes, estimates with their errors, errors against passes.
+
+Every function draws on the axes it is given, or on new ones, and returns them. None shows a window, changes a
+style or keeps state: titles, limits and saving are the caller's. Colours are told apart with every common
+kind of colour blindness, and lines that share a colour differ in their dashes.
+"""
+
+from .estimates import plot_error_against_passes, plot_estimates
+from .kernels import plot_kernel
+from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
+
+__all__ = [
+    # spectra
+    "plot_spectrum",
+    "plot_class_spectra",
+    "plot_truncation_ranks",
+    # estimates
+    "plot_estimates",
+    "plot_error_against_passes",
+    # dense blocks
+    "plot_kernel",
+]

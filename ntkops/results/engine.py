@@ -1,0 +1,71 @@
+"""What an engine did, and how each layer entered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .passes import PassCount
+
+__all__ = ["EngineInfo", "LayerInfo"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """How one parameter, or a range of its rows, enters kernels, diagonals and products.
+
+    Attributes:
+        parameter: Its name, with the range of rows where different functions use different ones.
+        rule: Names of the functions that use it; "none" where automatic differentiation takes it.
+        kind: "outer" (sums of outer products of output gradients and activations), "direct" (gradients
+            that are small enough to be written down), "tail" (a linear layer at the end, wider than what
+            it reads: one backward pass for each of its columns instead of each output) or "autograd".
+        kernel_route: "gram", "gradient" or "autograd": how dense kernels are made.
+        diagonal_route: The same for diagonals.
+        product_route: "factors", "dual", "gradient" or "autograd": how products are made from cached
+            factors, once these pay.
+        positions: Number of positions (pixels, time steps, calls) of one sample that share it; 0 where
+            its gradients are written down.
+        bias: Name of the bias that is computed together with it, if any.
+    """
+
+    parameter: str
+    rule: str
+    kind: str
+    kernel_route: str
+    diagonal_route: str
+    product_route: str
+    positions: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """How an operator computes its products.
+
+    Attributes:
+        engine: Name of the engine.
+        rung: Rung of the differentiation ladder: "forward" (torch.func vjp and jvp), "double"
+            (double backward through torch.func), "classic" (torch.autograd.grad, twice) or
+            "reverse" (only Jᵀ exists).
+        per_sample: How per-sample Jacobians are made: "vmap" or "loop".
+        reasons: Why higher rungs were left, one line each.
+        dense: Whether products now use a dense block that was built because it is cheaper.
+        batch_size: Samples per pass.
+        chunk_size: Columns per pass.
+        max_dense_bytes: Limit for one dense result, in bytes.
+        passes: Passes made by this engine so far.
+        covered: Parameters that the layerwise engine computes from layer structure.
+        layers: How the layerwise engine computes each parameter for this operator.
+    """
+
+    engine: str
+    rung: str
+    per_sample: str
+    reasons: tuple[str, ...] = ()
+    dense: bool = False
+    batch_size: int | None = None
+    chunk_size: int | None = None
+    max_dense_bytes: int | None = None
+    passes: PassCount = field(default_factory=PassCount)
+    covered: tuple[str, ...] = ()
+    layers: tuple[LayerInfo, ...] = ()
