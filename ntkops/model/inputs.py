@@ -51,6 +51,12 @@ class Inputs:
         """Number O of outputs per sample."""
         return self.output_shape.numel()
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether derivatives flow to the samples: they are live, and one of them asks for it."""
+        source = self._source
+        return self._live and isinstance(source, Batch) and any(t.requires_grad for t in source.tensors)
+
     def batches(self, batch_size: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """Yield ``(start, stop, batch)`` in the order of this view.
 

@@ -130,3 +130,36 @@ def test_the_live_kernel_follows_the_parameters(setting):
         params[0].mul_(1.5)
     torch.testing.assert_close(snapshot @ v, before)
     torch.testing.assert_close((live @ v).detach(), (dense_kernel(model, params, x) @ v).detach())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_products_are_twice_differentiable_in_the_samples(frozen):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    z = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(4, 2, dtype=torch.float64)
+    params = dict(model.named_parameters())
+    if frozen:
+        params = {name: p.detach() for name, p in params.items()}
+
+    def product(z):
+        return ntkops.ntk(model, x, z, params=params, differentiable=True) @ v
+
+    def square_product(z):
+        K = ntkops.ntk(model, z, params=params, differentiable=True)
+        return (K @ v).square() + K.diagonal().unsqueeze(-1)
+
+    for function in (product, square_product):
+        assert torch.autograd.gradcheck(function, (z,))
+        assert torch.autograd.gradgradcheck(function, (z,))
+
+
+def test_a_derivative_at_the_samples_is_never_lost_inside_a_sum():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1).double()
+    z = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    K = ntkops.ntk(model, z, differentiable=True)
+    total = ((K + K) @ torch.ones(3, dtype=torch.float64)).sum()
+    with pytest.raises(ntkops.errors.UnsupportedOperationError, match="multiply each part"):
+        total.backward()
