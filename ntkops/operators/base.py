@@ -8,12 +8,12 @@ two axes. Slices, transposes and batch methods replace an axis and share the res
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from linear_operator.utils.generic import _to_helper
 
-from ..engines import KernelShape, LayerwiseEngine
+from ..engines import EngineChoice, KernelShape, LayerwiseEngine, build_engine
 from ..errors import UnsupportedOperationError
 from ..results import EngineInfo, LayerInfo
 from .axes import Axis, ParameterAxis, StateAxis
@@ -88,6 +88,35 @@ class EngineOperator(IndexedOperator):
         """
         self.__dict__.pop("_memoize_cache", None)
         return self._core.engine.free()
+
+    def with_engine(
+        self,
+        engine: EngineChoice = "auto",
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        chunk_size: int | Literal["auto"] = "auto",
+    ) -> Self:
+        """Return the same operator, computed in another way.
+
+        Args:
+            engine: "auto", "autograd", "layerwise" or a `Layerwise`; see `ntkops.ntk`.
+            batch_size: Samples per pass, or "auto".
+            chunk_size: Columns per pass, or "auto".
+
+        Returns:
+            An operator over the same snapshot and samples. Up to rounding its products are the same.
+
+        Raises:
+            InputError: If ``engine`` or a size is not understood.
+        """
+        built = build_engine(
+            self._core.engine.linearization,
+            self._state_axes()[0].inputs,
+            engine,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+        )
+        return self._rebuild(dataclasses.replace(self._core, engine=built))
 
     # casting and gradients
 
