@@ -1,0 +1,336 @@
+"""Files that an interrupted computation goes on from: safetensors and JSON, written atomically.
+
+A checkpoint is one safetensors file. Its header carries a JSON document: the version of the format, what
+kind of computation wrote it, that computation's metadata, fingerprints of what it was computed from, and a
+checksum of everything. Nothing in such a file is ever executed. A file that is truncated, altered, written
+by something else, or a pickle is refused before any tensor of it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save"]
+
+FORMAT = 1  # of the JSON document; raised when an old reader would misread it
+_KEY = "ntkops"  # entry of the safetensors header that holds the document
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HASH_BYTES = 1 << 26  # bytes of a tensor hashed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        tensors: By name, on the CPU.
+        metadata: What `save` was given.
+        fingerprint: Digests by name of what it was computed from; see `fingerprint`.
+        kind: What wrote it.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    fingerprint: dict[str, str]
+    kind: str
+
+
+# -- fingerprints
+
+
+def fingerprint(**parts: Any) -> dict[str, str]:
+    """Return a digest of each part that a result depends on.
+
+    Args:
+        **parts: Tensors, NumPy arrays, strings, bytes, numbers, None, dtypes, devices, shapes, and mappings
+            (in any order), lists and tuples of these. Floats and tensors count bit by bit, dtypes too; where
+            a tensor lives does not count.
+
+    Returns:
+        SHA-256 in hexadecimal for each name.
+
+    Raises:
+        CheckpointError: If a part holds something else, whose identity is not known.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.checkpoint import fingerprint
+        >>> one = fingerprint(data=torch.ones(2), options={"rtol": 0.1, "seed": 3})
+        >>> two = fingerprint(data=torch.ones(2), options={"seed": 3, "rtol": 0.2})
+        >>> one["data"] == two["data"], one["options"] == two["options"]
+        (True, False)
+    """
+    digests = {}
+    for name, part in parts.items():
+        digest = hashlib.sha256()
+        _absorb(digest, part, name)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _absorb(digest: Any, value: Any, where: str) -> None:
+    """Feed a value to a hash so that different values feed different bytes."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        _absorb_text(digest, f"tensor {value.dtype} {tuple(value.shape)}")
+        _absorb_tensor(digest, value)
+    elif isinstance(value, Mapping):
+        _absorb_text(digest, f"mapping {len(value)}")
+        for key in sorted(value, key=lambda key: (type(key).__name__, repr(key))):
+            _absorb(digest, key, where)
+            _absorb(digest, value[key], f"{where}[{key!r}]")
+    elif isinstance(value, bytes):
+        _absorb_text(digest, f"bytes {len(value)}")
+        digest.update(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):  # torch.Size and ranges are some, too
+        _absorb_text(digest, f"sequence {len(value)}")
+        for position, item in enumerate(value):
+            _absorb(digest, item, f"{where}[{position}]")
+    elif value is None or isinstance(value, str | bool | int | float | torch.dtype | torch.device):
+        text = value.hex() if isinstance(value, float) else str(value)
+        _absorb_text(digest, f"{type(value).__name__} {text}")
+    else:
+        raise CheckpointError(
+            f"{where} holds a {type(value).__name__}, which cannot be told from another one in a later run; "
+            "pass tensors, numbers, strings, and mappings and lists of these"
+        )
+
+
+def _absorb_text(digest: Any, text: str) -> None:
+    encoded = text.encode("utf-8", "surrogatepass")
+    digest.update(len(encoded).to_bytes(8, "little"))
+    digest.update(encoded)
+
+
+def _absorb_tensor(digest: Any, tensor: Tensor) -> None:
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    step = max(1, _HASH_BYTES // max(1, tensor.element_size()))
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step].cpu().contiguous()
+        digest.update(part.view(torch.uint8).numpy().data)
+
+
+# -- writing
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    fingerprint: Mapping[str, str] | None = None,
+    *,
+    kind: str = "state",
+) -> None:
+    """Write a checkpoint atomically.
+
+    The file is written beside its place, flushed to the disk, and then put there in one step: whatever
+    happens on the way, a reader finds the old file or the new one, whole.
+
+    Args:
+        path: Where; a file that is there is replaced.
+        tensors: Dense tensors by name, on any device.
+        metadata: Anything that JSON holds; numbers must be finite (NaN belongs into tensors).
+        fingerprint: What `fingerprint` gave for that from which the tensors were computed.
+        kind: What writes it, so that another computation refuses it.
+
+    Raises:
+        CheckpointError: If the metadata is not JSON, a tensor cannot be stored, or the disk refuses; the old
+            file is then as it was.
+
+    Cost: one copy of tensors that are not contiguous or share memory, and one pass for the checksum.
+    """
+    place = Path(path)
+    stored = {str(name): _storable(tensor, str(name)) for name, tensor in tensors.items()}
+    _separate(stored)
+    document = {
+        "format": FORMAT,
+        "kind": kind,
+        "metadata": dict(metadata or {}),
+        "fingerprint": dict(fingerprint or {}),
+    }
+    document["checksum"] = _checksum(document, stored)
+    header = {_KEY: _to_json(document)}
+    temporary = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(stored, temporary, metadata=header)
+        _flush(temporary)
+        os.replace(temporary, place)
+        _flush_directory(place.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{place} cannot be written ({error}); what was there before is unchanged"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _storable(tensor: Any, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+        kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"{tensor.layout} tensor"
+        raise CheckpointError(f"{name!r} is a {kind} on which nothing can be stored; pass a dense tensor")
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+
+
+def _separate(tensors: dict[str, Tensor]) -> None:
+    """Copy tensors that share memory, which the format cannot express."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage.data_ptr())
+
+
+def _to_json(document: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the metadata cannot be written as JSON ({error}); put tensors and NaN among the tensors"
+        ) from error
+
+
+def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    plain = {key: value for key, value in document.items() if key != "checksum"}
+    return fingerprint(all=(_to_json(plain), tensors))["all"]
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    """Make the new name itself durable, where directories can be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# -- reading
+
+
+def load(
+    path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None, *, kind: str = "state"
+) -> Checkpoint:
+    """Read a checkpoint, after every check.
+
+    Args:
+        path: The file.
+        fingerprint: What `fingerprint` gives for the present parameters, data and options; None to take
+            any.
+        kind: What must have written it.
+
+    Returns:
+        Its tensors (on the CPU), metadata and fingerprint.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, altered, of another kind or format, a pickle, or
+            was computed from something else; the message names what differs. Nothing is executed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ntkops import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(f"{folder}/sums.safetensors", {"sum": torch.ones(2)}, {"done": 3})
+        ...     found = checkpoint.load(f"{folder}/sums.safetensors")
+        >>> found.tensors["sum"].tolist(), found.metadata
+        ([1.0, 1.0], {'done': 3})
+    """
+    place = Path(path)
+    _require_readable(place)
+    try:
+        with safe_open(place, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            document = _document(header.get(_KEY), place)
+            # Copies: the file stays mapped otherwise, and may be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{place} is no whole safetensors file ({error}); it was cut short, altered, or is something else"
+        ) from error
+    _require_format(document, kind, place)
+    if document["checksum"] != _checksum(document, tensors):
+        raise CheckpointError(f"{place} was altered after it was written: its checksum differs")
+    _require_same(document["fingerprint"], fingerprint, place)
+    return Checkpoint(tensors, document["metadata"], document["fingerprint"], kind)
+
+
+def _require_readable(place: Path) -> None:
+    try:
+        with open(place, "rb") as file:
+            start = file.read(8)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {place}") from error
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be read ({error.strerror or error})") from error
+    if start.startswith(_PICKLES):
+        raise CheckpointError(
+            f"{place} is a pickle or a file of torch.save, which may execute code when it is read; it was "
+            "not opened. Checkpoints are safetensors files that ntkops wrote"
+        )
+
+
+def _document(text: str | None, place: Path) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(f"{place} is a safetensors file that ntkops did not write: it has no record")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place} has a damaged record ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{place} has a damaged record: it is no table")
+    return document
+
+
+def _require_format(document: Mapping[str, Any], kind: str, place: Path) -> None:
+    version = document.get("format")
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{place} has format {version!r}, this version of ntkops reads {FORMAT}; use the version that "
+            "wrote it, or start again with another path"
+        )
+    parts: tuple[tuple[str, type], ...] = (
+        ("metadata", dict),
+        ("fingerprint", dict),
+        ("checksum", str),
+        ("kind", str),
+    )
+    for name, expected in parts:
+        if not isinstance(document.get(name), expected):
+            raise CheckpointError(f"{place} has a damaged record: {name} is missing or of another kind")
+    if document["kind"] != kind:
+        raise CheckpointError(f"{place} was written by {document['kind']!r}, not by {kind!r}")
+
+
+def _require_same(found: Mapping[str, str], wanted: Mapping[str, str] | None, place: Path) -> None:
+    if wanted is None:
+        return
+    names = sorted({*found, *wanted})
+    different = [name for name in names if found.get(name) != wanted.get(name)]
+    if different:
+        raise CheckpointError(
+            f"{place} belongs to another computation: fingerprint differs: {', '.join(different)}; give what "
+            "it was started with, or another path"
+        )
