@@ -1,0 +1,205 @@
+"""Quantities along training, one row a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ShapeError
+from .estimate import Estimate
+
+__all__ = ["History"]
+
+Step = int | float
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """A table of quantities along training: a row for each checkpoint, a column for each quantity.
+
+    ``history["trace"]`` are the values of a column, ``len(history)`` the number of rows, ``print(history)``
+    shows all of it.
+
+    Attributes:
+        quantities: Names of the columns.
+        steps: R steps, in the order in which they were recorded.
+        values: Name to ``(R, *shape)`` float64; NaN where a quantity is not defined.
+        stderrs: Name to the standard errors, same shapes; 0 where exact.
+        exact: Name to ``(R,)``: whether a value is exact up to rounding.
+        converged: Name to ``(R,)``: False where passes ran out before the tolerance was met.
+        passes: Name to ``(R,)`` int64: passes that were made.
+        seed: Seed of the probes, the same ones for every row; None if nothing was drawn.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.results import Estimate, History
+        >>> history = History.empty(["trace"], seed=0)
+        >>> history = history.appended(0, {"trace": Estimate.of_exact(torch.tensor(2.0), passes=1)})
+        >>> history = history.appended(5, {"trace": Estimate.of_exact(torch.tensor(3.0), passes=1)})
+        >>> history["trace"].tolist(), history.steps
+        ([2.0, 3.0], (0, 5))
+        >>> print(history)
+        step  trace
+           0      2
+           5      3
+    """
+
+    quantities: tuple[str, ...]
+    steps: tuple[Step, ...]
+    values: Mapping[str, Tensor]
+    stderrs: Mapping[str, Tensor]
+    exact: Mapping[str, Tensor]
+    converged: Mapping[str, Tensor]
+    passes: Mapping[str, Tensor]
+    seed: int | None = None
+
+    @classmethod
+    def empty(cls, quantities: list[str] | tuple[str, ...], seed: int | None = None) -> History:
+        """Return a table without rows."""
+        return cls(tuple(quantities), (), {}, {}, {}, {}, {}, seed)
+
+    def appended(self, step: Step, row: Mapping[str, Estimate]) -> History:
+        """Return the table with one more row.
+
+        Args:
+            step: Its step.
+            row: Name of each quantity to its estimate.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ShapeError: If a quantity has another shape than in the rows before.
+        """
+        columns: dict[str, dict[str, Tensor]] = {}
+        for name in self.quantities:
+            cell = row[name]
+            value = cell.value.detach().cpu().double()
+            known = self.values.get(name)
+            if known is not None and known.shape[1:] != value.shape:
+                raise ShapeError(
+                    f"{name!r} has shape {tuple(value.shape)} at step {step} and {tuple(known.shape[1:])} "
+                    "before; a quantity keeps its shape along training"
+                )
+            columns[name] = {
+                "values": value,
+                "stderrs": cell.stderr.detach().cpu().double().expand_as(value),
+                "exact": torch.tensor(cell.exact),
+                "converged": torch.tensor(cell.converged),
+                "passes": torch.tensor(cell.passes),
+            }
+        grown: dict[str, Any] = {
+            part: {
+                name: _grow(getattr(self, part).get(name), columns[name][part]) for name in self.quantities
+            }
+            for part in _PARTS
+        }
+        return dataclasses.replace(self, steps=(*self.steps, step), **grown)
+
+    def head(self, count: int) -> History:
+        """Return the first rows alone."""
+        cut: dict[str, Any] = {
+            part: {name: t[:count] for name, t in getattr(self, part).items()} for part in _PARTS
+        }
+        return dataclasses.replace(self, steps=self.steps[:count], **cut)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.steps)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the values of a quantity, ``(R, *shape)``.
+
+        Raises:
+            InputError: If there is no such quantity, or no row yet.
+        """
+        if name not in self.quantities:
+            raise InputError(f"there is no quantity {name!r}; there are {', '.join(self.quantities)}")
+        if name not in self.values:
+            raise InputError("no checkpoint has been recorded yet")
+        return self.values[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for JSON (NaN and infinity as Python writes them)."""
+        return {
+            "steps": list(self.steps),
+            "seed": self.seed,
+            "quantities": {
+                name: {part: getattr(self, part)[name].tolist() for part in _PARTS}
+                for name in self.quantities
+                if name in self.values
+            },
+        }
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the table as comma-separated values, and write it where a path is given.
+
+        Each quantity has a column of its values and one of its standard errors; one with a shape has these
+        for each entry, as in ``top_eigenvalues[0]``. Numbers are written in full.
+
+        Args:
+            path: File to write; None for none.
+
+        Returns:
+            The text.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        flat = self._flat()
+        writer.writerow(["step", *(title for name in flat for title in (name, f"{name}_stderr"))])
+        for row, step in enumerate(self.steps):
+            cells = (repr(float(number)) for pair in flat.values() for number in (pair[0][row], pair[1][row]))
+            writer.writerow([step, *cells])
+        if path is not None:
+            Path(path).write_text(text.getvalue(), encoding="utf-8")
+        return text.getvalue()
+
+    def _flat(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return values and errors ``(R,)`` of every number of a row by its title."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, values in self.values.items():
+            errors = self.stderrs[name]
+            if values.dim() == 1:
+                found[name] = values, errors
+                continue
+            wide, wide_errors = values.flatten(1), errors.flatten(1)
+            for position in range(wide.shape[1]):
+                found[f"{name}[{position}]"] = wide[:, position], wide_errors[:, position]
+        return found
+
+    def __str__(self) -> str:
+        """Show a line for each row; a value with an error shows it."""
+        flat = self._flat()
+        columns = [["step", *(f"{step:g}" for step in self.steps)]]
+        for name, (values, errors) in flat.items():
+            pairs = zip(values.tolist(), errors.tolist(), strict=True)
+            columns.append([name, *(_cell(value, error) for value, error in pairs)])
+        widths = [max(map(len, column)) for column in columns]
+        lines = zip(*columns, strict=True)
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+        )
+
+    def __repr__(self) -> str:
+        """Show the size of the table."""
+        return f"History({len(self)} rows, quantities={list(self.quantities)})"
+
+
+_PARTS = ("values", "stderrs", "exact", "converged", "passes")
+
+
+def _grow(known: Tensor | None, fresh: Tensor) -> Tensor:
+    return fresh[None].clone() if known is None else torch.cat([known, fresh[None]])
+
+
+def _cell(value: float, error: float) -> str:
+    return f"{value:.6g}" if error == 0 else f"{value:.6g} ± {error:.2g}"

@@ -1,0 +1,260 @@
+"""A table of quantities that grows by a row whenever a checkpoint is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..errors import CheckpointError, InputError, UnsupportedOperationError
+from ..model import Linearization, linearize
+from ..model.call import uncompiled
+from ..results import Estimate, History
+from .ledger import Ledger, data_digest, name_of, parameter_digest, structure_of, threads
+from .places import Places, stored_values
+from .quantities import KernelOptions, Options, Point, Quantity, needs_first, target_columns
+from .weights import Weights, live_values, read_weights
+
+__all__ = ["Tracker"]
+
+logger = logging.getLogger(__name__)
+
+Step = int | float
+_PINNED = ("batch_size", "chunk_size", "max_dense_bytes")
+
+
+class Tracker:
+    """Records quantities inside a training loop; made by `ntkops.track` without checkpoints.
+
+    ``tracker.record(step)`` reads the values that the model has now, computes a row, and leaves the model as
+    it is. The mode is the one that the model had when the tracker was made: make it in evaluation mode, and
+    train as you like.
+
+    Attributes:
+        history: The table so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        x: Any,
+        quantities: Mapping[str, Quantity],
+        *,
+        options: Options,
+        kernel: KernelOptions,
+        params: Any,
+        output: Any,
+        batch_dim: int,
+        path: str | os.PathLike[str] | None,
+        seeded: bool,
+    ) -> None:
+        self._source = _source_of(model, params)
+        base = linearize(model, params, output, batch_dim=batch_dim)
+        self._places = Places(base)
+        self._inputs = base.inputs(x)
+        self._quantities, self._options, self._kernel = dict(quantities), options, kernel
+        self._path = None if path is None else Path(path)
+        self._first: Linearization | None = None
+        self._calls = 0
+        names = tuple(quantities)
+        self._keeps_first = needs_first(names)
+        self._ledger = Ledger(History.empty(names, options.seed))
+        if self._path is not None:
+            self._ledger.fingerprint = self._fingerprint(base)
+            if self._path.exists():
+                self._resume(self._path, seeded)
+
+    @property
+    def history(self) -> History:
+        """The table so far."""
+        return self._ledger.history
+
+    def record(self, step: Step | None = None, weights: Weights | None = None) -> dict[str, Estimate] | None:
+        """Compute a row and, where there is a file, write it before returning.
+
+        Args:
+            step: Number of the row, as in plots; None counts the calls from 0.
+            weights: A checkpoint to record instead of the model's values of now: a state dict, a module, or
+                a path.
+
+        Returns:
+            The estimates by name; None if the row was there already, from the run that is resumed.
+
+        Raises:
+            InputError: If the step is no finite number, was recorded already with this tracker, or the
+                checkpoint does not fit the model.
+            CheckpointError: If a file cannot be read or written, or the step was recorded with other values
+                in the run that is resumed.
+            NtkopsError: What estimators and kernels raise; the rows before are kept.
+        """
+        number = self._calls if step is None else step
+        if not isinstance(number, int | float) or isinstance(number, bool) or number - number != 0:
+            raise InputError(f"step={step!r}: pass a finite number, or None to count")
+        values = self._values_now() if weights is None else read_weights(weights)
+        linearization = self._places.at(values, f"the checkpoint of step {number:g}")
+        if number in self.history.steps:
+            self._require_same(number, linearization)
+            self._calls += 1
+            return None
+        start = time.perf_counter()
+        point, first = self._points(linearization)
+        try:
+            with threads(self._ledger.route["threads"]):
+                row = {
+                    name: quantity(point, first, self._options) for name, quantity in self._quantities.items()
+                }
+        finally:
+            point.free()
+            first.free()
+        self._append(number, row, linearization)
+        self._first = first.linearization
+        self._calls += 1
+        logger.info("step %g recorded in %.1f s", number, time.perf_counter() - start)
+        return row
+
+    def rewind(self, step: Step) -> None:
+        """Drop the rows after a step, for training that is taken up again at an older state.
+
+        Args:
+            step: The last step to keep; rows follow the order in which they were recorded.
+
+        Raises:
+            InputError: If there is no row of that step.
+        """
+        if step not in self.history.steps:
+            raise InputError(f"no row has step {step!r}; there are {list(self.history.steps)}")
+        count = self.history.steps.index(step) + 1
+        kept = self.history.head(count), self._ledger.digests[:count]
+        self._ledger = dataclasses.replace(self._ledger, history=kept[0], digests=kept[1])
+        self._calls = min(self._calls, count)
+        self._write()
+
+    # -- a row
+
+    def _values_now(self) -> Mapping[str, Tensor]:
+        if self._source is None:
+            raise UnsupportedOperationError(
+                "the model was linearised before it was given to track, which keeps the values of that time; "
+                "pass the model itself, or record(step, weights=state_dict)"
+            )
+        return self._source()
+
+    def _points(self, linearization: Linearization) -> tuple[Point, Point]:
+        """Return the point of a checkpoint, and that of the first one.
+
+        Both are new for every row. A kernel that has served several rows may have turned to a dense block or
+        to cached factors, and a resumed run, whose kernel is new, would round otherwise.
+        """
+        if not self._ledger.route:
+            self._ledger.route = _route_of(Point(linearization, self._inputs, self._kernel))
+        point = Point(linearization, self._inputs, self._pinned())
+        if self._options.targets is not None:
+            target_columns(self._options.targets, point.kernel)  # before any work
+        if self._first is None and self._ledger.first:
+            self._first = self._places.at(self._ledger.first, "the first checkpoint")
+        if self._first is None:
+            return point, point
+        return point, Point(self._first, self._inputs, self._pinned())
+
+    def _pinned(self) -> KernelOptions:
+        """Return the kernel's options with the chunk sizes of the first row."""
+        route = self._ledger.route
+        return dataclasses.replace(self._kernel, **{name: route[name] for name in _PINNED})
+
+    def _append(self, step: Step, row: Mapping[str, Estimate], linearization: Linearization) -> None:
+        ledger = self._ledger
+        history = ledger.history.appended(step, row)
+        digests = ledger.digests
+        if self._path is not None:
+            digests = [*digests, parameter_digest(linearization)]
+            if self._keeps_first and not ledger.first:
+                ledger.first = stored_values(self._places, linearization)
+        self._ledger = dataclasses.replace(ledger, history=history, digests=digests)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            self._ledger.write(self._path)
+
+    # -- going on
+
+    def _fingerprint(self, base: Linearization) -> dict[str, str]:
+        o, k = self._options, self._kernel
+        engine = k.engine if isinstance(k.engine, str) else repr(k.engine)
+        outputs = k.outputs if isinstance(k.outputs, str | int) else list(k.outputs)
+        return checkpoint.fingerprint(
+            model=structure_of(base),
+            data=(data_digest(self._inputs), o.targets),
+            options=(
+                list(self._quantities),
+                [o.rtol, o.num_passes, o.method, o.num_eigenvalues],
+                [outputs, engine, k.batch_size, k.chunk_size, k.max_dense_bytes],
+            ),
+        )
+
+    def _resume(self, path: Path, seeded: bool) -> None:
+        found = Ledger.read(path, self._ledger.fingerprint)
+        if seeded and found.history.seed != self._options.seed:
+            raise CheckpointError(
+                f"{path} was computed with probes of seed {found.history.seed}, and this generator draws "
+                f"{self._options.seed}; pass the generator that it was started with, or none"
+            )
+        assert found.history.seed is not None
+        self._options = dataclasses.replace(self._options, seed=found.history.seed)
+        self._ledger = found
+        now, then = _platform(), {key: found.route.get(key) for key in _platform()}
+        if now != then:
+            logger.warning("rows may differ in rounding: %s was computed with %s, now %s", path, then, now)
+        logger.info("going on after %d rows of %s", len(found.history), path)
+
+    def _require_same(self, step: Step, linearization: Linearization) -> None:
+        """Raise unless a step that is there already was computed from these values."""
+        position = self.history.steps.index(step)
+        if self._path is None:
+            raise InputError(f"step {step:g} was recorded already; give every row another step")
+        if self._ledger.digests[position] != parameter_digest(linearization):
+            raise CheckpointError(
+                f"{self._path}: step {step:g} was recorded with other parameters: fingerprint differs: "
+                "parameters; rewind the tracker to the step at which training went on, or use another path"
+            )
+
+
+def _source_of(model: Any, params: Any) -> Callable[[], Mapping[str, Tensor]] | None:
+    """Return what reads the present values of a model; None where it has none."""
+    if isinstance(model, Linearization):
+        return None
+    if isinstance(model, nn.Module):
+        plain = uncompiled(model)
+        return lambda: live_values(plain)
+    return lambda: dict(params)
+
+
+def _platform() -> dict[str, str]:
+    return {"torch": str(torch.__version__)}
+
+
+def _route_of(point: Point) -> dict[str, Any]:
+    """Return how a kernel is computed: what results depend on up to rounding."""
+    info = point.kernel.engine_info
+    return {
+        **{name: getattr(info, name) for name in _PINNED},
+        "engine": info.engine,
+        "rung": info.rung,
+        "tile": point.kernel.structure.tile_size(),
+        "threads": torch.get_num_threads(),
+        "device": str(point.linearization.device),
+        **_platform(),
+    }
+
+
+def known_name(quantity: str | Callable[..., Any]) -> str:
+    """Return the name of the column of a quantity."""
+    return quantity if isinstance(quantity, str) else name_of(quantity).rpartition(".")[2]
