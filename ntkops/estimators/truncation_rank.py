@@ -12,19 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import count_passes
-from ..errors import InputError, NotConvergedWarning, ZeroKernelError
+from ..errors import NotConvergedWarning
 from ..results import TruncationRank
-from ..spectra import RitzPairs
-from ._moments import Mean, student_quantile, summarize
-from ._request import Operand, checked_generator, require_finite
-from ._two_sided import column_dots, project_out
-from .eigsh import default_tolerance, eigenvalues_by_tiles, fits_dense, krylov, members
+from ._leading import FIRST, Trace, check_options, clamped, dense_pays, require_nonzero, traces
+from ._request import Operand, checked_generator
+from .eigsh import default_tolerance, eigenvalues_by_tiles, krylov, members
 
 __all__ = ["truncation_rank"]
-
-_FIRST = 16  # eigenvalues asked for before the captured share is looked at
-_DENSE = 1024  # rows up to which all eigenvalues are computed where tiles are cheap
-_PROBES = 32  # for the rest of the trace, where its exact value is too dear
 
 
 def truncation_rank(
@@ -78,12 +72,12 @@ def truncation_rank(
         (2, 3)
     """
     start = time.perf_counter()
-    _check(epsilon, tol, method, max_products)
+    check_options(epsilon, tol, method, max_products)
     operand = Operand(operator)
     operand.require_square("the truncation rank")
     generator, seed = checked_generator(generator)
     with torch.no_grad(), count_passes() as tally:
-        dense = method == "dense" or (method == "auto" and _dense_pays(operand))
+        dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
             found = _from_all(eigenvalues_by_tiles(operand.structure).cpu(), epsilon)
         else:
@@ -111,22 +105,6 @@ def truncation_rank(
     )
 
 
-def _check(epsilon: float, tol: float | None, method: str, max_products: int | None) -> None:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
-        raise InputError(f"epsilon={epsilon!r}: the share of the trace that may be lost lies between 0 and 1")
-    if method not in ("auto", "dense", "lanczos"):
-        raise InputError(f"method={method!r}: choose 'auto', 'dense' or 'lanczos'")
-    if tol is not None and not tol > 0:
-        raise InputError(f"tol={tol!r}: pass a positive tolerance")
-    if max_products is not None and (not isinstance(max_products, int) or max_products < 1):
-        raise InputError(f"max_products={max_products!r}: pass a positive integer")
-
-
-def _dense_pays(operand: Operand) -> bool:
-    tiles = operand.structure.exact_cost("tiles")
-    return operand.size <= _DENSE and fits_dense(operand) and tiles <= 2 * operand.size * max(operand.cost, 1)
-
-
 @dataclass(frozen=True)
 class _Found:
     """Ranks of one operator or of a batch."""
@@ -147,31 +125,10 @@ def _ranks(values: Tensor, total: Tensor, epsilon: float) -> tuple[Tensor, Tenso
 
 
 def _from_all(values: Tensor, epsilon: float) -> _Found:
-    """Return the ranks from all eigenvalues, largest first.
-
-    Raises:
-        InputError: If negative eigenvalues are more than rounding.
-        ZeroKernelError: If a kernel is zero.
-    """
-    if bool((values[..., -1] < -1e-3 * values[..., 0].abs()).any()):
-        raise InputError(
-            f"the operator is not positive semidefinite: its eigenvalues reach down to "
-            f"{float(values.min()):.2g}, the largest is {float(values.max()):.2g}; a share of the trace has "
-            "no meaning then"
-        )
-    values = values.clamp(min=0)
-    total = values.sum(-1)
-    _require_nonzero(total)
-    rank, captured = _ranks(values, total, epsilon)
+    """Return the ranks from all eigenvalues, largest first."""
+    values = clamped(values)
+    rank, captured = _ranks(values, values.sum(-1), epsilon)
     return _Found(rank, captured, values, (rank, rank))
-
-
-def _require_nonzero(total: Tensor) -> None:
-    if bool((total <= 0).any()):
-        raise ZeroKernelError(
-            "the truncation rank is undefined: a kernel has no positive trace; does the output depend on the "
-            "selected parameters?"
-        )
 
 
 def _by_lanczos(
@@ -182,15 +139,11 @@ def _by_lanczos(
     generator: torch.Generator,
     progress: bool,
 ) -> _Found:
-    exact = operand.structure.exact_cost("diagonal") <= _PROBES * operand.cost * 32
-    traces = None
-    if exact:
-        traces = require_finite(operand.structure.diagonal().double().sum(-1), "the trace").cpu().reshape(-1)
-        _require_nonzero(traces)
+    known = traces(operand)
     found = []
     with tqdm(desc="truncation rank", unit="product", disable=not progress) as bar:
         for number, member in enumerate(members(operand)):
-            trace = None if traces is None else traces[number]
+            trace = Trace(member, None if known is None else known[number], generator)
             found.append(_member(member, trace, epsilon, tolerance, limit, generator, bar))
     longest = max(len(one.values) for one in found)
     values = [torch.nn.functional.pad(one.values, (0, longest - len(one.values))) for one in found]
@@ -210,7 +163,7 @@ def _by_lanczos(
 
 def _member(
     operand: Operand,
-    trace: Tensor | None,
+    trace: Trace,
     epsilon: float,
     tolerance: float,
     limit: int,
@@ -218,45 +171,18 @@ def _member(
     bar: tqdm,
 ) -> _Found:
     """Ask for twice as many eigenvalues until the share is reached, with certainty where there is none."""
-    rest = None if trace is not None else _Rest(operand, generator)
     solver = krylov(operand, generator, 1, bar)
-    k = min(_FIRST, operand.size)
+    k = min(FIRST, operand.size)
     while True:
         pairs = solver.solve(k, tolerance=tolerance, max_products=max(limit, k))
         values = pairs.values.clamp(min=0).cpu()
-        low, total, high = (trace, trace, trace) if trace is not None else _total(rest, values, pairs)
-        assert low is not None and total is not None and high is not None
+        low, total, high = trace.ends(pairs)
         reached = float(values.sum()) >= (1 - epsilon - 1e-12) * float(high)
         spent = not pairs.converged or solver.products >= limit
         if reached or k >= operand.size or spent:
             break
         k = min(2 * k, operand.size)
-    _require_nonzero(total)
+    require_nonzero(total)
     rank, captured = _ranks(values, total, epsilon)
     ends = _ranks(values, low, epsilon)[0], _ranks(values, high, epsilon)[0]
     return _Found(rank, captured, values, ends, pairs.converged and (reached or k >= operand.size))
-
-
-class _Rest:
-    """Probes for the part of the trace that lies outside the eigenvectors found so far."""
-
-    def __init__(self, operand: Operand, generator: torch.Generator) -> None:
-        self._space = operand.rows
-        self._probes = self._space.probes(_PROBES, generator)
-        self._products = operand.multiply(self._probes)
-
-    def samples(self, pairs: RitzPairs) -> Tensor:
-        """Return vᵀ (I - QQᵀ) K (I - QQᵀ) v, with K Q = Q Λ up to the residuals."""
-        outside = project_out(self._space, pairs.vectors, self._probes)
-        products = project_out(self._space, pairs.vectors, self._products)
-        return column_dots(self._space, outside, products).cpu()
-
-
-def _total(rest: _Rest | None, values: Tensor, pairs: RitzPairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the trace with both ends of its interval."""
-    assert rest is not None
-    summary = summarize(
-        [Mean(rest.samples(pairs).clamp(min=0), values.sum())], lambda moments: moments[..., 0]
-    )
-    width = student_quantile(0.05, summary.freedom) * summary.stderr
-    return (summary.value - width).clamp(min=values.sum()), summary.value, summary.value + width

@@ -40,6 +40,46 @@ def test_copies_of_a_multiple_eigenvalue_are_found(block_size):
     torch.testing.assert_close(pairs.values, values[:6], rtol=1e-9, atol=1e-9)
 
 
+@DTYPES
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("copies", [2, 5, 8])
+def test_a_block_finds_all_copies_at_once(copies, which, dtype):
+    wanted = torch.cat([torch.full((copies,), 3.0), torch.full((2,), 2.5)]).double()
+    values = torch.cat([wanted, torch.linspace(0.5, 2.0, 200 - len(wanted)).flip(0)])
+    K = with_spectrum(values if which == "largest" else 4.0 - values).to(dtype)
+    columns: list[int] = []
+    pairs = ntkops.eigsh(
+        OnlyProducts(K, columns),
+        k=len(wanted),
+        which=which,
+        block_size=copies,
+        max_products=2000,  # and so no dense decomposition
+        generator=generator(copies),
+    )
+    expected = wanted if which == "largest" else 4.0 - wanted
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(pairs.values, expected, rtol=tolerance, atol=tolerance)
+    assert pairs.converged and pairs.passes == sum(columns)
+    assert columns[0] == copies and columns[-1] == len(wanted)  # the residuals come from fresh products
+    gram = (pairs.vectors.T @ pairs.vectors).double()
+    torch.testing.assert_close(gram, torch.eye(len(wanted)).double(), rtol=0, atol=10 * tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_blocks_at_extreme_scales(scale, dtype):
+    values = torch.cat([torch.full((4,), 3.0), torch.linspace(0.0, 2.0, 96).flip(0)]).double() * scale
+    pairs = ntkops.eigsh(
+        OnlyProducts(with_spectrum(values).to(dtype)),
+        k=5,
+        block_size=4,
+        max_products=2000,
+        generator=generator(0),
+    )
+    torch.testing.assert_close(pairs.values / scale, values[:5] / scale, rtol=1e-5, atol=1e-6)
+    assert pairs.converged
+
+
 @pytest.mark.parametrize("matrix", [torch.eye(150), torch.zeros(150, 150), torch.ones(150, 150)])
 def test_invariant_subspaces_do_not_stop_it(matrix):
     matrix = matrix.double()

@@ -1,0 +1,277 @@
+"""Sums of a function over the spectrum of K: what the log-determinant and the effective dimension share."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engines import count_passes
+from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
+from ..results import Estimate
+from ..spectra import FunctionTrace, function_trace
+from ._request import Operand, Request, require_finite
+from .eigsh import eigenvalues_by_tiles, fits_dense, members
+
+__all__ = ["METHODS", "Options", "SpectralSum", "absolute_ridge", "added_diagonal", "spectral_sum"]
+
+METHODS = ("exact", "slq")
+
+_DENSE = 2048  # rows up to which all eigenvalues are computed at once where tiles are cheap
+_USUAL = 800  # products that an estimate may well take
+_EIGENVALUES = 1.5  # all eigenvalues of a dense matrix cost about so many products a row
+_CAP = 20_000  # products where only a tolerance is given and the exact value is out of reach
+
+
+@dataclass(frozen=True)
+class SpectralSum:
+    r"""A sum :math:`n c + \sum_i f(\lambda_i - s)` over the eigenvalues of a symmetric operator.
+
+    Attributes:
+        name: Name of the quantity.
+        function: f, a Bernstein function with f(0) = 0, on float64 tensors.
+        constant: c.
+        floor: s, a number that no eigenvalue lies below but by rounding.
+        ridge: What is added to λ - s under the logarithm or in the denominator.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    constant: float
+    floor: float
+    ridge: float
+
+    def exact(self, values: Tensor, eps: float) -> Tensor:
+        """Return the sum from all eigenvalues, ``(*batch, n)``, largest first.
+
+        Raises:
+            InputError: If an eigenvalue lies below the floor by more than rounding.
+        """
+        largest, least = values.abs().amax(-1), values[..., -1] - self.floor
+        if bool((least < -10 * eps * values.shape[-1] * largest).any()):
+            raise InputError(
+                f"the operator is not positive semidefinite: its eigenvalues reach down to "
+                f"{float(values.min()):.3g}, the largest is {float(values.max()):.3g}; {self.name} is "
+                "defined here for kernels"
+            )
+        self.require_regular(float(least.min()), float(largest.max()), eps)
+        return values.shape[-1] * self.constant + self.function((values - self.floor).clamp(min=0)).sum(-1)
+
+    def require_regular(self, least: float, largest: float, eps: float) -> None:
+        """Raise where rounding of the operator decides the result.
+
+        Raises:
+            SingularKernelError: If K + ridge is singular to working precision.
+        """
+        if max(least, 0.0) + self.ridge <= eps * largest:
+            raise SingularKernelError(
+                f"{self.name}: the kernel with its ridge is numerically singular: its smallest eigenvalue is "
+                f"{max(least, 0.0) + self.ridge:.3g}, the largest {largest:.3g}, which products do not tell "
+                f"from 0 at a precision of {eps:.1g}; raise the ridge, or use float64"
+            )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both quantities are asked with, checked.
+
+    Attributes:
+        request: Method, tolerance, passes, generator.
+        atol: Absolute tolerance that is enough as well.
+        deflation: Leading eigenvectors that are split off; None to choose.
+    """
+
+    request: Request
+    atol: float
+    deflation: int | None
+
+    @classmethod
+    def check(cls, request: Request, atol: float, deflation: int | None) -> Options:
+        """Return the options, checked.
+
+        Args:
+            request: Method, tolerance, passes, generator.
+            atol: Absolute tolerance.
+            deflation: Number of eigenvectors, or None.
+
+        Returns:
+            The options.
+
+        Raises:
+            InputError: If one is out of range.
+        """
+        if isinstance(atol, bool) or not isinstance(atol, int | float) or not 0 <= atol < math.inf:
+            raise InputError(f"atol={atol!r}: an absolute tolerance is a number ≥ 0")
+        if deflation is not None and (type(deflation) is not int or deflation < 0):
+            raise InputError(f"deflation={deflation!r}: pass None, or a number of eigenvectors ≥ 0")
+        return cls(request, float(atol), deflation)
+
+
+def absolute_ridge(operand: Operand, ridge: float, relative: bool) -> float:
+    """Return the ridge as a number that is added to eigenvalues.
+
+    Raises:
+        InputError: If it is not a finite number ≥ 0.
+        ZeroKernelError: If it is relative to a mean diagonal that is zero.
+    """
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < math.inf:
+        raise InputError(f"ridge={ridge!r}: pass a finite number ≥ 0")
+    if not relative or not ridge:
+        return float(ridge)
+    mean = float(require_finite(operand.structure.diagonal().double(), "the diagonal").mean())
+    if not mean > 0:
+        raise ZeroKernelError(
+            f"a ridge relative to the mean diagonal needs a positive one, it is {mean:.3g}; pass an absolute "
+            "ridge with relative=False"
+        )
+    return float(ridge) * mean
+
+
+def added_diagonal(operator: LinearOperator | Tensor) -> float:
+    """Return the least entry ≥ 0 of the diagonals that an operator K + D carries, or 0."""
+    if not isinstance(operator, AddedDiagLinearOperator):
+        return 0.0
+    least = float(operator._diag_tensor._diagonal().double().min())
+    return max(least, 0.0) + added_diagonal(operator._linear_op)
+
+
+def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> Estimate:
+    """Compute or estimate a sum over the spectrum.
+
+    Args:
+        operand: Square ``(*batch, n, n)``.
+        quantity: The sum.
+        options: Tolerances, method.
+
+    Returns:
+        An estimate of shape ``(*batch)``.
+
+    Raises:
+        InputError: If the passes do not pay for the method.
+    """
+    start = time.perf_counter()
+    request, eps = options.request, torch.finfo(operand.dtype).eps
+    exact_passes = float(operand.structure.exact_cost("tiles"))
+    with (
+        torch.no_grad(),
+        count_passes() as tally,
+        tqdm(desc=quantity.name, unit="product", disable=not request.progress) as bar,
+    ):
+        fits = fits_dense(operand) and request.allows(exact_passes)
+        found: list[FunctionTrace] | None = None
+        if request.method == "exact" and not request.allows(exact_passes):
+            raise InputError(
+                f"the exact value of {quantity.name} costs about {exact_passes:.0f} passes, more than "
+                f"num_passes={request.num_passes}; raise it, or choose 'slq'"
+            )
+        if (
+            request.method == "slq"
+            or request.method == "auto"
+            and not (fits and _pays(operand, exact_passes))
+        ):
+            cap = _cap(operand, request, exact_passes, fits)
+            found = _by_quadrature(operand, quantity, options, cap, bar)
+            spent = request.num_passes is not None and tally.total + exact_passes > request.num_passes
+            if request.method == "auto" and fits and not spent and not all(one.converged for one in found):
+                found = None  # as much again as the exact value costs would be spent: take that
+        if found is None:
+            value = quantity.exact(eigenvalues_by_tiles(operand.structure).cpu(), eps)
+            return Estimate.of_exact(value, passes=tally.total, seconds=time.perf_counter() - start)
+    result = _wrap(operand, found, request.seed, tally.total, time.perf_counter() - start)
+    if not result.converged:
+        _warn(quantity.name, found, options)
+    return result
+
+
+def _pays(operand: Operand, exact_passes: float) -> bool:
+    return operand.size <= _DENSE and exact_passes <= _USUAL * max(operand.cost, 1)
+
+
+def _cap(operand: Operand, request: Request, exact_passes: float, fits: bool) -> int:
+    """Return the products that one member may take."""
+    if request.num_passes is not None:
+        return request.num_passes // (max(operand.cost, 1) * max(operand.batch_shape.numel(), 1))
+    if request.method == "auto" and fits:
+        exact = exact_passes / max(operand.cost, 1)
+        return math.ceil(max(exact, _EIGENVALUES * operand.size, _USUAL))
+    return _CAP
+
+
+def _by_quadrature(
+    operand: Operand, quantity: SpectralSum, options: Options, cap: int, bar: tqdm
+) -> list[FunctionTrace]:
+    """Return the estimate for each member.
+
+    Raises:
+        SingularKernelError: If nothing bounds the eigenvalues from below.
+    """
+    request, eps = options.request, torch.finfo(operand.dtype).eps
+    if not quantity.ridge > 0:
+        raise SingularKernelError(
+            f"{quantity.name}: without a ridge nothing bounds the eigenvalues from below, and no number of "
+            "products tells a small one from 0; pass ridge=, or method='exact' where the dense matrix fits"
+        )
+    found = []
+    for member in members(operand):
+        space = member.rows
+        found.append(
+            function_trace(
+                _shifted(member, quantity.floor),
+                space,
+                quantity.function,
+                generator=request.generator,
+                rtol=request.rtol,
+                atol=options.atol,
+                offset=space.size * quantity.constant,
+                deflation=options.deflation,
+                max_products=cap,
+                report=lambda done: bar.update(done),
+            )
+        )
+        quantity.require_regular(0.0, found[-1].scale, eps)
+    return found
+
+
+def _shifted(operand: Operand, floor: float) -> Callable[[Tensor], Tensor]:
+    """Return the product with K - s."""
+    if not floor:
+        return operand.multiply
+    return lambda block: operand.multiply(block) - floor * block
+
+
+def _wrap(
+    operand: Operand, found: Sequence[FunctionTrace], seed: int, passes: int, seconds: float
+) -> Estimate:
+    def stack(numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).reshape(operand.batch_shape)
+
+    return Estimate(
+        value=stack([one.value for one in found]),
+        stderr=stack([one.stderr for one in found]),
+        interval=(stack([one.interval[0] for one in found]), stack([one.interval[1] for one in found])),
+        method="slq",
+        exact=False,
+        passes=passes,
+        converged=all(one.converged for one in found),
+        seed=seed,
+        seconds=seconds,
+    )
+
+
+def _warn(name: str, found: Sequence[FunctionTrace], options: Options) -> None:
+    width = max(max(one.value - one.interval[0], one.interval[1] - one.value) for one in found)
+    bracket = max(one.quadrature for one in found)
+    warnings.warn(
+        f"{name} ended with an interval of ± {width:.3g}, of which ± {bracket:.3g} are the quadrature's and "
+        f"the rounding of products; rtol={options.request.rtol} and atol={options.atol:g} are not met: raise "
+        "num_passes or the ridge, use float64, or loosen the tolerance",
+        NotConvergedWarning,
+        stacklevel=4,
+    )
