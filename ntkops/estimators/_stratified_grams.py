@@ -1,0 +1,228 @@
+"""Gram matrices of per-sample gradients, reduced sample by sample and tile by tile."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines.tally import count_apart, report_passes
+from ..errors import InputError, UnsupportedOperationError
+from ..operators.structure import tile_slices
+from ._request import Operand, require_finite
+
+__all__ = ["SampleGrams", "SharedPasses", "Strata", "sample_grams"]
+
+_ENTRIES = 2**23  # entries of a Gram matrix that is held at a time
+
+
+@dataclass(frozen=True)
+class Strata:
+    """The samples of kernels, and a way to their gradients.
+
+    Attributes:
+        operands: One or two kernels over the same samples and outputs.
+        samples: Number N of samples.
+        outputs: Number O of outputs of a sample.
+    """
+
+    operands: tuple[Operand, ...]
+    samples: int
+    outputs: int
+
+    @classmethod
+    def of(cls, operands: Sequence[Operand]) -> Strata | None:
+        """Return the strata of some operands, or None where there are none."""
+        shapes = {getattr(operand.structure, "sample_shape", None) for operand in operands}
+        shape = shapes.pop()
+        return None if shape is None or shapes else cls(tuple(operands), *shape)
+
+    @classmethod
+    def require(cls, operands: Sequence[Operand], what: str) -> Strata:
+        """Return the strata of some operands.
+
+        Raises:
+            InputError: If the kernels have other numbers of samples or outputs.
+            UnsupportedOperationError: If an operand is not a kernel over all outputs of its samples.
+        """
+        for operand in operands:
+            if getattr(operand.structure, "sample_shape", None) is None:
+                raise UnsupportedOperationError(
+                    f"method='stratified' draws probes sample by sample, so {what} must be that of a square "
+                    "kernel over all outputs of its samples, ntkops.ntk(model, x), and not of a part, a sum "
+                    f"or a multiple of one; this is a {type(operand.operator).__name__} of shape "
+                    f"{tuple(operand.shape)}: use method='auto' or 'hutch++'"
+                )
+        found = cls.of(operands)
+        if found is None:
+            shapes = [operand.structure.sample_shape for operand in operands]  # type: ignore[attr-defined]
+            raise InputError(
+                f"the kernels have {shapes[0]} and {shapes[1]} samples and outputs: shared probes need the "
+                "same of both"
+            )
+        return found
+
+    @property
+    def layered(self) -> bool:
+        """Whether layer structure makes a per-sample pass as cheap as a backward pass."""
+        for operand in self.operands:
+            info: Any = getattr(operand.operator, "engine_info", None)
+            if info is None or info.engine != "layerwise" or len(info.covered) < len(info.layers):
+                return False
+        return True
+
+    def gram(self, position: int, frames: Tensor, chosen: slice | Tensor | None = None) -> Tensor:
+        """Return the Gram matrix of the gradients of some samples.
+
+        Args:
+            position: Which kernel.
+            frames: ``(n, O, m)`` output combinations of these samples.
+            chosen: Their numbers, None for all.
+
+        Returns:
+            ``(n, m, n, m)``, float64, on the kernel's device.
+        """
+        operand = self.operands[position]
+        operator: Any = operand.operator
+        if chosen is not None:
+            numbers = torch.arange(self.samples)[chosen]
+            rows = (numbers[:, None] * self.outputs + torch.arange(self.outputs)).flatten()
+            operator = operator.submatrix(rows, rows)
+        probes = frames.mT.to(dtype=operand.dtype, device=operand.device)
+        found = operator.structure.sample_gram(probes.contiguous())
+        return require_finite(found, "the Gram matrix of per-sample gradients").double()
+
+    def own(self, position: int, frames: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the Gram matrices ``(n, m, m)`` within each sample, some samples at a time.
+
+        The samples are taken in parts that keep the work on pairs of different samples small.
+        """
+        size = max(1, math.isqrt(_ENTRIES // 8) // frames.shape[-1])
+        if size >= self.samples:
+            yield slice(0, self.samples), _within(self.gram(position, frames))
+            return
+        with SharedPasses(self.samples) as passes:
+            for part in tile_slices(self.samples, size):
+                with passes.over(part.stop - part.start):
+                    block = _within(self.gram(position, frames[part], part))
+                yield part, block
+
+
+@dataclass(frozen=True)
+class SampleGrams:
+    """What a block of columns of the frames says of the kernels.
+
+    Attributes:
+        own: ``(p, N, m, m)``: W_ii of each kernel.
+        others: ``(q, N, m, m)``: for each pair of kernels the symmetric part of Σ_{j≠i} W¹_ij W²_ijᵀ.
+    """
+
+    own: Tensor
+    others: Tensor
+
+
+def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]]) -> SampleGrams:
+    """Make the Gram matrices of all kernels in shared frames, and reduce them.
+
+    Args:
+        strata: Samples and kernels.
+        frames: ``(N, O, m)``.
+        pairs: Positions of the kernels whose inner products are wanted.
+
+    Returns:
+        The reduced Gram matrices, float64, on the CPU. Cost: m per-sample passes for each kernel; where the
+        N·m x N·m Gram matrix of gradients is too large, T - 1 times as many for T parts of the samples.
+        Memory: one tile.
+    """
+    count, columns = strata.samples, frames.shape[-1]
+    own = torch.zeros((len(strata.operands), count, columns, columns), dtype=torch.float64)
+    others = torch.zeros((len(pairs), count, columns, columns), dtype=torch.float64)
+    if not pairs:
+        for position in range(len(strata.operands)):
+            for part, block in strata.own(position, frames):
+                own[position, part] = block.cpu()
+        return SampleGrams(own, others)
+    for row, column, blocks in _tiles(strata, frames):
+        if row == column:
+            own[:, row] = torch.stack([_within(block) for block in blocks]).cpu()
+            for block in blocks:
+                block.diagonal(dim1=0, dim2=2).zero_()
+        for position, (first, second) in enumerate(pairs):
+            others[position, row] += _row_products(blocks[first], blocks[second]).cpu()
+            if row != column:
+                flipped = [blocks[k].permute(2, 3, 0, 1) for k in (first, second)]
+                others[position, column] += _row_products(*flipped).cpu()
+    return SampleGrams(own, (others + others.mT) / 2)
+
+
+def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yield ``(n, m, n', m)`` tiles on and above the diagonal, one for each kernel."""
+    kernels, columns = range(len(strata.operands)), frames.shape[-1]
+    if (strata.samples * columns) ** 2 <= _ENTRIES:
+        whole = slice(0, strata.samples)
+        yield whole, whole, [strata.gram(k, frames) for k in kernels]
+        return
+    size = max(1, math.isqrt(_ENTRIES) // (2 * columns))
+    parts = list(tile_slices(strata.samples, size))
+    seen: set[int] = set()
+    with SharedPasses(strata.samples) as passes:
+        for i, j in itertools.combinations(range(len(parts)), 2):
+            one, other = parts[i], parts[j]
+            both = torch.cat([torch.arange(strata.samples)[part] for part in (one, other)])
+            with passes.over(len(both)):
+                blocks = [strata.gram(k, frames[both], both) for k in kernels]
+            split = one.stop - one.start
+            inside = {i: slice(0, split), j: slice(split, None)}
+            yield one, other, [block[inside[i]][:, :, inside[j]] for block in blocks]
+            for number in {i, j} - seen:
+                seen.add(number)
+                own = inside[number]
+                yield parts[number], parts[number], [block[own][:, :, own].clone() for block in blocks]
+
+
+def _within(block: Tensor) -> Tensor:
+    """Return ``(n, m, m)`` of ``(n, m, n, m)``: what pairs a sample with itself."""
+    return block.diagonal(dim1=0, dim2=2).movedim(-1, 0).clone()
+
+
+def _row_products(first: Tensor, second: Tensor) -> Tensor:
+    """Return ``(n, m, m)``: Σ_j W¹_ij W²_ijᵀ of ``(n, m, n', m)``."""
+    return first.flatten(2) @ second.flatten(2).mT
+
+
+class SharedPasses:
+    """Passes over parts of the samples, reported as passes over all of them."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples, self._spent, self._reported = samples, 0.0, 0
+
+    def __enter__(self) -> SharedPasses:
+        return self
+
+    def over(self, count: int) -> Any:
+        """Count what is made inside as passes over so many samples."""
+        return _Part(self, count / self._samples)
+
+    def add(self, passes: float) -> None:
+        """Add to what was spent."""
+        self._spent += passes
+
+    def __exit__(self, *problem: object) -> None:
+        report_passes(per_sample=math.ceil(self._spent - 1e-9))
+
+
+class _Part:
+    def __init__(self, whole: SharedPasses, share: float) -> None:
+        self._whole, self._share, self._counting = whole, share, count_apart()
+
+    def __enter__(self) -> None:
+        self._tally = self._counting.__enter__()
+
+    def __exit__(self, *problem: object) -> None:
+        self._counting.__exit__(None, None, None)
+        self._whole.add(self._tally.total * self._share)
