@@ -1,0 +1,110 @@
+"""Ridges compared by leave-one-out, and where the energy of labels lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError, ShapeError
+from ..results import ErrorTerms, RidgePath
+from ._axes import finite_array, new_axes, next_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_label_energy", "plot_ridge_path"]
+
+
+def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None = None, **kwargs: Any) -> Axes:
+    """Draw the leave-one-out error against the ridge, with a mark at the smallest.
+
+    Call it again with the same axes to compare kernels. A ridge of 0, and ridges that leave the kernel
+    singular, have no place on logarithmic axes: the legend counts them.
+
+    Args:
+        x: `RidgePath`, as ``KernelRidge("loo").fit(K, Y).ridge_path_``.
+        ax: Axes to draw on; None for new ones.
+        label: Entry of the legend.
+        **kwargs: For `matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: If no ridge has a finite, positive error.
+        MissingDependencyError: If matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from ntkops.plotting import plot_ridge_path
+        >>> from ntkops.results import RidgePath
+        >>> path = RidgePath(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([2.0, 1.0, 3.0]), scale=1.0, best=1)
+        >>> ax = plot_ridge_path(path, Figure().subplots())
+        >>> ax.get_xscale(), ax.get_yscale()
+        ('log', 'log')
+    """
+    ridges = finite_array(x.ridges, "the ridges") / x.scale
+    errors = np.asarray(x.errors.detach().cpu().double())
+    shown = np.isfinite(errors) & (errors > 0) & (ridges > 0)
+    if not shown.any():
+        raise InputError("no ridge has a finite, positive leave-one-out error: there is nothing to draw")
+    hidden = int((~shown).sum())
+    if hidden:
+        label = f"{label or 'leave-one-out'} ({hidden} singular or zero, not shown)"
+    order = np.argsort(ridges[shown])
+    ax = new_axes(ax)
+    style = {**next_line(ax), "marker": "o", "markersize": 4, **kwargs}
+    ax.plot(ridges[shown][order], errors[shown][order], label=label, **style)
+    if shown[x.best]:
+        best = {"color": style["color"], "marker": "*", "markersize": 14, "linestyle": "", "label": "_best"}
+        ax.plot(ridges[x.best], errors[x.best], **best)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("ridge" if x.scale == 1 else "ridge, relative to the mean diagonal")
+    ax.set_ylabel("mean squared leave-one-out residual")
+    ax.grid(visible=True, which="major", alpha=0.3)
+    if label is not None:
+        ax.legend()
+    return ax
+
+
+def plot_label_energy(
+    x: ErrorTerms, ax: Axes | None = None, *, labels: Sequence[str] | None = None, **kwargs: Any
+) -> Axes:
+    """Draw how much of each target the leading eigenvectors of the kernel hold.
+
+    A curve that rises fast is a target that the kernel learns first; where it ends below 1, the rest is out
+    of reach of the features.
+
+    Args:
+        x: `ErrorTerms`, as `ntkops.regression.error_terms` returns them.
+        ax: Axes to draw on; None for new ones.
+        labels: One entry of the legend for each target; None for their numbers.
+        **kwargs: For `matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ShapeError: If labels and targets differ in number.
+        MissingDependencyError: If matplotlib is missing.
+    """
+    energy = finite_array(x.label_energy, "the label energy")  # (n, k) or (C, n, 1)
+    curves = energy[..., 0] if energy.ndim == 3 else energy.T
+    names = [str(c) for c in range(len(curves))] if labels is None else [str(name) for name in labels]
+    if len(names) != len(curves):
+        raise ShapeError(f"{len(curves)} targets, but {len(names)} labels; give one for each")
+    ax = new_axes(ax)
+    for curve, name in zip(curves, names, strict=True):
+        style = {**next_line(ax), "linewidth": 1.2, **kwargs}
+        ax.plot(np.arange(1, len(curve) + 1), curve.cumsum(), label=name, **style)
+    ax.set_xscale("log")
+    ax.set_ylim(top=1.02)
+    ax.set_xlabel("number of leading eigenvectors")
+    ax.set_ylabel("share of the target's square that they hold")
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.legend(title="target", ncols=2 if len(curves) > 5 else 1, fontsize="small")
+    return ax

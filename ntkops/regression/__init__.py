@@ -1,0 +1,30 @@
+"""Kernel ridge regression with tangent kernels, the one-step view, and what errors are made of."""
+
+from . import metrics
+from .error_terms import error_terms, truncation_error
+from .kernel_ridge import KernelRidge
+from .one_step import one_step_regret
+from .projection_error import projection_error
+from .tangent_projector import (
+    TangentProjector,
+    optimal_residual,
+    projection_residual,
+    tangent_projector,
+)
+
+__all__ = [
+    # regression
+    "KernelRidge",
+    # one step in the span of gradients
+    "TangentProjector",
+    "tangent_projector",
+    "projection_residual",
+    "optimal_residual",
+    "one_step_regret",
+    # where errors come from
+    "error_terms",
+    "truncation_error",
+    "projection_error",
+    # numbers
+    "metrics",
+]

@@ -1,0 +1,224 @@
+"""What each way of solving leaves behind: coefficients, an info, and how to predict from them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import NotConvergedWarning, SingularKernelError
+from ..operators.counting import multiply
+from ..operators.structure import structure
+from ..results import SolveInfo
+from ._factorizations import CholeskyFactor, Factorization, SpectralFactor
+from ._operands import Kernel, dense_rows
+
+__all__ = [
+    "DenseFit",
+    "FeatureFit",
+    "Fit",
+    "NystromFit",
+    "left_out",
+    "product",
+    "relative_residuals",
+    "solve_info",
+]
+
+_SAME = 1e-2  # relative difference of weights from one set of features, mere rounding included
+
+
+class Fit(Protocol):
+    """A solved regression.
+
+    Attributes:
+        dual: ``(*batch, n, k)`` coefficients α of f(x) = Σ α_i K(x, x_i), float64.
+        info: How they were found.
+    """
+
+    dual: Tensor
+    info: SolveInfo
+
+    def predict(self, K_cross: Kernel) -> Tensor:
+        """Return K_* α, ``(*batch, m, k)``."""
+
+    def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
+        """Return the prior variance that the samples explain, for some rows: ``(*batch, stop - start)``."""
+
+    def left_out(self, group: int) -> Tensor:
+        """Return the residual of each sample when it is left out, ``(*batch, n, k)``."""
+
+
+def left_out(factor: Factorization, rhs: Tensor, group: int) -> Tensor:
+    """Return leave-one-out residuals in closed form: [M_SS]⁻¹ [M y]_S for the rows S of each sample.
+
+    Raises:
+        SingularKernelError: If the fit interpolates a sample whatever its label.
+    """
+    remainder = factor.remainder(rhs)
+    blocks = factor.remainder_blocks(group)  # (*batch, N, g, g)
+    if group == 1:
+        weights = blocks[..., 0, 0].unsqueeze(-1)
+        if not bool((weights > 0).all()):
+            raise SingularKernelError(
+                "a sample determines its own fit alone, so that nothing predicts it when it is left "
+                "out: pass a "
+                "larger ridge"
+            )
+        return remainder / weights
+    samples = remainder.unflatten(-2, (blocks.shape[-3], group))
+    solved, info = torch.linalg.solve_ex(blocks, samples)
+    if bool((info > 0).any()):
+        raise SingularKernelError(
+            "a sample determines its own fit alone, so that nothing predicts it when it is left out: "
+            "pass a larger "
+            "ridge"
+        )
+    return solved.flatten(-3, -2)
+
+
+def relative_residuals(rest: Tensor, rhs: Tensor) -> Tensor:
+    """Return |rest| / |rhs| for each column, ``(*batch, k)``; 0 for a column of zeros."""
+    norms = torch.linalg.vector_norm(rhs, dim=-2)
+    ratio = torch.linalg.vector_norm(rest, dim=-2) / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return torch.where(norms > 0, ratio, torch.zeros_like(ratio))
+
+
+def solve_info(
+    method: str, residuals: Tensor, tol: float, started: float, *, products: int = 0, seed: int | None = None
+) -> SolveInfo:
+    """Return the info of a direct method.
+
+    Warns:
+        NotConvergedWarning: If rounding left a residual above the tolerance.
+    """
+    met = bool((residuals <= tol).all())
+    if not met:
+        warnings.warn(
+            f"method={method!r} left a relative residual of {float(residuals.max()):.2g}, above {tol:.2g}: "
+            "the labels ask for coefficients that float64 does not resolve with so small a ridge; raise it",
+            NotConvergedWarning,
+            stacklevel=5,
+        )
+    return SolveInfo(
+        converged=met,
+        residuals=residuals,
+        tolerance=tol,
+        iterations=0,
+        products=products,
+        reason="converged" if met else "stagnated",
+        method=method,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def product(K_cross: Kernel, dual: Tensor) -> Tensor:
+    """Return K_* α in the dtype of K_*; a dense matrix is multiplied in float64."""
+    if isinstance(K_cross, Tensor):
+        return (K_cross.double() @ dual).to(K_cross.dtype)
+    return multiply(K_cross, dual.to(K_cross.dtype))
+
+
+class DenseFit:
+    """A fit by a dense factorisation of K + ridge, or of the features of K.
+
+    Args:
+        factor: The factorisation.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+        info: How it was found, or None where `matrix` follows.
+    """
+
+    def __init__(self, factor: CholeskyFactor | SpectralFactor, rhs: Tensor, info: SolveInfo) -> None:
+        self._factor, self._rhs, self.info = factor, rhs, info
+        self.dual = factor.dual(rhs)
+        # For features α has a part that no sample sees; what predicts is the other, which does not cancel.
+        self._active = factor.within(rhs) if isinstance(factor, SpectralFactor) else self.dual
+
+    def predict(self, K_cross: Kernel) -> Tensor:
+        return product(K_cross, self._active)
+
+    def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
+        return self._factor.quadratic(dense_rows(K_cross, start, stop))
+
+    def left_out(self, group: int) -> Tensor:
+        return left_out(self._factor, self._rhs, group)
+
+
+class FeatureFit(DenseFit):
+    """A fit in the space of the features: K = F Fᵀ, f(x) = φ(x)ᵀ w.
+
+    Args:
+        factor: Thin factor of F Fᵀ.
+        features: ``(*batch, n, p)`` F, float64.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+        info: How it was found.
+    """
+
+    def __init__(self, factor: SpectralFactor, features: Tensor, rhs: Tensor, info: SolveInfo) -> None:
+        super().__init__(factor, rhs, info)
+        self.weights = features.mT @ self._active  # (*batch, p, k)
+
+    def predict(self, K_cross: Kernel) -> Tensor:
+        """Return φ(x*)ᵀ w where the cross kernel has these features, else K_* α.
+
+        The weights are at most |y| / (2 √ridge), the dual coefficients |y| / ridge: products with the weights
+        lose half as many digits.
+        """
+        factors = None if isinstance(K_cross, Tensor) else structure(K_cross).factors()
+        if factors is None or factors[1].shape[-1] != self.weights.shape[-2]:
+            return super().predict(K_cross)
+        left, right = factors
+        pulled = multiply(right.mT, self._active.to(right.dtype)).double()
+        error, size = (pulled - self.weights).norm(), self.weights.norm()
+        if not bool(error <= _SAME * size):
+            return super().predict(K_cross)
+        return multiply(left, self.weights.to(left.dtype))
+
+
+class NystromFit:
+    """A fit whose predictor is a combination of the kernel at some of the samples.
+
+    Args:
+        factor: Thin factor of the features F = K_XZ W.
+        whitening: ``(*batch, m, r)`` W with W Wᵀ = K_ZZ⁺.
+        features: ``(*batch, n, r)`` F.
+        chosen: ``(m,)`` positions of Z among the n rows.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+        info: How it was found.
+    """
+
+    def __init__(
+        self,
+        factor: SpectralFactor,
+        whitening: Tensor,
+        features: Tensor,
+        chosen: Tensor,
+        rhs: Tensor,
+        info: SolveInfo,
+    ) -> None:
+        self._factor, self._whitening, self._chosen, self._rhs = factor, whitening, chosen, rhs
+        self.info = info
+        seen = torch.where(factor.kept, factor.values, torch.ones_like(factor.values))
+        singular = seen.sqrt().unsqueeze(-1)  # (*batch, r, 1)
+        self._right = features.mT @ factor.vectors / singular.mT  # (*batch, r, r) right singular vectors
+        weights = self._right @ (singular * factor.inverse.unsqueeze(-1) * (factor.vectors.mT @ rhs))
+        self._coefficients = whitening @ weights  # (*batch, m, k)
+        self.dual = torch.zeros_like(rhs).index_copy(-2, chosen, self._coefficients)
+
+    def predict(self, K_cross: Kernel) -> Tensor:
+        return product(_columns(K_cross, self._chosen), self._coefficients)
+
+    def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
+        rows = dense_rows(_columns(K_cross, self._chosen), start, stop) @ self._whitening  # (*batch, b, r)
+        shrunk = self._factor.values * self._factor.inverse
+        return ((rows @ self._right).square() @ shrunk.unsqueeze(-1)).squeeze(-1)
+
+    def left_out(self, group: int) -> Tensor:
+        return left_out(self._factor, self._rhs, group)
+
+
+def _columns(K_cross: Kernel, chosen: Tensor) -> Kernel:
+    return K_cross[..., chosen] if isinstance(K_cross, Tensor) else K_cross[..., :, chosen]

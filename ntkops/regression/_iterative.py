@@ -1,0 +1,80 @@
+"""Fits from products alone: conjugate gradients on K + ridge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from linear_operator.operators import to_linear_operator
+from torch import Tensor
+
+from ..operators._ridge_system import RidgeSystem, SolverOptions
+from ..results import Solution, SolveInfo
+from ._fits import product
+from ._operands import Kernel, dense_rows
+
+__all__ = ["IterativeFit", "kernel_solver"]
+Solver = Callable[[Tensor], Solution]
+
+_CHUNK = 64  # right-hand sides of the identity solved at a time
+
+
+class IterativeFit:
+    """A fit by a solver that is given right-hand sides.
+
+    Args:
+        solver: ``(*batch, n, k)`` in float64 to the solution of (K + ridge) X = B, in float64.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+    """
+
+    def __init__(self, solver: Solver, rhs: Tensor) -> None:
+        self._solver, self._rhs = solver, rhs
+        solution = solver(rhs)
+        self.dual: Tensor = solution.solution
+        self.info: SolveInfo = solution.info
+
+    def predict(self, K_cross: Kernel) -> Tensor:
+        return product(K_cross, self.dual)
+
+    def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
+        rows = dense_rows(K_cross, start, stop)
+        return (rows * self._solver(rows.mT.contiguous()).solution.mT).sum(-1)
+
+    def left_out(self, group: int) -> Tensor:
+        size = self._rhs.shape[-2]
+        width = max(_CHUNK // group, 1) * group
+        parts = []
+        for start in range(0, size, width):
+            rows = torch.arange(start, min(start + width, size), device=self._rhs.device)
+            unit = torch.zeros(size, len(rows), dtype=self._rhs.dtype, device=self._rhs.device)
+            unit[rows, rows - start] = 1
+            unit = unit.expand(*self._rhs.shape[:-2], *unit.shape).contiguous()
+            inverse = self._solver(unit).solution[..., rows, :]  # (*batch, w, w): a block of A⁻¹
+            blocks = inverse.unflatten(-1, (-1, group)).unflatten(-3, (-1, group))  # (*batch, s, g, s, g)
+            blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # (*batch, s, g, g)
+            samples = self.dual[..., rows, :].unflatten(-2, (-1, group))
+            parts.append(torch.linalg.solve(blocks, samples).flatten(-3, -2))
+        return torch.cat(parts, dim=-2)
+
+
+def kernel_solver(
+    K: Kernel, ridge: float, *, tol: float, max_products: int | None, generator: torch.Generator | None
+) -> Solver:
+    """Return a solver of (K + ridge) X = B by conjugate gradients, its preconditioner made once.
+
+    Products of a float32 operator carry corrections whose residuals are float64 products of the same
+    network, so that the tolerance is met where float32 alone would stagnate.
+    """
+    kernel = to_linear_operator(K)
+    entries = torch.full(K.shape[:-1], ridge, dtype=K.dtype, device=K.device)
+    seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+    made = SolverOptions(tolerance=tol, seed=seed)
+
+    def solver(rhs: Tensor) -> Solution:
+        steps = None if max_products is None else max(max_products // rhs.shape[-1], 1)
+        # `made` holds the preconditioner, which is one for all right-hand sides.
+        options = dataclasses.replace(made, max_iterations=steps)
+        return RidgeSystem(kernel, entries, options).solve(rhs, raise_on_failure=True)
+
+    return solver

@@ -1,0 +1,124 @@
+"""Kernels as the regression sees them: checked, multiplied, and dense only where that is allowed."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import (
+    DenseMemoryError,
+    DtypeError,
+    InputError,
+    NonFiniteError,
+    ShapeError,
+    ZeroKernelError,
+)
+from ..estimators import diagonal
+from ..estimators._request import Operand
+from ..estimators.eigsh import fits_dense
+from ..operators.counting import multiply
+
+__all__ = ["Kernel", "dense_rows", "fits_dense", "may_be_dense", "mean_diagonal", "read_kernel", "to_float64"]
+
+Kernel: TypeAlias = LinearOperator | Tensor
+
+
+def read_kernel(K: Any, what: str = "the kernel") -> Kernel:
+    """Return an operator or a tensor, arrays turned into tensors, its entries checked where they are stored.
+
+    Raises:
+        InputError: If it is neither an operator, a tensor nor an array.
+        ShapeError: If it is not a matrix with entries.
+        DtypeError: If it is neither float32 nor float64 (or bfloat16 of an operator).
+        NonFiniteError: If a stored entry is NaN or infinite.
+    """
+    if not isinstance(K, LinearOperator | Tensor):
+        if not hasattr(K, "__array__"):
+            raise InputError(
+                f"{what}: expected a LinearOperator, a torch.Tensor or an array, got {type(K).__name__}"
+            )
+        K = torch.as_tensor(K)
+    if K.dim() < 2 or K.shape.numel() == 0:
+        raise ShapeError(f"{what} needs shape (*batch, n, m) with entries, got {tuple(K.shape)}")
+    if not K.dtype.is_floating_point:
+        raise DtypeError(f"{what} has dtype {K.dtype}; cast it to a floating dtype")
+    if isinstance(K, Tensor):
+        require_finite(K, what)
+        return K.detach()
+    return K
+
+
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """Return the values.
+
+    Raises:
+        NonFiniteError: If one of them is NaN or infinite, naming the first.
+    """
+    if not bool(torch.isfinite(values).all()):
+        where = tuple((~torch.isfinite(values)).nonzero()[0].tolist())
+        raise NonFiniteError(
+            f"{what} is NaN or infinite at {where}: the network's gradients overflow {values.dtype} "
+            "there, or "
+            "the input is not finite; compute it in float64 or drop that sample"
+        )
+    return values
+
+
+def mean_diagonal(K: Kernel) -> float:
+    """Return the mean of the diagonal over rows and classes, exact.
+
+    Raises:
+        ZeroKernelError: If it is not positive, so that nothing is relative to it.
+    """
+    entries = K.diagonal(dim1=-2, dim2=-1) if isinstance(K, Tensor) else diagonal(K, method="exact").value
+    mean = float(require_finite(entries.double(), "the diagonal of the kernel").mean())
+    if not mean > 0:
+        raise ZeroKernelError(
+            f"the mean diagonal of the kernel is {mean:.3g}, so that no ridge is relative to it: "
+            "check that the "
+            "selected parameters reach the output, or pass relative=False"
+        )
+    return mean
+
+
+def may_be_dense(K: Kernel) -> bool:
+    """Whether the dense matrix may be made: no part's ``max_dense_bytes`` forbids it."""
+    return fits_dense(Operand(K))
+
+
+def to_float64(K: Kernel, method: str) -> Tensor:
+    """Return the dense matrix in float64, as factorisations want it.
+
+    Raises:
+        DenseMemoryError: If the operator's limit forbids it; the message names the lazy ways.
+    """
+    if isinstance(K, Tensor):
+        return K.double()
+    if not may_be_dense(K):
+        raise DenseMemoryError(
+            f"method={method!r} needs the dense {'x'.join(map(str, K.shape))} kernel, which its "
+            "max_dense_bytes forbids; raise it, or take method='cg', 'lsmr' or 'nystrom'"
+        )
+    with torch.no_grad():
+        dense = K.to_dense()
+    return require_finite(dense, "the kernel").double()
+
+
+def dense_rows(K: Kernel, start: int, stop: int) -> Tensor:
+    """Return rows of a cross kernel, ``(*batch, stop - start, n)``, in float64.
+
+    Where a dense block is forbidden they come from products with columns of the identity.
+    """
+    if isinstance(K, Tensor):
+        return K[..., start:stop, :].double()
+    with torch.no_grad():
+        if may_be_dense(K):
+            block = K[..., start:stop, :].to_dense()
+        else:
+            unit = torch.zeros(K.shape[-2], stop - start, dtype=K.dtype, device=K.device)
+            unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
+            block = multiply(K.mT, unit.expand(*K.shape[:-2], *unit.shape)).mT
+    return require_finite(block, "the cross kernel").double()

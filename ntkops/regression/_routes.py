@@ -1,0 +1,334 @@
+"""The ways of solving a kernel ridge regression, and which one "auto" takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, OutOfRangeError, SingularKernelError
+from ..operators.counting import multiply
+from ..operators.structure import structure
+from ..vectors import resolve_generator
+from ._factorizations import CholeskyFactor, SpectralFactor, require_regular, truncate
+from ._fits import DenseFit, FeatureFit, Fit, NystromFit, left_out, relative_residuals, solve_info
+from ._iterative import IterativeFit, kernel_solver
+from ._least_squares import least_squares_solver
+from ._operands import Kernel, may_be_dense, require_finite, to_float64
+
+__all__ = ["METHODS", "Problem", "choose", "solve"]
+
+METHODS = ("cg", "eigh", "cholesky", "lsmr", "nystrom", "features")
+_DIRECT = 5000  # rows or features up to which a factorisation is a matter of seconds
+_ENTRIES = 10**8  # of a dense matrix, all classes together: 0.8 GB in float64
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One regression, checked.
+
+    Attributes:
+        K: ``(*batch, n, n)``.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+        group: Rows that leave together when a sample is left out.
+        ridges: Absolute ridges to choose from; a single one is taken as it is.
+        cutoff: Number of eigenpairs, share ε of the trace to lose, or None.
+        inducing: Number or positions of inducing samples, or None.
+        tol: Relative residual asked of iterations.
+        max_products: Cap of their product columns, or None.
+        generator: Source of randomness.
+    """
+
+    K: Kernel
+    rhs: Tensor
+    group: int
+    ridges: tuple[float, ...]
+    cutoff: int | float | None
+    inducing: int | Tensor | None
+    tol: float
+    max_products: int | None
+    generator: torch.Generator | None
+
+    @property
+    def size(self) -> int:
+        """Rows n of a kernel."""
+        return self.K.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A fit with the ridge that was chosen.
+
+    Attributes:
+        fit: The fit.
+        ridge: The absolute ridge.
+        errors: ``(len(ridges),)`` mean squared leave-one-out residuals, or None where none were needed.
+    """
+
+    fit: Fit
+    ridge: float
+    errors: Tensor | None = None
+
+
+def choose(method: str, problem: Problem) -> str:
+    """Return the method that "auto" stands for, or the one asked for.
+
+    Raises:
+        InputError: If the method does not exist or cannot do what is asked.
+    """
+    if method not in ("auto", *METHODS):
+        raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, METHODS))}")
+    many = len(problem.ridges) > 1
+    if method == "auto":
+        return _automatic(problem, many)
+    if problem.cutoff is not None and method != "eigh":
+        raise InputError(
+            f"a spectral cut-off needs the eigenvectors: method='eigh' or 'auto', not {method!r}"
+        )
+    if many and method in ("cg", "lsmr"):
+        raise InputError(
+            f"method={method!r} has no closed form for leave-one-out: choose the ridge with method='eigh', "
+            "'features' or 'nystrom' (on part of the samples if need be), then fit with that one"
+        )
+    if problem.inducing is not None and method != "nystrom":
+        raise InputError(f"inducing samples are for method='nystrom', not {method!r}")
+    return method
+
+
+def _automatic(problem: Problem, many: bool) -> str:
+    if problem.inducing is not None:
+        return "nystrom"
+    if problem.cutoff is not None:
+        return "eigh"
+    if _few_features(problem.K):
+        return "features"
+    if problem.size <= _DIRECT and problem.K.shape.numel() <= _ENTRIES and may_be_dense(problem.K):
+        return "eigh" if many else "cholesky"
+    return "eigh" if many else "cg"
+
+
+def _few_features(K: Kernel) -> bool:
+    """Whether K knows features that are fewer than its rows and may be dense."""
+    factors = structure(K).factors()
+    if factors is None or factors[0].shape[-1] >= min(K.shape[-1], _DIRECT):
+        return False
+    return factors[0].shape.numel() <= _ENTRIES and may_be_dense(factors[0])
+
+
+def solve(method: str, problem: Problem) -> Solved:
+    """Solve by a method that `choose` returned."""
+    return _ROUTES[method](problem)
+
+
+def _cholesky(problem: Problem) -> Solved:
+    if len(problem.ridges) > 1:
+        return _eigh(problem)
+    started, (ridge,) = time.perf_counter(), problem.ridges
+    matrix = to_float64(problem.K, "cholesky")
+    factor = CholeskyFactor(matrix, ridge, problem.K.dtype)
+    dual = factor.dual(problem.rhs)
+    residuals = relative_residuals(problem.rhs - matrix @ dual - ridge * dual, problem.rhs)
+    info = solve_info("cholesky", residuals, problem.tol, started)
+    return Solved(DenseFit(factor, problem.rhs, info), ridge)
+
+
+def _eigh(problem: Problem) -> Solved:
+    started = time.perf_counter()
+    matrix = to_float64(problem.K, "eigh")
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = truncate(values, problem.cutoff)
+    rest = "none" if kept is None else "cut"
+
+    def factor(ridge: float) -> SpectralFactor:
+        require_regular(values, ridge, problem.K.dtype, kept)
+        return SpectralFactor(values, vectors, ridge, rest, kept)
+
+    chosen, ridge, errors = _select(problem, factor)
+    dual = chosen.dual(problem.rhs)
+    missed = problem.rhs - matrix @ dual - ridge * dual
+    if kept is not None:  # what the cut-off leaves out is no error of the solution
+        missed = vectors @ (kept.unsqueeze(-1) * (vectors.mT @ missed))
+    info = solve_info("eigh", relative_residuals(missed, problem.rhs), problem.tol, started)
+    return Solved(DenseFit(chosen, problem.rhs, info), ridge, errors)
+
+
+def _features(problem: Problem) -> Solved:
+    started = time.perf_counter()
+    found = structure(problem.K).factors()
+    if found is None:
+        raise InputError(
+            "method='features' needs an operator that knows its features, K = F Fᵀ; "
+            f"{type(problem.K).__name__} "
+            "does not: take a projected kernel, a RootLinearOperator(F), or another method"
+        )
+    with torch.no_grad():
+        features = require_finite(found[0].to_dense(), "the features").double()
+    factor, ridge, errors = _thin(problem, features, exact=True)
+    info = solve_info("features", _primal_residuals(features, factor, problem.rhs), problem.tol, started)
+    return Solved(FeatureFit(factor, features, problem.rhs, info), ridge, errors)
+
+
+def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralFactor, float, Tensor | None]:
+    """Return the factor of F Fᵀ + ridge from the singular values of F, ``(*batch, n, k)``.
+
+    Raises:
+        SingularKernelError: If F Fᵀ + ridge is singular. One that only approximates the kernel
+            (``exact=False``) counts as such without a ridge.
+    """
+    left, singular, _ = torch.linalg.svd(features, full_matrices=False)
+    values = singular.square()
+    full = exact and values.shape[-1] == problem.size
+    # Features that repeat or vanish leave singular values of zero, whose vectors mean nothing.
+    seen = singular > max(features.shape[-2:]) * torch.finfo(torch.float64).eps * singular.amax(
+        -1, keepdim=True
+    )
+
+    def factor(ridge: float) -> SpectralFactor:
+        if full:
+            require_regular(values, ridge, problem.K.dtype)
+        elif ridge == 0:
+            raise SingularKernelError(
+                f"a kernel of {features.shape[-1]} features has rank {features.shape[-1]} at most, and "
+                f"{problem.size} rows: without a ridge it has no inverse; pass ridge=1e-6 or more"
+            )
+        return (
+            SpectralFactor(values, left, ridge, "none")
+            if full
+            else SpectralFactor(values, left, ridge, "zero", seen)
+        )
+
+    return _select(problem, factor)
+
+
+def _nystrom(problem: Problem) -> Solved:
+    started = time.perf_counter()
+    chosen, seed = _inducing(problem)
+    columns = _dense_columns(problem.K, chosen)  # (*batch, n, m)
+    block = columns[..., chosen, :]
+    values, vectors = torch.linalg.eigh((block + block.mT) / 2)
+    noise = len(chosen) * torch.finfo(problem.K.dtype).eps * values.amax(-1, keepdim=True)
+    used = values > noise
+    if not bool(used.any(-1).all()):
+        raise SingularKernelError("the kernel of the inducing rows is zero; choose other rows")
+    scale = torch.where(used, values.clamp(min=0).rsqrt(), torch.zeros_like(values))
+    # A batch stays one tensor: directions without energy get columns of zeros, which the ridge ignores.
+    rank = int(used.sum(-1).max())
+    whitening = (vectors * scale.unsqueeze(-2))[..., -rank:]
+    features = columns @ whitening
+    factor, ridge, errors = _thin(problem, features, exact=False)
+    residuals = _primal_residuals(features, factor, problem.rhs)
+    info = solve_info("nystrom", residuals, problem.tol, started, products=len(chosen), seed=seed)
+    return Solved(NystromFit(factor, whitening, features, chosen, problem.rhs, info), ridge, errors)
+
+
+def _primal_residuals(features: Tensor, factor: SpectralFactor, rhs: Tensor) -> Tensor:
+    """Return the residual of (Fᵀ F + ridge) w = Fᵀ y, relative to |F| |y|: no 1 / ridge enters it."""
+    weights = features.mT @ factor.within(rhs)
+    rest = features.mT @ (rhs - features @ weights) - factor.ridge * weights
+    size = factor.values.amax(-1).sqrt()[..., None, None]
+    return relative_residuals(rest / size, rhs)
+
+
+def _inducing(problem: Problem) -> tuple[Tensor, int | None]:
+    """Return the rows of the inducing samples, and the seed that drew them."""
+    count, wanted = problem.size // problem.group, problem.inducing
+    if wanted is None:
+        raise InputError(
+            "method='nystrom' needs inducing samples: inducing=200 draws so many, inducing=indices names them"
+        )
+    seed: int | None = None
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        if not 1 <= wanted <= count:
+            raise InputError(f"inducing={wanted}: a number of samples from 1 to {count}")
+        generator, seed = resolve_generator(problem.generator)
+        samples = torch.randperm(count, generator=generator)[:wanted].sort().values
+    else:
+        samples = _named(wanted, count)
+    rows = samples.unsqueeze(1) * problem.group + torch.arange(problem.group)
+    return rows.flatten().to(problem.K.device), seed
+
+
+def _named(wanted: Any, count: int) -> Tensor:
+    """Return positions of samples as a user named them, on the CPU."""
+    samples = torch.as_tensor(wanted).cpu()
+    if samples.dim() != 1 or not len(samples) or samples.dtype not in (torch.int64, torch.int32):
+        raise InputError("inducing: pass a number of samples, or a vector of their positions (integers)")
+    outside = (samples < 0) | (samples >= count)
+    if bool(outside.any()):
+        raise OutOfRangeError(f"inducing sample {int(samples[outside][0])} does not exist: there are {count}")
+    if len(samples.unique()) < len(samples):
+        raise InputError("an inducing sample is named twice: pass each position once")
+    return samples.long()
+
+
+def _dense_columns(K: Kernel, chosen: Tensor) -> Tensor:
+    """Return some columns of a kernel, ``(*batch, n, m)``, in float64."""
+    if isinstance(K, Tensor):
+        return K[..., chosen].double()
+    with torch.no_grad():
+        columns = K[..., :, chosen]
+        if may_be_dense(columns):
+            return require_finite(columns.to_dense(), "the kernel").double()
+        identity = torch.zeros(K.shape[-1], len(chosen), dtype=K.dtype, device=K.device)
+        identity[chosen, torch.arange(len(chosen), device=K.device)] = 1
+        return multiply(K, identity.expand(*K.shape[:-2], *identity.shape)).double()
+
+
+def _select(
+    problem: Problem, factor: Callable[[float], SpectralFactor]
+) -> tuple[SpectralFactor, float, Tensor | None]:
+    """Return the factor at the ridge with the smallest leave-one-out error, over all targets and classes.
+
+    Raises:
+        SingularKernelError: If none of the ridges leaves K + ridge regular.
+    """
+    if len(problem.ridges) == 1:
+        return factor(problem.ridges[0]), problem.ridges[0], None
+    errors: list[float] = []
+    refused: SingularKernelError | None = None
+    for ridge in problem.ridges:
+        try:
+            residuals = left_out(factor(ridge), problem.rhs, problem.group)
+        except SingularKernelError as error:
+            refused = error
+            errors.append(float("inf"))
+            continue
+        errors.append(float(residuals.square().mean()))
+    table = torch.tensor(errors, dtype=torch.float64)
+    best = int(table.argmin())
+    if not torch.isfinite(table[best]):
+        assert refused is not None
+        raise refused
+    return factor(problem.ridges[best]), problem.ridges[best], table
+
+
+def _cg(problem: Problem) -> Solved:
+    (ridge,) = problem.ridges
+    solver = kernel_solver(
+        problem.K,
+        ridge,
+        tol=problem.tol,
+        max_products=problem.max_products,
+        generator=problem.generator,
+    )
+    return Solved(IterativeFit(solver, problem.rhs), ridge)
+
+
+def _lsmr(problem: Problem) -> Solved:
+    (ridge,) = problem.ridges
+    solver = least_squares_solver(problem.K, ridge, tol=problem.tol, max_products=problem.max_products)
+    return Solved(IterativeFit(solver, problem.rhs), ridge)
+
+
+_ROUTES: dict[str, Callable[[Problem], Solved]] = {
+    "cholesky": _cholesky,
+    "eigh": _eigh,
+    "features": _features,
+    "nystrom": _nystrom,
+    "cg": _cg,
+    "lsmr": _lsmr,
+}

@@ -1,0 +1,148 @@
+"""Which networks a kernel was made from, and what they say at its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
+from ..model import Linearization
+from ..operators.axes import StateAxis
+from ..operators.base import EngineOperator
+from ._operands import Kernel
+
+__all__ = ["network_outputs", "require_same_snapshot"]
+
+
+def _sources(operator: object) -> Iterator[EngineOperator]:
+    """Yield the operators of ours inside sums, multiples, projections and the like."""
+    if isinstance(operator, EngineOperator):
+        yield operator
+    elif isinstance(operator, LinearOperator):
+        for part in (*operator._args, *operator._kwargs.values()):
+            yield from _sources(part)
+
+
+def _snapshots(operator: Kernel) -> dict[int, EngineOperator]:
+    return {id(source._core.engine.linearization): source for source in _sources(operator)}
+
+
+def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
+    """Raise if a cross kernel was made from other parameters, or over other columns, than the fitted kernel.
+
+    Operators of one `Linearization` share it. Others are compared tensor by tensor, so that a second
+    kernel of an unchanged model is welcome. Dense matrices say nothing of their origin.
+
+    Raises:
+        InputError: If one is an approximation of the kernel, and the other is not.
+        StaleOperatorError: If parameters, buffers, the choice of the output or a projection differ.
+        ShapeError: If the columns are other outputs, or another choice of rows, than those of the fit.
+    """
+    kinds = [type(k).__name__ for k in (fitted, cross) if hasattr(k, "structure")]
+    if len(set(kinds)) > 1:
+        raise InputError(
+            f"the fitted kernel is a {kinds[0]}, the cross kernel a {kinds[1]}: make it with .cross(x_new) "
+            "from the kernel that was fitted"
+        )
+    known = _snapshots(fitted)
+    for key, source in _snapshots(cross).items():
+        if not known:
+            return
+        if key not in known:
+            reasons = [_difference(source, other) for other in known.values()]
+            if all(reason is not None for reason in reasons):
+                raise StaleOperatorError(
+                    f"the cross kernel belongs to another snapshot of the network than the fitted kernel: "
+                    f"{reasons[0]}. Make it with K.cross(x_new), or fit again"
+                )
+    if isinstance(fitted, EngineOperator) and isinstance(cross, EngineOperator):
+        _require_same_columns(fitted, cross)
+        keys = [getattr(getattr(k._core, "projection", None), "key", None) for k in (fitted, cross)]
+        if keys[0] != keys[1]:
+            raise StaleOperatorError(
+                "the cross kernel is seen through another projection than the fitted kernel; make it with "
+                "K.cross(x_new) from the kernel that was fitted"
+            )
+
+
+def _difference(first: EngineOperator, second: EngineOperator) -> str | None:
+    """Return the first difference between two snapshots, or None."""
+    one, two = first._core.engine.linearization, second._core.engine.linearization
+    if one.names != two.names:
+        return "other parameters are selected"
+    if one.output_name != two.output_name:
+        return f"its state is {one.output_name}, not {two.output_name}"
+    pairs = zip(one.names, first._args, second._args, strict=True)
+    for name, a, b in pairs:
+        if not _equal(a, b):
+            return f"parameter {name!r} differs"
+    for kind, left, right in (("parameter", one.frozen, two.frozen), ("buffer", one.buffers, two.buffers)):
+        for name in left.keys() | right.keys():
+            if name not in left or name not in right or not _equal(left[name], right[name]):
+                return f"{kind} {name!r} differs"
+    return None
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    same = first.shape == second.shape and first.dtype == second.dtype and first.device == second.device
+    return same and torch.equal(first, second)
+
+
+def _require_same_columns(fitted: EngineOperator, cross: EngineOperator) -> None:
+    rows, columns = fitted._core.columns, cross._core.columns
+    if rows is columns or not (isinstance(rows, StateAxis) and isinstance(columns, StateAxis)):
+        return
+    picks = (rows.pick, columns.pick)
+    same_pick = picks[0] is picks[1] or (
+        picks[0] is not None and picks[1] is not None and torch.equal(picks[0], picks[1])
+    )
+    if not torch.equal(rows.outputs, columns.outputs) or not same_pick:
+        raise ShapeError(
+            "the columns of the cross kernel are other outputs, or another choice of rows, than those of the "
+            "fitted kernel; make it with K.cross(x_new) from the kernel that was fitted"
+        )
+
+
+def network_outputs(K: Kernel) -> Tensor:
+    """Return what the network says at the rows of a kernel, ``(*batch, n)``: f(x) at its snapshot.
+
+    Cost: one forward pass over the samples.
+
+    Raises:
+        InputError: If the kernel is not made from one network (a dense matrix, a sum over several).
+        UnsupportedOperationError: If it is traced over outputs, so that no row belongs to one output.
+    """
+    found = list(_sources(K))
+    axes = {source._core.rows.key: source for source in found if isinstance(source._core.rows, StateAxis)}
+    if len(_snapshots(K)) != 1 or not axes:
+        raise InputError(
+            "offset='network' evaluates the network that the kernel was made from, and this one does "
+            "not name "
+            "one network: pass its outputs yourself, fit(K, Y, offset=f_x) and predict(K_cross, offset=f_new)"
+        )
+    source = next(s for s in axes.values() if s.shape[-2] == K.shape[-2])
+    axis = source._core.rows
+    assert isinstance(axis, StateAxis)
+    if axis.terms != 1:
+        raise UnsupportedOperationError(
+            "a kernel traced over outputs has no output of the network at its rows: use outputs='each' or "
+            "'all', or pass the offset yourself"
+        )
+    outputs = _forward(source._core.engine.linearization, source._args, axis)  # (N, O)
+    rows = outputs[:, axis.flat_outputs[:, 0].to(outputs.device)].movedim(1, 0).flatten(1)  # (batch, N*r)
+    if axis.pick is not None:
+        rows = rows[:, axis.pick.to(rows.device)]
+    return rows.reshape(*axis.batch_shape, -1)
+
+
+def _forward(linearization: Linearization, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
+    linearization.check_fresh()
+    axis.inputs.check_fresh()
+    parts = []
+    with torch.no_grad(), linearization.safe_context():
+        for _, _, batch in axis.inputs.batches(256):
+            parts.append(linearization.function(params, batch).detach())
+    return torch.cat(parts)

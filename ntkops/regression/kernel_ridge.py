@@ -1,0 +1,392 @@
+"""Kernel ridge regression with tangent kernels, lazy or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import DtypeError, InputError, ShapeError
+from ..results import LeaveOneOut, RidgePath, SolveInfo
+from ._layout import Layout, read_labels
+from ._operands import mean_diagonal, read_kernel, require_finite
+from ._options import check_cutoff, read_ridges
+from ._parameters import Parameters
+from ._routes import Problem, choose, solve
+from ._snapshots import network_outputs, require_same_snapshot
+from .metrics import accuracy, r2_score
+
+__all__ = ["KernelRidge"]
+
+_ROWS = 256  # rows of a cross kernel that are dense at a time for variances
+
+Method = Literal["auto", "cg", "eigh", "cholesky", "lsmr", "nystrom", "features"]
+
+
+class KernelRidge(Parameters):
+    r"""Kernel ridge regression, :math:`f(x_*) = K_{*X} (K_{XX} + r I)^{-1} Y`.
+
+    With the network's own outputs as labels it is the kernel's picture of the network; with labels minus
+    outputs and ``offset`` it is the network linearised at its parameters and trained to the end with weight
+    decay. Labels are numbers, never class indices.
+
+    Shapes:
+        * K ``(N, N)`` with Y ``(N,)`` or ``(N, ...)``: one kernel shared by all targets.
+        * K ``(C, N, N)`` with Y ``(N, C)``: one kernel for each target (``outputs="each"``).
+        * K ``(N·O, N·O)`` with Y ``(N, ...)`` of N·O entries: samples and outputs flattened sample-major, as
+          ``outputs="all"`` has them.
+
+    Dense factorisations run in float64 whatever the kernel's dtype; results have the kernel's dtype.
+
+    Args:
+        ridge: r ≥ 0; several of them, or "loo" for a grid from 1e-10 to 100, from which the closed-form
+            leave-one-out error over all targets chooses one.
+        relative: Whether ridges are multiples of the mean diagonal of K, over all classes; False for
+            absolute ones.
+        method: "cholesky"; "eigh" (several ridges, cut-offs); "features" (K = F Fᵀ with known F, by its
+            singular values: cheap when F has fewer columns than rows); "nystrom" (all labels, coefficients
+            on the ``inducing`` samples alone); "cg" (products with K alone); "lsmr" (products with J and Jᵀ,
+            for small ridges); or "auto": features where they are few, a factorisation up to 5000 rows,
+            else "cg".
+        offset: What the regression is added to: None; "network", the network's outputs at the kernel's rows;
+            or a number or tensor that broadcasts to the labels of one sample. Outputs of your own go to `fit`
+            and `predict`.
+        cutoff: Spectral cut-off: the number r of leading eigenpairs, or the share ε of the trace to lose.
+            :math:`\alpha = U_r (S_r + r I)^{-1} U_r^\top Y`, and the whole kernel at new samples.
+        inducing: For "nystrom": a number of samples to draw, or their positions. For other inducing inputs
+            and rules fit ``ntkops.operators.nystrom_ntk(K, ...)`` and predict from its `cross`.
+        tol: Largest true relative residual of any column: "cg" and "lsmr" go on until it is met, the
+            others warn where rounding does not allow it.
+        max_products: Most product columns of an iteration; None for the solver's own limit.
+        generator: CPU generator of random choices; None draws a seed from the operating system.
+
+    Attributes:
+        dual_coef_: α in the shape of Y, the kernel's dtype.
+        ridge_: The absolute ridge r in use, a float.
+        scale_: The mean diagonal that ridges are multiples of; 1 for absolute ones.
+        ridge_path_: `RidgePath` of the ridges that were compared; None where one was given.
+        method_: The method in use.
+        solve_info_: `SolveInfo`, with the true relative residual of every column.
+        n_features_in_: Rows n of a kernel.
+
+    Raises:
+        InputError: In `fit`, if an option is not understood, or labels are integers.
+
+    Cost: one dense n × n kernel and n³/3 operations for "cholesky", some 10 n³ for "eigh", n k² for
+    "features", n m² for "nystrom"; for "cg" and "lsmr" a product a step, one column for each target.
+
+    References:
+        Distilled NTK paper, equations (16) to (19); Rasmussen and Williams, Gaussian Processes for Machine
+        Learning (2006), equations (2.25), (2.26) and (5.12).
+
+    Example:
+        >>> import torch, ntkops
+        >>> from ntkops.regression import KernelRidge
+        >>> _ = torch.manual_seed(0)
+        >>> layers = torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)
+        >>> network = torch.nn.Sequential(*layers).double()
+        >>> x, x_new = torch.randn(20, 3).double(), torch.randn(5, 3).double()
+        >>> K = ntkops.ntk(network, x)
+        >>> fitted = KernelRidge(1e-8).fit(K, network(x).detach())
+        >>> predictions = fitted.predict(K.cross(x_new))
+        >>> predictions.shape, fitted.method_, fitted.solve_info_.converged
+        (torch.Size([5, 2]), 'cholesky', True)
+        >>> bool((fitted.predict(K) - network(x)).abs().max() < 1e-5)
+        True
+    """
+
+    dual_coef_: Tensor
+    ridge_: float
+    scale_: float
+    ridge_path_: RidgePath | None
+    method_: str
+    solve_info_: SolveInfo
+    n_features_in_: int
+
+    def __init__(
+        self,
+        ridge: float | Sequence[float] | Literal["loo"] = 1e-4,
+        relative: bool = True,
+        method: Method = "auto",
+        offset: Any = None,
+        *,
+        cutoff: int | float | None = None,
+        inducing: int | Tensor | None = None,
+        tol: float = 1e-6,
+        max_products: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.ridge = ridge
+        self.relative = relative
+        self.method = method
+        self.offset = offset
+        self.cutoff = cutoff
+        self.inducing = inducing
+        self.tol = tol
+        self.max_products = max_products
+        self.generator = generator
+
+    # fitting
+
+    def fit(self, K: LinearOperator | Tensor, Y: Tensor, *, offset: Tensor | None = None) -> Self:
+        """Solve (K + r) α = Y - offset.
+
+        Args:
+            K: Square kernel of the training samples: an operator, a tensor or an array.
+            Y: Labels in the kernel's dtype, one row for each sample; see the shapes above.
+            offset: Outputs f(X) to which the regression is added, in the shape of Y; overrides the
+                constructor's, and asks `predict` for the outputs at the new samples.
+
+        Returns:
+            The regression itself.
+
+        Raises:
+            InputError: If an option is not understood, or labels are integers.
+            ShapeError: If kernel, labels and offset do not fit.
+            DtypeError: If their dtypes differ.
+            NonFiniteError: If one of them holds NaN or infinity.
+            ZeroKernelError: If ridges are relative to a kernel of zeros.
+            SingularKernelError: If K + r is numerically singular.
+            DenseMemoryError: If the method needs a dense kernel that the operator refuses.
+            NotConvergedError: If an iteration ended above ``tol``; it carries the partial result.
+
+        Warns:
+            NotConvergedWarning: If rounding kept a factorisation above ``tol``.
+        """
+        K = read_kernel(K)
+        if K.shape[-1] != K.shape[-2]:
+            raise ShapeError(
+                f"fit takes the square kernel of the training samples, this one is {tuple(K.shape)}; "
+                "cross kernels "
+                "go to predict"
+            )
+        ridges = read_ridges(self.ridge)
+        check_cutoff(self.cutoff, K.shape[-1])
+        layout, labels = read_labels(Y, K.shape, K.dtype, K.device)
+        base = self._offset_at(K, layout, labels.shape[0], offset, fitting=True)
+        residual = labels if base is None else labels - base
+        scale = mean_diagonal(K) if self.relative else 1.0
+        problem = Problem(
+            K=K,
+            rhs=layout.columns(residual.double()),
+            group=layout.group,
+            ridges=tuple(ridge * scale for ridge in ridges),
+            cutoff=self.cutoff,
+            inducing=self.inducing,
+            tol=self.tol,
+            max_products=self.max_products,
+            generator=self.generator,
+        )
+        method = choose(self.method, problem)
+        solved = solve(method, problem)
+        self._K, self._layout, self._labels, self._fit = K, layout, labels, solved.fit
+        self._explicit_offset = offset is not None
+        self.method_, self.ridge_, self.scale_ = method, solved.ridge, scale
+        self.ridge_path_ = None if solved.errors is None else self._path(problem.ridges, solved.errors, scale)
+        self.solve_info_ = solved.fit.info
+        self.n_features_in_ = K.shape[-1]
+        self.dual_coef_ = layout.restore(solved.fit.dual).to(K.dtype)
+        return self
+
+    @staticmethod
+    def _path(ridges: tuple[float, ...], errors: Tensor, scale: float) -> RidgePath:
+        return RidgePath(torch.tensor(ridges, dtype=torch.float64), errors, scale, int(errors.argmin()))
+
+    # the offset
+
+    def _offset_at(
+        self, K: LinearOperator | Tensor, layout: Layout, samples: int, given: Any, *, fitting: bool
+    ) -> Tensor | None:
+        """Return the offset at the rows of a kernel, in the shape of the labels, or None."""
+        if given is None and not fitting and self._explicit_offset:
+            raise InputError(
+                "fit was given the network's outputs; give predict those at the new samples: offset=f_new"
+            )
+        if given is not None and not fitting and not self._explicit_offset:
+            raise InputError(
+                "predict was given outputs to add, but fit subtracted none: pass fit(K, Y, offset=f_x)"
+            )
+        shape = (samples, *layout.tail)
+        if given is not None:
+            values = torch.as_tensor(given).detach()
+            if tuple(values.shape) != shape:
+                raise ShapeError(f"the offset has shape {tuple(values.shape)}, the labels need {shape}")
+        elif self.offset is None:
+            return None
+        elif isinstance(self.offset, str):
+            if self.offset != "network":
+                raise InputError(f"offset={self.offset!r}: None, 'network', a number or a tensor")
+            values = self._network(K, layout, shape)
+        else:
+            values = torch.as_tensor(self.offset, dtype=K.dtype, device=K.device)
+            try:
+                values = values.expand(shape)
+            except RuntimeError as error:
+                raise ShapeError(
+                    f"offset of shape {tuple(values.shape)} does not broadcast to labels of shape {shape}"
+                ) from error
+        if values.dtype != K.dtype:
+            raise DtypeError(f"the kernel has dtype {K.dtype}, the offset {values.dtype}; cast one of them")
+        return require_finite(values, "the offset")
+
+    def _network(self, K: LinearOperator | Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+        outputs = layout.restore_rows(network_outputs(K))
+        if tuple(outputs.shape) == shape:
+            return outputs
+        if layout.kind == "shared" and outputs.dim() == 1:
+            raise ShapeError(
+                f"the kernel's rows belong to one output of the network, the labels {shape} have "
+                "several targets: "
+                "offset='network' needs outputs='each' or 'all'"
+            )
+        return outputs.reshape(shape)
+
+    # predicting
+
+    def predict(self, K_cross: LinearOperator | Tensor, *, offset: Tensor | None = None) -> Tensor:
+        """Return f(x*) = offset + K_* α.
+
+        Args:
+            K_cross: Kernel between new samples (rows) and those of the fit (columns), ``K.cross(x_new)``.
+                Of an operator only products are taken.
+            offset: Outputs f(x*) at the new samples, where `fit` was given those at the old.
+
+        Returns:
+            ``(M, ...)``: the shape of Y with M new samples in front, the dtype of the cross kernel.
+
+        Raises:
+            InputError: If nothing is fitted, or an offset is missing or too many.
+            ShapeError: If the cross kernel does not fit.
+            DtypeError: If its dtype is not that of the fit.
+            StaleOperatorError: If it belongs to another snapshot of the network.
+            NonFiniteError: If it holds NaN or infinity.
+        """
+        K_cross = self._read_cross(K_cross)
+        values = self._layout.restore(self._fit.predict(K_cross))
+        base = self._offset_at(K_cross, self._layout, len(values), offset, fitting=False)
+        return values if base is None else values + base
+
+    def _read_cross(self, K_cross: Any) -> LinearOperator | Tensor:
+        self._require_fit()
+        K_cross = read_kernel(K_cross, "the cross kernel")
+        self._layout.check_rows(K_cross.shape, self.n_features_in_)
+        if K_cross.dtype != self._K.dtype:
+            raise DtypeError(
+                f"the fitted kernel has dtype {self._K.dtype}, the cross kernel {K_cross.dtype}; cast "
+                "one of them"
+            )
+        require_same_snapshot(self._K, K_cross)
+        return K_cross
+
+    def _require_fit(self) -> None:
+        if not hasattr(self, "dual_coef_"):
+            raise InputError("this KernelRidge is not fitted yet: call fit(K, Y) first")
+
+    def variance(self, K_cross: LinearOperator | Tensor, K_diag: Tensor) -> Tensor:
+        r"""Return the posterior variance of the noiseless function.
+
+        It is :math:`k_{**} - k_*^\top (K + r I)^{-1} k_*`: the Gaussian process with this kernel and noise
+        of variance r. It does not depend on the labels. With a cut-off only the kept directions explain
+        variance; "nystrom" gives the variance of its features plus the prior variance that they miss.
+
+        Args:
+            K_cross: As for `predict`. Dense in blocks of 256 rows, or taken by products where that is
+                forbidden.
+            K_diag: Prior variances K(x*, x*): ``(M,)``, ``(C, M)`` for a batch, ``(M·O,)`` for all outputs,
+                as ``ntkops.ntk(model, x_new, ...).diagonal()`` returns them.
+
+        Returns:
+            ``(M,)`` for a shared kernel, ``(M, C)`` for one a class, ``(M, ...)`` as the labels for all
+            outputs; the kernel's dtype, 0 where rounding would make it negative.
+
+        Raises:
+            InputError: If nothing is fitted, or a variance is negative beyond rounding: the diagonal does not
+                belong to these samples.
+            ShapeError: If the arguments do not fit.
+            DtypeError: If their dtype is not that of the fit.
+            StaleOperatorError: If the cross kernel belongs to another snapshot of the network.
+        """
+        K_cross = self._read_cross(K_cross)
+        prior = torch.as_tensor(K_diag).detach()
+        if tuple(prior.shape) != tuple(K_cross.shape[:-1]):
+            raise ShapeError(
+                f"K_diag has shape {tuple(prior.shape)}, one entry for each row of the cross kernel is due: "
+                f"{tuple(K_cross.shape[:-1])}"
+            )
+        require_finite(prior, "K_diag")
+        prior = prior.double()
+        rows = K_cross.shape[-2]
+        explained = torch.cat(
+            [self._fit.explained(K_cross, a, min(a + _ROWS, rows)) for a in range(0, rows, _ROWS)], dim=-1
+        )
+        values = prior - explained
+        slack = self._rounding() * prior.abs()
+        if bool((values < -slack).any()):
+            row = int((values + slack).reshape(-1, rows).amin(0).argmin())
+            raise InputError(
+                f"the variance at row {row} would be negative: K_diag does not belong to the rows of "
+                "this cross "
+                "kernel, which need K(x*, x*) of the same network, samples and outputs"
+            )
+        return self._layout.restore_rows(values.clamp(min=0)).to(K_cross.dtype)
+
+    def _rounding(self) -> float:
+        """Return the share of a prior variance by which rounding in K can move the posterior one."""
+        # An error E of K moves kᵀ A⁻¹ k by |A⁻¹ k|² |E| at most, and |A⁻¹ k|² <= k(x*, x*) / (4 r).
+        eps = torch.finfo(self._K.dtype).eps
+        entries = self.n_features_in_ * eps * self._prior_scale()
+        return 1e-6 + 10 * self.tol + entries / (4 * self.ridge_) if self.ridge_ > 0 else float("inf")
+
+    def _prior_scale(self) -> float:
+        return self.scale_ if self.relative else mean_diagonal(self._K)
+
+    # leave-one-out
+
+    def leave_one_out(self) -> LeaveOneOut:
+        r"""Return what each training sample would get from all others, without fitting again.
+
+        The closed form :math:`y_i - f_{-i}(x_i) = \alpha_i / [(K + r)^{-1}]_{ii}`; of a kernel over samples
+        and outputs all outputs of a sample leave together. The ridge stays as it is, and so do the
+        eigenvectors of a cut-off and the features of "features" and "nystrom". For "cg" it solves for all n
+        columns of the identity.
+
+        Returns:
+            `LeaveOneOut` with residuals and predictions in the shape of Y.
+
+        Raises:
+            InputError: If nothing is fitted.
+            SingularKernelError: If a sample determines its own fit alone.
+        """
+        self._require_fit()
+        residuals = self._layout.restore(self._fit.left_out(self._layout.group))
+        return LeaveOneOut(
+            residuals=residuals.to(self._K.dtype),
+            predictions=(self._labels.double() - residuals).to(self._K.dtype),
+            mean_squared_error=float(residuals.square().mean()),
+        )
+
+    # scikit-learn's score
+
+    def score(self, K_cross: LinearOperator | Tensor, Y: Tensor, *, offset: Tensor | None = None) -> float:
+        """Return how good the predictions are: accuracy for class numbers, R² for numbers.
+
+        Args:
+            K_cross: As for `predict`.
+            Y: ``(M,)`` integer classes, compared with the largest prediction; or targets in the shape of the
+                predictions, for the coefficient of determination, averaged over targets.
+            offset: As for `predict`.
+
+        Returns:
+            A number up to 1.
+
+        Raises:
+            ShapeError: If Y does not fit the predictions.
+        """
+        predictions = self.predict(K_cross, offset=offset)
+        truth = Y.detach() if isinstance(Y, Tensor) else torch.as_tensor(Y)
+        if not truth.dtype.is_floating_point:
+            return accuracy(predictions, truth)
+        return r2_score(predictions, truth)
