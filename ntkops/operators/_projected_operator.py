@@ -1,0 +1,224 @@
+"""A projection as a lazy k x P operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from linear_operator.operators import LinearOperator
+from linear_operator.utils.generic import _to_helper
+from torch import Tensor
+
+from ..engines import format_bytes, tensor_bytes
+from ..errors import (
+    DenseMemoryError,
+    DeviceError,
+    DtypeError,
+    InputError,
+    ShapeError,
+    UnsupportedOperationError,
+)
+from ..projections import Projection
+from .axes import resolve_index
+from .core import dense_limit
+
+__all__ = ["ProjectionOperator"]
+
+Picked = range | tuple[int, ...]
+
+
+class ProjectionOperator(LinearOperator):
+    """A projection P as a lazy ``(k, P)`` operator: products, adjoint, columns, a guarded dense matrix.
+
+    Args:
+        projection: The map.
+        dtype: Dtype of the vectors.
+        device: Device of the vectors.
+        max_dense_bytes: Largest dense matrix allowed; "auto" is a quarter of what is free, 0 never.
+        transposed: Whether the operator is Pᵀ.
+        images: Rows of P, None for all.
+        entries: Columns of P, None for all.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.operators import ProjectionOperator
+        >>> from ntkops.projections import SJLT
+        >>> P = ProjectionOperator(SJLT(dim=1000, k=64, seed=0))
+        >>> P.shape, (P @ torch.ones(1000)).shape, (P.mT @ torch.ones(64, 2)).shape
+        (torch.Size([64, 1000]), torch.Size([64]), torch.Size([1000, 2]))
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_dense_bytes: int | Literal["auto"] = "auto",
+        transposed: bool = False,
+        images: Picked | None = None,
+        entries: Picked | None = None,
+    ) -> None:
+        if not isinstance(projection, Projection):
+            raise InputError(f"projection is a {type(projection).__name__}: pass one of ntkops.projections")
+        place = torch.device(device)
+        limit = dense_limit(max_dense_bytes, place)
+        images = range(projection.k) if images is None else images
+        entries = range(projection.dim) if entries is None else entries
+        # Numbers, not tensors: linear_operator casts and differentiates every tensor that it finds.
+        super().__init__(
+            projection=projection,
+            dtype=dtype,
+            device=place,
+            max_dense_bytes=limit,
+            transposed=transposed,
+            images=images,
+            entries=entries,
+        )
+        self.projection = projection
+        self._images, self._entries = images, entries
+        self._dtype, self._device, self._limit, self._flipped = dtype, place, limit, transposed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors."""
+        return self._device
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """Limit for the dense matrix in bytes; 0 means never."""
+        return self._limit
+
+    def __repr__(self) -> str:
+        """Show the projection and where it lives."""
+        suffix = ".mT" if self._flipped else ""
+        return f"{type(self).__name__}({self.projection!r}, {self.dtype}, {self.device}){suffix}"
+
+    def _size(self) -> torch.Size:
+        shape = len(self._images), len(self._entries)
+        return torch.Size(shape[::-1] if self._flipped else shape)
+
+    def _like(self, **changes: Any) -> Self:
+        return type(self)(**{**self._kwargs, **changes})
+
+    def _transpose_nonbatch(self) -> Self:
+        return self._like(transposed=not self._flipped)
+
+    def _expand_batch(self, batch_shape: torch.Size | Sequence[int]) -> LinearOperator:
+        if not tuple(batch_shape):
+            return self
+        raise UnsupportedOperationError("a projection is one matrix and has no batch; it multiplies batches")
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the same map for vectors of another dtype or on another device."""
+        device, dtype = _to_helper(*args, **kwargs)
+        return self._like(dtype=dtype or self.dtype, device=device or self.device)
+
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """Multiply with a vector, a block of columns, or another operator (lazily).
+
+        Args:
+            other: ``(n,)``, ``(*batch, n, c)``, or a LinearOperator.
+
+        Returns:
+            ``(m,)`` or ``(*batch, m, c)``, differentiable; a lazy product for an operator.
+
+        Raises:
+            ShapeError: If the number of rows does not fit.
+            DtypeError: If the dtype differs from the operator's.
+            DeviceError: If the device differs from the operator's.
+        """
+        if isinstance(other, LinearOperator):
+            return super().matmul(other)
+        if other.dim() == 0 or other.shape[-2 if other.dim() > 1 else 0] != self.shape[-1]:
+            raise ShapeError(f"expected {self.shape[-1]} rows, got {tuple(other.shape)}")
+        if other.dtype != self.dtype:
+            raise DtypeError(
+                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
+            )
+        if other.device != self.device:
+            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
+        return self._matmul(other)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        rows = rhs if rhs.dim() == 1 else rhs.mT
+        result = self._pull(rows) if self._flipped else self._push(rows)
+        return result if rhs.dim() == 1 else result.mT
+
+    def _push(self, rows: Tensor) -> Tensor:
+        """Return P x for each row of ``(..., entries)``."""
+        if _is_run(self._entries):
+            found = self.projection.apply(rows, self._entries[0])
+        else:
+            found = self.projection.apply(_spread(rows, self._entries, self.projection.dim))
+        return (
+            found
+            if len(self._images) == self.projection.k and _is_run(self._images)
+            else (found[..., _positions(self._images, found)])
+        )
+
+    def _pull(self, rows: Tensor) -> Tensor:
+        """Return Pᵀ y for each row of ``(..., images)``."""
+        rows = _spread(rows, self._images, self.projection.k)
+        if _is_run(self._entries):
+            return self.projection.adjoint(rows, self._entries[0], self._entries[-1] + 1)
+        return self.projection.adjoint(rows)[..., _positions(self._entries, rows)]
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Self:
+        images, entries = (col_index, row_index) if self._flipped else (row_index, col_index)
+        return self._like(images=_pick(self._images, images), entries=_pick(self._entries, entries))
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        rows, cols = torch.broadcast_tensors(row_index, col_index)
+        images, entries = (cols, rows) if self._flipped else (rows, cols)
+        one = torch.ones(1, dtype=self.dtype, device=self.device)
+        found, position = torch.unique(entries, return_inverse=True)
+        columns = torch.stack([self.projection.apply(one, self._entries[int(entry)]) for entry in found])
+        return columns[:, _positions(self._images, one)][position, images]
+
+    def to_dense(self) -> Tensor:
+        """Write the matrix down.
+
+        Returns:
+            ``(k, P)``, or ``(P, k)`` for the transpose.
+
+        Raises:
+            DenseMemoryError: If it exceeds ``max_dense_bytes``, before anything is allocated.
+        """
+        needed = tensor_bytes(self.shape, self.dtype)
+        if needed > self._limit:
+            raise DenseMemoryError(
+                f"the dense {self.shape[0]} x {self.shape[1]} projection needs {format_bytes(needed)}, above "
+                f"max_dense_bytes={format_bytes(self._limit)}; use products P @ V and P.mT @ V, or raise "
+                "max_dense_bytes"
+            )
+        dense = self._pull(torch.eye(len(self._images), dtype=self.dtype, device=self.device))
+        return dense.mT if self._flipped else dense
+
+
+def _is_run(picked: Picked) -> bool:
+    """Whether positions follow each other, at least one."""
+    return isinstance(picked, range) and picked.step == 1 and len(picked) > 0
+
+
+def _pick(picked: Picked, index: Any) -> Picked:
+    if isinstance(index, slice):
+        return picked[index]
+    return tuple(picked[position] for position in resolve_index(index, len(picked)).tolist())
+
+
+def _positions(picked: Picked, like: Tensor) -> Tensor:
+    return torch.tensor(list(picked), dtype=torch.int64, device=like.device)
+
+
+def _spread(rows: Tensor, picked: Picked, length: int) -> Tensor:
+    """Lay entries out where they belong in rows of a length; what is picked twice adds up."""
+    if _is_run(picked) and len(picked) == length:
+        return rows
+    wide = rows.new_zeros((*rows.shape[:-1], length))
+    return wide.index_add(-1, _positions(picked, rows), rows)

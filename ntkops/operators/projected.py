@@ -1,0 +1,336 @@
+"""The kernel K = J Pᵀ P Jᵀ that is seen through a projection, and its features J Pᵀ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from ..engines import shared_store, tensor_bytes
+from ..errors import InputError, ShapeError, UnsupportedOperationError
+from ..projections import Projection
+from ._projected_features import feature_rows
+from ._projected_maps import MatrixProjection, as_projection
+from ._projected_operator import ProjectionOperator
+from .axes import ParameterAxis, StateAxis
+from .base import EngineOperator
+from .core import Core, Spending, dense_limit
+from .kernel import NTKOperator
+
+__all__ = [
+    "FeatureOperator",
+    "ProjectedNTKOperator",
+    "ProjectionOperator",
+    "projected_ntk",
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProjectedCore(Core):
+    """The core of an operator that is seen through a projection."""
+
+    projection: Projection | None = None
+
+
+class _ProjectedOperator(EngineOperator):
+    """What features and their kernels share: the projection, and features that are kept where they fit."""
+
+    _core: ProjectedCore
+
+    @property
+    def projection(self) -> Projection:
+        """The map P."""
+        assert self._core.projection is not None
+        return self._core.projection
+
+    def __repr__(self) -> str:
+        """Show shape, projection, engine and where it lives."""
+        size = "x".join(str(s) for s in self.shape)
+        return (
+            f"{type(self).__name__}({size}, {self.projection!r}, engine={self._core.engine.name!r}, "
+            f"{self.dtype}, {self.device})"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the operator on another device or in another floating dtype; see `EngineOperator.to`."""
+        moved = super().to(*args, **kwargs)
+        if moved is not self and isinstance(self.projection, MatrixProjection):
+            projection = self.projection.to(moved.dtype, moved.device)
+            moved = moved._rebuild(dataclasses.replace(moved._core, projection=projection))
+        return moved
+
+    def _check_fresh(self) -> None:
+        super()._check_fresh()
+        if isinstance(self.projection, MatrixProjection):
+            self.projection.check_fresh()
+
+    def _features_key(self, axis: StateAxis) -> tuple[object, ...] | None:
+        """Return the key of an axis' features, or None where the parameters are not the snapshot."""
+        plain = EngineOperator._dense_key(self)
+        return None if plain is None else ("features", self.projection.key, axis.key, plain[-1])
+
+    def _features_bytes(self, axis: StateAxis) -> int:
+        width = axis.terms * self.projection.k
+        return tensor_bytes((*axis.batch_shape, axis.length, width), self.dtype)
+
+    def _held(self, axis: StateAxis) -> Tensor | None:
+        """Return features that are kept."""
+        key = self._features_key(axis)
+        return None if key is None else shared_store.get(self._core.engine.identity, key)
+
+    def _may_hold(self, axis: StateAxis) -> bool:
+        """Whether features may be kept for the next product."""
+        return self._held(axis) is not None or (
+            self._features_key(axis) is not None and self._features_bytes(axis) <= self._core.max_dense_bytes
+        )
+
+    def _make_features(self, axis: StateAxis, params: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the features of an axis, kept ones or new ones, ``(*batch, n, R·k)``."""
+        chosen = tuple(self._args if params is None else params)
+        if self._is_recorded(*chosen):
+            return feature_rows(self._core.engine, chosen, axis, self.projection)
+        held = self._held(axis)
+        if held is not None:
+            return held
+        with torch.no_grad():
+            features = feature_rows(self._core.engine, chosen, axis, self.projection)
+        key = self._features_key(axis)
+        if key is not None and self._features_bytes(axis) <= self._core.max_dense_bytes:
+            shared_store.put(self._core.engine.identity, key, features)
+        return features
+
+    def _passes_of_features(self, *axes: StateAxis) -> float:
+        """Return the per-sample passes that features of these axes still take."""
+        missing = {id(axis): axis for axis in axes if self._held(axis) is None}
+        return float(sum(len(axis.distinct_outputs) for axis in missing.values()))
+
+    def _through(self, block: Tensor) -> Tensor:
+        """Return Pᵀ P x for each row of ``(c, P)``."""
+        return self.projection.adjoint(self.projection.apply(block))
+
+    def _affordable(self, columns: int, *axes: StateAxis) -> bool:
+        """Whether features are there, or have been paid for by the products so far (rent or buy)."""
+        if not all(self._may_hold(axis) for axis in axes):
+            return False
+        cost = self._passes_of_features(*axes)
+        self._core.spending.passes += self.passes_per_column * columns
+        return cost == 0 or self._core.spending.passes > cost
+
+
+class FeatureOperator(_ProjectedOperator):
+    """Features J Pᵀ, ``(*batch, n, R·k)``, or their transpose; made by `ProjectedNTKOperator.left`.
+
+    Products go through the features where these are kept, and through J and P else. For a kernel that is
+    traced over R outputs the features of the outputs stand side by side.
+    """
+
+    @property
+    def _axis(self) -> StateAxis:
+        axis = self._state_axes()[0]
+        return axis
+
+    @property
+    def _is_transposed(self) -> bool:
+        return isinstance(self._core.columns, StateAxis)
+
+    def _check_operand(self, other: Tensor) -> None:
+        length = self._core.columns.length
+        if not self._is_transposed and other.dim() and other.shape[-2 if other.dim() > 1 else 0] != length:
+            raise ShapeError(f"expected {length} rows (the projected features), got {tuple(other.shape)}")
+        super()._check_operand(other)
+
+    def _dense_key(self) -> tuple[object, ...] | None:
+        return None  # features are kept once, whichever way they are looked at
+
+    def _dense_cost(self) -> float:
+        return self._passes_of_features(self._axis)
+
+    def _dense_if_cheaper(self, columns: int) -> Tensor | None:
+        return self._dense_values(self._args) if self._affordable(columns, self._axis) else None
+
+    def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
+        dense = self._make_features(self._axis, params)
+        entries = self._core.rows if self._is_transposed else self._core.columns
+        assert isinstance(entries, ParameterAxis)
+        if entries.pick is not None:
+            dense = dense[..., entries.pick.to(dense.device)]
+        return dense.mT if self._is_transposed else dense
+
+    def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
+        engine, rows, columns = self._core.engine, self._core.rows, self._core.columns
+        chosen, results = tuple(params), []
+        for block in columns.embed(rhs).split(engine.chunk_size()):
+            if isinstance(columns, StateAxis):
+                results.append(self.projection.apply(engine.vjp(chosen, columns.inputs, block)))
+            else:
+                assert isinstance(rows, StateAxis)
+                results.append(engine.jvp(chosen, rows.inputs, self.projection.adjoint(block)))
+        return rows.extract(torch.cat(results))
+
+
+class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
+    """K = J(x₁) Pᵀ P J(x₂)ᵀ, lazily; made by `projected_ntk`.
+
+    It can do what the kernel itself can: slices, batches, cross kernels, sums, ``add_jitter``. Products
+    use the features J Pᵀ where these fit into ``max_dense_bytes``, else vjp and jvp with P in between.
+    """
+
+    @property
+    def left(self) -> FeatureOperator:
+        """Features of the rows, ``(*batch, n, R·k)``: K = left @ right.mT."""
+        return self._features_of(self._rows)
+
+    @property
+    def right(self) -> FeatureOperator:
+        """Features of the columns, ``(*batch, m, R·k)``: K = left @ right.mT."""
+        return self._features_of(self._columns)
+
+    def _features_of(self, axis: StateAxis) -> FeatureOperator:
+        beside = ParameterAxis.beside(axis, self.projection.k)
+        return FeatureOperator(*self._args, core=self._core.with_axes(axis, beside))
+
+    def features(self) -> Tensor:
+        """Return the features of the rows, J(x₁) Pᵀ.
+
+        Returns:
+            ``(*batch, n, R·k)``; R is 1 unless the kernel is traced over outputs, whose features then
+            stand side by side. Cost: one per-sample pass for each output; memory: the result and one
+            tile of gradients. They are kept for the products that follow.
+
+        Raises:
+            DenseMemoryError: If they exceed ``max_dense_bytes``.
+        """
+        return self.left.to_dense()
+
+    @property
+    def structure(self) -> Any:
+        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
+        from ._projected_structure import ProjectedStructure
+
+        return ProjectedStructure(self)
+
+    def sample_gram(self, cotangents: Tensor) -> NoReturn:
+        """Refuse: Gram matrices of per-sample gradients are those of the kernel itself.
+
+        Args:
+            cotangents: Ignored.
+
+        Raises:
+            UnsupportedOperationError: Always.
+        """
+        raise UnsupportedOperationError(
+            "a projected kernel has no Gram matrix of per-sample gradients; take that of the kernel itself, "
+            "or features()"
+        )
+
+    # products and dense results
+
+    def _multiply(self, rhs: Tensor) -> Tensor:
+        self._check_fresh()
+        if self._is_recorded(rhs):
+            return self._lazy_product(self._args, rhs)
+        with torch.no_grad():
+            if not self._affordable(rhs.shape[-1], self._rows, self._columns):
+                return self._lazy_product(self._args, rhs)
+            right = self._make_features(self._columns)
+            left = right if self._core.symmetric else self._make_features(self._rows)
+            return left @ (right.mT @ rhs)
+
+    def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
+        engine, rows, columns = self._core.engine, self._rows, self._columns
+        chosen, results = tuple(params), []
+        for block in columns.embed(rhs).split(engine.chunk_size()):
+            pulled = self._through(engine.vjp(chosen, columns.inputs, block))
+            results.append(engine.jvp(chosen, rows.inputs, pulled))
+        return rows.extract(torch.cat(results))
+
+    def _dense_key(self) -> tuple[object, ...] | None:
+        key = super()._dense_key()
+        return None if key is None else ("projected", self.projection.key, *key)
+
+    def _dense_cost(self) -> float:
+        return self._passes_of_features(self._rows, self._columns)
+
+    def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
+        if not self._is_recorded(*params) and not (
+            self._may_hold(self._rows) and self._may_hold(self._columns)
+        ):
+            from .structure import dense_from_tiles
+
+            return dense_from_tiles(self.structure)
+        right = self._make_features(self._columns, params)
+        left = right if self._core.symmetric else self._make_features(self._rows, params)
+        return left @ right.mT
+
+    def _diagonal(self) -> Tensor:
+        if not self._core.symmetric or self._is_recorded():
+            return self._get_diagonal()
+        return self.structure.diagonal()
+
+    def _get_diagonal(self) -> Tensor:
+        self._check_fresh()
+        left = self._make_features(self._rows)
+        right = left if self._core.symmetric else self._make_features(self._columns)
+        return (left * right).sum(-1)
+
+
+def projected_ntk(
+    K: NTKOperator, projection: Any, *, max_dense_bytes: int | Literal["auto"] | None = None
+) -> ProjectedNTKOperator:
+    r"""Return the kernel that is seen through a projection, :math:`J P^\top P J^\top`, lazily.
+
+    With P from `ntkops.projections` it is an unbiased sketch of K from features of k numbers a row; with
+    rows of P that are orthonormal it is the kernel restricted to their span,
+    :math:`\Phi \Pi \Phi^\top` with :math:`\Pi = P^\top P` (eq. 7 of the paper on distilled kernels): a
+    basis of principal components, or of the gradients of inducing points.
+
+    Args:
+        K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs. All outputs, and the
+            samples of `cross`, meet the same P.
+        projection: One of `ntkops.projections` with dim P, or a constant ``(k, P)`` tensor or
+            LinearOperator in the dtype of K.
+        max_dense_bytes: Largest dense result, the features among them; None for that of K. At 0 features
+            are never kept, and products go through J and P.
+
+    Returns:
+        `ProjectedNTKOperator`, the shape of K. Cost of the features: one per-sample pass for each output
+        and one application of P; then n k operations a product. Memory: the features and one tile of
+        gradients, never N x P.
+
+    Raises:
+        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects.
+        ShapeError: If the projection does not take P entries.
+        DtypeError: If a given matrix has another dtype than K.
+        DeviceError: If a given matrix lives on another device.
+        UnsupportedOperationError: If a given matrix requires grad.
+
+    Example:
+        >>> import torch, ntkops
+        >>> from ntkops.operators import projected_ntk
+        >>> from ntkops.projections import SJLT
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> K = ntkops.ntk(model, torch.randn(5, 3))
+        >>> sketch = projected_ntk(K, SJLT(dim=50, k=16, seed=0))
+        >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape
+        (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
+    """
+    if not isinstance(K, NTKOperator) or isinstance(K, ProjectedNTKOperator):
+        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
+        raise InputError(
+            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
+        )
+    found = as_projection(projection, K.num_parameters, K.dtype, K.device)
+    limit = K.max_dense_bytes if max_dense_bytes is None else dense_limit(max_dense_bytes, K.device)
+    core = ProjectedCore(
+        engine=K._core.engine,
+        rows=K._core.rows,
+        columns=K._core.columns,
+        max_dense_bytes=limit,
+        spending=Spending(),
+        projection=found,
+    )
+    return ProjectedNTKOperator(*K._args, core=core)
