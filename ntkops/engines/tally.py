@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 from ..results import PassCount
 
-__all__ = ["Tally", "count_passes", "report_passes"]
+__all__ = ["Tally", "count_apart", "count_passes", "report_passes"]
 
 _KINDS = ("vjp", "jvp", "per_sample", "products")
 
@@ -58,6 +58,23 @@ def count_passes() -> Iterator[Tally]:
     """
     tally = Tally()
     token = _open_tallies.set((*_open_tallies.get(), tally))
+    try:
+        yield tally
+    finally:
+        _open_tallies.reset(token)
+
+
+@contextmanager
+def count_apart() -> Iterator[Tally]:
+    """Count passes inside the block and hide them from the tallies around it.
+
+    For work on a part of the samples at a time: the caller reports it in passes over all of them.
+
+    Yields:
+        The running `Tally`.
+    """
+    tally = Tally()
+    token = _open_tallies.set((tally,))
     try:
         yield tally
     finally:

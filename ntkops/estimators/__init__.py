@@ -2,11 +2,17 @@
 
 from .alignment import alignment
 from .diagonal import diagonal
+from .effective_dimension import effective_dimension
 from .effective_rank import effective_rank
 from .eigsh import eigsh
 from .frobenius_norm import frobenius_norm
 from .inner import inner
+from .logdet import logdet
 from .one_sided import one_sided_product_trace
+from .partial_trace import partial_trace
+from .redundancy import data_redundancy, parameter_redundancy
+from .sketch import Sketch
+from .spectral_density import spectral_density
 from .trace import trace
 from .truncation_rank import truncation_rank
 
@@ -18,9 +24,17 @@ __all__ = [
     "alignment",
     "effective_rank",
     "one_sided_product_trace",
-    # vectors
+    # one sketch for many scalars
+    "Sketch",
+    # vectors and matrices
     "diagonal",
+    "partial_trace",
     # spectra
     "eigsh",
+    "spectral_density",
     "truncation_rank",
+    "data_redundancy",
+    "parameter_redundancy",
+    "logdet",
+    "effective_dimension",
 ]

@@ -15,21 +15,27 @@ from tqdm import tqdm
 from ..engines import Tally, count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..results import Estimate
-from ._moments import Moment, Summary, student_quantile, summarize
+from ._intervals import student_quantile
+from ._moments import LEVEL, Moment, Summary, interval_of, summarize
+from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
 from ._quantities import Quantity, exact_cost, exact_moments
 from ._request import Operand, Request
+from ._sketch import SketchCore
+from ._stratified import Stratified, pays
 from ._two_sided import TwoSided
+from ._xtrace import XTrace
 
-__all__ = ["PAIR_METHODS", "TRACE_METHODS", "Plan", "Sampler", "estimate", "run"]
+__all__ = ["NORM_METHODS", "PAIR_METHODS", "TRACE_METHODS", "Plan", "Sampler", "estimate", "run"]
 
-TRACE_METHODS = ("exact", "hutchinson", "hutch++", "rhutch", "fhutch")
-PAIR_METHODS = ("exact", "hutchinson", "hutch++", "reverse", "forward")
+_FIRST_CHOICES = ("exact", "stratified", "sketch")
+_PRODUCTS = ("ntk-hutch++", "hutch++", "hutchinson")
+TRACE_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "rhutch", "fhutch")
+NORM_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "reverse", "forward")
+PAIR_METHODS = (*_FIRST_CHOICES, *_PRODUCTS, "reverse", "forward")
 
-_LEVEL = 0.05  # the interval may miss with this probability
 _FIRST = 24  # columns before the error is looked at for the first time
 _GROWTH = (1.3, 4.0)  # least and greatest factor from one look to the next
-_ROUNDING = 8.0  # rounding units of the value that the interval allows for
 _ONE_SIDED_CAP = 20_000  # passes of one direction where only a tolerance is given
 # For positive semidefinite K the standard deviation of Hutch++ is at most 3/√2 tr K / m, whatever the
 # spectrum; the interval is 1.96 of them.
@@ -107,12 +113,23 @@ class ScalarPlan:
         return self.quantity.combine(moments)
 
     def preferred(self) -> str:
+        if pays(self.operands):
+            return "stratified"
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
-        if all(info is None or info.rung != "reverse" for info in infos):
-            return "hutch++"
-        return "reverse" if self.quantity.needs_pairs else "rhutch"
+        if any(info is not None and info.rung == "reverse" for info in infos):
+            return "reverse" if self.quantity.needs_pairs else "rhutch"
+        known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
+        return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
+        if method == "stratified":
+            return Stratified(self.quantity, self.operands, generator)
+        if method == "sketch":
+            return SketchCore(self.operands, generator)
+        if method == "xtrace":
+            return XTrace(self.operands[0], generator)
+        if method == "ntk-hutch++":
+            return NtkAware(self.quantity, self.operands, generator)
         if method in ("hutchinson", "hutch++"):
             return TwoSided(self.quantity, self.operands, generator, sketched=method == "hutch++")
         forward = method in ("fhutch", "forward")
@@ -123,6 +140,11 @@ class ScalarPlan:
         return OneSidedPairs(self.quantity, self.operands, generator, forward=forward)
 
     def summary(self, sampler: Sampler) -> Summary:
+        if isinstance(sampler, Stratified):
+            return sampler.summary()
+        if isinstance(sampler, SketchCore | XTrace):
+            self.quantity.require_defined(sampler.approximate(self.quantity.moments))
+            return sampler.summary(self.quantity.moments, self.quantity.combine)
         assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
         moments: Sequence[Moment] = sampler.moments()
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
@@ -182,7 +204,13 @@ def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
     if request.rtol is None:
         return True
     sampler = plan.sampler(plan.preferred(), request.generator)
-    return cost <= sampler.unit * _COLUMNS_FOR_RTOL / request.rtol
+    wanted = sampler.columns_for(request.rtol) if isinstance(sampler, Stratified) else None
+    return cost <= sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
+
+
+def _enough(plan: Plan, sampler: Sampler) -> int:
+    """Return the columns with which nothing is left to chance."""
+    return int(getattr(sampler, "size", plan.size))
 
 
 def _spend(
@@ -191,7 +219,7 @@ def _spend(
     """Spend the passes that were given."""
     assert request.num_passes is not None
     columns = request.num_passes // max(sampler.unit, 1)
-    if columns >= plan.size and not sampler.one_sided and request.allows(cost):
+    if columns >= _enough(plan, sampler) and not sampler.one_sided and request.allows(cost):
         return account.exact(cost)  # as many columns as directions: nothing is left to chance
     if columns < 1:
         raise InputError(
@@ -199,7 +227,7 @@ def _spend(
             f"{sampler.unit} passes"
         )
     sampler.grow(columns)
-    return account.wrap(plan.summary(sampler), method, _LEVEL, converged=True)
+    return account.wrap(plan.summary(sampler), method, LEVEL, converged=True)
 
 
 def _reach(
@@ -210,45 +238,55 @@ def _reach(
     unit = max(sampler.unit, 1)
     cap = _ONE_SIDED_CAP if request.num_passes is None and sampler.one_sided else request.num_passes
     limit = None if cap is None else cap // unit
-    columns = max(_FIRST, 4 * sampler.least)
+    columns = getattr(sampler, "first", max(_FIRST, 4 * sampler.least))
+    seen: tuple[int, float] | None = None
     for look in range(1, 1000):
         capped = limit is not None and columns >= limit
         if capped:
             assert limit is not None
             columns = limit
-        if not sampler.one_sided and _exact_is_next(plan, request, account, columns, unit, cost):
+        if not sampler.one_sided and _exact_is_next(plan, request, account, columns, sampler, cost):
             return account.exact(cost)
         if columns < 1:
             raise InputError(f"num_passes={request.num_passes} does not pay for a column of {unit} passes")
         sampler.grow(columns)
         account.show()
         summary = plan.summary(sampler)
-        level = _LEVEL / (look * (look - 1)) if look > 1 else _LEVEL
-        width = account.half_width(summary, level)
-        reached = _relative(width, summary.value, plan.vector)
+        level = LEVEL / (look * (look - 1)) if look > 1 else LEVEL
+        reached = _relative(account.reach(summary, level), summary.value, plan.vector)
         if reached <= request.rtol and (look > 1 or capped):
             return account.wrap(summary, method, level, converged=True)
         if capped:
             return account.not_converged(summary, method, level, reached)
-        columns = _next_columns(columns, reached / request.rtol, sampler.order)
+        rate = _rate(seen, (columns, reached), sampler.order / 2)
+        seen = columns, reached
+        columns = _next_columns(columns, reached / request.rtol, rate)
     raise AssertionError("unreachable: columns grow geometrically towards exactness")
 
 
 def _exact_is_next(
-    plan: Plan, request: Request, account: _Account, columns: int, unit: int, cost: float
+    plan: Plan, request: Request, account: _Account, columns: int, sampler: Sampler, cost: float
 ) -> bool:
     """Whether the exact value should be computed and no more columns drawn."""
     spent = account.passes
     if not math.isfinite(cost) or not request.allows(spent + cost):
         return False
-    dear = request.method == "auto" and columns * unit - spent >= cost
-    return dear or columns >= plan.size
+    dear = request.method == "auto" and columns * max(sampler.unit, 1) - spent >= cost
+    return dear or columns >= _enough(plan, sampler)
 
 
-def _next_columns(columns: int, excess: float, order: float) -> int:
+def _rate(before: tuple[int, float] | None, now: tuple[int, float], prior: float) -> float:
+    """Return the power of the columns with which the error falls: that of the last two looks, or a prior."""
+    if before is None or not (0 < now[1] < before[1] < math.inf):
+        return prior
+    return max(math.log(before[1] / now[1]) / math.log(now[0] / before[0]), prior)
+
+
+def _next_columns(columns: int, excess: float, rate: float) -> int:
     low, high = _GROWTH
-    wanted = 1.1 * excess ** (2 / order) if math.isfinite(excess) else high
-    return math.ceil(columns * min(max(wanted, low), high))
+    if not 0 < excess < math.inf:
+        return math.ceil(columns * 2)
+    return math.ceil(columns * min(max(1.1 * excess ** (1 / rate), low), high))
 
 
 def _relative(width: Tensor, value: Tensor, vector: bool) -> float:
@@ -304,24 +342,26 @@ class _Account:
         self.show()
         return Estimate.of_exact(value, passes=self._tally.total, seconds=self._seconds)
 
-    def half_width(self, summary: Summary, level: float) -> Tensor:
-        """Return the half width of the interval: Student's t, and what rounding may have done."""
-        quantile = student_quantile(level, summary.freedom)
-        spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
-        return spread + _ROUNDING * self._plan.eps * summary.value.abs()
+    def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
+        """Return the interval: what chance may have done, and what rounding may have."""
+        plan = self._plan
+        quantile = student_quantile(level, summary.freedom) if plan.vector else None
+        return interval_of(summary, level, eps=plan.eps, bounds=plan.bounds, quantile=quantile)
+
+    def reach(self, summary: Summary, level: float) -> Tensor:
+        """Return how far the interval reaches from the value."""
+        low, high = self.interval(summary, level)
+        return torch.maximum(high - summary.value, summary.value - low)
 
     def wrap(self, summary: Summary, method: str, level: float, *, converged: bool) -> Estimate:
         """Return what was found."""
-        width = self.half_width(summary, level)
-        low, high = self._plan.bounds
-        ends = (summary.value - width).clamp(low, high), (summary.value + width).clamp(low, high)
         self.show()
         return Estimate(
             value=summary.value,
             stderr=summary.stderr,
-            interval=ends,
+            interval=self.interval(summary, level),
             method=method,
-            exact=False,
+            exact=summary.exact,
             passes=self._tally.total,
             converged=converged,
             seed=self._request.seed,

@@ -12,16 +12,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import scipy.stats
 import torch
 from torch import Tensor
 
 from ..operators.structure import tile_slices
+from ._intervals import extremal_quantile, student_quantile
 
-__all__ = ["Combination", "Mean", "Moment", "Pairs", "Summary", "student_quantile", "summarize"]
+__all__ = [
+    "LEVEL",
+    "Combination",
+    "Mean",
+    "Moment",
+    "Pairs",
+    "Summary",
+    "interval_of",
+    "student_quantile",
+    "summarize",
+]
+
+LEVEL = 0.05  # the interval may miss with this probability
 
 Combination = Callable[[Tensor], Tensor]
 
+_ROUNDING = 8.0  # rounding units of the value that an interval allows for
 _PAIR_ROWS = 512  # first probes of pairs whose terms are held at a time
 
 
@@ -134,12 +147,18 @@ class Summary:
     Attributes:
         value: ``(*batch)`` or ``(*batch, n)``, float64.
         stderr: Same shape; infinite where there are too few probes to tell.
-        freedom: Degrees of freedom of the standard error.
+        freedom: Degrees of freedom of the standard error: one less than the samples.
+        bend: What curvature adds to the error, for errors of one standard error; None where nothing does.
+        centre: Where the interval is centred if not at the value, which it always includes.
+        exact: Whether nothing is left to chance.
     """
 
     value: Tensor
     stderr: Tensor
     freedom: int
+    bend: Tensor | None = None
+    centre: Tensor | None = None
+    exact: bool = False
 
 
 def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
@@ -163,6 +182,8 @@ def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
     if freedom + 1 < least:
         return Summary(point, torch.full_like(point, torch.inf), freedom)
     variance = torch.zeros_like(point)
+    stacked = torch.stack(values, dim=-1)
+    covariance = stacked.new_zeros((*stacked.shape, len(values)))
     for group, size in sizes.items():
         without = [
             moment.without(group)
@@ -170,13 +191,69 @@ def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
             else value.unsqueeze(-1).expand(*value.shape, size)
             for moment, value in zip(moments, values, strict=True)
         ]
-        changed = combine(torch.stack(without, dim=-1))
+        moved = torch.stack(without, dim=-1)
+        changed = combine(moved)
         centred = changed - changed.mean(-1, keepdim=True)
         variance = variance + (size - 1) / size * centred.square().sum(-1)
+        moved = moved - moved.mean(-2, keepdim=True)
+        covariance = covariance + (size - 1) / size * (moved.mT @ moved)
     stderr = variance.sqrt()
-    return Summary(point, torch.where(stderr.isnan(), torch.inf, stderr), freedom)
+    stderr = torch.where(stderr.isnan(), torch.inf, stderr)
+    return Summary(point, stderr, freedom, bend=_bend(stacked, covariance, combine))
 
 
-def student_quantile(level: float, freedom: int) -> float:
-    """Return the half width, in standard errors, of the interval that errs with probability ``level``."""
-    return float(scipy.stats.t.ppf(1 - level / 2, freedom)) if freedom > 0 else float("inf")
+def _bend(moments: Tensor, covariance: Tensor, combine: Combination) -> Tensor:
+    """Return half the second differences of a function along the axes of its moments' errors.
+
+    Where a function is stationary its first differences say that there is no error: the effective rank of
+    one large eigenvalue beside many small ones does not move to first order with the large one.
+
+    Args:
+        moments: ``(*batch, q)``.
+        covariance: Of their errors, ``(*batch, q, q)``.
+        combine: ``(..., q) -> (...)``.
+
+    Returns:
+        The sum over the axes, each one standard error long; infinite where the function ends on the way.
+    """
+    scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    safe = torch.where(scale > 0, scale, 1.0)
+    correlation = covariance / safe.unsqueeze(-1) / safe.unsqueeze(-2)
+    lengths, axes = torch.linalg.eigh(torch.nan_to_num(correlation, nan=0.0, posinf=0.0, neginf=0.0))
+    steps = (axes * lengths.clamp(min=0).sqrt().unsqueeze(-2)).mT * scale.unsqueeze(-2)  # (*batch, q, q)
+    middle = moments.unsqueeze(-2)
+    ends = combine(middle + steps) + combine(middle - steps) - 2 * combine(middle)
+    return torch.nan_to_num(ends.abs() / 2, nan=torch.inf, posinf=torch.inf).sum(-1)
+
+
+def interval_of(
+    summary: Summary,
+    level: float,
+    *,
+    eps: float,
+    bounds: tuple[float, float] = (-torch.inf, torch.inf),
+    quantile: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the interval that misses with a probability of at most ``level``.
+
+    Args:
+        summary: An estimate.
+        level: Probability of a miss.
+        eps: Rounding unit of the products.
+        bounds: Least and greatest value that there is.
+        quantile: Half width in standard errors, if not that of quadratic forms.
+
+    Returns:
+        Both ends, ``(*batch)``: chance, curvature and rounding about the centre, the value included.
+    """
+    if quantile is None:
+        quantile = extremal_quantile(level, summary.freedom + 1)
+    spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
+    if summary.bend is not None:
+        spread = spread + torch.where(summary.bend > 0, quantile**2 * summary.bend, 0.0)
+    spread = spread + _ROUNDING * eps * summary.value.abs()
+    centre = summary.value if summary.centre is None else summary.centre
+    return (
+        torch.minimum(centre - spread, summary.value).clamp(*bounds),
+        torch.maximum(centre + spread, summary.value).clamp(*bounds),
+    )

@@ -12,7 +12,7 @@ from ..vectors import Space
 from ._moments import Mean, Moment, Pairs
 from ._quantities import Quantity, Trace
 from ._request import Operand
-from ._two_sided import column_dots, project_out
+from ._two_sided import column_dots, draw_probes, project_out, sphere_factor
 
 __all__ = ["OneSidedPairs", "OneSidedTrace", "factors_of"]
 
@@ -33,11 +33,6 @@ def factors_of(operand: Operand) -> tuple[Operand, Operand]:
         )
     left = Operand(found[0])
     return left, left if operand.structure.symmetric or found[1] is found[0] else Operand(found[1])
-
-
-def _draw(space: Space, batch: torch.Size, count: int, generator: torch.Generator) -> Tensor:
-    wide = space.probes(count * batch.numel(), generator)
-    return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
 
 
 class OneSidedTrace:
@@ -78,15 +73,17 @@ class OneSidedTrace:
         """Go on to so many probes in all; an orthonormal basis cannot grow, so that it is drawn again."""
         if self._orthogonalize and columns > 1:
             half = min(columns // 2, self._space.size)
-            drawn = _draw(self._space, self._batch, half, self._generator)
+            drawn = draw_probes(self._space, self._batch, half, self._generator)
             basis = self._space.orthonormalize(drawn)
             self._fixed = self._terms(basis).sum(-1)
-            rest = _draw(self._space, self._batch, columns - half, self._generator)
-            self._samples = self._terms(project_out(self._space, basis, rest))
+            rest = draw_probes(self._space, self._batch, columns - half, self._generator)
+            rest = project_out(self._space, basis, rest)
+            rest = rest * sphere_factor(self._space, rest, self._space.size - basis.shape[-1])
+            self._samples = self._terms(rest)
             return
         count = columns - self._samples.shape[-1]
         if count > 0:
-            fresh = self._terms(_draw(self._space, self._batch, count, self._generator))
+            fresh = self._terms(draw_probes(self._space, self._batch, count, self._generator))
             self._samples = torch.cat([self._samples, fresh], dim=-1)
 
     def _terms(self, probes: Tensor) -> Tensor:
@@ -163,7 +160,7 @@ class OneSidedPairs:
         if columns <= old:
             return
         spaces = self._side.spaces
-        probes = [_draw(space, self._batch, columns - old, self._generator) for space in spaces]
+        probes = [draw_probes(space, self._batch, columns - old, self._generator) for space in spaces]
         fresh = [
             torch.cat(
                 [self._side.apply(factor, part) for part in probes[number].split(_WIDTH, dim=-1)], dim=-1

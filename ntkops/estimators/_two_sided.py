@@ -13,7 +13,7 @@ from ._moments import Mean
 from ._quantities import Inner, Quantity
 from ._request import Operand
 
-__all__ = ["TwoSided", "column_dots", "project_out"]
+__all__ = ["TwoSided", "column_dots", "draw_probes", "extend_basis", "project_out", "sphere_factor"]
 
 _WIDTH = 64  # columns multiplied at a time
 
@@ -39,6 +39,7 @@ class TwoSided:
         sketched: Hutch++, else Hutchinson.
     """
 
+    name = "hutch++"
     one_sided = False
 
     def __init__(
@@ -54,10 +55,9 @@ class TwoSided:
         ]
         self._width = 0
         self._basis = self._empty(self._space.size)
-        self._basis_products = [self._empty(op.shape[-2]) for op in operands]
         self._fixed = torch.zeros((len(quantity.moments), *self._batch), dtype=torch.float64)
         self._probes = self._empty(self._space.size)
-        self._products = [self._empty(op.shape[-2]) for op in operands]
+        self._products = [self._empty(length) for length in self._lengths()]
 
     @property
     def unit(self) -> int:
@@ -74,24 +74,35 @@ class TwoSided:
         """Power of the number of columns with which the variance falls, for planning."""
         return 2.0 if self._sketched else 1.0
 
-    def grow(self, columns: int) -> None:
-        """Go on to so many columns for each operator in all.
+    def _lengths(self) -> list[int]:
+        """Return the lengths of the products of each operator."""
+        return [operand.shape[-2] for operand in self._operands]
+
+    def _split(self, columns: int) -> tuple[int, int]:
+        """Return how wide the sketch is and how many residual probes there are.
 
         With one operator a third goes into the sketch, a third into the products with Q, the rest into
         residual probes; with two, each sketch column gives two columns of Q.
+        """
+        if not self._sketched:
+            return 0, columns
+        width = min(columns // self.least, self._space.size // len(self._operands))
+        return width, columns - width - width * len(self._operands)
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many columns for each operator in all.
 
         Raises:
             InputError: If there are too few columns for the three stages.
         """
         if columns < self.least:
             raise InputError(
-                f"hutch++ needs at least {self.least} product columns for {self._quantity.name}, that is "
+                f"{self.name} needs at least {self.least} product columns for {self._quantity.name}, that is "
                 f"num_passes={self.least * self.unit}; {columns} can be paid for"
             )
-        width = min(columns // self.least, self._space.size // len(self._operands)) if self._sketched else 0
+        width, count = self._split(columns)
         if width > self._width:
             self._widen(width)
-        count = columns - width - width * len(self._operands) if self._sketched else columns
         if count > self._probes.shape[-1]:
             self._draw(count - self._probes.shape[-1])
 
@@ -105,14 +116,14 @@ class TwoSided:
         self._fixed = self._fixed + self._terms(basis, products).sum(-1)
         if self._probes.shape[-1]:  # K (I - QQᵀ) v from K v and K Q, with no new product
             coefficients = self._space.inner(basis, self._probes).to(basis.dtype)
-            self._probes = self._probes - basis @ coefficients
+            projected = self._probes - basis @ coefficients
+            rank = self._basis.shape[-1] + basis.shape[-1]
+            factor = sphere_factor(self._space, projected, self._space.size - rank)
+            self._probes = projected * factor
             self._products = [
-                old - new @ coefficients for old, new in zip(self._products, products, strict=True)
+                (old - new @ coefficients) * factor for old, new in zip(self._products, products, strict=True)
             ]
         self._basis = torch.cat([self._basis, basis], dim=-1)
-        self._basis_products = [
-            torch.cat(pair, dim=-1) for pair in zip(self._basis_products, products, strict=True)
-        ]
 
     def _sketch(self, width: int) -> Tensor:
         parts, drawn = [], {}
@@ -124,12 +135,11 @@ class TwoSided:
         return torch.cat(parts, dim=-1)
 
     def _draw_from(self, space: Space, count: int) -> Tensor:
-        """Draw independent probes for every batch entry, ``(*batch, n, count)``."""
-        wide = space.probes(count * self._batch.numel(), self._generator)
-        return wide.unflatten(-1, (*self._batch, count)).movedim(0, -2) if self._batch else wide
+        return draw_probes(space, self._batch, count, self._generator)
 
     def _draw(self, count: int) -> None:
         probes = project_out(self._space, self._basis, self._draw_from(self._space, count))
+        probes = probes * sphere_factor(self._space, probes, self._space.size - self._basis.shape[-1])
         products = [self._multiply(operand, probes) for operand in self._operands]
         self._probes = torch.cat([self._probes, probes], dim=-1)
         self._products = [torch.cat(pair, dim=-1) for pair in zip(self._products, products, strict=True)]
@@ -157,6 +167,24 @@ class TwoSided:
     def _empty(self, length: int) -> Tensor:
         first = self._operands[0]
         return torch.empty((*first.batch_shape, length, 0), dtype=first.dtype, device=first.device)
+
+
+def draw_probes(space: Space, batch: torch.Size, count: int, generator: torch.Generator) -> Tensor:
+    """Draw independent probes on the sphere for every batch entry, ``(*batch, n, count)``."""
+    # Signs would do for the variance, but their samples can agree by chance: of v₁v₂ they are ±1. Uniform
+    # directions make the error depend on the spectrum alone, and the hardest spectrum is known.
+    wide = space.probes(count * batch.numel(), generator, "sphere")
+    return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
+
+
+def sphere_factor(space: Space, probes: Tensor, dimension: int) -> Tensor:
+    """Return what brings projected probes back to the sphere of radius √dimension, ``(*batch, 1, k)``.
+
+    Its direction is all that matters of a projected probe: the length is noise, and would be counted.
+    """
+    squares = space.sum_squares(probes)
+    factor = torch.where(squares > 0, max(dimension, 0) / squares, 0.0).sqrt()
+    return factor.unsqueeze(-2).to(probes.dtype)
 
 
 def column_dots(space: Space, left: Tensor, right: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..results import Estimate
-from ._driver import PAIR_METHODS, estimate
+from ._differentiable import differentiable_estimate
+from ._driver import NORM_METHODS, estimate
 from ._quantities import EFFECTIVE_RANK
 from ._request import operands
 
@@ -22,6 +23,7 @@ def effective_rank(
     method: str = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
+    differentiable: bool = False,
 ) -> Estimate:
     r"""Estimate or compute the effective rank, :math:`(\mathrm{tr}\,K)^2 / |K|_F^2`.
 
@@ -36,18 +38,31 @@ def effective_rank(
             ``num_passes`` is None too.
         num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
             (by default 20,000 in one direction, and none where exactness is the end).
-        method: "auto" (exact where that costs no more, else Hutch++, else one-sided), "exact" (by tiles),
+        method: "auto" (exact where that costs no more, else stratified, else a sketch), "exact" (by tiles),
             "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
             alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
+            "sketch" is the (R, M) sketch of `Sketch`, what "auto" takes for K = J Jᵀ that is not stratified
+            (else "hutch++", and one direction where there is no other);
+            "xtrace" lets each probe be sketch and residual (Epperly, Tropp & Webber 2024), four passes a
+            column;
+            "ntk-hutch++" sketches by jvps alone, at half the price.
+            "stratified" draws m output combinations for each sample by itself, so that no noise comes from
+            pairs of samples: m per-sample passes, at least two, exact at one column an output.
+            It is for kernels over all outputs of their samples, and what "auto" estimates with where
+            layer structure makes such a pass as cheap as a vjp.
         generator: CPU generator of the probes; None draws a seed from the operating system. The result
             records the seed.
         progress: Show a bar of passes.
+        differentiable: Return a value that can be differentiated (twice, too) with respect to the parameters
+            of operators made with ``ntkops.ntk(..., differentiable=True)``: exact, or with ``num_passes`` by
+            "hutchinson" or "hutch++" for fixed probes. Memory of the first derivative: one tile or chunk.
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
-        tolerance was met. The interval is Student's t over the random probes, wider where `rtol` made
-        it stop early; the deterministic part of Hutch++ has no error. With a single residual probe the
-        error is infinite.
+        tolerance was met. The interval uses the quantile of the hardest spectrum, one large
+        eigenvalue, for as many probes (it tends to Student's), and is wider where `rtol` made it stop
+        early. "sketch" and "xtrace" take the value from all probes, the error from a third of them
+        judged by the rest. With a single residual probe the error is infinite.
 
     Raises:
         InputError: If an option is not understood, or the passes do not pay for the method.
@@ -66,10 +81,20 @@ def effective_rank(
         >>> float(ntkops.effective_rank(torch.eye(7)))
         7.0
     """
+    if differentiable:
+        return differentiable_estimate(
+            EFFECTIVE_RANK,
+            (operator,),
+            rtol=rtol,
+            num_passes=num_passes,
+            method=method,
+            generator=generator,
+            progress=progress,
+        )
     return estimate(
         EFFECTIVE_RANK,
         lambda: operands(operator),
-        PAIR_METHODS,
+        NORM_METHODS,
         rtol=rtol,
         num_passes=num_passes,
         method=method,

@@ -7,6 +7,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..results import Estimate
+from ._differentiable import differentiable_estimate
 from ._driver import PAIR_METHODS, estimate
 from ._quantities import INNER
 from ._request import operands
@@ -23,6 +24,7 @@ def inner(
     method: str = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
+    differentiable: bool = False,
 ) -> Estimate:
     r"""Estimate or compute the inner product :math:`\langle K_1, K_2 \rangle_F = \mathrm{tr}(K_1^\top K_2)`.
 
@@ -36,18 +38,29 @@ def inner(
             ``num_passes`` is None too.
         num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
             (by default 20,000 in one direction, and none where exactness is the end).
-        method: "auto" (exact where that costs no more, else Hutch++, else one-sided), "exact" (by tiles),
+        method: "auto" (exact where that costs no more, else stratified, else a sketch), "exact" (by tiles),
             "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
             alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
+            "sketch" is the (R, M) sketch of `Sketch`, what "auto" takes for K = J Jᵀ that is not stratified
+            (else "hutch++", and one direction where there is no other);
+            "ntk-hutch++" sketches by jvps alone, at half the price.
+            "stratified" draws m output combinations for each sample by itself, so that no noise comes from
+            pairs of samples: m per-sample passes of each kernel, at least two, exact at one column an output.
+            It is for kernels over all outputs of their samples, and what "auto" estimates with where
+            layer structure makes such a pass as cheap as a vjp.
         generator: CPU generator of the probes; None draws a seed from the operating system. The result
             records the seed.
         progress: Show a bar of passes.
+        differentiable: Return a value that can be differentiated (twice, too) with respect to the parameters
+            of operators made with ``ntkops.ntk(..., differentiable=True)``: exact, or with ``num_passes`` by
+            "hutchinson" or "hutch++" for fixed probes. Memory of the first derivative: one tile or chunk.
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
-        tolerance was met. The interval is Student's t over the random probes, wider where `rtol` made
-        it stop early; the deterministic part of Hutch++ has no error. With a single residual probe the
-        error is infinite.
+        tolerance was met. The interval uses the quantile of the hardest spectrum, one large
+        eigenvalue, for as many probes (it tends to Student's), and is wider where `rtol` made it stop
+        early. "sketch" and "xtrace" take the value from all probes, the error from a third of them
+        judged by the rest. With a single residual probe the error is infinite.
 
     Raises:
         InputError: If an option is not understood, or the passes do not pay for the method.
@@ -65,6 +78,16 @@ def inner(
         >>> float(ntkops.inner(A, torch.eye(2)))
         7.0
     """
+    if differentiable:
+        return differentiable_estimate(
+            INNER,
+            (first, second),
+            rtol=rtol,
+            num_passes=num_passes,
+            method=method,
+            generator=generator,
+            progress=progress,
+        )
     return estimate(
         INNER,
         lambda: operands(first, second),

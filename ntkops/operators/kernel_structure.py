@@ -52,6 +52,27 @@ class KernelStructure:
         """Return the Gram matrix of per-sample gradients; see `NTKOperator.sample_gram`."""
         return self._kernel.sample_gram(probes)
 
+    @property
+    def sample_shape(self) -> tuple[int, int] | None:
+        """Samples and outputs, where the rows are all outputs of all samples, as `sample_gram` has them."""
+        rows = self._rows
+        whole = self.symmetric and rows.pick is None and rows._is_whole()
+        return (rows.inputs.num_samples, rows.inputs.num_outputs) if whole else None
+
+    def output_traced(self, outputs: Tensor) -> NTKOperator | None:
+        """Return the lazy kernel summed over some of the outputs, or None for uneven rows or a cross kernel.
+
+        Args:
+            outputs: ``(R, r)`` positions among the outputs of a sample: row s of the kernel's outputs is
+                paired with row s, and the R kernels over r outputs are added.
+        """
+        rows = self._rows
+        if not self.symmetric or rows.pick is not None:
+            return None
+        numbers = rows.outputs[..., outputs]  # (*batch, R', R, r)
+        axis = StateAxis(rows.inputs, numbers.flatten(-3, -2))
+        return self._kernel._rebuild(self._kernel._core.with_axes(axis, axis))
+
     def exact_cost(self, quantity: str) -> float:
         """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included."""
         if self._kernel._stored_dense() is not None:

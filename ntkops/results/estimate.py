@@ -70,7 +70,7 @@ class Estimate:
             raise EstimateError(
                 f"this estimate has shape {tuple(self.value.shape)}; float() needs a scalar: index .value"
             )
-        return float(self.value)
+        return float(self.value.detach())
 
     def __mul__(self, factor: float) -> Estimate:
         """Scale value, error and interval by an exact number."""
@@ -131,4 +131,4 @@ class Estimate:
         if self.value.numel() != 1:
             return f"Estimate(shape={tuple(self.value.shape)}, method={self.method!r}, passes={self.passes})"
         error = "exact" if self.exact else f"± {float(self.stderr):.2g}"
-        return f"{float(self.value):.6g} ({error}, {self.method}, {self.passes} passes)"
+        return f"{float(self.value.detach()):.6g} ({error}, {self.method}, {self.passes} passes)"

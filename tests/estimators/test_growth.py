@@ -96,7 +96,7 @@ def test_the_first_look_never_ends_it():
     result = ntkops.trace(
         OnlyProducts(3.0 * torch.eye(400), columns), rtol=0.5, method="hutchinson", generator=generator(0)
     )
-    assert len(columns) >= 2 and result.converged and float(result.stderr) == 0
+    assert len(columns) >= 2 and result.converged and float(result.stderr) < 1e-5  # rounding of float32
     assert result.passes == sum(columns)
 
 

@@ -137,12 +137,10 @@ def test_algorithm_two_divides_by_the_probes_that_it_draws(method, passes):
         )
         side, draw = (J if method == "fhutch" else J.T), generator(seed)
         half, rest = passes // 2, passes - passes // 2
-        signs = lambda count, side=side, draw=draw: (  # noqa: E731
-            torch.randint(0, 2, (side.shape[1], count), generator=draw).double() * 2 - 1
-        )
-        Q = torch.linalg.qr(signs(half))[0]
-        T = signs(rest)
+        Q = torch.linalg.qr(torch.randn(side.shape[1], half, generator=draw, dtype=torch.float64))[0]
+        T = torch.randn(side.shape[1], rest, generator=draw, dtype=torch.float64)
         B = T - Q @ (Q.T @ T)
+        B = B * math.sqrt(side.shape[1] - half) / B.norm(dim=0)  # on the sphere: its length would be noise
         naive = (side @ Q).square().sum() + (side @ B).square().sum() / rest
         assert float(result) == pytest.approx(float(naive), rel=1e-10)
         assert result.passes == passes

@@ -1,0 +1,312 @@
+r"""Quantities of live operators whose value can be differentiated with respect to the parameters.
+
+A moment is a sum of many small terms: tiles of the kernel, chunks of its diagonal, or chunks of probes. The
+value is computed without a graph, as always, and gets the derivative of that sum; see `_attached`.
+
+With probes, the derivative is that of the estimate for those probes. For Hutchinson's form
+
+.. math:: \nabla\, E[v^\top K v] = E[\nabla (v^\top K v)],
+
+so the derivative of an unbiased estimate is unbiased. Hutch++ holds the basis Q of its sketch fixed: its form
+:math:`\mathrm{tr}(Q^\top A Q) + E[v^\top (I - QQ^\top) A (I - QQ^\top) v]` is the trace of A for every A
+and every fixed Q, and thus so is its derivative. Norms and ratios have the bias of relative order 1/m in
+their derivatives that they have in their values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines import count_passes
+from ..errors import InputError, UnsupportedOperationError, ZeroKernelError
+from ..operators.structure import tile_slices
+from ..results import Estimate
+from ._attached import Operators, Term, Total, block_part, diagonal_part, require_known, tensors_of
+from ._moments import Combination, Mean, Summary, student_quantile, summarize
+from ._quantities import ALIGNMENT, FROBENIUS_NORM, Inner, Quantity, exact_cost, exact_moments
+from ._request import Operand, Request, operands
+from ._two_sided import extend_basis, project_out
+
+__all__ = ["METHODS", "differentiable_estimate"]
+
+METHODS = ("exact", "hutchinson", "hutch++")
+
+_WIDTH = 32  # probes of one term
+_LEVEL = 0.05  # the interval may miss with this probability
+_ROUNDING = 8.0  # rounding units of the value that the interval allows for
+
+
+def differentiable_estimate(
+    quantity: Quantity,
+    operators: Operators,
+    *,
+    rtol: float | None,
+    num_passes: int | None,
+    method: str,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> Estimate:
+    """Return an estimate whose value has a graph down to the operators' tensors.
+
+    Args:
+        quantity: What is estimated.
+        operators: Its operators, at least one of them live.
+        rtol: For exact values only, which meet every tolerance.
+        num_passes: Passes to spend; an estimate needs it.
+        method: "auto" (exact, or Hutch++ where ``num_passes`` does not pay for that) or one of `METHODS`.
+        generator: CPU generator of the probes.
+        progress: Accepted and without effect: the work is done in the backward pass.
+
+    Returns:
+        The estimate; ``value`` requires grad, error and interval do not.
+
+    Raises:
+        UnsupportedOperationError: If no operator has a graph, or the method or an operator has no
+            differentiable form.
+        InputError: If an option is not understood, gradients are switched off, or an estimate is asked for
+            without ``num_passes``.
+        ZeroKernelError: If the quantity has no derivative since a kernel is zero.
+    """
+    _require_method(method)
+    request = Request.check(
+        METHODS, method=method, rtol=rtol, num_passes=num_passes, generator=generator, progress=progress
+    )
+    given = operands(*operators)
+    if quantity.needs_square:
+        given[0].require_square(quantity.name)
+    _require_live(operators)
+    for operator in operators:
+        require_known(operator)
+    start = time.perf_counter()
+    with count_passes() as tally:
+        with torch.no_grad():
+            cost = exact_cost(quantity, given)
+        if method == "exact" or method == "auto" and request.allows(cost):
+            moments, exact = _exact(quantity, operators, given, request, cost), True
+            summary = None
+        else:
+            moments, summary = _sampled(quantity, operators, given, request, method)
+            exact = False
+    _require_derivative(quantity, moments.detach())
+    value = _combination(quantity)(moments).cpu()
+    plain = value.detach()
+    result = Estimate.of_exact(plain, passes=tally.total, seconds=time.perf_counter() - start)
+    if not exact:
+        assert summary is not None
+        result = _with_error(result, summary, request, quantity, given, method)
+    return dataclasses.replace(result, value=value)
+
+
+def _require_method(method: str) -> None:
+    if method not in ("auto", *METHODS):
+        raise UnsupportedOperationError(
+            f"method={method!r} has no differentiable form; with differentiable=True choose 'auto' or one of "
+            f"{', '.join(map(repr, METHODS))}"
+        )
+
+
+def _require_live(operators: Operators) -> None:
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "differentiable=True inside torch.no_grad() or inference mode: no graph can be recorded here; "
+            "leave that context, or the option"
+        )
+    tensors = [tensor for operator in operators for tensor in tensors_of(operator)]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise UnsupportedOperationError(
+            "differentiable=True records for torch.autograd, not for a torch.func transform around it; use "
+            "torch.autograd.grad (create_graph=True for second derivatives), or K.diagonal() and products, "
+            "which transforms can look into"
+        )
+    if any(tensor.requires_grad for tensor in tensors):
+        return
+    names = " and ".join(dict.fromkeys(type(operator).__name__ for operator in operators))
+    raise UnsupportedOperationError(
+        f"differentiable=True needs an operator with a graph, and no tensor of this {names} requires grad: a "
+        "kernel is a snapshot unless it is made with ntkops.ntk(..., differentiable=True) from parameters "
+        "that require grad"
+    )
+
+
+def _require_derivative(quantity: Quantity, moments: Tensor) -> None:
+    quantity.require_defined(moments)
+    if quantity is FROBENIUS_NORM and bool((moments <= 0).any()):
+        raise ZeroKernelError(
+            "the Frobenius norm has no derivative at a zero kernel; its square has one: "
+            "ntkops.inner(K, K, differentiable=True)"
+        )
+
+
+def _combination(quantity: Quantity) -> Combination:
+    """Return the quantity as a function of moments, without the clamps, which have no derivative."""
+    if quantity is FROBENIUS_NORM:
+        return lambda moments: moments[..., 0].sqrt()
+    if quantity is ALIGNMENT:
+        return lambda moments: moments[..., 0] / (moments[..., 1].sqrt() * moments[..., 2].sqrt())
+    return quantity.combine
+
+
+# -- exact
+
+
+def _exact(
+    quantity: Quantity, operators: Operators, given: Sequence[Operand], request: Request, cost: float
+) -> Tensor:
+    if not request.allows(cost):
+        raise InputError(
+            f"the exact value of {quantity.name} costs about {cost:.0f} passes, more than "
+            f"num_passes={request.num_passes}; raise it, or choose an estimator"
+        )
+    with torch.no_grad():
+        value = exact_moments(quantity, given)
+        terms = _tile_terms(quantity, given) if quantity.needs_pairs else _diagonal_terms(given[0])
+    return Total(operators, terms).attach(value)
+
+
+def _diagonal_terms(operand: Operand) -> list[Term]:
+    def term(rows: slice) -> Term:
+        return lambda operators: diagonal_part(operators[0], rows).double().sum(-1, keepdim=True)
+
+    return [term(rows) for rows in tile_slices(operand.shape[-1], operand.structure.tile_size())]
+
+
+def _tile_terms(quantity: Quantity, given: Sequence[Operand]) -> list[Term]:
+    structures = [operand.structure for operand in given]
+    symmetric = all(structure.symmetric for structure in structures)
+    size = min(structure.tile_size() for structure in structures)
+    shape = given[0].shape
+
+    def term(rows: slice, cols: slice) -> Term:
+        mirrored = symmetric and cols.start > rows.start
+
+        def sums(operators: Operators) -> Tensor:
+            blocks = [block_part(operator, rows, cols).double() for operator in operators]
+            return (2.0 if mirrored else 1.0) * _tile_moments(quantity, blocks, rows == cols)
+
+        return sums
+
+    corners = ((rows, cols) for rows in tile_slices(shape[-2], size) for cols in tile_slices(shape[-1], size))
+    return [term(rows, cols) for rows, cols in corners if not symmetric or cols.start >= rows.start]
+
+
+def _tile_moments(quantity: Quantity, blocks: Sequence[Tensor], on_diagonal: bool) -> Tensor:
+    parts = []
+    for moment in quantity.moments:
+        if isinstance(moment, Inner):
+            parts.append((blocks[moment.first] * blocks[moment.second]).sum((-2, -1)))
+        else:
+            block = blocks[moment.of]
+            diagonal = block.diagonal(dim1=-2, dim2=-1).sum(-1)
+            parts.append(diagonal if on_diagonal else torch.zeros_like(diagonal))
+    return torch.stack(parts, dim=-1)
+
+
+# -- with probes
+
+
+def _sampled(
+    quantity: Quantity, operators: Operators, given: Sequence[Operand], request: Request, method: str
+) -> tuple[Tensor, Summary]:
+    if request.num_passes is None or request.rtol is not None:
+        raise InputError(
+            "an estimate with differentiable=True takes num_passes= and no rtol=: a tolerance would be one "
+            "of the value, and says nothing of its gradient; or take method='exact'"
+        )
+    unit = max(1, sum(operand.cost for operand in given))
+    columns = request.num_passes // unit
+    sketched = method != "hutchinson"
+    least = 1 + 2 * len(given) if sketched else 1
+    if columns < least:
+        raise InputError(
+            f"num_passes={request.num_passes} does not pay for {least} product columns of {unit} passes, "
+            f"which {'hutch++' if sketched else 'hutchinson'} needs at least for {quantity.name}"
+        )
+    with torch.no_grad():
+        probes, fixed = _probes(given, columns, request.generator, sketched)
+        # The terms of every probe once without a graph, for the value and its error.
+        counted = [operand.multiply for operand in given]
+        plain = torch.cat([_products(quantity, counted, part) for part in probes.split(_WIDTH, -1)], -1)
+        weights = torch.ones(probes.shape[-1], dtype=torch.float64, device=plain.device)
+        weights[fixed:] = 1.0 / (probes.shape[-1] - fixed)
+        value = plain @ weights  # (*batch, q)
+
+    def term(start: int) -> Term:
+        part, weight = probes[..., start : start + _WIDTH], weights[start : start + _WIDTH]
+        return lambda current: _products(quantity, [one.__matmul__ for one in current], part) @ weight
+
+    terms = [term(start) for start in range(0, probes.shape[-1], _WIDTH)]
+    samples = plain.movedim(-2, 0).cpu()  # (q, *batch, k)
+    means = [Mean(row[..., fixed:], row[..., :fixed].sum(-1)) for row in samples]
+    return Total(operators, terms).attach(value), summarize(means, quantity.combine)
+
+
+def _probes(
+    given: Sequence[Operand], columns: int, generator: torch.Generator, sketched: bool
+) -> tuple[Tensor, int]:
+    """Return columns ``(*batch, n, k)``, and how many of them at the front are an orthonormal basis.
+
+    The basis spans the products of all operators with one random sketch; the others are probes of its
+    complement. Rows and columns play the parts that they play in `TwoSided`.
+    """
+    space, batch = given[0].columns, given[0].batch_shape
+
+    def draw(where: Any, count: int) -> Tensor:
+        wide = where.probes(count * batch.numel(), generator)
+        return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
+
+    if not sketched:
+        return draw(space, columns), 0
+    width = min(columns // (1 + 2 * len(given)), space.size // len(given))
+    parts, drawn = [], {}
+    for operand in given:
+        straight = operand.structure.symmetric or operand.is_square and len(given) == 1
+        if straight not in drawn:
+            drawn[straight] = draw(space if straight else operand.rows, width)
+        parts.append(operand.multiply(drawn[True]) if straight else operand.pull(drawn[False]))
+    empty = parts[0][..., :0]
+    basis = extend_basis(space, empty, torch.cat(parts, dim=-1))
+    rest = project_out(space, basis, draw(space, columns - width - width * len(given)))
+    return torch.cat([basis, rest], dim=-1), basis.shape[-1]
+
+
+def _products(quantity: Quantity, multiply: Sequence[Callable[[Tensor], Any]], probes: Tensor) -> Tensor:
+    """Return what each probe adds to each moment, ``(*batch, q, k)``, float64."""
+    products = [product(probes) for product in multiply]
+    parts = []
+    for moment in quantity.moments:
+        if isinstance(moment, Inner):
+            pair = products[moment.first], products[moment.second]
+        else:
+            pair = probes, products[moment.of]
+        parts.append((pair[0].double() * pair[1].double()).sum(-2))
+    return torch.stack(parts, dim=-2)
+
+
+def _with_error(
+    result: Estimate,
+    summary: Summary,
+    request: Request,
+    quantity: Quantity,
+    given: Sequence[Operand],
+    method: str,
+) -> Estimate:
+    quantile = student_quantile(_LEVEL, summary.freedom)
+    eps = torch.finfo(given[0].dtype).eps
+    spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
+    width = spread + _ROUNDING * eps * summary.value.abs()
+    low, high = quantity.bounds
+    ends = (summary.value - width).clamp(low, high), (summary.value + width).clamp(low, high)
+    return dataclasses.replace(
+        result,
+        stderr=summary.stderr,
+        interval=ends,
+        method="hutch++" if method == "auto" else method,
+        exact=False,
+        seed=request.seed,
+    )
