@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..model import Inputs
 from .rungs import Parameters
+from .summing import long_product
 from .tiling import Part, lower_pairs, sample_slices
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ def _kernel_by_samples(
 
     if symmetric:
         for rows, columns, first, second in lower_pairs(left, size, lambda part: make(part, left_distinct)):
-            blocks.append((rows, columns, _contract(first, second, left_index, right_index)))
+            block = _contract(first, second, left_index, right_index)
+            if rows == columns:  # exactly symmetric, whatever order the terms were summed in
+                block = (block + block.permute(0, 3, 4, 1, 2)) / 2
+            blocks.append((rows, columns, block))
     else:
         for part in sample_slices(left, size):
             first = make(part, left_distinct)
@@ -103,7 +107,8 @@ def _contract(left: Tensor, right: Tensor, left_index: Tensor, right_index: Tens
             a = left if whole else left[:, row.to(left.device)]  # (B₁, r₁, P)
             whole = whole and right.shape[1] == len(column) and torch.equal(column, torch.arange(len(column)))
             b = right if whole else right[:, column.to(right.device)]
-            term = (a.flatten(0, 1) @ b.flatten(0, 1).mT).reshape(*a.shape[:2], *b.shape[:2])
+            term = long_product(a.flatten(0, 1), b.flatten(0, 1).mT)
+            term = term.reshape(*a.shape[:2], *b.shape[:2])
             total = term if total is None else total + term
         assert total is not None
         kernels.append(total)
@@ -165,7 +170,7 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
     parts = []
     for chosen in distinct.split(group):
         tiles = [
-            engine.jacobian_tile(params, part, chosen).square().sum(-1)  # (B, u)
+            _lengths(engine.jacobian_tile(params, part, chosen))  # (B, u)
             for _, _, part in sample_slices(inputs, engine.tile_samples(len(chosen)))
         ]
         parts.append(torch.cat(tiles))
@@ -173,6 +178,11 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
     lengths = torch.cat(parts, dim=1)  # (N, u)
     gathered = lengths[:, index.to(lengths.device)].sum(2)  # (N, M, R, r) -> (N, M, r)
     return gathered.movedim(1, 0).flatten(1)
+
+
+def _lengths(gradients: Tensor) -> Tensor:
+    wide = gradients.dtype if gradients.device.type == "mps" else torch.float64
+    return gradients.square().sum(-1, dtype=wide).to(gradients.dtype)
 
 
 def _row_bytes(engine: AutogradEngine) -> int:
@@ -192,7 +202,7 @@ def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, co
         return engine._sample_tile(params, samples, cotangents[start:stop])
 
     for rows, columns, first, second in lower_pairs(inputs, size, make):
-        product = first.flatten(0, 1) @ second.flatten(0, 1).mT
+        product = long_product(first.flatten(0, 1), second.flatten(0, 1).mT)
         blocks.append((rows, columns, product.reshape(1, len(first), count, len(second), count)))
     engine.count_rows(made, inputs)
     shape = (1, inputs.num_samples, count, inputs.num_samples, count)

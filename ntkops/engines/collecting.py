@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.record import Call, Recording
+from .cost import LayerShape, written_at_once
 from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import RULES, Activation, Layout, OneHot
 from .units import Unit, Use, is_transposed
@@ -43,6 +44,7 @@ def collect(
     dtype: torch.dtype,
     chunk: int,
     keep: bool = False,
+    compact: bool = False,
 ) -> Factors:
     """Run the backward passes and return the factors of every unit.
 
@@ -54,6 +56,7 @@ def collect(
         dtype: Dtype of the factors.
         chunk: Directions that go through one batched backward pass; 1 for one after the other.
         keep: Whether the graph is kept for other backward passes.
+        compact: Whether gradients are written down at once where they are smaller than their factors.
 
     Returns:
         The factors. Cost: C backward passes; memory: theirs.
@@ -62,14 +65,14 @@ def collect(
     calls = recording.calls
     numbers = sorted({use.call for unit in units for use in unit.uses})
     layout = {number: layouts[calls[number].signature] for number in numbers}
-    makers = [_Maker(unit, calls, layout, count, len(cotangents), dtype) for unit in units]
+    makers = [_Maker(unit, calls, layout, count, len(cotangents), dtype, compact) for unit in units]
     for start in range(0, len(cotangents), chunk):
         part = cotangents[start : start + chunk]
         found = backward(recording, part, numbers, chunk > 1, not keep and start + chunk >= len(cotangents))
         gradients = dict(zip(numbers, found, strict=True))
         for maker in makers:
             maker.add(start, len(part), gradients)
-    made = [maker.finish() for maker in makers]
+    made = [item for maker in makers for item in maker.finish()]
     outers = [item for item in made if isinstance(item, Outer)]
     return Factors(count, outers, [item for item in made if isinstance(item, Direct)])
 
@@ -85,14 +88,16 @@ class _Maker:
         count: int,
         directions: int,
         dtype: torch.dtype,
+        compact: bool,
     ) -> None:
         self._unit, self._calls, self._layouts = unit, calls, layouts
         self._count, self._directions, self._dtype = count, directions, dtype
         self._buffer: Tensor | None = None
         self._spans: list[tuple[int, int]] = []
         self._zeros = False
-        needed = {use.call: self._activation(use) for use in unit.uses}
-        self._activations = needed
+        self._activations = {use.call: self._activation(use) for use in unit.uses}
+        self._written = compact and self._is_compact()
+        self._shifts: Tensor | None = None  # gradients of the bias of a unit that is written down
 
     def _activation(self, use: Use) -> Activation | None:
         call = self._calls[use.call]
@@ -101,8 +106,42 @@ class _Maker:
         found = RULES[call.rule].activation(call, self._layouts[use.call], self._count)
         return found if isinstance(found, OneHot) else found.to(self._dtype)
 
+    def _is_compact(self) -> bool:
+        """Whether the unit is one call with at least d_in positions."""
+        if self._unit.kind != "outer" or len(self._unit.uses) > 1:
+            return False
+        (held,) = self._activations.values()
+        if not isinstance(held, Tensor):
+            return False
+        groups, inputs, positions = held.shape[1:]
+        return written_at_once(LayerShape(positions, inputs, self._size() // (groups * inputs), groups))
+
+    def _write(self, start: int, use: Use, found: Tensor | None) -> None:
+        """Write gradients down instead of their factors."""
+        if self._buffer is None:
+            held = self._activations[use.call]
+            assert isinstance(held, Tensor)
+            shape = (self._count, self._directions, self._size())
+            self._buffer = torch.zeros(shape, dtype=self._dtype, device=held.device)
+            if self._unit.bias is not None:
+                height = self._size() // (held.shape[1] * held.shape[2]) * held.shape[1]
+                self._shifts = self._buffer.new_zeros((*shape[:2], height))
+        if found is None:
+            return
+        activation = self._activations[use.call]
+        assert activation is not None
+        piece = self._outer(use, found).to(self._dtype)
+        some = slice(start, start + piece.shape[1])
+        gradients = outer_gradients(piece, activation)
+        self._buffer[:, some] = in_parameter_order(gradients, is_transposed(self._calls, use))
+        if self._shifts is not None:
+            self._shifts[:, some] = piece.sum(-1).flatten(2)
+
     def add(self, start: int, width: int, gradients: Mapping[int, Tensor | None]) -> None:
         outer = self._unit.kind == "outer"
+        if self._written:
+            self._write(start, self._unit.uses[0], gradients[self._unit.uses[0].call])
+            return
         for position, use in enumerate(self._unit.uses):
             found = gradients[use.call]
             if found is None:
@@ -110,7 +149,7 @@ class _Maker:
                 continue
             piece = self._outer(use, found) if outer else self._direct(use, found)  # (B, K, ...)
             if self._buffer is None and width == self._directions and len(self._unit.uses) == 1:
-                self._buffer = piece.to(self._dtype).contiguous()
+                self._buffer = piece.to(self._dtype)  # class-major in memory: who needs rows copies them
                 return
             target = self._target(position, piece)[:, start : start + width]
             if outer or position == 0:
@@ -182,19 +221,26 @@ class _Maker:
         full[..., first : first + found.shape[2]] = found
         return full
 
-    def finish(self) -> Outer | Direct:
+    def finish(self) -> list[Outer | Direct]:
         unit, first = self._unit, self._unit.uses[0]
+        if self._written:
+            assert self._buffer is not None
+            written: list[Outer | Direct] = [Direct(unit, self._buffer)]
+            if self._shifts is not None and unit.bias is not None:
+                bias = Unit(unit.bias.index, unit.bias.start, unit.bias.stop, "direct", unit.uses)
+                written.append(Direct(bias, self._shifts))
+            return written
         if unit.kind == "outer":
             activations = _join([self._activations[use.call] for use in unit.uses])
             if self._buffer is None:
                 self._buffer = self._empty(activations)
-            return Outer(unit, is_transposed(self._calls, first), activations, self._buffer)
+            return [Outer(unit, is_transposed(self._calls, first), activations, self._buffer)]
         if self._buffer is None:
             parameter = self._parameter()
             self._buffer = torch.zeros(
                 (self._count, self._directions, self._size()), dtype=self._dtype, device=parameter.device
             )
-        return Direct(unit, self._buffer)
+        return [Direct(unit, self._buffer)]
 
     def _empty(self, activations: Activation) -> Tensor:
         """Return zero gradients: the output does not depend on these calls."""

@@ -15,35 +15,15 @@ from torch import Tensor
 from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_diagonal, choose_kernel
 from .factors import Direct, Factors, Outer, outer_gradients
 from .layer_rules import Activation, OneHot
+from .summing import COLUMNS, Total, Workspace, long_product, slabs
 
-__all__ = ["Workspace", "accumulate_kernel", "factor_lengths"]
+__all__ = ["LEAST_INPUTS", "accumulate_kernel", "factor_lengths"]
 
-_SYMMETRIC_ROWS = 80  # rows of a block below which splitting costs more than it saves
-_SYMMETRIC_BLOCKS = 8
 _GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
-
-
-class Workspace:
-    """Flat memory that is used again: fresh pages cost more than the arithmetic on small layers."""
-
-    def __init__(self) -> None:
-        self._held: dict[object, Tensor] = {}
-
-    def take(self, key: object, entries: int, like: Tensor) -> Tensor:
-        """Return at least ``entries`` uninitialised entries, valid until the key is taken again."""
-        held = self._held.get(key)
-        if held is None or held.numel() < entries or held.dtype != like.dtype or held.device != like.device:
-            held = torch.empty(entries, dtype=like.dtype, device=like.device)
-            self._held[key] = held
-        return held
-
-    def clear(self) -> None:
-        """Set everything free."""
-        self._held.clear()
-
-    def matrix(self, key: object, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Return an uninitialised matrix."""
-        return self.take(key, rows * columns, like)[: rows * columns].view(rows, columns)
+_LENGTH_ENTRIES = 2**20  # entries of gradients that are squared at a time: what stays near the processor
+_SMALL_SAMPLES = 160  # up to which kernels of single outputs go through one batched product
+_SHORT = 1024  # gradients that are copied side by side
+LEAST_INPUTS = 16  # columns below which products that write gradients down are slow
 
 
 def accumulate_kernel(
@@ -69,6 +49,13 @@ def accumulate_kernel(
         workspace: Memory to use again.
         force: A way to take whatever it costs, where a layer has it.
     """
+    if left.is_small and right.is_small:
+        wide = target.new_zeros(target.shape, dtype=torch.float64)
+        rows_of = left.to(torch.float64)
+        columns_of = rows_of if left is right else right.to(torch.float64)
+        accumulate_kernel(wide, rows_of, columns_of, left_index, right_index, symmetric, Workspace(), force)
+        target += wide
+        return
     kernels, terms, rows = left_index.shape
     wanted = KernelShape(left.count, right.count, rows, right_index.shape[2], terms, kernels, symmetric)
     pick_left, pick_right = _Picker(left_index), _Picker(right_index)
@@ -81,7 +68,7 @@ def accumulate_kernel(
         else:
             _add_gradients(target, one, other, pick_left, pick_right, symmetric, workspace)
     if left.directs:
-        _add_direct(target, left.directs, right.directs, pick_left, pick_right, symmetric)
+        _add_direct(target, left.directs, right.directs, pick_left, pick_right, symmetric, workspace)
 
 
 class _Picker:
@@ -102,6 +89,10 @@ class _Picker:
             picked = factor[:, self._index.to(factor.device)]
         return picked.movedim(1, 0)
 
+    def each(self, factor: Tensor) -> Tensor:
+        """Turn ``(B, C, ...)`` into ``(M, R, B, rest)`` where r = 1."""
+        return self(factor).squeeze(3).transpose(1, 2).flatten(3)
+
     def rows(self, factor: Tensor) -> list[Tensor]:
         """Turn ``(B, C, ...)`` into M matrices ``(B·r, R·rest)``, rows sample-major."""
         _, terms, rows = self.shape
@@ -113,23 +104,6 @@ class _Picker:
         return [block.transpose(1, 2).flatten(0, 1).flatten(1) for block in picked]
 
 
-def _slabs(count: int, rows: int, symmetric: bool) -> list[tuple[int, int]]:
-    """Return ranges of samples whose rows are multiplied with all columns up to their own."""
-    if not symmetric:
-        return [(0, count)]
-    blocks = max(1, min(_SYMMETRIC_BLOCKS, count * rows // _SYMMETRIC_ROWS, count))
-    step = -(-count // blocks)
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def _multiply_add(target: Tensor, left: Tensor, right: Tensor, count: int, symmetric: bool) -> None:
-    """Add left rightᵀ, for a symmetric product only on and below the diagonal."""
-    rows = len(left) // max(count, 1)
-    for start, stop in _slabs(count, rows, symmetric):
-        end = stop * rows if symmetric else len(right)
-        target[start * rows : stop * rows, :end].addmm_(left[start * rows : stop * rows], right[:end].mT)
-
-
 def gram_of_activations(left: Activation, right: Activation) -> Tensor:
     """Return ``(B₁·S₁, B₂·S₂)`` inner products of activations of one group."""
     if isinstance(left, OneHot):
@@ -137,7 +111,7 @@ def gram_of_activations(left: Activation, right: Activation) -> Tensor:
         return (left.index.flatten()[:, None] == right.index.flatten()).float()
     assert isinstance(right, Tensor)
     one, other = (a.squeeze(1).mT.flatten(0, 1) for a in (left, right))  # (B·S, d_in)
-    return one @ other.mT
+    return long_product(one, other.mT)
 
 
 def _add_gram(
@@ -154,15 +128,20 @@ def _add_gram(
     if left.unit.bias is not None:
         gram = gram + 1
     gram = gram.to(target.dtype)
-    one = pick_left.rows(left.gradients)
-    other = one if symmetric else pick_right.rows(right.gradients)
     count, columns = gram.shape
     r1, r2 = pick_left.shape[2], pick_right.shape[2]
+    if r1 == r2 == pick_left.shape[1] == 1 and max(count, columns) <= _SMALL_SAMPLES:
+        each = pick_left.each(left.gradients).squeeze(1)  # (M, N₁, d_out)
+        others = each if symmetric else pick_right.each(right.gradients).squeeze(1)
+        target.addcmul_(long_product(each, others.mT), gram)
+        return
+    one = pick_left.rows(left.gradients)
+    other = one if symmetric else pick_right.rows(right.gradients)
     for block, a, b in zip(target, one, other, strict=True):
-        for start, stop in _slabs(count, r1, symmetric):
+        for start, stop in slabs(count, r1, symmetric):
             end = stop if symmetric else columns
-            product = workspace.matrix("gram", (stop - start) * r1, end * r2, a)
-            torch.mm(a[start * r1 : stop * r1], b[: end * r2].mT, out=product)
+            product = workspace.matrix("product", (stop - start) * r1, end * r2, a)
+            long_product(a[start * r1 : stop * r1], b[: end * r2].mT, product)
             part = block[start * r1 : stop * r1, : end * r2]
             weights = gram[start:stop, :end]
             if r1 == r2 == 1:
@@ -189,14 +168,15 @@ def _add_position_gram(
     other = one if symmetric else _position_rows(pick_right, right)
     r1, r2 = pick_left.shape[2], pick_right.shape[2]
     step = max(1, _GRAM_ENTRIES // max(1, r1 * s1 * n2 * r2 * s2))
+    wide = target.dtype if target.device.type == "mps" else torch.float64
     for block, a, b in zip(target, one, other, strict=True):
         for start in range(0, n1, step):
             stop = min(start + step, n1)
             end = stop if symmetric else n2
-            product = a[start:stop].flatten(0, 2) @ b[:end].flatten(0, 2).mT
+            product = long_product(a[start:stop].flatten(0, 2), b[:end].flatten(0, 2).mT)
             product = product.view(stop - start, r1, s1, end, r2, s2)
             weights = gram[start:stop, :, :end].unsqueeze(1).unsqueeze(4)  # (n, 1, s, n', 1, t)
-            found = product.mul_(weights).sum((2, 5)).flatten(2).flatten(0, 1)
+            found = product.mul_(weights).sum((2, 5), dtype=wide).flatten(2).flatten(0, 1)
             block[start * r1 : stop * r1, : end * r2].add_(found)
 
 
@@ -215,31 +195,53 @@ def _add_gradients(
     symmetric: bool,
     workspace: Workspace,
 ) -> None:
-    """K += J Jᵀ with the per-sample gradients of this layer."""
+    """K += J Jᵀ with the per-sample gradients of this layer, some inputs at a time."""
     first, second = left.activations, right.activations
     if isinstance(first, OneHot) and isinstance(second, OneHot):
         first, second = _compressed(first, second)
-    one = _gradient_matrices(left, first, pick_left, workspace, "left")
-    other = one if symmetric else _gradient_matrices(right, second, pick_right, workspace, "right")
-    count = len(left.gradients)
-    for block, a, b in zip(target, one, other, strict=True):
-        _multiply_add(block, a, b, count, symmetric)
+    height = left.shape.groups * left.shape.outputs
+    width = first.size if isinstance(first, OneHot) else left.shape.inputs
+    step = width if isinstance(first, OneHot) else max(LEAST_INPUTS, COLUMNS // height)
+    total = Total(target, len(left.gradients), symmetric, height * width * pick_left.shape[1], workspace)
+    for start in range(0, width, step):
+        part = slice(start, min(start + step, width))
+        one = _written_down(left.gradients, _inputs(first, part), workspace, "left")
+        other = (
+            one if symmetric else _written_down(right.gradients, _inputs(second, part), workspace, "right")
+        )
+        _add_rows(total, one, other, pick_left, pick_right, symmetric)
     if left.unit.bias is not None:
-        one = pick_left.rows(left.gradients.sum(-1))
-        other = one if symmetric else pick_right.rows(right.gradients.sum(-1))
-        for block, a, b in zip(target, one, other, strict=True):
-            _multiply_add(block, a, b, count, symmetric)
+        one = left.gradients.sum(-1)
+        other = one if symmetric else right.gradients.sum(-1)
+        _add_rows(total, one, other, pick_left, pick_right, symmetric)
+    total.finish()
 
 
-def _gradient_matrices(
-    layer: Outer, activations: Activation, pick: _Picker, workspace: Workspace, side: str
-) -> list[Tensor]:
-    shape = layer.shape
-    inputs = activations.size if isinstance(activations, OneHot) else shape.inputs
-    entries = layer.gradients.shape[0] * layer.gradients.shape[1] * shape.outputs * inputs * shape.groups
-    needs = isinstance(activations, Tensor) and shape.groups == 1
-    out = workspace.take(("gradient", side), entries, layer.gradients) if needs else None
-    return pick.rows(outer_gradients(layer.gradients, activations, out))
+def _add_rows(
+    total: Total, left: Tensor, right: Tensor, pick_left: _Picker, pick_right: _Picker, symmetric: bool
+) -> None:
+    """Add the products of gradients ``(B, C, ...)``."""
+    single = pick_left.shape[2] == pick_right.shape[2] == 1
+    if single and max(len(left), len(right)) <= _SMALL_SAMPLES:
+        each = pick_left.each(left)
+        total.add_each(each, each if symmetric else pick_right.each(right))
+        return
+    one = pick_left.rows(left)
+    other = one if symmetric else pick_right.rows(right)
+    for number, (a, b) in enumerate(zip(one, other, strict=True)):
+        total.add(number, a, b)
+
+
+def _inputs(activations: Activation, part: slice) -> Activation:
+    return activations if isinstance(activations, OneHot) else activations[:, :, part]
+
+
+def _written_down(gradients: Tensor, activations: Activation, workspace: Workspace, side: str) -> Tensor:
+    """Return `outer_gradients` in memory that is used again."""
+    if isinstance(activations, OneHot) or gradients.shape[2] > 1:
+        return outer_gradients(gradients, activations)
+    entries = gradients[..., 0].numel() * activations.shape[2]
+    return outer_gradients(gradients, activations, workspace.take(("gradient", side), entries, gradients))
 
 
 def _compressed(left: OneHot, right: OneHot) -> tuple[OneHot, OneHot]:
@@ -259,18 +261,20 @@ def _add_direct(
     pick_left: _Picker,
     pick_right: _Picker,
     symmetric: bool,
+    workspace: Workspace,
 ) -> None:
-    one = pick_left.rows(_side_by_side(left))
-    other = one if symmetric else pick_right.rows(_side_by_side(right))
-    count = len(left[0].gradients)
-    for block, a, b in zip(target, one, other, strict=True):
-        _multiply_add(block, a, b, count, symmetric)
+    """K += J Jᵀ with gradients that are written down: long ones by themselves, short ones side by side."""
+    terms = sum(direct.gradients.shape[2] for direct in left) * pick_left.shape[1]
+    total = Total(target, len(left[0].gradients), symmetric, terms, workspace)
+    for one, other in zip(_side_by_side(left), _side_by_side(right), strict=True):
+        _add_rows(total, one, other, pick_left, pick_right, symmetric)
+    total.finish()
 
 
-def _side_by_side(directs: Sequence[Direct]) -> Tensor:
-    if len(directs) == 1:
-        return directs[0].gradients
-    return torch.cat([direct.gradients for direct in directs], dim=2)
+def _side_by_side(directs: Sequence[Direct]) -> list[Tensor]:
+    short = [direct.gradients for direct in directs if direct.gradients.shape[2] < _SHORT]
+    joined = [torch.cat(short, dim=2)] if len(short) > 1 else short
+    return joined + [direct.gradients for direct in directs if direct.gradients.shape[2] >= _SHORT]
 
 
 def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute | None = None) -> Tensor:
@@ -313,7 +317,7 @@ def _written_lengths(layer: Outer, workspace: Workspace) -> Tensor:
         activations, _ = _compressed(activations, activations)
     size = gradients[:, :1].numel() // max(shape.positions, 1)
     inputs = activations.size if isinstance(activations, OneHot) else shape.inputs
-    step = max(1, _GRAM_ENTRIES // max(1, size * inputs))
+    step = max(1, _LENGTH_ENTRIES // max(1, size * inputs))
     parts = []
     for part in gradients.split(step, dim=1):
         out = None

@@ -24,6 +24,7 @@ __all__ = [
     "diagonal_costs",
     "kernel_costs",
     "product_costs",
+    "written_at_once",
 ]
 
 KernelRoute = Literal["gram", "gradient"]
@@ -83,6 +84,17 @@ class KernelShape:
     symmetric: bool = False
 
 
+def written_at_once(layer: LayerShape) -> bool:
+    """Return whether gradients are no larger than what they are made of: at least d_in positions.
+
+    Then kernels and diagonals from gradients are also the cheapest ones.
+
+    Args:
+        layer: The layer.
+    """
+    return not layer.one_hot and layer.positions > 1 and layer.inputs <= layer.positions
+
+
 def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, float]:
     r"""Return the cost of each way to a kernel.
 
@@ -132,6 +144,8 @@ def choose_kernel(layer: LayerShape, wanted: KernelShape, force: KernelRoute | N
         return force
     if layer.positions == 1:
         return "gram"
+    if written_at_once(layer):
+        return "gradient"
     costs = kernel_costs(layer, wanted)
     return min(costs, key=lambda route: costs[route])
 
@@ -162,6 +176,8 @@ def choose_diagonal(layer: LayerShape, force: DiagonalRoute | None = None) -> Di
         return force
     if layer.positions == 1:
         return "gram"
+    if written_at_once(layer):
+        return "gradient"
     costs = diagonal_costs(layer)
     return min(costs, key=lambda route: costs[route])
 

@@ -19,9 +19,11 @@ from ..errors import NtkopsError
 from ..model import Inputs, Linearization
 from ..model.record import Call, Recording, record
 from .collecting import backward, collect
-from .cost import KernelShape
+from .contract import LEAST_INPUTS
+from .cost import KernelShape, written_at_once
 from .factors import Factors, Outer
 from .layer_rules import CATALOGUE, EXPANSIONS, RULES, Layout, OneHot
+from .summing import COLUMNS
 from .tail import Tail, find_tail
 from .units import plan_units
 
@@ -63,6 +65,7 @@ class Coverage:
         layouts: Where the samples are in the result of each kind of call.
         batched: Whether several directions may go through one batched backward pass.
         direction_entries: Entries of output gradients, for each sample and direction.
+        kept_entries: The same with gradients in the place of larger factors, as kernels keep them.
         sample_entries: Entries of activations, for each sample.
         layer_entries: Entries of the largest layer's gradient.
         states: What the output is if it is all hidden states of a recurrent layer, else None.
@@ -75,6 +78,7 @@ class Coverage:
     layouts: dict[Signature, Layout]
     batched: bool = False
     direction_entries: int = 0
+    kept_entries: int = 0
     sample_entries: int = 0
     layer_entries: int = 0
     states: HiddenStates | None = None
@@ -257,14 +261,16 @@ def _measured(linearization: Linearization, recording: Recording, coverage: Cove
         reason = f"a layer rule failed: {str(error).strip().splitlines()[0][:120]}"
         return Coverage(frozenset(), {**dict.fromkeys(coverage.covered, reason), **coverage.reasons}, {})
     count = looped.count
-    direction = sum(layer.gradients[:, :1].numel() for layer in looped.outers) // count
-    direction += sum(direct.gradients[:, :1].numel() for direct in looped.directs) // count
+    direct = sum(direct.gradients[:, :1].numel() for direct in looped.directs) // count
+    direction = direct + sum(layer.gradients[:, :1].numel() for layer in looped.outers) // count
+    kept = direct + sum(_kept_entries(layer) for layer in looped.outers) // count
     sample = sum(_entries(layer) for layer in looped.outers) // count
     largest = max((_gradient_entries(layer) for layer in looped.outers), default=0)
     return replace(
         coverage,
         batched=_can_batch(factors, looped),
         direction_entries=direction,
+        kept_entries=kept,
         sample_entries=sample,
         layer_entries=largest,
     )
@@ -275,9 +281,22 @@ def _entries(layer: Outer) -> int:
     return held.index.numel() if isinstance(held, OneHot) else held.numel()
 
 
+def _kept_entries(layer: Outer) -> int:
+    """Entries for one direction of all samples, of gradients where these are no larger than factors."""
+    entries = layer.gradients[:, :1].numel()
+    if len(layer.unit.uses) == 1 and written_at_once(layer.shape):
+        return len(layer.gradients) * layer.shape.entries
+    return entries
+
+
 def _gradient_entries(layer: Outer) -> int:
+    """Entries of one gradient that are written down at a time."""
     shape = layer.shape
-    return shape.positions * shape.outputs if shape.one_hot else shape.entries
+    if shape.positions == shape.groups == 1:  # Gram matrices, whatever is wanted
+        return 0
+    if shape.one_hot:
+        return shape.positions * shape.outputs
+    return min(shape.entries, max(COLUMNS, LEAST_INPUTS * shape.groups * shape.outputs))
 
 
 def _can_batch(factors: Callable[[int], Factors], looped: Factors) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .layer_rules import Activation, OneHot
 from .units import Unit
 
 __all__ = ["Direct", "Factors", "Outer", "in_parameter_order", "join_samples", "outer_gradients"]
+
+
+_SMALL_ENTRIES = 2**16
 
 
 @dataclass(eq=False)
@@ -56,6 +59,36 @@ class Factors:
     outers: list[Outer]
     directs: list[Direct]
     output: Tensor | None = None
+
+    @property
+    def entries(self) -> int:
+        """Entries of all factors."""
+        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        held = [layer.gradients.numel() for layer in layers]
+        held += [layer.activations.numel() for layer in self.outers if isinstance(layer.activations, Tensor)]
+        return sum(held)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether float32 factors are so few that float64 costs no time: calls cost more than arithmetic."""
+        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        narrow = bool(layers) and layers[0].gradients.dtype == torch.float32
+        return narrow and layers[0].gradients.device.type != "mps" and self.entries <= _SMALL_ENTRIES
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return the same in another dtype."""
+        outers = [
+            replace(
+                layer,
+                gradients=layer.gradients.to(dtype),
+                activations=layer.activations
+                if isinstance(layer.activations, OneHot)
+                else layer.activations.to(dtype),
+            )
+            for layer in self.outers
+        ]
+        directs = [replace(direct, gradients=direct.gradients.to(dtype)) for direct in self.directs]
+        return replace(self, outers=outers, directs=directs)
 
 
 def outer_gradients(gradients: Tensor, activations: Activation, out: Tensor | None = None) -> Tensor:

@@ -10,15 +10,18 @@ from torch import Tensor
 from ..model import Batch, Inputs
 from .autograd import AutogradEngine
 from .collecting import collect
-from .contract import Workspace
 from .coverage import Coverage, CoverageChanged, record_batch
 from .factors import Direct, Factors, Outer, in_parameter_order, join_samples, outer_gradients
 from .options import Layerwise
 from .products import unit_spans
 from .rungs import Parameters
+from .summing import Workspace
 from .units import plan_units
 
 __all__ = ["FactorSource"]
+
+_PASSING_BYTES = 2**25  # of factors that are used once
+_LEAST_SAMPLES = 16  # below which a pass costs as much as for these
 
 
 class FactorSource:
@@ -69,18 +72,39 @@ class FactorSource:
     def tile(self, directions: int) -> int:
         """Return how many samples' factors, and one layer's gradients, fit into the workspace."""
         cover = self.coverage
-        entries = directions * (2 * cover.direction_entries + cover.layer_entries) + 2 * cover.sample_entries
+        entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
         budget = 2 * self._autograd.workspace_bytes()
         return budget // max(1, entries * self.dtype.itemsize)
 
-    def of_outputs(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Factors:
+    def passing_tile(self, directions: int) -> int:
+        """Return how many samples go through at once where no factor is needed twice: fewer than `tile`.
+
+        Memory is then the same for any number of samples, and a few megabytes.
+        """
+        cover = self.coverage
+        entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
+        sample = max(1, entries * self.dtype.itemsize)
+        return max(1, min(self.tile(directions), max(_LEAST_SAMPLES, _PASSING_BYTES // sample)))
+
+    def of_outputs(
+        self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
+    ) -> Factors:
         """Return the factors of all samples for single outputs, ``(r,)`` numbers."""
         unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=self.dtype, device=self.device)
         unit[torch.arange(len(outputs)), 0, outputs] = 1
-        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1))
+        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1), compact)
 
-    def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Factors:
+    def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor, compact: bool = False) -> Factors:
         """Return the factors of all samples for ``(C, N, O)`` cotangents.
+
+        Args:
+            params: The selected parameters.
+            inputs: N samples.
+            cotangents: C directions for each of them.
+            compact: Whether gradients that are smaller than their factors are written down instead.
+
+        Returns:
+            The factors.
 
         Raises:
             CoverageChanged: If a batch uses covered parameters in another way than at construction.
@@ -88,10 +112,10 @@ class FactorSource:
         parts = []
         with self.linearization.safe_context():
             for start, stop, batch in inputs.batches(self._autograd.batch_size(inputs)):
-                parts.append(self._collect(params, batch, cotangents[:, start:stop]))
+                parts.append(self._collect(params, batch, cotangents[:, start:stop], compact))
         return parts[0] if len(parts) == 1 else _concatenate(parts)
 
-    def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor) -> Factors:
+    def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor, compact: bool) -> Factors:
         recording = record_batch(self.linearization, params, batch)
         layouts, covered = self.coverage.layouts, self.coverage.covered
         unknown = [call for call in recording.calls if call.signature not in layouts]
@@ -99,7 +123,8 @@ class FactorSource:
         self._require_known((lost | recording.uncovered.keys()) & covered)
         units = plan_units(recording.calls, covered)
         chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1])
-        return collect(recording, units, layouts, cotangents.to(recording.output), self.dtype, chunk)
+        cotangents = cotangents.to(recording.output)
+        return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact=compact)
 
     def _require_known(self, lost: set[int]) -> None:
         if lost:

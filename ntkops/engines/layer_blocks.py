@@ -43,8 +43,9 @@ def layer_kernel(
     kernels, _, r1 = left_outputs.shape
     r2 = right_outputs.shape[2]
     pairs = torch.cat([left_outputs.flatten(1), right_outputs.flatten(1)], dim=1)
-    unique, index = torch.unique(pairs, dim=0, return_inverse=True)
-    if len(unique) < kernels:  # an expanded batch: each distinct kernel is made once
+    if kernels > 1:
+        unique, index = torch.unique(pairs, dim=0, return_inverse=True)
+    if kernels > 1 and len(unique) < kernels:  # an expanded batch: each distinct kernel is made once
         split = left_outputs[0].numel()
         one = unique[:, :split].reshape(len(unique), -1, r1)
         other = unique[:, split:].reshape(len(unique), -1, r2)
@@ -53,8 +54,12 @@ def layer_kernel(
     over_time = states_kernel(source, params, left, right, left_outputs, right_outputs)
     if over_time is not None:
         return over_time
-    widest = max(torch.unique(left_outputs).numel(), torch.unique(right_outputs).numel())
-    if widest > 1 and source.tile(widest) < min(2, left.num_samples):
+    few = min(2, left.num_samples)
+    if source.tile(max(left_outputs.numel(), right_outputs.numel())) < few:  # repeated ones count once
+        widest = max(torch.unique(left_outputs).numel(), torch.unique(right_outputs).numel())
+    else:
+        widest = 1
+    if widest > 1 and source.tile(widest) < few:
         return _in_parts(source, params, left, right, left_outputs, right_outputs)
     return _filled(source, params, left, right, left_outputs, right_outputs)
 
@@ -115,9 +120,12 @@ def _filled(
     r2 = right_outputs.shape[2]
     shape = (kernels, left.num_samples * r1, right.num_samples * r2)
     result = torch.zeros(shape, dtype=source.dtype, device=source.device)
-    symmetric = left is right and torch.equal(left_outputs, right_outputs)
+    same = torch.equal(left_outputs, right_outputs)
+    symmetric = left is right and same
     left_numbers, left_index = torch.unique(left_outputs, return_inverse=True)
-    right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
+    right_numbers, right_index = left_numbers, left_index
+    if not same:
+        right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
     size = max(1, source.tile(max(len(left_numbers), len(right_numbers))))
     shared = left is right and torch.equal(left_numbers, right_numbers)
     made = 0
@@ -125,7 +133,7 @@ def _filled(
     def make(part: Part, numbers: Tensor) -> Factors:
         nonlocal made
         made += (part[1] - part[0]) * len(numbers)
-        return source.of_outputs(params, part[2], numbers)
+        return source.of_outputs(params, part[2], numbers, compact=source.options.kernel != "gram")
 
     def add(rows: slice, columns: slice, first: Factors, second: Factors, own: bool) -> None:
         target = result[:, rows.start * r1 : rows.stop * r1, columns.start * r2 : columns.stop * r2]
@@ -156,15 +164,18 @@ def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, out
     group = len(distinct)
     while group > 1 and source.tile(group) < 1:
         group = -(-group // 2)
-    columns = []
-    for chosen in distinct.split(group):
-        tiles = [
-            factor_lengths(source.of_outputs(params, part, chosen), source.workspace, source.options.diagonal)
-            for _, _, part in sample_slices(inputs, max(1, source.tile(len(chosen))))
-        ]
-        columns.append(torch.cat(tiles))
+    compact = source.options.diagonal != "gram"
+    # In one piece, made first: many small tensors would keep the memory between them from being used again.
+    shape = (inputs.num_samples, len(distinct))
+    lengths = torch.empty(shape, dtype=source.dtype, device=source.device)
+    for first in range(0, len(distinct), group):
+        chosen = distinct[first : first + group]
+        for start, stop, part in sample_slices(inputs, source.passing_tile(len(chosen))):
+            factors = source.of_outputs(params, part, chosen, compact)
+            lengths[start:stop, first : first + group] = factor_lengths(
+                factors, source.workspace, source.options.diagonal
+            )
     source.count_rows(inputs.num_samples * len(distinct), inputs)
-    lengths = torch.cat(columns, dim=1)  # (N, u)
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
 
 
@@ -179,7 +190,7 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
         nonlocal made
         start, stop, samples = part
         made += (stop - start) * width
-        return source.of(params, samples, vectors[:, start:stop])
+        return source.of(params, samples, vectors[:, start:stop], compact=source.options.kernel != "gram")
 
     for rows, columns, first, second in lower_pairs(inputs, max(1, source.tile(width)), make):
         target = result[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from ..model import Inputs
 from ..results import LayerInfo
+from .autograd import AutogradEngine
 from .checks import require_finite_product
 from .cost import KernelShape
 from .coverage import CoverageChanged
+from .factors import Factors
+from .gathering import FactorSource
 from .layer_blocks import layer_gram
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
 from .layerwise_core import LayerwiseCore
@@ -222,6 +226,43 @@ class LayerwiseEngine(LayerwiseCore):
         )
         require_finite_product(result, "Jᵀv of single samples", self.linearization, outputs)
         return result
+
+    def linear_image(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        outputs: Tensor,
+        of_factors: Callable[[Factors], Tensor],
+        of_rows: Callable[[Tensor, Sequence[int]], Tensor],
+    ) -> Tensor:
+        """Return a linear image of the rows of J that layers' factors have without being written down.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            inputs: N samples.
+            outputs: ``(r,)`` output numbers.
+            of_factors: Image ``(B, r, k)`` of the factors of B samples.
+            of_rows: Image of rows ``(B, r, p)`` of the parameters whose numbers follow.
+
+        Returns:
+            ``(N, r, k)``. Cost: one forward and r backward passes.
+        """
+        fitting = self._source.tile(len(outputs)) if self._coverage.covered else 0
+        size = max(1, fitting or self.tile_samples(len(outputs)))
+        tiles = []
+        for start in range(0, inputs.num_samples, size):
+            part = inputs.select(torch.arange(start, min(start + size, inputs.num_samples)))
+
+            def by_rows(engine: AutogradEngine, chosen: Parameters, part: Inputs = part) -> Tensor:
+                whole = engine is self._autograd
+                numbers = range(len(params)) if whole else self._source.uncovered
+                return of_rows(engine.jacobian_tile(chosen, part, outputs), numbers)
+
+            def by_layers(source: FactorSource, part: Inputs = part) -> Tensor:
+                return of_factors(source.of_outputs(params, part, outputs))
+
+            tiles.append(self._combined(params, (part,), by_layers, by_rows, torch.Tensor.add_))
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
     # products
 

@@ -177,8 +177,11 @@ class LayerwiseCore(EngineSettings):
         """Refuse more backward passes than the user allows, before any work."""
         if not self._coverage.covered or self._coverage.states is not None:
             return
+        limit = self.options.max_backwards
+        if self._coverage.backwards(max(numbers.numel() for numbers in outputs)) <= limit:
+            return  # even if all are distinct
         distinct = max(torch.unique(numbers).numel() for numbers in outputs)
-        passes, limit = self._coverage.backwards(distinct), self.options.max_backwards
+        passes = self._coverage.backwards(distinct)
         if passes > limit:
             raise BackwardLimitError(
                 f"{what} for {distinct} outputs takes {passes} backward passes, more than "

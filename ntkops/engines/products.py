@@ -8,7 +8,7 @@ vectors are row-major: ``(k, N, C)`` and ``(k, P)``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from .contract import gram_of_activations
 from .cost import ProductRoute, choose_product
 from .factors import Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import OneHot
+from .summing import long_product
 from .units import Unit
 
 __all__ = ["CachedFactors", "ProductFactors", "Span", "prepare_products", "unit_spans"]
@@ -97,11 +98,23 @@ class ProductFactors:
             )
         return held
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the factors: float64 also for float32 ones, where they are few."""
+        return (self.outers[0].gradients if self.dense is None else self.dense).dtype
+
+    def to(self, dtype: torch.dtype) -> ProductFactors:
+        """Return the same in another dtype."""
+        outers = Factors(self.count, self.outers, []).to(dtype).outers
+        dense = None if self.dense is None else self.dense.to(dtype)
+        return replace(self, outers=outers, dense=dense, grams={})
+
     def pull(self, vectors: Tensor, size: int) -> Tensor:
         """Return Jᵀv, ``(k, P)``, for ``(k, N, C)``; parameters that are not covered get zero."""
+        given, vectors = vectors.dtype, vectors.to(self._dtype)
         result = vectors.new_zeros((len(vectors), size))
         if self.dense is not None:
-            flat = vectors.flatten(1) @ self.dense  # (k, p)
+            flat = long_product(vectors.flatten(1), self.dense)  # (k, p)
             offset = 0
             for span in self.dense_spans:
                 width = span.stop - span.start
@@ -113,21 +126,22 @@ class ProductFactors:
             result[:, weight.start : weight.stop] += pulled.squeeze(0)
             if bias is not None:
                 result[:, bias.start : bias.stop] += signals.sum((0, 4)).flatten(1)
-        return result
+        return result.to(given)
 
     def push(self, tangents: Tensor) -> Tensor:
         """Return J p, ``(k, N, C)``, for ``(k, P)``."""
+        given, tangents = tangents.dtype, tangents.to(self._dtype)
         result = tangents.new_zeros((len(tangents), self.count, self.directions))
         if self.dense is not None:
             flat = torch.cat([tangents[:, span.start : span.stop] for span in self.dense_spans], dim=1)
-            result += (flat @ self.dense.mT).view_as(result)
+            result += long_product(flat, self.dense.mT).view_as(result)
         for layer, (weight, bias) in zip(self.outers, self.spans, strict=True):
             pieces = _as_outer(layer, tangents[:, weight.start : weight.stop])
             shift = None
             if bias is not None:
                 shift = tangents[:, bias.start : bias.stop].unflatten(1, (layer.shape.groups, -1))
             result += _read(layer, _apply(layer, pieces, shift))
-        return result
+        return result.to(given)
 
     def through(self, right: ProductFactors, vectors: Tensor) -> Tensor:
         """Return J(self) J(right)ᵀ v, ``(k, N₁, C)``, for ``(k, N₂, C)``.
@@ -137,15 +151,20 @@ class ProductFactors:
             vectors: The block.
         """
         cache = self.grams if self is right else None
+        given, dtype = vectors.dtype, self._dtype
+        if dtype != right._dtype:  # one side is so small that its factors are kept in float64
+            return self.to(given).through(right.to(given), vectors)
+        vectors = vectors.to(dtype)
         result = vectors.new_zeros((len(vectors), self.count, self.directions))
         if self.dense is not None:
             assert right.dense is not None
-            flat, total = vectors.flatten(1), result.flatten(1)
+            flat, total = vectors.flatten(1), result.flatten(1).to(_wide(result))
             for start in range(
                 0, self.dense.shape[1], _COLUMNS
             ):  # so that the second product finds it in cache
                 columns = slice(start, start + _COLUMNS)
-                total.addmm_(flat @ right.dense[:, columns], self.dense[:, columns].mT)
+                total += long_product(flat, right.dense[:, columns]) @ self.dense[:, columns].mT
+            result = total.to(result.dtype).view_as(result)
         for position, (layer, other) in enumerate(zip(self.outers, right.outers, strict=True)):
             signals = _signals(other, vectors)  # (N₂, k, g, d_out, S)
             sizes = self.count, right.count, self.directions
@@ -155,7 +174,7 @@ class ProductFactors:
                 bias = signals.sum((0, 4)) if layer.unit.bias is not None else None
                 moved = _apply(layer, _weights(other, signals), bias)
             result += _read(layer, moved)
-        return result
+        return result.to(given)
 
 
 def prepare_products(
@@ -171,6 +190,8 @@ def prepare_products(
     Returns:
         The factors, ready for products.
     """
+    if factors.is_small:
+        factors = factors.to(torch.float64)
     outers: list[Outer] = []
     outer_spans: list[tuple[Span, Span | None]] = []
     dense: list[Tensor] = []
@@ -188,7 +209,8 @@ def prepare_products(
                 dense.append(layer.gradients.sum(-1).flatten(2))
                 dense_spans.append(bias)
         else:
-            outers.append(layer)
+            # Samples first in memory, too: every product reads them that way.
+            outers.append(replace(layer, gradients=layer.gradients.contiguous()))
             outer_spans.append((weight, bias))
     for direct in factors.directs:
         directions = direct.gradients.shape[1]
@@ -216,10 +238,15 @@ def _span(parameter: tuple[int, int], start: int, stop: int) -> Span:
     return Span(first + start * row, first + stop * row)
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which many products are added up."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
 def _signals(layer: Outer, vectors: Tensor) -> Tensor:
     """Return Σ_c v_c G_c, ``(N, k, groups, d_out, S)``."""
     flat = layer.gradients.flatten(2)  # (N, C, g·d_out·S)
-    return torch.bmm(vectors.transpose(0, 1), flat).unflatten(2, layer.gradients.shape[2:])
+    return long_product(vectors.transpose(0, 1), flat).unflatten(2, layer.gradients.shape[2:])
 
 
 def _weights(layer: Outer, signals: Tensor) -> Tensor:
@@ -231,7 +258,7 @@ def _weights(layer: Outer, signals: Tensor) -> Tensor:
         return result.index_add_(3, layer.activations.index.flatten(), flat)
     left = signals.permute(2, 1, 3, 0, 4).reshape(groups, columns * outputs, -1)  # (g, k·d_out, N·S)
     right = layer.activations.permute(1, 0, 3, 2).reshape(groups, left.shape[2], -1)  # (g, N·S, d_in)
-    return (left @ right).unflatten(1, (columns, outputs)).transpose(0, 1)
+    return long_product(left, right).unflatten(1, (columns, outputs)).transpose(0, 1)
 
 
 def _apply(layer: Outer, weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,13 +289,13 @@ def _dual(
             cache[position] = gram
     columns, groups, outputs, positions = signals.shape[1:]
     flat = signals.permute(0, 4, 1, 2, 3).reshape(len(signals) * positions, -1)  # (N₂·S₂, k·d_out)
-    moved = (gram @ flat).view(len(layer.gradients), -1, columns, groups, outputs)
+    moved = long_product(gram, flat).view(len(layer.gradients), -1, columns, groups, outputs)
     return moved.permute(0, 2, 3, 4, 1)
 
 
 def _read(layer: Outer, moved: Tensor) -> Tensor:
     """Return the products with the output gradients, ``(k, N, C)``, for ``(N, k, groups, d_out, S)``."""
-    return torch.bmm(moved.flatten(2), layer.gradients.flatten(2).mT).transpose(0, 1)
+    return long_product(moved.flatten(2), layer.gradients.flatten(2).mT).transpose(0, 1)
 
 
 def _as_outer(layer: Outer, flat: Tensor) -> Tensor:

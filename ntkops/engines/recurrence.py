@@ -31,6 +31,8 @@ from .layer_rules.recurrent import State, Step
 
 __all__ = ["Steps", "linearize_steps", "pulled_signals", "same_time_diagonal", "state_kernel"]
 
+_SMALL_ENTRIES = 2**14
+
 
 @dataclass(frozen=True, eq=False)
 class Steps:
@@ -66,6 +68,11 @@ class Steps:
     def parts(self) -> int:
         """Number p of parts of a state: 2 for an LSTM, else 1."""
         return self.gates[0].shape[2]
+
+    def to(self, dtype: torch.dtype) -> Steps:
+        """Return the same in another dtype."""
+        gates = tuple(gate.to(dtype) for gate in self.gates)
+        return Steps(self.transitions.to(dtype), gates, tuple(a.to(dtype) for a in self.activations))
 
     def take(self, start: int, stop: int) -> Steps:
         """Return some of the sequences."""
@@ -224,6 +231,10 @@ def state_kernel(left: Steps, right: Steps, entries: int = 2**22, out: Tensor | 
     size, hidden, count = left.transitions.shape[-1], left.hidden, left.count
     if out is None:
         out = left.transitions.new_empty((count, left.length, hidden, right.length, hidden))
+    moves = left.transitions
+    if moves.dtype == torch.float32 and moves.numel() <= _SMALL_ENTRIES and moves.device.type != "mps":
+        # So small that calls cost more than arithmetic: nothing need be lost over time.
+        return out.copy_(state_kernel(left.to(torch.float64), right.to(torch.float64), entries))
     width = max(1, min(right.length, entries // max(1, count * left.length * size * size)))
     width = right.length if size == hidden else width  # in place, the result is all the memory it takes
     column = left.transitions.new_zeros((count, left.length, size, size))  # C at one t'

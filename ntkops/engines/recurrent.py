@@ -125,7 +125,9 @@ def states_diagonal(
         return None
     source.count_rows(int(passes) * inputs.num_samples, inputs)
     lengths = torch.cat(parts)  # (N, O)
-    return lengths[:, outputs.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
+    wide = lengths.dtype if lengths.device.type == "mps" else torch.float64
+    found = lengths[:, outputs.to(lengths.device)].sum(2, dtype=wide).to(lengths.dtype)
+    return found.movedim(1, 0).flatten(1)
 
 
 def states_kernel(
@@ -216,7 +218,8 @@ def _selected(block: Tensor, left_outputs: Tensor, right_outputs: Tensor) -> Ten
     for one, other in zip(ones, others, strict=True) if ones.shape[2] > 1 else [(ones, others)]:
         kernels.append(block[:, one.unsqueeze(-1), other.unsqueeze(-2)])  # (B, ..., R, r₁, r₂)
     found = torch.stack(kernels, dim=1) if ones.shape[2] > 1 else kernels[0]
-    return found.sum(2).movedim(1, 0)
+    wide = found.dtype if found.device.type == "mps" else torch.float64
+    return found.sum(2, dtype=wide).to(found.dtype).movedim(1, 0)
 
 
 def _is_everything(outputs: Tensor, count: int) -> bool:

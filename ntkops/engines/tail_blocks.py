@@ -96,14 +96,16 @@ class TailSource(FactorSource):
         self._tail, self._reduction = source.coverage.tail, reduction
         self._directions = reduction.directions
 
-    def of_outputs(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Factors:
+    def of_outputs(
+        self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
+    ) -> Factors:
         """Return the factors of all samples for some of the directions, the head's place confirmed."""
         if not confirmed(self, self._tail, self._reduction, params, inputs):
             raise CoverageChanged(
                 "a batch does not end with the linear layer that the first samples ended with"
             )
         chosen = self._directions[outputs.to(self._directions.device)]
-        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1))
+        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), compact)
 
 
 def confirmed(

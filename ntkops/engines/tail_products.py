@@ -11,6 +11,7 @@ from ..model import Inputs
 from .gathering import FactorSource
 from .products import ProductFactors, Span, prepare_products
 from .rungs import Parameters
+from .summing import long_product
 from .tail import Tail
 from .tail_blocks import Reduction, TailSource, head_activations
 
@@ -50,7 +51,7 @@ class TailFactors:
         return vectors.unflatten(2, (len(self.tail.positions), self.tail.classes))  # (k, N, S, V)
 
     def _reduce(self, split: Tensor) -> Tensor:
-        return (split @ self.basis).flatten(2)  # (k, N, S·k')
+        return long_product(split, self.basis).flatten(2)  # (k, N, S·k')
 
     def _expand(self, reduced: Tensor) -> Tensor:
         """Return ``(k, N, S, V)`` for ``(k, N, S·k')``."""
@@ -60,7 +61,7 @@ class TailFactors:
         """Return Jᵀv, ``(k, P)``, for ``(k, N, O)``; parameters that are not covered get zero."""
         split = self._by_position(vectors)
         result = self.body.pull(self._reduce(split), size)
-        pulled = split.flatten(1, 2).mT @ self.read.flatten(0, 1)  # (k, V, d)
+        pulled = long_product(split.flatten(1, 2).mT, self.read.flatten(0, 1))  # (k, V, d)
         if self.tail.transposed:
             pulled = pulled.mT
         result[:, self.weight.start : self.weight.stop] += pulled.flatten(1)

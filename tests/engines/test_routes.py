@@ -12,7 +12,7 @@ from ntkops.engines.cost import KernelShape, LayerShape, choose_diagonal, choose
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.results import LayerInfo
 from tests.cases import BY_NAME, reference_jacobian
-from tests.engines.test_layerwise import ODD, block, build, distance, jacobian, rounding
+from tests.engines.test_layerwise import BOTH, ODD, Reference, block, build, distance
 
 KERNEL, DIAGONAL = ("auto", "gram", "gradient"), ("auto", "gram", "gradient")
 PRODUCT = ("auto", "factors", "dual", "gradient")
@@ -24,30 +24,33 @@ def rerouted(engine, options):
     return LayerwiseEngine(engine.linearization, engine.ladder, engine._coverage, options=options)
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 4e-7)], ids=["f64", "f32"])
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_results_do_not_depend_on_the_route(name, dtype, limit):
+def test_results_do_not_depend_on_the_route(name, dtype):
     case = {**BY_NAME, **ODD}[name]
     built, linearization, inputs = build(case, dtype)
-    J, J2 = jacobian(case, dtype), jacobian(case, dtype, 2, seed=9)
-    limit, width, params = rounding(case, dtype, limit), len(J) // 3, linearization.parameters
+    reference = Reference(case, dtype, (3, 1), (2, 9))
+    rows, size = reference.exact[0].shape
+    width, params = rows // 3, linearization.parameters
     every = torch.arange(width).view(1, 1, -1)
     for kernel_route, diagonal_route in itertools.product(KERNEL, DIAGONAL):
         engine = rerouted(built, ntkops.Layerwise(kernel_route, diagonal_route))
-        assert distance(engine.kernel(params, inputs, inputs, every, every)[0], J @ J.T) < limit
-        assert distance(engine.diagonal(params, inputs, every)[0], (J * J).sum(1)) < limit
+        reference.check(engine.kernel(params, inputs, inputs, every, every)[0], lambda J, _: J @ J.T)
+        reference.check(engine.diagonal(params, inputs, every)[0], lambda J, _: (J * J).sum(1))
     other = linearization.inputs(case.data(2, dtype, seed=9))
-    v, p = block(width + 1, 3, width), block(2, J.shape[1])
+    v, p = block(width + 1, 3, width).to(dtype), block(2, size).to(dtype)
+    flat = v.flatten(1).double()
     for product_route in PRODUCT:
         engine = rerouted(built, ntkops.Layerwise(product_route=product_route))
-        for few in (v, v[:1]):  # the first block pays for the factors
-            found = engine.product(params, inputs, inputs, few.to(dtype)).flatten(1)
-            assert distance(found, few.flatten(1) @ J @ J.T) < limit
+        for few in (len(v), 1):  # the first block pays for the factors
+            found = engine.product(params, inputs, inputs, v[:few]).flatten(1)
+            reference.check(found, lambda J, _, few=few: flat[:few] @ J @ J.T, product_route)
         assert engine._cache._held
-        assert distance(engine.vjp(params, inputs, v.to(dtype)), v.flatten(1) @ J) < limit
-        assert distance(engine.jvp(params, inputs, p.to(dtype)).flatten(1), p @ J.T) < limit
-        crossed = engine.product(params, other, inputs, v.to(dtype)).flatten(1)
-        assert distance(crossed, v.flatten(1) @ J @ J2.T) < limit
+        reference.check(engine.vjp(params, inputs, v), lambda J, _: flat @ J, product_route)
+        pushed = engine.jvp(params, inputs, p).flatten(1)
+        reference.check(pushed, lambda J, _: p.double() @ J.T, product_route)
+        crossed = engine.product(params, other, inputs, v).flatten(1)
+        reference.check(crossed, lambda J, J2: flat @ J @ J2.T, product_route)
 
 
 @pytest.mark.parametrize("kernel_route", KERNEL)

@@ -11,7 +11,16 @@ from torch import nn
 import ntkops
 from ntkops.engines import count_passes
 from tests.cases import Case
-from tests.engines.test_layerwise import block, build, contractions, distance, jacobian, outputs_of
+from tests.engines.test_layerwise import (
+    BOTH,
+    Reference,
+    block,
+    build,
+    contractions,
+    distance,
+    jacobian,
+    outputs_of,
+)
 
 
 class Language(nn.Module):
@@ -108,48 +117,47 @@ TAILS = [
     (Case("transposed", lambda: Functional("linear"), vectors), 2),
 ]
 IDS = [case.name for case, _ in TAILS]
-DTYPES = pytest.mark.parametrize(
-    "dtype, limit", [(torch.float64, 1e-12), (torch.float32, 4e-7)], ids=["f64", "f32"]
-)
 
 
-@DTYPES
+@BOTH
 @pytest.mark.parametrize("case, rank", TAILS, ids=IDS)
-def test_kernels_and_diagonals(case, rank, dtype, limit):
+def test_kernels_and_diagonals(case, rank, dtype):
     engine, linearization, inputs = build(case, dtype)
-    J, J2 = jacobian(case, dtype), jacobian(case, dtype, 2, seed=9)
+    reference = Reference(case, dtype, (3, 1), (2, 9))
     assert engine._coverage.tail is not None and engine._coverage.tail.rank == rank
-    width, params = len(J) // 3, linearization.parameters
+    width, params = len(reference.exact[0]) // 3, linearization.parameters
     other = linearization.inputs(case.data(2, dtype, seed=9))
     for kind, numbers in outputs_of(width).items():
-        expected = contractions(J, 3)[kind]
         found = engine.kernel(params, inputs, inputs, numbers, numbers)
-        assert found.dtype == dtype and distance(found, expected) < limit
+        reference.check(found, lambda J, _, kind=kind: contractions(J, 3)[kind], kind)
         assert torch.equal(found, found.mT)
         lengths = engine.diagonal(params, inputs, numbers)
-        assert lengths.dtype == dtype
-        assert distance(lengths, expected.diagonal(dim1=1, dim2=2)) < limit
+        reference.check(
+            lengths, lambda J, _, kind=kind: contractions(J, 3)[kind].diagonal(dim1=1, dim2=2), kind
+        )
     every = outputs_of(width)["all"]
-    assert distance(engine.kernel(params, other, inputs, every, every)[0], J2 @ J.T) < limit
+    crossed = engine.kernel(params, other, inputs, every, every)[0]
+    reference.check(crossed, lambda J, J2: J2 @ J.T, "cross")
 
 
-@DTYPES
+@BOTH
 @pytest.mark.parametrize("case, rank", TAILS, ids=IDS)
-def test_products(case, rank, dtype, limit):
+def test_products(case, rank, dtype):
     engine, linearization, inputs = build(case, dtype)
-    J, J2 = jacobian(case, dtype), jacobian(case, dtype, 2, seed=9)
-    width, params = len(J) // 3, linearization.parameters
+    reference = Reference(case, dtype, (3, 1), (2, 9))
+    rows, size = reference.exact[0].shape
+    width, params = rows // 3, linearization.parameters
     other = linearization.inputs(case.data(2, dtype, seed=9))
-    v, p = block(rank + 1, 3, width), block(2, J.shape[1])
-    for few in (v, v[:1]):
-        product = engine.product(params, inputs, inputs, few.to(dtype))
-        assert product.dtype == dtype
-        assert distance(product.flatten(1), few.flatten(1) @ J @ J.T) < limit
+    v, p = block(rank + 1, 3, width).to(dtype), block(2, size).to(dtype)
+    flat = v.flatten(1).double()
+    for few in (len(v), 1):
+        product = engine.product(params, inputs, inputs, v[:few]).flatten(1)
+        reference.check(product, lambda J, _, few=few: flat[:few] @ J @ J.T, "product")
     assert engine._cache._held
-    assert distance(engine.vjp(params, inputs, v.to(dtype)), v.flatten(1) @ J) < limit
-    assert distance(engine.jvp(params, inputs, p.to(dtype)).flatten(1), p @ J.T) < limit
-    crossed = engine.product(params, other, inputs, v.to(dtype)).flatten(1)
-    assert distance(crossed, v.flatten(1) @ J @ J2.T) < limit
+    reference.check(engine.vjp(params, inputs, v), lambda J, _: flat @ J, "vjp")
+    reference.check(engine.jvp(params, inputs, p).flatten(1), lambda J, _: p.double() @ J.T, "jvp")
+    crossed = engine.product(params, other, inputs, v).flatten(1)
+    reference.check(crossed, lambda J, J2: flat @ J @ J2.T, "cross")
 
 
 @pytest.mark.parametrize("name", ["language", "wide"])
