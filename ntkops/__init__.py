@@ -7,23 +7,51 @@ with _warnings.catch_warnings():
     _warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
     import linear_operator as _linear_operator  # noqa: F401
 
-from . import functional, plotting
+from . import functional, plotting, projections, regression
+from .check import check_operator
 from .engines import Layerwise, count_passes
 from .errors import NtkopsError, NtkopsWarning
 from .estimators import (
+    Sketch,
     alignment,
+    data_redundancy,
     diagonal,
+    effective_dimension,
     effective_rank,
     eigsh,
     frobenius_norm,
     inner,
+    logdet,
     one_sided_product_trace,
+    parameter_redundancy,
+    partial_trace,
+    spectral_density,
     trace,
     truncation_rank,
 )
 from .model import Linearization, linearize
-from .operators import JacobianOperator, NTKOperator, jacobian, ntk
-from .results import Eigenpairs, EngineInfo, Estimate, LayerInfo, TruncationRank
+from .operators import (
+    JacobianOperator,
+    NTKOperator,
+    energy_gap,
+    jacobian,
+    ntk,
+    nystrom_ntk,
+    projected_ntk,
+)
+from .regression import KernelRidge
+from .results import (
+    CheckReport,
+    Eigenpairs,
+    EngineInfo,
+    Estimate,
+    History,
+    LayerInfo,
+    SolveInfo,
+    SpectralDensity,
+    TruncationRank,
+)
+from .track import track
 
 __version__ = "0.1.0"
 
@@ -31,6 +59,8 @@ __all__ = [
     # operators
     "jacobian",
     "ntk",
+    "projected_ntk",
+    "nystrom_ntk",
     "linearize",
     "Layerwise",
     "JacobianOperator",
@@ -42,18 +72,38 @@ __all__ = [
     "inner",
     "alignment",
     "effective_rank",
+    "partial_trace",
     "diagonal",
     "one_sided_product_trace",
+    "Sketch",
+    # spectra
     "eigsh",
+    "spectral_density",
     "truncation_rank",
-    # the pure core
+    "data_redundancy",
+    "parameter_redundancy",
+    "logdet",
+    "effective_dimension",
+    "energy_gap",
+    # regression
+    "KernelRidge",
+    # along training
+    "track",
+    # checks
+    "check_operator",
+    # rooms
     "functional",
-    # pictures
     "plotting",
+    "projections",
+    "regression",
     # results
     "Estimate",
     "Eigenpairs",
+    "SpectralDensity",
     "TruncationRank",
+    "SolveInfo",
+    "History",
+    "CheckReport",
     "EngineInfo",
     "LayerInfo",
     "count_passes",

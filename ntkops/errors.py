@@ -39,11 +39,17 @@ __all__ = [
     "UnsupportedOperationError",
     # optional packages
     "MissingDependencyError",
+    # files
+    "CheckpointError",
+    # checks
+    "OperatorCheckError",
     # estimators and solvers
     "EstimateError",
     "ZeroKernelError",
     "NotConvergedError",
     "NotConvergedWarning",
+    # projections
+    "InterpolationWarning",
 ]
 
 
@@ -147,6 +153,14 @@ class MissingDependencyError(NtkopsError, ImportError):
     """A package of an optional extra is needed and not installed; the message names the extra."""
 
 
+class CheckpointError(NtkopsError, ValueError):
+    """A file of results is missing, damaged, foreign, or belongs to another computation."""
+
+
+class OperatorCheckError(NtkopsError, AssertionError):
+    """An operator lacks a property that it has to have; see `ntkops.check_operator`."""
+
+
 class EstimateError(NtkopsError, TypeError):
     """Two estimates were combined, or an estimate was used where an exact number is needed."""
 
@@ -170,3 +184,7 @@ class NotConvergedError(NtkopsError, ArithmeticError):
 
 class NotConvergedWarning(NtkopsWarning):
     """An estimate ended at its pass limit before its tolerance was met."""
+
+
+class InterpolationWarning(NtkopsWarning):
+    """Regression on about as many projected features as training rows: the error peaks there."""

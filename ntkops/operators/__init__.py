@@ -1,15 +1,26 @@
 """Lazy operators: the Jacobian and the kernel."""
 
+from .energy_gap import energy_gap
 from .jacobian import JacobianOperator, jacobian
 from .kernel import NTKOperator, ntk
-from .ridge import KernelPlusDiagonal
+from .nystrom import NystromOperator, nystrom_ntk
+from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
+from .ridge import RidgeOperator
 
 __all__ = [
     # operators
     "JacobianOperator",
     "NTKOperator",
-    "KernelPlusDiagonal",
+    "NystromOperator",
+    "RidgeOperator",
+    "ProjectedNTKOperator",
+    "FeatureOperator",
+    "ProjectionOperator",
     # constructors
     "jacobian",
     "ntk",
+    "nystrom_ntk",
+    "projected_ntk",
+    # what an approximation leaves out
+    "energy_gap",
 ]

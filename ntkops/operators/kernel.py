@@ -222,7 +222,7 @@ class NTKOperator(EngineOperator):
             diag: ``()``, ``(1,)`` or ``(*batch, n)``, in the operator's dtype.
 
         Returns:
-            Lazy operator whose solves are exact or refused; see `KernelPlusDiagonal`.
+            Lazy operator whose solves are exact or refused; see `RidgeOperator`.
 
         Raises:
             ShapeError: If K is not square or the diagonal does not fit.
@@ -240,9 +240,9 @@ class NTKOperator(EngineOperator):
         return self._with_diagonal(plain._diag_tensor)
 
     def _with_diagonal(self, diagonal: DiagLinearOperator) -> LinearOperator:
-        from .ridge import KernelPlusDiagonal
+        from .ridge import RidgeOperator
 
-        return KernelPlusDiagonal(self, diagonal)
+        return RidgeOperator(self, diagonal)
 
     def add_low_rank(self, low_rank_mat: Any, *args: Any, **kwargs: Any) -> LinearOperator:
         """Return K + U Uᵀ lazily, without factoring K.

@@ -5,8 +5,11 @@ style or keeps state: titles, limits and saving are the caller's. Colours are to
 kind of colour blindness, and lines that share a colour differ in their dashes.
 """
 
+from .density import plot_spectral_density
 from .estimates import plot_error_against_passes, plot_estimates
+from .history import plot_history
 from .kernels import plot_kernel
+from .regression import plot_label_energy, plot_ridge_path
 from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
 
 __all__ = [
@@ -14,9 +17,15 @@ __all__ = [
     "plot_spectrum",
     "plot_class_spectra",
     "plot_truncation_ranks",
+    "plot_spectral_density",
     # estimates
     "plot_estimates",
     "plot_error_against_passes",
+    # regression
+    "plot_ridge_path",
+    "plot_label_energy",
+    # along training
+    "plot_history",
     # dense blocks
     "plot_kernel",
 ]

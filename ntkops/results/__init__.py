@@ -1,8 +1,24 @@
 """The small frozen results that users read: estimates, spectra, and what an engine did."""
 
+from .check import Check, CheckReport
+from .density import SpectralDensity
+from .distillation import DistillationInfo
+from .energy import EnergyGap
 from .engine import EngineInfo, LayerInfo
 from .estimate import Estimate
+from .history import History
+from .local_global import Containment, LocalGlobalProperties, LocalGlobalTrial, TransferError
 from .passes import PassCount
+from .redundancy import Redundancy
+from .regression import (
+    ErrorTerms,
+    LeaveOneOut,
+    OneStepRegret,
+    ProjectionError,
+    RidgePath,
+    TruncationError,
+)
+from .solve import Solution, SolveInfo
 from .spectra import Eigenpairs, TruncationRank
 
 __all__ = [
@@ -10,7 +26,32 @@ __all__ = [
     "Estimate",
     # spectra
     "Eigenpairs",
+    "SpectralDensity",
     "TruncationRank",
+    "Redundancy",
+    # approximations
+    "EnergyGap",
+    # solvers
+    "Solution",
+    "SolveInfo",
+    # regression
+    "LeaveOneOut",
+    "RidgePath",
+    "ErrorTerms",
+    "TruncationError",
+    "ProjectionError",
+    "OneStepRegret",
+    # distillation
+    "DistillationInfo",
+    "LocalGlobalProperties",
+    "Containment",
+    "LocalGlobalTrial",
+    "TransferError",
+    # along training
+    "History",
+    # checks
+    "Check",
+    "CheckReport",
     # engines
     "EngineInfo",
     "LayerInfo",

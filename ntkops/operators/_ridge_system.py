@@ -1,0 +1,256 @@
+"""The system (K + D) x = b as solvers see it: products, a preconditioner, and a float64 twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import InputError
+from ..results import Solution, SolveInfo
+from ..solvers import (
+    FactorPreconditioner,
+    Preconditioner,
+    conjugate_gradient,
+    factor_preconditioner,
+    nystrom_preconditioner,
+    pivoted_cholesky,
+    refinement,
+    rpcholesky,
+)
+from ..spectra import function_trace
+from .counting import multiply, row_space
+from .structure import structure
+
+__all__ = [
+    "PreconditionerChoice",
+    "RidgeSystem",
+    "SolveMethod",
+    "SolverOptions",
+    "batch_position",
+    "kernel_columns",
+]
+
+SolveMethod = Literal["auto", "cholesky", "cg", "refinement"]
+PreconditionerChoice = Literal["auto", "nystrom", "pivoted cholesky", "rpcholesky"] | None
+_METHODS = ("auto", "cholesky", "cg", "refinement")
+_PRECONDITIONERS = ("auto", "nystrom", "pivoted cholesky", "rpcholesky", None)
+_RANK = 200
+_BLOCK = 25  # pivots that RPCholesky proposes at a time
+_DEFLATION = 32  # leading eigenvectors that log det splits off before it draws probes
+
+
+@dataclass(frozen=True, eq=False)
+class SolverOptions:
+    """How a `RidgeOperator` solves.
+
+    It has no attribute that linear_operator looks for on tensors, so that it passes through every rebuild.
+
+    Attributes:
+        method: "auto", "cholesky", "cg" or "refinement".
+        preconditioner: "auto", "nystrom", "pivoted cholesky", "rpcholesky" or None.
+        rank: Rank of the preconditioner, or "auto".
+        tolerance: Relative residual asked of every column.
+        max_iterations: Most iterations, or None.
+        seed: Seed of the preconditioner and of random probes.
+        made: Preconditioners that were made, by dtype and device: they are kept with the operator.
+    """
+
+    method: SolveMethod = "auto"
+    preconditioner: PreconditionerChoice = "auto"
+    rank: int | Literal["auto"] = "auto"
+    tolerance: float = 1e-6
+    max_iterations: int | None = None
+    seed: int = 0
+    made: dict[Any, FactorPreconditioner | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the choices by name; numbers are checked where they are used."""
+        if self.method not in _METHODS:
+            raise InputError(f"method={self.method!r}: choose one of {', '.join(map(repr, _METHODS))}")
+        if self.preconditioner not in _PRECONDITIONERS:
+            names = ", ".join(map(repr, _PRECONDITIONERS))
+            raise InputError(f"preconditioner={self.preconditioner!r}: choose one of {names}")
+
+    def again(self, **changes: Any) -> SolverOptions:
+        """Return the options for another operator, without what was made for this one."""
+        return dataclasses.replace(self, made={}, **changes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave preconditioners out of a pickle."""
+        return {**self.__dict__, "made": {}}
+
+
+class RidgeSystem:
+    """K + D and its solver options.
+
+    Args:
+        kernel: K, ``(*batch, n, n)``.
+        entries: Diagonal of D, ``(*batch, n)``.
+        options: How to solve.
+    """
+
+    def __init__(self, kernel: LinearOperator, entries: Tensor, options: SolverOptions) -> None:
+        self.kernel, self.entries, self.options = kernel.detach(), entries.detach(), options
+        self.space = row_space(self.kernel)
+
+    def product(self, block: Tensor) -> Tensor:
+        """Return (K + D) V."""
+        return multiply(self.kernel, block) + self.entries.unsqueeze(-1) * block
+
+    def twin(self, dtype: torch.dtype) -> RidgeSystem:
+        """Return the same system in another dtype."""
+        if dtype == self.kernel.dtype:
+            return self
+        return RidgeSystem(self.kernel.to(dtype=dtype), self.entries.to(dtype), self.options)
+
+    def solve(self, rhs: Tensor, raise_on_failure: bool) -> Solution:
+        """Solve by iteration; the solution is float64 for "refinement", else of the dtype of ``rhs``."""
+        options = self.options
+        method = options.method
+        if method == "auto":
+            method = "cg" if self.kernel.dtype == torch.float64 else "refinement"
+        batch = torch.broadcast_shapes(self.kernel.shape[:-2], rhs.shape[:-2])
+        rhs = rhs.detach().expand(*batch, *rhs.shape[-2:])
+        common: dict[str, Any] = {
+            "tolerance": options.tolerance,
+            "max_iterations": options.max_iterations,
+            "raise_on_failure": raise_on_failure,
+        }
+        if method == "cg":
+            made = self.preconditioner()
+            return conjugate_gradient(self.product, rhs, self.space, preconditioner=made, **common)
+        precise, coarse = self.twin(torch.float64), self.twin(torch.float32)
+        return refinement(
+            precise.product,
+            coarse.product,
+            rhs.double(),
+            precise.space,
+            coarse_space=coarse.space,
+            preconditioner=coarse.preconditioner(),
+            **common,
+        )
+
+    def checked(self, rhs: Tensor, solution: Tensor, start: float) -> SolveInfo:
+        """Return what a factorisation has reached, its residual computed by products of its own."""
+        norms = self.space.sum_squares(rhs).sqrt()
+        rest = self.space.sum_squares(rhs - self.product(solution)).sqrt()
+        residuals = torch.where(norms > 0, rest / torch.where(norms > 0, norms, 1.0), 0.0)
+        met = bool((residuals <= self.options.tolerance).all())
+        return SolveInfo(
+            converged=met,
+            residuals=residuals,
+            tolerance=self.options.tolerance,
+            iterations=0,
+            products=residuals.numel(),
+            reason="converged" if met else "stagnated",
+            method="cholesky",
+            seconds=time.perf_counter() - start,
+        )
+
+    # the preconditioner
+
+    def preconditioner(self) -> Preconditioner | None:
+        """Return the preconditioner that the options ask for, made once."""
+        key = (self.kernel.dtype, str(self.kernel.device))
+        if key not in self.options.made:
+            self.options.made[key] = self._make()
+        return self.options.made[key]
+
+    def _make(self) -> FactorPreconditioner | None:
+        kind, size = self.options.preconditioner, self.space.size
+        if kind is None or kind == "auto" and (size < 4 or not bool((self.entries > 0).all())):
+            return None
+        rank = min(_RANK, max(size // 4, 1)) if self.options.rank == "auto" else self.options.rank
+        generator = torch.Generator().manual_seed(self.options.seed)
+        diagonal = self._constant_or_entries()
+        if kind == "auto" and hasattr(self.kernel, "features"):  # a kernel of low rank brings its own factor
+            factor = self.kernel.features()
+            made = factor.shape[-1] * self.kernel.shape[:-2].numel()
+            return factor_preconditioner(factor, diagonal, self.space, name="features", products=made)
+        if kind in ("auto", "nystrom"):
+            return nystrom_preconditioner(
+                lambda block: multiply(self.kernel, block),
+                diagonal,
+                self.space,
+                rank,
+                batch_shape=self.kernel.shape[:-2],
+                generator=generator,
+            )
+        return self._pivoted(str(kind), rank, diagonal, generator)
+
+    def _constant_or_entries(self) -> Tensor:
+        entries = self.entries.expand(*self.kernel.shape[:-1])
+        first = entries[..., :1]
+        return first if bool((entries == first).all()) else entries
+
+    def _pivoted(
+        self, kind: str, rank: int, diagonal: Tensor, generator: torch.Generator
+    ) -> FactorPreconditioner:
+        """Make one by pivots, which each member of a batch has of its own."""
+        batch, found = self.kernel.shape[:-2], []
+        diagonals = structure(self.kernel).diagonal().clamp(min=0).reshape(-1, self.space.size)
+        for number in range(batch.numel()):
+            member = self.kernel[batch_position(number, batch)] if batch else self.kernel
+            columns = kernel_columns(member)
+            if kind == "rpcholesky":
+                made = rpcholesky(columns, diagonals[number], rank, block_size=_BLOCK, generator=generator)
+            else:
+                made = pivoted_cholesky(columns, diagonals[number], rank)
+            found.append(made)
+        width = max(made.rank for made in found)
+        padded = [torch.nn.functional.pad(made.factor, (0, width - made.rank)) for made in found]
+        return factor_preconditioner(
+            torch.stack(padded).reshape(*batch, self.space.size, width) if batch else padded[0],
+            diagonal,
+            self.space,
+            name=kind,
+            products=sum(made.products for made in found),
+            seed=found[0].seed,
+        )
+
+
+def batch_position(number: int, batch: torch.Size) -> tuple[int, ...]:
+    """Return the index of a member of a batch, () where there is none."""
+    if not batch:
+        return ()
+    return tuple(int(p) for p in torch.unravel_index(torch.tensor(number), tuple(batch)))
+
+
+def kernel_columns(kernel: LinearOperator) -> Any:
+    """Return the function that evaluates columns of a kernel, by products with unit vectors."""
+
+    def columns(chosen: Tensor) -> Tensor:
+        unit = torch.zeros((kernel.shape[-1], len(chosen)), dtype=kernel.dtype, device=kernel.device)
+        unit[chosen, torch.arange(len(chosen))] = 1
+        return multiply(kernel, unit)
+
+    return columns
+
+
+def dense_bytes_allowed(operator: Any) -> int:
+    """Return the smallest ``max_dense_bytes`` of the parts of an operator; 2⁶³ - 1 where none has one."""
+    own = getattr(operator, "max_dense_bytes", None)
+    if own is not None:
+        return int(own)
+    inner = [arg for arg in getattr(operator, "_args", ()) if isinstance(arg, LinearOperator)]
+    return min((dense_bytes_allowed(part) for part in inner), default=2**63 - 1)
+
+
+def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Generator, rtol: float) -> Any:
+    """Return log det (K + D) by quadrature of log(1 + x) on the scaled kernel."""
+    scaling = entries.rsqrt().unsqueeze(-1).to(kernel.dtype)
+    return function_trace(
+        lambda block: scaling * multiply(kernel, scaling * block),
+        row_space(kernel),
+        torch.log1p,
+        generator=generator,
+        rtol=rtol,
+        offset=float(entries.log().sum()),
+        deflation=min(_DEFLATION, len(entries)),
+    )

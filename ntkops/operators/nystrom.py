@@ -1,0 +1,346 @@
+"""Nyström kernels: K seen through the gradients of a few inducing points."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Self
+
+import torch
+from linear_operator.operators import (
+    DenseLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+)
+from torch import Tensor
+
+from ..engines import format_bytes, tensor_bytes
+from ..errors import (
+    DenseMemoryError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    SingularKernelError,
+    UnsupportedOperationError,
+)
+from ..vectors import Space
+from ._inducing import induce
+from ._nystrom_structure import NystromStructure, dense_by_tiles, feature_blocks
+from ._ridge_system import dense_bytes_allowed
+from .axes import StateAxis
+from .base import EngineOperator
+from .counting import row_space
+from .dense import DenseFallbacks
+from .ridge import RidgeOperator
+
+__all__ = ["NystromOperator", "nystrom_ntk"]
+
+logger = logging.getLogger(__name__)
+
+
+class NystromOperator(DenseFallbacks, LinearOperator):
+    """K_XZ K_ZZ⁺ K_ZX, lazily; made by `nystrom_ntk`.
+
+    Args:
+        left: K_XZ, ``(*batch, n, m)``.
+        right: K_X'Z, ``(*batch, n', m)``; the same operator as ``left`` for a square kernel.
+        root: W with W Wᵀ = K_ZZ⁺, ``(*batch, m, r)``.
+        indices: Samples that the inducing points are, or None.
+        ranks: Rank of K_ZZ, ``(*batch)``.
+        seed: Seed of what was drawn for the inducing points.
+    """
+
+    def __init__(
+        self,
+        left: LinearOperator,
+        right: LinearOperator,
+        root: Tensor,
+        *,
+        indices: Any = None,
+        ranks: Any = None,
+        seed: int | None = None,
+    ) -> None:
+        kept = {"indices": indices, "ranks": ranks, "seed": seed}
+        super().__init__(left, right, root, **kept)
+        self._left, self._right, self._root, self._kept = left, right, root, kept
+
+    @property
+    def rank(self) -> int | Tensor:
+        """Numerical rank of K_ZZ, and so of this kernel; ``(*batch)`` with a batch."""
+        ranks = torch.tensor(self._kept["ranks"])
+        return ranks if self.batch_shape else int(ranks)
+
+    @property
+    def num_inducing(self) -> int:
+        """Number m of rows of K_ZZ: inducing points times outputs."""
+        return self._root.shape[-2]
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Samples that the inducing points are; None where they are inputs of their own."""
+        kept = self._kept["indices"]
+        return None if kept is None else torch.tensor(kept)
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of what was drawn for the inducing points; None if nothing was."""
+        return self._kept["seed"]
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """Limit for one dense result in bytes, that of the kernel that this approximates."""
+        return dense_bytes_allowed(self._left)
+
+    @property
+    def space(self) -> Space:
+        """The space of the rows."""
+        return row_space(self._left)
+
+    @property
+    def structure(self) -> Any:
+        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
+        return NystromStructure(self)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether rows and columns are the same samples."""
+        return self._left is self._right
+
+    def _like(self, left: LinearOperator, right: LinearOperator, root: Tensor | None = None) -> Self:
+        return type(self)(left, right, self._root if root is None else root, **self._kept)
+
+    # products
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self._left.shape[:-1], self._right.shape[-2]))
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        inside = self._root @ (self._root.mT @ (self._right.mT @ rhs))
+        return self._left @ inside
+
+    def _transpose_nonbatch(self) -> Self:
+        return self if self.symmetric else self._like(self._right, self._left)
+
+    def _check(self, other: Tensor) -> None:
+        rows = other.shape[0] if other.dim() == 1 else other.shape[-2] if other.dim() > 1 else None
+        if rows != self.shape[-1]:
+            raise ShapeError(f"expected {self.shape[-1]} rows, got {tuple(other.shape)}")
+        if other.dtype != self.dtype:
+            raise DtypeError(
+                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
+            )
+        if other.device != self.device:
+            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
+
+    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """Multiply with a vector, a block of columns, or another operator (lazily).
+
+        Args:
+            other: ``(n,)``, ``(*batch, n, k)``, or a LinearOperator.
+
+        Returns:
+            ``(n,)``, ``(*batch, n, k)``, or a lazy product. Cost: four passes a column.
+
+        Raises:
+            ShapeError: If the number of rows does not fit.
+            DtypeError: If the dtype differs from the operator's.
+            DeviceError: If the device differs from the operator's.
+        """
+        if isinstance(other, Tensor):
+            self._check(other)
+        return super().matmul(other)
+
+    def cross(self, x: Any) -> NystromOperator:
+        """Return K_*Z K_ZZ⁺ K_ZX between new samples and this kernel's columns.
+
+        Args:
+            x: Samples of the same kind as those of the kernel.
+
+        Returns:
+            Lazy ``(N_new·O, n)``, with the batch of this kernel.
+
+        Raises:
+            UnsupportedOperationError: If the kernel is not one of a model.
+            NtkopsError: If the samples do not fit; see `ntkops.errors`.
+        """
+        right = self._right
+        if not isinstance(right, EngineOperator) or not isinstance(right._core.columns, StateAxis):
+            raise UnsupportedOperationError("cross needs the kernel of a model")
+        core, points = right._core, right._core.columns
+        inputs = core.engine.linearization.inputs(x)
+        rows = StateAxis(inputs, points.outputs)
+        return self._like(right._rebuild(core.with_axes(rows, points)), right)
+
+    # dense results
+
+    def features(self) -> Tensor:
+        """Return F = K_XZ K_ZZ^{-1/2} with K_nys = F Fᵀ, by products.
+
+        Returns:
+            ``(*batch, n, r)``. Cost: one product with K_XZ for each of r columns.
+
+        Raises:
+            DenseMemoryError: If it exceeds ``max_dense_bytes`` and has more than r = 512 columns.
+        """
+        needed = tensor_bytes(torch.Size((*self.shape[:-1], self._root.shape[-1])), self.dtype)
+        if self._root.shape[-1] > 512 and needed > self.max_dense_bytes:
+            raise DenseMemoryError(
+                f"the features need {format_bytes(needed)}, above max_dense_bytes="
+                f"{format_bytes(self.max_dense_bytes)}: take fewer inducing points, or raise it"
+            )
+        return torch.cat([part for _, part in feature_blocks(self._left, self._root)], dim=-1)
+
+    def to_dense(self) -> Tensor:
+        """Return the dense kernel, guarded by ``max_dense_bytes``.
+
+        Raises:
+            DenseMemoryError: If the result exceeds ``max_dense_bytes``.
+        """
+        needed = tensor_bytes(self.shape, self.dtype)
+        if min(self.shape[-2:]) > 1 and needed > self.max_dense_bytes:
+            raise DenseMemoryError(
+                f"the dense {' x '.join(map(str, self.shape))} matrix needs {format_bytes(needed)}, above "
+                f"max_dense_bytes={format_bytes(self.max_dense_bytes)}; use products K @ V, or .features()"
+            )
+        left = dense_by_tiles(self._left) @ self._root
+        right = left if self.symmetric else dense_by_tiles(self._right) @ self._root
+        return left @ right.mT
+
+    def materialize(self) -> Tensor:
+        """Return the dense kernel; the same as `to_dense`."""
+        return self.to_dense()
+
+    def _diagonal(self) -> Tensor:
+        if self.symmetric:
+            blocks = (part.double().square().sum(-1) for _, part in feature_blocks(self._left, self._root))
+            return sum(blocks, start=torch.zeros((), dtype=torch.float64, device=self.device)).to(self.dtype)
+        pairs = zip(
+            feature_blocks(self._left, self._root), feature_blocks(self._right, self._root), strict=True
+        )
+        found = sum(((a.double() * b.double()).sum(-1) for (_, a), (_, b) in pairs), start=torch.tensor(0.0))
+        return found.to(self.dtype)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))
+        rows, columns, *members = (
+            i.expand(shape).reshape(-1) for i in (row_index, col_index, *batch_indices)
+        )
+        left = dense_by_tiles(self._left) @ self._root
+        right = left if self.symmetric else dense_by_tiles(self._right) @ self._root
+        place = tuple(members)
+        return (left[(*place, rows)] * right[(*place, columns)]).sum(-1).reshape(shape)
+
+    # slices, batches, algebra
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        from .indexing import _same_index
+
+        whole = slice(None)
+        left = self._left._getitem(row_index, whole, *batch_indices)
+        same = self.symmetric and _same_index(row_index, col_index)
+        right = left if same else self._right._getitem(col_index, whole, *batch_indices)
+        root, kept = self._root, dict(self._kept)
+        if batch_indices:
+            root = root[tuple(batch_indices)]
+            kept["ranks"] = torch.tensor(kept["ranks"])[tuple(batch_indices)].tolist()
+        return type(self)(left, right, root, **kept)
+
+    def _expand_batch(self, batch_shape: Any) -> LinearOperator:
+        if tuple(batch_shape) == tuple(self.batch_shape):
+            return self
+        left = self._left._expand_batch(batch_shape)
+        right = left if self.symmetric else self._right._expand_batch(batch_shape)
+        root = self._root.expand(*batch_shape, *self._root.shape[-2:])
+        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).expand(tuple(batch_shape)).tolist()}
+        return type(self)(left, right, root, **kept)
+
+    def add_diagonal(self, diag: Tensor) -> RidgeOperator:
+        """Return the kernel plus a diagonal, ``()``, ``(1,)`` or ``(*batch, n)``, as a `RidgeOperator`."""
+        return RidgeOperator(self, diag)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        """Add an operator or a dense tensor lazily; a diagonal gives a `RidgeOperator`."""
+        return RidgeOperator(self, other) if isinstance(other, DiagLinearOperator) else super().__add__(other)
+
+
+def nystrom_ntk(
+    kernel: LinearOperator,
+    inducing: Any,
+    *,
+    num_inducing: int | None = None,
+    generator: torch.Generator | None = None,
+) -> NystromOperator:
+    r"""Return the Nyström kernel :math:`K_{XZ} K_{ZZ}^+ K_{ZX}` of inducing points Z, lazily.
+
+    It is Φ Π Φᵀ with the orthogonal projector Π onto the span of the gradients at Z: at most K, and equal
+    to it where these span all gradients. The pseudo-inverse comes from an eigendecomposition in float64;
+    eigenvalues below m ε times the largest, ε the rounding of the kernel's dtype, are taken as zero, and
+    what is left is ``.rank``. Nothing is added to the diagonal.
+
+    Args:
+        kernel: Square kernel over whole samples, with any outputs, `ntkops.ntk` or `ntkops.projected_ntk`;
+            for another LinearOperator the inducing points are given as indices.
+        inducing: Z: samples of their own, as the model takes them; indices of samples of x, a list, range
+            or vector of integers (duplicates are left out); "random"; "rpcholesky", randomly pivoted
+            Cholesky on the kernel summed over outputs, which has the better guarantee; or "kmeans", the
+            centres of clusters of x, by scikit-learn.
+        num_inducing: Number of points, for the rules.
+        generator: CPU generator for the rules; None draws a seed.
+
+    Returns:
+        `NystromOperator`, ``(*batch, n, n)``. Cost of making it: the block K_ZZ and O(m³) flops; of a
+        product: one with K_XZ and one with its transpose.
+
+    Raises:
+        InputError: If there are no inducing points, more than samples, or the rule is not understood.
+        ShapeError: If the kernel is not square over whole samples, or the points' outputs do not fit.
+        SingularKernelError: If K_ZZ is zero.
+        UnsupportedOperationError: If the kernel is to be differentiated, or is not symmetric.
+        MissingDependencyError: If "kmeans" is asked for without scikit-learn.
+
+    References:
+        Williams, Seeger (2001); eq. 9 of the distilled-kernel paper.
+
+    Example:
+        >>> import torch, ntkops
+        >>> from ntkops.operators import nystrom_ntk
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = model.double()
+        >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64))
+        >>> Q = nystrom_ntk(K, [0, 3, 5, 3])
+        >>> Q.shape, Q.rank, bool(torch.allclose(Q.to_dense()[3], K.to_dense()[3]))
+        (torch.Size([20, 20]), 3, True)
+    """
+    if not isinstance(kernel, LinearOperator):
+        kernel = DenseLinearOperator(torch.as_tensor(kernel))
+    if torch.is_grad_enabled() and kernel.requires_grad:
+        raise UnsupportedOperationError(
+            "a Nyström kernel is not differentiable: its pseudo-inverse depends on the parameters too; pass "
+            "K.detach()"
+        )
+    found = induce(kernel, inducing, num_inducing, generator)
+    root, ranks = _pseudo_root(dense_by_tiles(found.square), kernel.dtype)
+    indices = None if found.indices is None else found.indices.tolist()
+    return NystromOperator(
+        found.cross, found.cross, root, indices=indices, ranks=ranks.tolist(), seed=found.seed
+    )
+
+
+def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return W with W Wᵀ = K_ZZ⁺, and the rank of K_ZZ."""
+    largest = square.abs().amax(dim=(-2, -1), keepdim=True).double()
+    if not bool((largest > 0).all()):
+        raise SingularKernelError("the kernel of the inducing points is zero: choose others")
+    scaled = square.double() / largest
+    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    cutoff = values[..., -1:] * square.shape[-1] * torch.finfo(dtype).eps
+    kept = values > cutoff
+    ranks = kept.sum(-1)
+    if bool((ranks < square.shape[-1]).any()):
+        logger.info("the kernel of %d inducing points has rank %s", square.shape[-1], ranks.tolist())
+    inverse = torch.where(kept, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    width = int(ranks.max())
+    root = (vectors * inverse.unsqueeze(-2))[..., -width:] * largest.rsqrt()
+    return root.to(dtype), ranks

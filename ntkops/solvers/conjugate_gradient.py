@@ -1,0 +1,129 @@
+"""Preconditioned conjugate gradients on a block of columns, each held to its own true residual."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import ShapeError
+from ..results import Solution, SolveInfo
+from ..vectors import Space
+from ._columns import Product, as_block
+from ._outcome import check_options, described, finished
+from .iteration import ConjugateGradient, Preconditioner
+
+__all__ = ["conjugate_gradient", "iterate"]
+
+
+def iterate(
+    iteration: ConjugateGradient,
+    max_iterations: int,
+    callback: Callable[[ConjugateGradient], object] | None = None,
+    progress: bool = False,
+) -> None:
+    """Make steps until every column has ended, or as many as are allowed."""
+    with tqdm(desc="conjugate gradient", unit="step", disable=not progress) as bar:
+        while iteration.running and iteration.iterations < max_iterations:
+            iteration.step()
+            bar.update()
+            if callback is not None:
+                callback(iteration)
+    iteration.limit()
+
+
+def conjugate_gradient(
+    multiply: Product,
+    rhs: Tensor,
+    space: Space,
+    *,
+    preconditioner: Preconditioner | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int | None = None,
+    initial: Tensor | None = None,
+    state: dict[str, Tensor] | None = None,
+    callback: Callable[[ConjugateGradient], object] | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = True,
+) -> Solution:
+    r"""Solve A X = B by preconditioned conjugate gradients, for symmetric positive definite A.
+
+    Every column has its own coefficients and its own tolerance, :math:`|b - A x| \le t |b|`, which is
+    checked on the true residual, by a product that the recursion does not share; columns that meet it
+    leave the products. A column whose true residual lags behind the recursion goes on from there; one
+    that gains nothing by that has come to the accuracy of its products, and ends as "stagnated".
+
+    Args:
+        multiply: ``(*batch, n, k) -> (*batch, n, k)``, the product with A (the ridge included). With a
+            batch there is one system for each member; a column leaves once it has converged in all.
+        rhs: B, ``(n,)`` or ``(*batch, n, k)``.
+        space: The space of the columns.
+        preconditioner: An approximate inverse of A; see `ntkops.solvers.nystrom_preconditioner`.
+        tolerance: Relative residual asked of every column, in (0, 1).
+        max_iterations: Most steps; default max(1000, n).
+        initial: First guess, of the shape of ``rhs``.
+        state: Where an earlier iteration stopped (`ConjugateGradient.state`), to go on from.
+        callback: Called with the `ConjugateGradient` after each step.
+        progress: Show a bar of steps.
+        raise_on_failure: Raise where a column fails; False returns what there is, with
+            ``info.converged`` False.
+
+    Returns:
+        `Solution`: x of the shape of ``rhs``, and its `SolveInfo`. Cost: a product column for each
+        running column and step, and one for each check; memory: six blocks ``(*batch, n, k)``.
+
+    Raises:
+        InputError: If an option is out of range.
+        ShapeError: If the blocks do not fit.
+        NonFiniteError: If B or a product holds NaN or infinity.
+        NotConvergedError: If a column misses its tolerance; ``result`` is the partial `Solution`.
+
+    References:
+        Hestenes, Stiefel (1952); restarts on the true residual instead of the replacement of van der
+        Vorst, Ye (2000), which diverges where products round too coarsely.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.solvers import conjugate_gradient
+        >>> from ntkops.vectors import Space
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+        >>> x, info = conjugate_gradient(lambda V: A @ V, torch.ones(3).double(), Space(3, torch.float64))
+        >>> [round(v, 9) for v in x.tolist()], info.converged, info.iterations, info.products
+        ([1.0, 0.5, 0.25], True, 3, 4)
+    """
+    start = time.perf_counter()
+    check_options(tolerance, max_iterations)
+    block = as_block(rhs, space)
+    if initial is not None and initial.shape != rhs.shape:
+        raise ShapeError(f"initial has shape {tuple(initial.shape)}, the right-hand side {tuple(rhs.shape)}")
+    most = max(1000, space.size) if max_iterations is None else max_iterations
+    with torch.no_grad():
+        iteration = ConjugateGradient(
+            multiply,
+            block.detach(),
+            space,
+            preconditioner=preconditioner,
+            tolerance=tolerance,
+            initial=None if initial is None else as_block(initial, space, "initial"),
+        )
+        if state is not None:
+            iteration.load_state(state)
+        iterate(iteration, most, callback, progress)
+        found = iteration.solution()
+    info = SolveInfo(
+        converged=iteration.reason == "converged",
+        residuals=iteration.residuals,
+        tolerance=tolerance,
+        iterations=iteration.iterations,
+        products=iteration.products,
+        reason=iteration.reason,
+        method="conjugate gradient",
+        restarts=iteration.restarts,
+        history=iteration.history,
+        seconds=time.perf_counter() - start,
+        **described(preconditioner),
+    )
+    return finished(Solution(found.reshape(rhs.shape), info), raise_on_failure)
