@@ -7,7 +7,7 @@ with _warnings.catch_warnings():
     _warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
     import linear_operator as _linear_operator  # noqa: F401
 
-from . import functional, plotting, projections, regression
+from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
 from .engines import Layerwise, count_passes
 from .errors import NtkopsError, NtkopsWarning
@@ -92,10 +92,12 @@ __all__ = [
     # checks
     "check_operator",
     # rooms
+    "distill",
     "functional",
     "plotting",
     "projections",
     "regression",
+    "solvers",
     # results
     "Estimate",
     "Eigenpairs",

@@ -20,7 +20,7 @@ from .units import plan_units
 
 __all__ = ["FactorSource"]
 
-_PASSING_BYTES = 2**25  # of factors that are used once
+_PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
 
 

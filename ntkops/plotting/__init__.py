@@ -6,6 +6,14 @@ kind of colour blindness, and lines that share a colour differ in their dashes.
 """
 
 from .density import plot_spectral_density
+from .distillation import (
+    plot_by_size,
+    plot_cluster_variance,
+    plot_coverage_gap,
+    plot_local_containment,
+    plot_local_global_grid,
+    plot_properties,
+)
 from .estimates import plot_error_against_passes, plot_estimates
 from .history import plot_history
 from .kernels import plot_kernel
@@ -24,6 +32,13 @@ __all__ = [
     # regression
     "plot_ridge_path",
     "plot_label_energy",
+    # distillation
+    "plot_by_size",
+    "plot_local_global_grid",
+    "plot_properties",
+    "plot_local_containment",
+    "plot_cluster_variance",
+    "plot_coverage_gap",
     # along training
     "plot_history",
     # dense blocks

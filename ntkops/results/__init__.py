@@ -1,5 +1,6 @@
 """The small frozen results that users read: estimates, spectra, and what an engine did."""
 
+from .chain import ChainReport, ChainRun, ChainStep
 from .check import Check, CheckReport
 from .density import SpectralDensity
 from .distillation import DistillationInfo
@@ -7,7 +8,7 @@ from .energy import EnergyGap
 from .engine import EngineInfo, LayerInfo
 from .estimate import Estimate
 from .history import History
-from .local_global import Containment, LocalGlobalProperties, LocalGlobalTrial, TransferError
+from .local_global import Containment, LocalGlobalProperties, LocalGlobalTrial, VarianceTransfer
 from .passes import PassCount
 from .redundancy import Redundancy
 from .regression import (
@@ -20,6 +21,7 @@ from .regression import (
 )
 from .solve import Solution, SolveInfo
 from .spectra import Eigenpairs, TruncationRank
+from .synthesis import Barycenter, InducingPoints, SyntheticData
 
 __all__ = [
     # estimates
@@ -43,10 +45,17 @@ __all__ = [
     "OneStepRegret",
     # distillation
     "DistillationInfo",
+    "ChainReport",
+    "ChainRun",
+    "ChainStep",
     "LocalGlobalProperties",
     "Containment",
     "LocalGlobalTrial",
-    "TransferError",
+    "VarianceTransfer",
+    # synthesised samples
+    "Barycenter",
+    "SyntheticData",
+    "InducingPoints",
     # along training
     "History",
     # checks

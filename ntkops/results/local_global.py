@@ -1,4 +1,4 @@
-"""Distillation: how clusters of samples and the whole kernel cover each other, and which settings were tried."""
+"""Local-global distillation: how clusters and the whole kernel cover each other, and settings tried."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Containment", "LocalGlobalProperties", "LocalGlobalTrial", "TransferError"]
+__all__ = ["Containment", "LocalGlobalProperties", "LocalGlobalTrial", "VarianceTransfer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class LocalGlobalProperties:
         pooled_bound: 1 - ε / (1 - ε), which it reaches on every partition.
         untruncated_containment: The share with all local eigenvectors.
         untruncated_bound: 1 - ε, which it reaches on every partition.
-        coverage: ``(r_g,)`` (B): |Π_loc u_j|² of each global eigenvector in the span of all clusters' local ones.
+        coverage: ``(r_g,)`` (B): |Π_loc u_j|², what the local eigenvectors of all cover of each global one.
         weighted_gap: Share of the variance of the r_g eigenvectors outside that span.
         weighted_gap_bound: ε / (1 - ε), which it does not exceed on any partition.
         mean_gap: Mean of 1 - |Π_loc u_j|², each eigenvector counting alike; nothing bounds it.
@@ -117,13 +117,13 @@ class LocalGlobalTrial:
 
 
 @dataclass(frozen=True, eq=False)
-class TransferError:
+class VarianceTransfer:
     """How far posterior variances from a distilled set are from those of all samples.
 
     Attributes:
         relative: ``(C,)`` or ``()`` mean of |v_s - v| over the mean of v, float64, as all.
-        variance: ``(*batch, M)`` posterior variances of all samples.
-        distilled: ``(*batch, M)`` those of the distilled set.
+        variance: ``(M,)`` or ``(M, C)`` posterior variances from all points.
+        distilled: Those from the distilled set, in the same shape.
         ridge: Absolute ridge of both.
     """
 

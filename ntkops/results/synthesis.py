@@ -16,7 +16,7 @@ class Barycenter:
 
     Attributes:
         points: ``(k, d)`` float64.
-        weights: ``(k,)`` float64, positive; they sum to 1.
+        weights: ``(k,)`` float64, not negative; they sum to 1.
         cost: W₂² between the two measures: exact for these points and weights.
         seed: Seed of the draws.
     """

@@ -1,0 +1,231 @@
+"""Kernels side by side and their mean, lazily: the class kernels as one operator, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..operators.counting import multiply, row_space
+from ..operators.dense import DenseFallbacks
+from ..operators.ridge import dense_bytes_allowed
+from ..operators.structure import Factors, Tile, dense_from_tiles, structure
+from ..vectors import Space
+from ._limits import require_room
+
+__all__ = ["MeanOperator", "StackedOperator"]
+
+
+class StackedOperator(DenseFallbacks, LinearOperator):
+    """Operators of one shape as a batch ``(C, n, m)``.
+
+    Args:
+        *parts: The C operators, ``(n, m)``.
+    """
+
+    def __init__(self, *parts: LinearOperator) -> None:
+        super().__init__(*parts)
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        """The operators, one for each entry of the batch."""
+        return self._parts
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """Limit for one dense result in bytes, the smallest of the parts."""
+        return min(dense_bytes_allowed(part) for part in self._parts)
+
+    @property
+    def space(self) -> Space:
+        """The space of the rows."""
+        return row_space(self._parts[0])
+
+    @property
+    def structure(self) -> Any:
+        """What the operators can do beyond products; see `ntkops.operators.structure`."""
+        return _StackedStructure(self)
+
+    def _size(self) -> torch.Size:
+        return torch.Size((len(self._parts), *self._parts[0].shape))
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        blocks = rhs.expand(*self.batch_shape, *rhs.shape[-2:])
+        return torch.stack(
+            [apply(part, block) for part, block in zip(self._parts, blocks.unbind(0), strict=True)]
+        )
+
+    def _transpose_nonbatch(self) -> StackedOperator:
+        return StackedOperator(*(part.mT for part in self._parts))
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        chosen: Any = batch_indices[0] if batch_indices else slice(None)
+        numbers = torch.arange(len(self._parts))[chosen]
+        cut = [self._parts[int(i)]._getitem(row_index, col_index) for i in numbers.reshape(-1)]
+        return cut[0] if numbers.dim() == 0 else StackedOperator(*cut)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        (numbers,) = batch_indices
+        shape = torch.broadcast_shapes(row_index.shape, col_index.shape, numbers.shape)
+        rows, columns, numbers = (i.expand(shape).reshape(-1) for i in (row_index, col_index, numbers))
+        values = torch.zeros(len(rows), dtype=self.dtype, device=self.device)
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            values[here] = self._parts[number]._get_indices(rows[here], columns[here])
+        return values.reshape(shape)
+
+    def _diagonal(self) -> Tensor:
+        return torch.stack([structure(part).diagonal() for part in self._parts])
+
+    def _expand_batch(self, batch_shape: Any) -> LinearOperator:
+        return self if tuple(batch_shape) == tuple(self.batch_shape) else super()._expand_batch(batch_shape)
+
+    def to_dense(self) -> Tensor:
+        """Return the dense kernels ``(C, n, m)``, each guarded by its own ``max_dense_bytes``."""
+        return torch.stack([part.to_dense() for part in self._parts])
+
+
+class _StackedStructure:
+    """The structure protocol for operators side by side: each is asked."""
+
+    def __init__(self, operator: StackedOperator) -> None:
+        parts = [structure(part) for part in operator.parts]
+        self.symmetric = all(part.symmetric for part in parts)
+        if not self.symmetric:
+            parts = [structure(part, whole=True) for part in operator.parts]
+        self._parts, self._operator = parts, operator
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, parts[0].device
+
+    @property
+    def space(self) -> Space:
+        return self._operator.space
+
+    def tile_size(self) -> int:
+        return min(part.tile_size() for part in self._parts)
+
+    def diagonal(self) -> Tensor:
+        return torch.stack([part.diagonal() for part in self._parts])
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        size = size or self.tile_size()
+        for group in zip(*(part.tiles(size) for part in self._parts), strict=True):
+            yield Tile(group[0].rows, group[0].cols, torch.stack([tile.block for tile in group]))
+
+    def exact_cost(self, quantity: str) -> float:
+        return sum(part.exact_cost(quantity) for part in self._parts)
+
+    def factors(self) -> Factors | None:
+        found = [part.factors() for part in self._parts]
+        pairs = [pair for pair in found if pair is not None]
+        if len(pairs) < len(found) or len({(a.shape, b.shape) for a, b in pairs}) > 1:
+            return None
+        left = StackedOperator(*(a for a, _ in pairs))
+        return left, left if self.symmetric else StackedOperator(*(b for _, b in pairs))
+
+    def sample_gram(self, probes: Tensor) -> None:
+        return None
+
+
+class MeanOperator(DenseFallbacks, LinearOperator):
+    r"""The weighted mean :math:`\sum_c w_c K^c` of a batch of kernels.
+
+    Args:
+        base: ``(C, n, n)``.
+        weights: ``(C,)``, positive, in the dtype of the kernels.
+    """
+
+    def __init__(self, base: LinearOperator, weights: Tensor) -> None:
+        super().__init__(base, weights)
+        self._base, self._weights = base, weights
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """Limit for one dense result in bytes, that of the class kernels."""
+        return dense_bytes_allowed(self._base)
+
+    @property
+    def space(self) -> Space:
+        """The space of the rows."""
+        return row_space(self._base)
+
+    @property
+    def structure(self) -> Any:
+        """What the mean can do beyond products; see `ntkops.operators.structure`."""
+        return _MeanStructure(self)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the weighted mean over the first axis of ``(C, ...)``."""
+        return torch.einsum("c,c...->...", self._weights, values)
+
+    def _size(self) -> torch.Size:
+        return self._base.shape[1:]
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        return self.mean(apply(self._base, rhs.expand(self._base.shape[0], *rhs.shape)))
+
+    def _transpose_nonbatch(self) -> MeanOperator:
+        return self if structure(self._base).symmetric else MeanOperator(self._base.mT, self._weights)
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        return MeanOperator(self._base._getitem(row_index, col_index, slice(None)), self._weights)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(row_index.shape, col_index.shape)
+        classes = torch.arange(len(self._weights)).reshape(-1, *(1 for _ in shape))
+        full = (len(self._weights), *shape)
+        entries = (i.expand(full) for i in (row_index, col_index, classes))
+        return self.mean(self._base._get_indices(*entries))
+
+    def _diagonal(self) -> Tensor:
+        return self.mean(structure(self._base).diagonal())
+
+    def to_dense(self) -> Tensor:
+        """Return the dense mean, guarded by ``max_dense_bytes``."""
+        require_room(self)
+        return dense_from_tiles(self.structure)
+
+
+class _MeanStructure:
+    """The structure protocol for a mean: that of the batch, averaged."""
+
+    def __init__(self, operator: MeanOperator) -> None:
+        self._operator, self._base = operator, structure(operator._base)
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, self._base.device
+        self.symmetric = self._base.symmetric
+
+    @property
+    def space(self) -> Space:
+        return self._operator.space
+
+    def tile_size(self) -> int:
+        return self._base.tile_size()
+
+    def diagonal(self) -> Tensor:
+        return self._operator.mean(self._base.diagonal())
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        for tile in self._base.tiles(size):
+            yield Tile(tile.rows, tile.cols, self._operator.mean(tile.block))
+
+    def exact_cost(self, quantity: str) -> float:
+        return self._base.exact_cost(quantity)
+
+    def factors(self) -> None:
+        return None
+
+    def sample_gram(self, probes: Tensor) -> None:
+        return None
+
+
+def apply(operator: LinearOperator, block: Tensor) -> Tensor:
+    """Return a product: counted and checked, unless a graph is being recorded."""
+    recorded = torch.is_grad_enabled() and (operator.requires_grad or block.requires_grad)
+    return operator @ block if recorded else multiply(operator, block)

@@ -1,0 +1,286 @@
+"""Kernel ridge regression on distilled gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from linear_operator.operators import (
+    DenseLinearOperator,
+    LinearOperator,
+    MatmulLinearOperator,
+    RootLinearOperator,
+)
+from torch import Tensor
+
+from ..errors import DtypeError, SingularKernelError
+from ..operators.counting import multiply
+from ..regression import KernelRidge
+from ..regression._fits import product
+from ..regression._layout import Layout, read_labels
+from ..regression._operands import mean_diagonal, require_finite
+from ..regression._options import read_ridges
+from ..regression._snapshots import require_same_snapshot
+from ..regression.metrics import accuracy, r2_score
+from ..results import RidgePath, SolveInfo
+from ._kernels import Kernels, read_kernels
+
+__all__ = ["DistilledRidge"]
+
+_WIDTH = 64  # columns of K U that are made at a time
+
+
+class DistilledRidge:
+    r"""The predictor :math:`f(x_*) = K_{*X} U \beta`; made by `Distilled.fit`.
+
+    It is a `KernelRidge`: on the features :math:`K U (U^\top K U)^{-1/2}` for "nystrom", on the kernel
+    :math:`U^\top K U` for "sketch".
+
+    Args:
+        U: ``(m, s)`` or ``(C, m, s)``.
+        indices: ``(s,)`` points that U selects, or None.
+        ridge: One, several, or "loo".
+        relative: Whether they are multiples of the mean diagonal of K.
+        fit: "nystrom" or "sketch".
+
+    Attributes:
+        coef_: β, ``(s, ...)`` with the targets of Y behind, float64.
+        dual_coef_: U β in the shape of Y, the kernel's dtype.
+        ridge_: The absolute ridge in use.
+        scale_: The mean diagonal that ridges are multiples of; 1 for absolute ones.
+        ridge_path_: `RidgePath` of the ridges that were compared, or None.
+        solve_info_: `SolveInfo` of the small regression.
+        rank_: Most directions that a class kernel has in the span, s at most.
+    """
+
+    coef_: Tensor
+    dual_coef_: Tensor
+    ridge_: float
+    scale_: float
+    ridge_path_: RidgePath | None
+    solve_info_: SolveInfo
+    rank_: int
+
+    def __init__(
+        self,
+        U: Tensor,
+        indices: Tensor | None,
+        ridge: float | Sequence[float] | Literal["loo"],
+        relative: bool,
+        fit: Literal["nystrom", "sketch"],
+    ) -> None:
+        self.U, self.indices = U, indices
+        self.ridge, self.relative, self.fit_method = ridge, relative, fit
+
+    def fit(self, K: LinearOperator, Y: Tensor) -> Self:
+        """Solve for β; see `Distilled.fit`.
+
+        Args:
+            K: Square kernel ``(m, m)`` or ``(C, m, m)`` that was checked against U.
+            Y: Labels, as `ntkops.KernelRidge.fit` takes them.
+
+        Returns:
+            The regression itself.
+        """
+        layout, labels = read_labels(Y, K.shape, K.dtype, K.device)
+        ridges = read_ridges(self.ridge)
+        self.scale_ = mean_diagonal(K) if self.relative else 1.0
+        columns = layout.columns(labels.double())  # (*batch, m, k)
+        U = self.U.double()
+        products = self._products(K)  # K U, (*batch, m, s)
+        small = U.mT @ products
+        small = (small + small.mT) / 2  # Uᵀ K U, (*batch, s, s)
+        scaled = [ridge * self.scale_ for ridge in ridges]
+        solver = _nystrom if self.fit_method == "nystrom" else _sketch
+        self._inner, self._whitening, beta = solver(products, small, U, columns, layout, scaled, K.dtype)
+        self._K, self._layout = K, layout
+        self._dual = U @ beta  # (*batch, m, k)
+        self.rank_ = beta.shape[-2] if self._whitening is None else self._whitening.shape[-1]
+        self.ridge_, self.solve_info_ = self._inner.ridge_, self._inner.solve_info_
+        path = self._inner.ridge_path_
+        self.ridge_path_ = path and RidgePath(path.ridges, path.errors, self.scale_, path.best)
+        self.coef_ = _labels_of(layout, beta)
+        self.dual_coef_ = layout.restore(self._dual).to(K.dtype)
+        return self
+
+    def _products(self, K: LinearOperator) -> Tensor:
+        """Return K U in float64, ``(*batch, m, s)``."""
+        batch = K.shape[:-2]
+        parts = [
+            multiply(K, part.expand(*batch, *part.shape[-2:]).contiguous())
+            for part in self.U.split(_WIDTH, dim=-1)
+        ]
+        return torch.cat(parts, dim=-1).double()
+
+    def predict(self, K_cross: Kernels) -> Tensor:
+        """Return f(x*) = K_* U β.
+
+        Args:
+            K_cross: Kernel between new samples and all m points, ``K.cross(x_new)``: ``(M, m)``,
+                ``(C, M, m)``, or a sequence. Of an operator products are taken, one column for each target;
+                of a selection only the chosen columns are used.
+
+        Returns:
+            ``(M, ...)``: the shape of Y with M new samples in front.
+
+        Raises:
+            ShapeError: If the cross kernel does not fit.
+            DtypeError: If its dtype is not that of the fit.
+            StaleOperatorError: If it belongs to another snapshot of the network.
+            NonFiniteError: If it holds NaN or infinity.
+        """
+        kernel = self._read_cross(K_cross)
+        dual = self._dual
+        if self.indices is not None:
+            kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
+        dense = kernel.tensor if isinstance(kernel, DenseLinearOperator) else kernel
+        return self._layout.restore(product(dense, dual))
+
+    def variance(self, K_cross: Kernels, K_diag: Tensor) -> Tensor:
+        r"""Return the posterior variance of the noiseless function, given what was fitted.
+
+        "nystrom": that of the features, plus the prior variance outside their span. "sketch": that of a
+        Gaussian process observed in the s combinations :math:`U^\top f` with noise r.
+
+        Args:
+            K_cross: As for `predict`; s columns of products are taken.
+            K_diag: Prior variances K(x*, x*), ``(M,)`` or ``(C, M)``.
+
+        Returns:
+            ``(M,)`` for one kernel, ``(M, C)`` for one a class, float64.
+
+        Raises:
+            InputError: If a variance is negative beyond rounding.
+            ShapeError: If the arguments do not fit.
+        """
+        kernel = self._read_cross(K_cross)
+        rows = self._cross_features(kernel)
+        prior = torch.as_tensor(K_diag).detach().double()
+        if self._whitening is None:
+            found = self._inner.variance(rows, prior)
+        else:
+            new = DenseLinearOperator(rows @ self._whitening)
+            seen = DenseLinearOperator(self._features_of_fit().mT)
+            found = self._inner.variance(MatmulLinearOperator(new, seen), prior)
+        return self._layout.restore_rows(found) if self._layout.kind == "flat" else found
+
+    def score(self, K_cross: Kernels, Y: Tensor) -> float:
+        """Return accuracy for class numbers, R² for numbers, as `ntkops.KernelRidge.score` does.
+
+        Args:
+            K_cross: As for `predict`.
+            Y: ``(M,)`` integer classes, or targets in the shape of the predictions.
+
+        Returns:
+            A number up to 1.
+
+        Raises:
+            ShapeError: If Y does not fit the predictions.
+        """
+        predictions, truth = self.predict(K_cross), torch.as_tensor(Y).detach()
+        numbers = truth.dtype.is_floating_point
+        return r2_score(predictions, truth) if numbers else accuracy(predictions, truth)
+
+    def _features_of_fit(self) -> Tensor:
+        found = self._inner._K
+        assert isinstance(found, RootLinearOperator)
+        return found.root.to_dense()
+
+    def _cross_features(self, kernel: LinearOperator) -> Tensor:
+        """Return K_* U in float64, ``(*batch, M, s)``."""
+        return self._products(kernel)
+
+    def _read_cross(self, K_cross: Any) -> LinearOperator:
+        kernel = read_kernels(K_cross, "the cross kernel")
+        self._layout.check_rows(kernel.shape, self._K.shape[-1])
+        if kernel.dtype != self._K.dtype:
+            raise DtypeError(
+                f"the fitted kernel has dtype {self._K.dtype}, the cross kernel {kernel.dtype}; cast one"
+            )
+        require_same_snapshot(self._K, kernel)
+        return kernel
+
+    def __repr__(self) -> str:
+        """Show the kind of the fit, its size and its ridge."""
+        shape = " x ".join(map(str, self.U.shape))
+        fitted = f", ridge_={self.ridge_:.3g}" if hasattr(self, "ridge_") else ""
+        return f"DistilledRidge({self.fit_method!r}, U: {shape}{fitted})"
+
+
+_Solved = tuple[KernelRidge, Tensor | None, Tensor]
+
+
+def _flat_labels(layout: Layout, columns: Tensor) -> Tensor:
+    """Return right-hand sides ``(*batch, n, k)`` as labels of a regression: ``(n, k)`` or ``(n, C)``."""
+    return columns.squeeze(-1).mT if layout.kind == "each" else columns
+
+
+def _columns_of(layout: Layout, values: Tensor) -> Tensor:
+    """Undo `_flat_labels`."""
+    return values.mT.unsqueeze(-1) if layout.kind == "each" else values
+
+
+def _labels_of(layout: Layout, columns: Tensor) -> Tensor:
+    """Return coefficients ``(*batch, s, k)`` as ``(s, ...)`` with the targets behind."""
+    found = _flat_labels(layout, columns)
+    if layout.kind == "shared":
+        return found.reshape(len(found), *layout.tail)
+    return found.squeeze(-1) if layout.kind == "flat" else found
+
+
+def _sketch(
+    products: Tensor,
+    small: Tensor,
+    U: Tensor,
+    columns: Tensor,
+    layout: Layout,
+    ridges: list[float],
+    dtype: torch.dtype,
+) -> _Solved:
+    """Solve (Uᵀ K U + r) β = Uᵀ Y."""
+    labels = _flat_labels(layout, (U.mT @ columns))
+    inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False).fit(small, labels)
+    return inner, None, _columns_of(layout, inner.dual_coef_)
+
+
+def _nystrom(
+    products: Tensor,
+    small: Tensor,
+    U: Tensor,
+    columns: Tensor,
+    layout: Layout,
+    ridges: list[float],
+    dtype: torch.dtype,
+) -> _Solved:
+    """Minimise |Y - K U β|² + r βᵀ Uᵀ K U β, as a regression on K U (Uᵀ K U)^{-1/2}."""
+    whitening = _whitening(small, dtype)  # (*batch, s, r)
+    features = products @ whitening
+    kernel = RootLinearOperator(DenseLinearOperator(require_finite(features, "the distilled features")))
+    inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False, "features")
+    inner.fit(kernel, _flat_labels(layout, columns))
+    # The weights are what the regression predicts at the unit vectors of the feature space.
+    unit = torch.eye(features.shape[-1], dtype=features.dtype, device=features.device)
+    unit = unit.expand(*features.shape[:-2], *unit.shape)
+    at_units = MatmulLinearOperator(DenseLinearOperator(unit), DenseLinearOperator(features.mT))
+    weights = _columns_of(layout, inner.predict(at_units))
+    return inner, whitening, whitening @ weights
+
+
+def _whitening(small: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return W with W Wᵀ = (Uᵀ K U)⁺, columns of zeros where a class has a lower rank than others.
+
+    Raises:
+        SingularKernelError: If a distilled kernel is zero.
+    """
+    lengths = small.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    if not bool((lengths.amax(-1) > 0).all()):
+        raise SingularKernelError("the distilled gradients of a class are zero: distil into others")
+    # Columns of U of different lengths are no reason to take the short ones for rounding.
+    inverse = torch.where(lengths > 0, 1 / lengths, torch.zeros_like(lengths))
+    values, vectors = torch.linalg.eigh(small * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    noise = small.shape[-1] * torch.finfo(dtype).eps * values.amax(-1, keepdim=True)
+    used = values > noise
+    scale = torch.where(used, values.clamp(min=noise).rsqrt(), torch.zeros_like(values))
+    rank = int(used.sum(-1).max())
+    return inverse.unsqueeze(-1) * (vectors * scale.unsqueeze(-2))[..., -rank:]

@@ -1,0 +1,201 @@
+"""Distillation by selection: a few points whose gradients stand for those of all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import InputError, ZeroKernelError
+from ..estimators._request import checked_generator
+from ..solvers import pivoted_cholesky, rpcholesky
+from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
+from ._medoids import farthest_points, medoids
+from ._record import recording
+from .class_mean import class_mean
+from .distilled import Distilled
+
+__all__ = ["select"]
+
+logger = logging.getLogger(__name__)
+
+_STARTS = 8  # starts of k-medoids
+
+
+def select(
+    K: Kernels,
+    s: int,
+    method: str = "rpcholesky",
+    *,
+    Y: Tensor | None = None,
+    ridge: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> Distilled:
+    r"""Choose s of the points of a kernel.
+
+    Of kernels one a class the points are chosen for their mean (`class_mean`), and the result's info says so.
+    Distances are those of gradients, :math:`|\phi_i - \phi_j|^2 = K_{ii} + K_{jj} - 2 K_{ij}`.
+
+    * "random": uniformly, without replacement.
+    * "leverage": without replacement, in proportion to the ridge leverage scores
+      :math:`[K (K + r)^{-1}]_{ii}`.
+    * "kmedoids": least sum of squared distances to the nearest chosen point; the best of 8 starts by
+      alternation, then swaps.
+    * "fps": farthest point sampling, from a random point on.
+    * "rpcholesky": randomly pivoted Cholesky, each point in proportion to the variance that those before
+      it leave.
+    * "greedy": pivoted Cholesky, each point where that variance is largest. Nothing is drawn.
+
+    Args:
+        K: Square kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of C of them.
+        s: Number of points, 1 ≤ s ≤ m. "rpcholesky" and "greedy" take fewer where these span all gradients.
+        method: One of the names above.
+        Y: Labels as `ntkops.KernelRidge.fit` takes them, of which the chosen ones become `targets`; or None.
+        ridge: For "leverage": r > 0 as a multiple of the mean diagonal.
+        generator: CPU generator of the draws; None draws a seed from the operating system.
+
+    Returns:
+        `Distilled` with ``indices`` in the order in which they were chosen. Cost: "random" no products,
+        "fps", "rpcholesky" and "greedy" the diagonal and a column a point (some more for rejected
+        proposals); "leverage" and "kmedoids" the dense m × m kernel, and O(m³) or O(m² s) operations a
+        round.
+
+    Raises:
+        InputError: If an option is not understood or out of range.
+        ShapeError: If K is not square, or Y does not fit.
+        DtypeError: If dtypes differ.
+        ZeroKernelError: If the kernel is zero.
+        DenseMemoryError: If a method needs the dense kernel and ``max_dense_bytes`` forbids it.
+        NonFiniteError: If the kernel has entries that are not finite.
+
+    References:
+        Distilled NTK paper, section 5; Alaoui, Mahoney (2015), Fast randomized kernel ridge regression with
+        statistical guarantees; Gonzalez (1985), Clustering to minimize the maximum intercluster distance;
+        Chen, Epperly, Tropp, Webber (2025), Randomly pivoted Cholesky.
+
+    Example:
+        >>> import torch
+        >>> from ntkops import distill
+        >>> K = torch.diag(torch.tensor([4.0, 1.0, 2.0]))
+        >>> distill.select(K, 2, "greedy").indices.tolist()
+        [0, 2]
+    """
+    if method not in _METHODS:
+        raise InputError(f"method={method!r}: choose one of {', '.join(map(repr, _METHODS))}")
+    kernels = read_square(K)
+    count = read_count(s, kernels.shape[-1])
+    if not isinstance(ridge, int | float) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
+        raise InputError(f"ridge={ridge!r}: leverage scores need a positive multiple of the mean diagonal")
+    generator, seed = checked_generator(generator)
+    with recording() as record:
+        chosen, details = _METHODS[method](_Choice(class_mean(kernels), count, ridge, generator))
+        info = record.info(
+            method,
+            class_mean=kernels.dim() == 3 and method != "random",
+            seed=None if method == "greedy" else seed,
+            details=details,
+        )
+    if len(chosen) < count:
+        logger.info("%s: %d points span all gradients; no more are chosen", method, len(chosen))
+    return Distilled.of(kernels, chosen, Y, info=info)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What a method is asked: the kernel, how many points, and what it may use.
+
+    Attributes:
+        kernel: ``(m, m)``.
+        count: Number of points.
+        ridge: Relative ridge.
+        generator: Source of draws.
+    """
+
+    kernel: LinearOperator
+    count: int
+    ridge: float
+    generator: torch.Generator
+
+    def columns(self, chosen: Tensor) -> Tensor:
+        return columns_of(self.kernel, chosen)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, float64.
+
+        Raises:
+            ZeroKernelError: If it is zero altogether.
+        """
+        return _require_energy(diagonal_of(self.kernel))
+
+
+def _require_energy(diagonal: Tensor) -> Tensor:
+    if not bool((diagonal > 0).any()):
+        raise ZeroKernelError("the kernel is zero, so that no point is better than another: use 'random'")
+    return diagonal
+
+
+_Found = tuple[Tensor, dict[str, Any]]
+
+
+def _random(choice: _Choice) -> _Found:
+    return torch.randperm(choice.kernel.shape[-1], generator=choice.generator)[: choice.count], {}
+
+
+def _leverage(choice: _Choice) -> _Found:
+    why = "method='leverage' inverts the kernel ('rpcholesky' needs columns alone)"
+    dense = dense_of(choice.kernel, why)
+    mean = float(_require_energy(dense.diagonal()).mean())
+    values, vectors = torch.linalg.eigh(dense / mean)
+    values = values.clamp(min=0)
+    scores = vectors.square() @ (values / (values + choice.ridge))
+    # Points without energy come last, and only where nothing else is left.
+    chances = scores.cpu().clamp(min=1e-12 * float(scores.max()))
+    chosen = torch.multinomial(chances, choice.count, generator=choice.generator)
+    return chosen, {"leverage": scores, "effective_dimension": float(scores.sum())}
+
+
+def _kmedoids(choice: _Choice) -> _Found:
+    why = "method='kmedoids' compares all points ('fps' needs columns alone)"
+    dense = dense_of(choice.kernel, why)
+    _require_energy(dense.diagonal())
+    chosen, inertia = medoids(dense, choice.count, choice.generator, _STARTS)
+    return torch.tensor(chosen), {"inertia": inertia}
+
+
+def _fps(choice: _Choice) -> _Found:
+    diagonal = choice.diagonal()
+    start = int(torch.randint(len(diagonal), (), generator=choice.generator))
+    chosen, nearest = farthest_points(choice.columns, diagonal, choice.count, start)
+    return torch.tensor(chosen), {"radius": float(nearest.max()) ** 0.5}
+
+
+def _rpcholesky(choice: _Choice) -> _Found:
+    diagonal = choice.diagonal().to(choice.kernel.dtype)
+    found = rpcholesky(
+        choice.columns,
+        diagonal,
+        choice.count,
+        block_size=min(25, max(1, choice.count // 4)),
+        generator=choice.generator,
+    )
+    return found.pivots, {"missing": float(found.residual.sum()) / found.trace}
+
+
+def _greedy(choice: _Choice) -> _Found:
+    found = pivoted_cholesky(choice.columns, choice.diagonal().to(choice.kernel.dtype), choice.count)
+    return found.pivots, {"missing": float(found.residual.sum()) / found.trace}
+
+
+_METHODS: dict[str, Callable[[_Choice], _Found]] = {
+    "random": _random,
+    "leverage": _leverage,
+    "kmedoids": _kmedoids,
+    "fps": _fps,
+    "rpcholesky": _rpcholesky,
+    "greedy": _greedy,
+}

@@ -1,0 +1,294 @@
+"""Distillation: what clusters use and cover of a kernel, and what a distilled set of each size is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError, ShapeError
+from ..results import Containment, LocalGlobalProperties, LocalGlobalTrial
+from ._axes import COLOURS, finite_array, logarithmic, marker, new_axes, next_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "plot_by_size",
+    "plot_cluster_variance",
+    "plot_coverage_gap",
+    "plot_local_containment",
+    "plot_local_global_grid",
+    "plot_properties",
+]
+
+_RANDOM = "0.65"  # grey: what any partition gives
+
+
+def _whole_numbers(ax: Axes, axis: str = "x") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    (ax.xaxis if axis == "x" else ax.yaxis).set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_local_containment(x: Containment, ax: Axes | None = None, **kwargs: Any) -> Axes:
+    """Draw how much of the clusters' variance the first r global eigenvectors hold: figure 4, top.
+
+    Args:
+        x: `Containment`, as `ntkops.distill.containment` returns it.
+        ax: Axes to draw on; None for new ones.
+        **kwargs: For `matplotlib.axes.Axes.plot` of the mean.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: If matplotlib is missing.
+    """
+    curves = finite_array(x.cumulative, "the containment")
+    rank = np.arange(1, curves.shape[1] + 1)
+    ax = new_axes(ax)
+    style = {**next_line(ax), "marker": "o", "markersize": 3, **kwargs}
+    ax.plot(rank, curves.mean(0), label=f"mean of {len(curves)} clusters", **style)
+    ax.fill_between(rank, curves.min(0), curves.max(0), color=style["color"], alpha=0.2, label="all clusters")
+    ax.axhline(1 - x.epsilon, color="0.4", linestyle=":", label=rf"$1 - \varepsilon$ = {1 - x.epsilon:g}")
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("number of leading global eigenvectors")
+    ax.set_ylabel("share of local variance inside")
+    ax.grid(visible=True, which="major", alpha=0.3)
+    _whole_numbers(ax)
+    ax.legend(loc="lower right")
+    return ax
+
+
+def plot_cluster_variance(x: Containment, ax: Axes | None = None, **kwargs: Any) -> Axes:
+    """Draw the share of each cluster's variance along each global eigenvector: figure 4, middle.
+
+    Args:
+        x: `Containment`, as `ntkops.distill.containment` returns it.
+        ax: Axes to draw on; None for new ones.
+        **kwargs: For `matplotlib.axes.Axes.imshow`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: If matplotlib is missing.
+    """
+    shares = finite_array(x.variance, "the variances")
+    ax = new_axes(ax)
+    count, rank = shares.shape
+    place = {"aspect": "auto", "extent": (0.5, rank + 0.5, count - 0.5, -0.5), "interpolation": "nearest"}
+    image = ax.imshow(shares, **{"cmap": "viridis", "vmin": 0.0, **place, **kwargs})
+    ax.figure.colorbar(image, ax=ax, label="share of the cluster's variance")
+    _whole_numbers(ax)
+    sizes = x.sizes.tolist()
+    ax.set_yticks(range(count), [f"{h} ({size})" for h, size in enumerate(sizes)])
+    ax.set_xlabel("global eigenvector")
+    ax.set_ylabel("cluster (samples)")
+    return ax
+
+
+def plot_coverage_gap(x: Containment, ax: Axes | None = None, **kwargs: Any) -> Axes:
+    """Draw how well local eigenvectors cover each global one, and what they leave: figure 4, bottom.
+
+    The paper shades what the best single cluster leaves; what all of them together leave is another,
+    the gap of property (B). Both are drawn, and the legend gives the share of variance in the latter.
+
+    Args:
+        x: `Containment`, as `ntkops.distill.containment` returns it.
+        ax: Axes to draw on; None for new ones.
+        **kwargs: For `matplotlib.axes.Axes.plot` of all lines.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: If matplotlib is missing.
+    """
+    union, single = finite_array(x.union, "the coverage"), finite_array(x.alignment, "the alignment")
+    values = finite_array(x.values, "the eigenvalues")
+    index = np.arange(1, len(union) + 1)
+    gap = float((values * (1 - union)).sum() / values.sum())
+    ax = new_axes(ax)
+    style = {"markersize": 3, "linewidth": 1.2, **kwargs}
+    for number, (label, curve) in enumerate(
+        (
+            ("all clusters together", union),
+            ("cluster that covers most", single.max(0)),
+            ("mean over clusters", single.mean(0)),
+        )
+    ):
+        ax.plot(index, curve, color=COLOURS[number], marker=marker(number), label=label, **style)
+    label = f"gap: {gap:.1%} of the variance (mean over eigenvectors {float((1 - union).mean()):.1%})"
+    ax.fill_between(index, union, 1, color=COLOURS[5], alpha=0.3, label=label)
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("global eigenvector")
+    ax.set_ylabel("share covered by local eigenvectors")
+    ax.grid(visible=True, which="major", alpha=0.3)
+    _whole_numbers(ax)
+    ax.legend(loc="lower left", fontsize="small")
+    return ax
+
+
+def plot_properties(x: LocalGlobalProperties, ax: Axes | None = None, **kwargs: Any) -> Axes:
+    """Draw properties (A) and (B) of a partition beside those of random ones, and the bounds of any.
+
+    Args:
+        x: `LocalGlobalProperties`, best with ``num_random`` partitions to compare with.
+        ax: Axes to draw on; None for new ones.
+        **kwargs: For `matplotlib.axes.Axes.plot` of the partition's marks.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: If matplotlib is missing.
+    """
+    rows = (
+        ("(A) single clusters", lambda p: finite_array(p.local_containment, "(A)").tolist(), None),
+        ("(A) pooled", lambda p: [p.pooled_containment], x.pooled_bound),
+        ("(A) pooled, untruncated", lambda p: [p.untruncated_containment], x.untruncated_bound),
+        ("(B) covered variance", lambda p: [1 - p.weighted_gap], 1 - x.weighted_gap_bound),
+        ("(B) covered, mean of eigenvectors", lambda p: [1 - p.mean_gap], None),
+    )
+    ax = new_axes(ax)
+    style = {"color": COLOURS[0], "marker": "o", "markersize": 5, "linestyle": "", **kwargs}
+    for height, (_, read, bound) in enumerate(rows):
+        found = read(x)
+        others = [value for other in x.random for value in read(other)]
+        first = height == 0
+        if others:
+            label = f"{len(x.random)} random partitions" if first else "_random"
+            ax.plot(
+                others, [height + 0.15] * len(others), color=_RANDOM, marker="|", linestyle="", label=label
+            )
+        name = "this partition" if first else "_partition"
+        ax.plot(found, [height - 0.1] * len(found), label=name, **style)
+        if bound is not None:
+            seen = "_bound" if height > 1 else "least possible on any partition"
+            ends = (height - 0.35, height + 0.35)
+            ax.plot([bound] * 2, ends, color=COLOURS[1], linewidth=2, label=seen)
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel(rf"share, $\varepsilon$ = {x.epsilon:g}")
+    ax.grid(visible=True, axis="x", alpha=0.3)
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+def plot_by_size(
+    curves: Mapping[str, tuple[Sequence[int], Tensor | Sequence[float]]],
+    ax: Axes | None = None,
+    *,
+    quantity: str = "share of variance covered",
+    full: float | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw a quantity against the number of distilled gradients, one line a method: figures 3 and 6.
+
+    Args:
+        curves: Name of a method to its sizes and its values: coverages, reconstruction errors,
+            accuracies, whatever was measured.
+        ax: Axes to draw on; None for new ones.
+        quantity: What the values are, for the axis.
+        full: Value of the whole set, drawn as a line.
+        **kwargs: For `matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: If there is no method.
+        ShapeError: If a method has not as many values as sizes.
+        NonFiniteError: If a number is not finite.
+        MissingDependencyError: If matplotlib is missing.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ntkops.plotting import plot_by_size
+        >>> ax = plot_by_size({"pca": ([1, 10, 100], [0.2, 0.6, 0.9])}, Figure().subplots())
+        >>> ax.get_xscale()
+        'log'
+    """
+    if not curves:
+        raise InputError("there is no method to draw")
+    ax = new_axes(ax)
+    seen = []
+    for name, (sizes, values) in curves.items():
+        place, height = finite_array(sizes, f"the sizes of {name}"), finite_array(values, name)
+        if place.ndim != 1 or place.shape != height.shape:
+            raise ShapeError(f"{name}: {place.shape} sizes, but {height.shape} values; give one for each")
+        order = np.argsort(place)
+        shape = marker(len(ax.get_lines()))
+        style = {**next_line(ax), "marker": shape, "markersize": 4, "linewidth": 1.2, **kwargs}
+        ax.plot(place[order], height[order], label=name, **style)
+        seen.append(height)
+    if full is not None:
+        ax.axhline(full, color="0.4", linestyle=":", label=f"all points ({full:.3g})")
+    ax.set_xscale("log")
+    logarithmic(ax, np.concatenate(seen))
+    ax.set_xlabel("number $s$ of distilled gradients")
+    ax.set_ylabel(quantity)
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def plot_local_global_grid(
+    trials: Iterable[LocalGlobalTrial], ax: Axes | None = None, *, quantity: str = "fidelity", **kwargs: Any
+) -> Axes:
+    """Draw size and fit of Algorithm 1 for every setting, and the frontier that none beats: figure 9.
+
+    Args:
+        trials: As `ntkops.distill.local_global_grid` returns them.
+        ax: Axes to draw on; None for new ones.
+        quantity: "fidelity" or "mean_squared_error", on the training samples.
+        **kwargs: For `matplotlib.axes.Axes.scatter`.
+
+    Returns:
+        The axes. Open marks are settings without gap vectors; colours are numbers of clusters.
+
+    Raises:
+        InputError: If there are no settings, or none has that quantity.
+        MissingDependencyError: If matplotlib is missing.
+    """
+    if quantity not in ("fidelity", "mean_squared_error"):
+        raise InputError(f"quantity={quantity!r}: choose 'fidelity' or 'mean_squared_error'")
+    known = [trial for trial in trials if getattr(trial, quantity) is not None]
+    if not known:
+        raise InputError(f"no setting has a {quantity}: there is nothing to draw")
+    ax = new_axes(ax)
+    numbers = sorted({trial.clusters for trial in known})
+    for position, number in enumerate(numbers):
+        here = [trial for trial in known if trial.clusters == number]
+        colour = COLOURS[position % len(COLOURS)]
+        faces = [colour if trial.num_gaps else "none" for trial in here]
+        heights = [getattr(trial, quantity) for trial in here]
+        style = {"s": 22, "marker": marker(position), **kwargs}
+        ax.scatter([t.size for t in here], heights, facecolors=faces, edgecolors=colour, **style)
+        ax.scatter([], [], color=colour, label=f"H = {number}", **style)
+    sizes, best = _frontier(known, quantity)
+    ax.step(sizes, best, where="post", color="0.3", linewidth=1, label="frontier", zorder=0)
+    ax.set_xscale("log")
+    logarithmic(ax, np.array([getattr(trial, quantity) for trial in known]))
+    ax.set_xlabel("number $s$ of distilled gradients (open: no gap vectors)")
+    ax.set_ylabel(f"{quantity.replace('_', ' ')} on the training samples")
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _frontier(trials: list[LocalGlobalTrial], quantity: str) -> tuple[list[int], list[float]]:
+    """Return sizes at which a better value is reached for the first time, and these values."""
+    sign = 1 if quantity == "fidelity" else -1
+    sizes: list[int] = []
+    best: list[float] = []
+    for trial in sorted(trials, key=lambda one: (one.size, -sign * getattr(one, quantity))):
+        value = getattr(trial, quantity)
+        if not best or sign * value > sign * best[-1]:
+            sizes.append(trial.size)
+            best.append(value)
+    return sizes, best

@@ -1,0 +1,116 @@
+"""The distilled chain: what each stage costs, and what it leaves of the accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .passes import PassCount
+
+__all__ = ["ChainReport", "ChainRun", "ChainStep"]
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """One step of a run.
+
+    Attributes:
+        name: "data", "kernel", "gradients", "regression" or "prediction".
+        passes: Passes through the network that it made, one for each vector or each output of a sample.
+        seconds: Time on the clock.
+    """
+
+    name: str
+    passes: PassCount
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ChainRun:
+    """One run from the data to predictions, with some of the three stages.
+
+    Attributes:
+        stages: Which of "data", "projection" and "gradients" took part.
+        num_points: m, points whose gradients were taken.
+        num_features: Numbers in a gradient: k, or the number of parameters without projection.
+        num_gradients: s, gradients that the regression is in; m without distillation.
+        num_outputs: C, outputs of the network.
+        fidelity: Share of the test samples on which regression and network name the same class; None for one
+            output.
+        accuracy: Share that the regression gets right; None without labels.
+        mean_squared_error: Of the logits.
+        jacobian_rows: m C, gradients of logits on the training side.
+        gradient_bytes: s k C numbers: the gradients that a predictor keeps.
+        kernel_bytes: C m² numbers: the kernels from which gradients are distilled or coefficients solved.
+        solve_flops: C s³ / 3, the solve alone.
+        steps: What was done, in order.
+    """
+
+    stages: tuple[str, ...]
+    num_points: int
+    num_features: int
+    num_gradients: int
+    num_outputs: int
+    fidelity: float | None
+    accuracy: float | None
+    mean_squared_error: float
+    jacobian_rows: int
+    gradient_bytes: int
+    kernel_bytes: int
+    solve_flops: float
+    steps: tuple[ChainStep, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def passes(self) -> int:
+        """Passes of all steps."""
+        return sum(step.passes.total for step in self.steps)
+
+    def __str__(self) -> str:
+        """Show the stages and what they leave."""
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f}"
+        fidelity = "" if self.fidelity is None else f", fidelity {self.fidelity:.3f}"
+        return (
+            f"{' + '.join(self.stages) or 'nothing distilled'}: {self.num_points} points, "
+            f"{self.num_features} features, {self.num_gradients} gradients{accuracy}{fidelity}"
+        )
+
+
+@dataclass(frozen=True)
+class ChainReport:
+    """Runs of the distilled chain, stage upon stage, and with one stage left out.
+
+    Attributes:
+        stages: The runs with no stage, with the first, with the first two, ...
+        ablations: By the name of the stage that was left out of the whole chain.
+    """
+
+    stages: tuple[ChainRun, ...]
+    ablations: dict[str, ChainRun]
+
+    @property
+    def full(self) -> ChainRun:
+        """The run in which nothing is distilled."""
+        return self.stages[0]
+
+    @property
+    def distilled(self) -> ChainRun:
+        """The run with all stages."""
+        return self.stages[-1]
+
+    def reduction(self, run: ChainRun | None = None) -> dict[str, float]:
+        """Return how many times less a run takes than the full one: each figure by itself, never multiplied.
+
+        Args:
+            run: One of the runs; None for the one with all stages.
+
+        Returns:
+            "jacobian_rows", "gradient_bytes", "kernel_bytes" and "solve_flops" as ratios of the counts,
+            "passes" and "seconds" as ratios of what was really spent, distillation and prediction included.
+        """
+        run = run or self.distilled
+        counts = ("jacobian_rows", "gradient_bytes", "kernel_bytes", "solve_flops", "passes", "seconds")
+        return {name: getattr(self.full, name) / max(getattr(run, name), 1e-12) for name in counts}

@@ -1,0 +1,120 @@
+"""The distilled chain: its runs are those that one would write by hand, and its accounts add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ntkops
+from ntkops.distill import chain, select, synthesize
+from ntkops.errors import InputError, InterpolationWarning
+from ntkops.projections import SJLT
+from ntkops.regression import KernelRidge, metrics
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+
+
+def samples(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def distil(K, Y):
+    return synthesize(K, 9, "krylov", Y=Y, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def report():
+    x, x_new = samples(60, 1), samples(40, 2)
+    with torch.no_grad():
+        labels = network()(x_new).argmax(-1)
+    return chain(network(), x, x_new, labels, data=lambda: x[:30], projection=90, gradients=distil, ridge=1e-6)
+
+
+def test_stages_are_those_written_by_hand(report) -> None:
+    model, x, x_new = network(), samples(60, 1), samples(40, 2)
+    with torch.no_grad():
+        logits, truth = model(x), model(x_new)
+    full = ntkops.ntk(model, x, outputs="each")
+    expected = KernelRidge(1e-6).fit(full, logits).predict(full.cross(x_new))
+    assert report.full.mean_squared_error == pytest.approx(metrics.mean_squared_error(expected, truth), rel=1e-6)
+    some = ntkops.ntk(model, x[:30], outputs="each")
+    seen = ntkops.projected_ntk(some, SJLT(dim=some.num_parameters, k=90, seed=0))
+    found = distil(seen, logits[:30]).fit(seen, logits[:30], ridge=1e-6)
+    error = metrics.mean_squared_error(found.predict(seen.cross(x_new)), truth)
+    assert report.distilled.mean_squared_error == pytest.approx(error, rel=1e-6)
+    assert report.distilled.stages == ("data", "projection", "gradients")
+    assert report.full.accuracy == report.full.fidelity
+
+
+def test_sizes_and_reductions(report) -> None:
+    assert [run.num_points for run in report.stages] == [60, 30, 30, 30]
+    parameters = sum(p.numel() for p in network().parameters())
+    assert [run.num_features for run in report.stages] == [parameters, parameters, 90, 90]
+    assert [run.num_gradients for run in report.stages] == [60, 30, 30, 9]
+    assert {name: run.stages for name, run in report.ablations.items()} == {
+        "data": ("projection", "gradients"),
+        "projection": ("data", "gradients"),
+        "gradients": ("data", "projection"),
+    }
+    assert report.ablations["gradients"] is report.stages[2]
+    saved = report.reduction()
+    assert saved["jacobian_rows"] == 2
+    assert saved["gradient_bytes"] == pytest.approx(60 * parameters / (9 * 90))
+    assert saved["solve_flops"] == pytest.approx((60 / 9) ** 3)
+    assert "data + projection + gradients" in str(report.distilled)
+
+
+def test_every_run_pays_for_its_gradients(report) -> None:
+    for run in report.stages:
+        steps = [step.name for step in run.steps]
+        assert steps.count("kernel") == steps.count("prediction") == 1
+        assert ("data" in steps) == ("data" in run.stages)
+        assert run.passes > 0 and run.seconds > 0
+        kernel = next(step for step in run.steps if step.name == "kernel")
+        assert kernel.passes.total > 0
+    # Gradients are distilled from kernels that are there: no further pass.
+    last = {step.name: step.passes for step in report.distilled.steps}
+    assert last["gradients"].per_sample + last["gradients"].vjp == 0
+
+
+def test_it_runs_without_a_dense_kernel() -> None:
+    x, x_new = samples(12, 1), samples(8, 2)
+    lazy = chain(network(), x, x_new, gradients=distil, ridge=1e-2, max_dense_bytes=0)
+    dense = chain(network(), x, x_new, gradients=distil, ridge=1e-2)
+    assert lazy.distilled.mean_squared_error == pytest.approx(dense.distilled.mean_squared_error, rel=1e-4)
+    assert lazy.full.mean_squared_error == pytest.approx(dense.full.mean_squared_error, rel=1e-3)
+    assert lazy.distilled.accuracy is None
+
+
+def test_stages_may_be_left_out_and_fits_chosen() -> None:
+    x, x_new = samples(20, 1), samples(10, 2)
+    one = chain(network(), x, x_new, gradients=lambda K, Y: select(K, 5, "greedy"), fit="sketch", ablate=False)
+    assert [run.stages for run in one.stages] == [(), ("gradients",)] and not one.ablations
+    several = chain(network(), x, x_new, data=x[:10], projection=SJLT(dim=163, k=64, seed=3), ablate=False)
+    assert [run.num_features for run in several.stages] == [163, 163, 64]
+
+
+def test_k_near_m_is_warned_of() -> None:
+    with pytest.warns(InterpolationWarning):
+        chain(network(), samples(20, 1), samples(5, 2), projection=20, ablate=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "needs a stage"),
+        ({"projection": 0}, "positive number of features"),
+        ({"projection": "gaussian"}, "positive number of features"),
+        ({"gradients": "pca"}, "function of kernels and targets"),
+        ({"projection": 40, "fit": "exact"}, "choose 'nystrom'"),
+        ({"gradients": lambda K, Y: K}, "due is a Distilled"),
+    ],
+)
+def test_messages(arguments, message) -> None:
+    with pytest.raises(InputError, match=message):
+        chain(network(), samples(12, 1), samples(4, 2), **arguments)
