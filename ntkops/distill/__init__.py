@@ -1,11 +1,13 @@
 """Distillation of data and of gradients: fewer gradients that do the work of many."""
 
+from .barycenter import wasserstein_barycenter
 from .chain import chain
 from .class_mean import class_mean
 from .clusters import random_clusters, spectral_clusters
 from .containment import containment
 from .coverage import reconstruction_error, variance_coverage
 from .distilled import Distilled
+from .inducing import kernel_inducing
 from .local_global import local_global
 from .local_global_search import local_global_grid, search_local_global
 from .properties import local_global_properties
@@ -13,6 +15,7 @@ from .ridge import DistilledRidge
 from .select import select
 from .synthesize import synthesize
 from .transfer import nystrom_error, posterior_variance_error, transfer_accuracy
+from .wasserstein import wasserstein
 
 __all__ = [
     # the currency
@@ -21,6 +24,10 @@ __all__ = [
     "class_mean",
     # all stages
     "chain",
+    # data
+    "wasserstein",
+    "wasserstein_barycenter",
+    "kernel_inducing",
     # gradients
     "select",
     "synthesize",

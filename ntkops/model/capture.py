@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelMutationError, NtkopsError, UnsupportedModelError
 
-__all__ = ["Guard", "first_random_module", "foreign_use", "graph_leaves", "outputs_of", "storage_key"]
+__all__ = [
+    "Guard",
+    "first_random_module",
+    "foreign_use",
+    "graph_leaves",
+    "inputs_of",
+    "outputs_of",
+    "storage_key",
+]
 
 
 @contextmanager
@@ -38,6 +46,29 @@ def outputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[A
         collected.append(picked.clone() if isinstance(picked, Tensor) else picked)
 
     handle = module.register_forward_hook(collect)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def inputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    """Collect what a module is given as its first positional input, call by call.
+
+    Args:
+        module: A module of the private copy.
+        pick: Applied to every input at once, before the module runs.
+
+    Yields:
+        A list that grows with every call.
+    """
+    collected: list[Any] = []
+
+    def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
+        collected.append(pick(args[0]))
+
+    handle = module.register_forward_pre_hook(collect)
     try:
         yield collected
     finally:

@@ -15,7 +15,8 @@ class ChainStep:
 
     Attributes:
         name: "data", "kernel", "gradients", "regression" or "prediction".
-        passes: Passes through the network that it made, one for each vector or each output of a sample.
+        passes: Passes that it made; a per-sample pass goes through all samples of the run, and ``products``
+            are columns multiplied by numbers that are there already.
         seconds: Time on the clock.
     """
 
@@ -66,8 +67,8 @@ class ChainRun:
 
     @property
     def passes(self) -> int:
-        """Passes of all steps."""
-        return sum(step.passes.total for step in self.steps)
+        """Passes through the network of all steps, through few samples or many."""
+        return sum(step.passes.total - step.passes.products for step in self.steps)
 
     def __str__(self) -> str:
         """Show the stages and what they leave."""
@@ -109,8 +110,8 @@ class ChainReport:
 
         Returns:
             "jacobian_rows", "gradient_bytes", "kernel_bytes" and "solve_flops" as ratios of the counts,
-            "passes" and "seconds" as ratios of what was really spent, distillation and prediction included.
+            "seconds" as the ratio of what was really spent, distillation and prediction included.
         """
         run = run or self.distilled
-        counts = ("jacobian_rows", "gradient_bytes", "kernel_bytes", "solve_flops", "passes", "seconds")
+        counts = ("jacobian_rows", "gradient_bytes", "kernel_bytes", "solve_flops", "seconds")
         return {name: getattr(self.full, name) / max(getattr(run, name), 1e-12) for name in counts}

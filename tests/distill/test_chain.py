@@ -64,6 +64,7 @@ def test_sizes_and_reductions(report) -> None:
     assert report.ablations["gradients"] is report.stages[2]
     saved = report.reduction()
     assert saved["jacobian_rows"] == 2
+    assert saved["kernel_bytes"] == 4
     assert saved["gradient_bytes"] == pytest.approx(60 * parameters / (9 * 90))
     assert saved["solve_flops"] == pytest.approx((60 / 9) ** 3)
     assert "data + projection + gradients" in str(report.distilled)
