@@ -1,6 +1,6 @@
 """Product columns that solving (K + ridge) x = b takes, and the memory of a large lazy solve.
 
-Run it with ``python benchmarks/solvers.py``; see README.md beside it for what is measured and how.
+Run it with ``python benchmarks/solvers.py``; docs/solvers.md explains and shows the result.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from _measure import environment, one_thread
+from _solver_tables import judge, markdown
+from _tables import fill
 from torch import Tensor, nn
 
 import ntkops
 from ntkops.operators import RidgeOperator
 
-__all__ = ["columns_of", "large_solve", "problem", "run"]
+__all__ = ["columns_of", "digits", "large_solve", "network", "problem", "run"]
 
-RESULTS = Path(__file__).parent / "results" / "solvers.json"
 RIDGE = 1e-4  # times the mean diagonal
 TOLERANCE = 1e-6
 TARGETS = {"columns": 75, "precise": 8, "megabytes": 1000}
 SEEDS = (0, 1, 2)
-INPUTS = {"standardised": "every pixel with mean 0 and variance 1", "plain": "pixels in [0, 1]"}
+INPUTS = {
+    "plain": "pixels in [0, 1]",
+    "standardised": "every pixel with mean 0 and variance 1",
+    "normalised": "every image of length 1",
+}
 
 
 def digits(count: int, inputs: str) -> tuple[Tensor, Tensor]:
@@ -35,7 +41,12 @@ def digits(count: int, inputs: str) -> tuple[Tensor, Tensor]:
 
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images)
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-8) if inputs == "standardised" else x / 16
+    if inputs == "standardised":
+        x = (x - x.mean(0)) / x.std(0).clamp(min=1e-8)
+    elif inputs == "normalised":
+        x = x / x.norm(dim=1, keepdim=True)
+    else:
+        x = x / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
     return x[order], (torch.from_numpy(labels)[order] % 2 * 2 - 1).double()
 
@@ -85,14 +96,12 @@ def columns_of(inputs: str, seed: int, count: int = 1000, rank: int = 200) -> li
                     "preconditioner_columns": info.preconditioner_products,
                 }
             )
-            print(rows[-1])
+            print(json.dumps(rows[-1]))
     return rows
 
 
 def large_solve(count: int, width: int = 16, rank: int = 100) -> dict[str, Any]:
     """Solve once with nothing dense, in this process, and return what it took and the peak memory."""
-    import resource
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 64, generator=generator)
     with torch.random.fork_rng():
@@ -102,17 +111,27 @@ def large_solve(count: int, width: int = 16, rank: int = 100) -> dict[str, Any]:
     ridge = 1e-2 * float(kernel.diagonal().mean())
     operator = RidgeOperator(kernel, ridge).with_solver(method="refinement", rank=rank)
     y = torch.sin(x.sum(1))
+    start = _peak_megabytes()
     _, info = operator.solve_with_info(y, raise_on_failure=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return {
         "samples": count,
+        "width": width,
         "converged": info.converged,
         "residual": float(info.residuals.max()),
         "columns": info.products,
+        "precise": info.precise_products,
         "preconditioner_columns": info.preconditioner_products,
-        "peak_megabytes": round(peak),
+        "start_megabytes": round(start),
+        "peak_megabytes": round(_peak_megabytes()),
         "seconds": round(info.seconds, 1),
     }
+
+
+def _peak_megabytes() -> float:
+    """Return the highest resident memory of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def in_a_process(count: int) -> dict[str, Any]:
@@ -128,42 +147,51 @@ def run(quick: bool) -> dict[str, Any]:
     count, rank, seeds = (120, 24, SEEDS[:1]) if quick else (1000, 200, SEEDS)
     rows = [row for inputs in INPUTS for seed in seeds for row in columns_of(inputs, seed, count, rank)]
     large = in_a_process(400 if quick else 20_000)
-    print(large)
-    claimed = [row for row in rows if row["preconditioner"] and row["inputs"] == "standardised"]
+    print(json.dumps(large))
     return {
+        "benchmark": "solvers",
         "environment": environment(),
         "quick": quick,
         "inputs": INPUTS,
+        "samples": count,
+        "rank": rank,
+        "seeds": list(seeds),
         "ridge": RIDGE,
         "tolerance": TOLERANCE,
         "rows": rows,
         "large": large,
         "targets": TARGETS,
-        "met": {
-            "converged": all(row["converged"] for row in claimed),
-            "columns": all(row["columns"] <= TARGETS["columns"] for row in claimed),
-            "precise": all(row["precise"] <= TARGETS["precise"] for row in claimed),
-            "megabytes": large["converged"] and large["peak_megabytes"] <= TARGETS["megabytes"],
-        },
+        "met": judge(rows, large, TARGETS),
     }
 
 
-def main() -> None:
-    """Measure, print and store."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or print the tables of a stored result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--large-only", type=int, default=None, help="only the large solve, of this size")
-    options = parser.parse_args()
-    if options.large_only is not None:
-        print(json.dumps(large_solve(options.large_only)))
-        return
+    parser.add_argument("--markdown", type=Path, default=None, help="print the tables of this JSON")
+    parser.add_argument("--page", type=Path, default=None, help="with --markdown: put them into this page")
+    options = parser.parse_args(arguments)
+    if options.markdown is not None:
+        text = markdown(json.loads(options.markdown.read_text(encoding="utf-8")))
+        if options.page is None:
+            print(text, end="")
+        else:
+            page = options.page.read_text(encoding="utf-8")
+            options.page.write_text(fill(page, "solvers", text), encoding="utf-8")
+        return 0
     with one_thread():
+        if options.large_only is not None:
+            print(json.dumps(large_solve(options.large_only)))
+            return 0
         result = run(options.quick)
-    print(json.dumps(result["met"]))
+    print(markdown(result))
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from linear_operator import settings as linear_operator_settings
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from .engines import EngineChoice
@@ -24,13 +24,15 @@ from .operators import NTKOperator, ntk
 
 try:
     from gpytorch import settings
-    from gpytorch.kernels import Kernel
+    from gpytorch.constraints import Interval, Positive
+    from gpytorch.kernels import AdditiveKernel, Kernel
+    from gpytorch.lazy import LazyEvaluatedKernelTensor
 except ImportError as error:  # pragma: no cover - held by a test in a process without gpytorch
     raise MissingDependencyError(
         "ntkops.gp needs gpytorch, which is not installed: pip install 'ntkops[gp]'"
     ) from error
 
-__all__ = ["NTKKernel"]
+__all__ = ["NTKKernel", "NTKSumKernel"]
 
 
 class NTKKernel(Kernel):
@@ -38,10 +40,11 @@ class NTKKernel(Kernel):
 
     Called directly, as ``ExactGP.forward`` does, it returns a lazy `NTKOperator`; adding the likelihood's
     noise gives an operator whose ``solve``, ``inv_quad_logdet`` and derivatives are exact inside
-    ``max_dense_bytes`` and end with a checked residual, or an error, above. Inside another kernel of gpytorch
-    (`ScaleKernel`, sums, products) the solver is gpytorch's own choice: exact up to
-    ``linear_operator.settings.max_cholesky_size`` rows (800), and loosely converged above without a word.
-    There this kernel refuses to be evaluated.
+    ``max_dense_bytes`` and end with a checked residual, or an error, above. That holds for a multiple, by
+    ``outputscale=``, and for a sum that begins with this kernel, ``NTKKernel(...) + other``, as well. Inside
+    another kernel of gpytorch (`ScaleKernel`, products, ``other + NTKKernel(...)``) the solver is gpytorch's
+    own choice: exact up to ``linear_operator.settings.max_cholesky_size`` rows (800), and loosely converged
+    above without a word. There this kernel refuses to be evaluated.
 
     Args:
         model: `torch.nn.Module`, function ``(params, inputs) -> output``, or `Linearization`. It is not
@@ -61,10 +64,13 @@ class NTKKernel(Kernel):
         max_dense_bytes: See `ntkops.ntk`.
         differentiable: Follow the live parameters, so that the marginal likelihood can be differentiated in
             them (`network_parameters`); False takes a snapshot.
+        outputscale: First value of a positive factor of the kernel that is learned, the parameter
+            ``raw_outputscale`` as in gpytorch's `ScaleKernel`, one for each kernel of a batch; None for none.
+        outputscale_constraint: Its constraint; default `gpytorch.constraints.Positive`.
         active_dims: Columns of the data that the kernel sees; None for all.
 
     Raises:
-        InputError: If ``outputs`` needs ``num_outputs``.
+        InputError: If ``outputs`` needs ``num_outputs``, or the scale is not positive.
         NtkopsError: The one that fits what is wrong with model or selection; see `ntkops.errors`.
 
     Example:
@@ -95,6 +101,8 @@ class NTKKernel(Kernel):
         chunk_size: int | Literal["auto"] = "auto",
         max_dense_bytes: int | Literal["auto"] = "auto",
         differentiable: bool = False,
+        outputscale: float | None = None,
+        outputscale_constraint: Interval | None = None,
         active_dims: tuple[int, ...] | None = None,
     ) -> None:
         if outputs in ("each", "all") and num_outputs is None:
@@ -116,6 +124,48 @@ class NTKKernel(Kernel):
         }
         # A tuple hides the network from nn.Module, which would cast and register it.
         self._network = (_Network(model, params, output, differentiable),)
+        self._has_scale = outputscale is not None
+        if outputscale is not None:
+            self._register_scale(outputscale, outputscale_constraint)
+
+    # the scale
+
+    def _register_scale(self, value: float, constraint: Interval | None) -> None:
+        if not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise InputError(f"outputscale={value!r}: pass a positive number, or None for no scale")
+        self.register_parameter("raw_outputscale", torch.nn.Parameter(torch.zeros(self.batch_shape)))
+        self.register_constraint("raw_outputscale", Positive() if constraint is None else constraint)
+        self.initialize(outputscale=torch.full(self.batch_shape, float(value)))
+
+    @property
+    def outputscale(self) -> Tensor | None:
+        """The factor of the kernel, of its batch shape; None where there is none. It can be set."""
+        if not self._has_scale:
+            return None
+        scale: Tensor = self.raw_outputscale_constraint.transform(self.raw_outputscale)
+        return scale if self._classes is None else scale[self._classes]
+
+    @outputscale.setter
+    def outputscale(self, value: float | Tensor) -> None:
+        if not self._has_scale:
+            raise InputError("this kernel has no scale: make it with outputscale=")
+        raw = self.raw_outputscale
+        values = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
+        if self._classes is not None:  # the scales of a batch belong to all of its kernels
+            whole = self.raw_outputscale_constraint.transform(raw).detach().clone()
+            whole[self._classes] = values
+            values = whole
+        self.initialize(raw_outputscale=self.raw_outputscale_constraint.inverse_transform(values))
+
+    def _scaled(self, K: LinearOperator) -> LinearOperator:
+        scale = self.outputscale
+        if scale is None:
+            return K
+        return K.mul(scale.to(dtype=K.dtype, device=K.device)[..., None, None])
+
+    def __add__(self, other: Kernel) -> Kernel:
+        """Return the sum of this kernel and another, whose solves are ours too."""
+        return NTKSumKernel(self, *(other.kernels if isinstance(other, AdditiveKernel) else [other]))
 
     # evaluation
 
@@ -159,9 +209,9 @@ class NTKKernel(Kernel):
         K = self._kernel(left, None if same else right)
         shape = torch.broadcast_shapes(batch, right_batch, K.shape[:-2], self.batch_shape)
         if diag:
-            diagonal: Tensor = K.diagonal()
+            diagonal: Tensor = self._scaled(K).diagonal()
             return diagonal.expand(*shape, diagonal.shape[-1])
-        return K if shape == K.shape[:-2] else K.expand(*shape, *K.shape[-2:])
+        return self._scaled(K if shape == K.shape[:-2] else K.expand(*shape, *K.shape[-2:]))
 
     def _kernel(self, left: Tensor, right: Tensor | None) -> NTKOperator:
         live = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (left, right))
@@ -246,6 +296,46 @@ class NTKKernel(Kernel):
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__)
         return twin
+
+
+class NTKSumKernel(AdditiveKernel):
+    """The sum of an `NTKKernel` and others, as ``NTKKernel(...) + other`` makes it.
+
+    It is evaluated at once, to a lazy sum that begins with our operator, so that the solves of a Gaussian
+    process are those of `NTKKernel`.
+
+    Args:
+        *kernels: The kernels; an `NTKKernel` first.
+
+    Example:
+        >>> import torch
+        >>> from gpytorch.kernels import RBFKernel
+        >>> from ntkops.gp import NTKKernel
+        >>> kernel = NTKKernel(torch.nn.Linear(2, 1)) + RBFKernel()
+        >>> type(kernel(torch.randn(5, 2)).add_jitter(0.1)).__name__
+        'RidgeOperator'
+    """
+
+    def __call__(
+        self, x1: Tensor, x2: Tensor | None = None, diag: bool = False, **params: Any
+    ) -> LinearOperator | Tensor:
+        """Return the sum of the covariances between two sets of samples; see `NTKKernel`."""
+        if settings.lazily_evaluate_kernels.off():  # inside another kernel: its parts refuse by themselves
+            return super().__call__(x1, x2, diag=diag, **params)
+        first, *others = (part(x1, x2, diag=diag, **params) for part in self.kernels)
+        for term in others:
+            first = first + (term if diag else _evaluated(term))
+        return first
+
+    def __add__(self, other: Kernel) -> Kernel:
+        """Return the sum of this kernel and another."""
+        return NTKSumKernel(*self.kernels, *(other.kernels if isinstance(other, AdditiveKernel) else [other]))
+
+
+def _evaluated(covariance: LinearOperator | Tensor) -> LinearOperator:
+    if isinstance(covariance, LazyEvaluatedKernelTensor):
+        return to_linear_operator(covariance.evaluate_kernel())
+    return to_linear_operator(covariance)
 
 
 class _Network:

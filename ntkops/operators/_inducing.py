@@ -14,7 +14,7 @@ from ..errors import InputError, MissingDependencyError, ShapeError, Unsupported
 from ..model import Inputs
 from ..solvers import rpcholesky
 from ..vectors import resolve_generator
-from ._ridge_system import kernel_columns
+from ._ridge_system import kernel_columns, kernel_entries
 from .axes import StateAxis
 from .base import EngineOperator
 from .structure import structure
@@ -161,7 +161,12 @@ def _by_rule(
     every = StateAxis(rows.inputs, rows.outputs.reshape(-1, 1))  # summed over outputs and batch
     traced = kernel._rebuild(kernel._core.with_axes(every, every))
     found = rpcholesky(
-        kernel_columns(traced), structure(traced).diagonal(), number, block_size=25, generator=generator
+        kernel_columns(traced),
+        structure(traced).diagonal(),
+        number,
+        block_size=25,
+        entries=kernel_entries(traced),
+        generator=generator,
     )
     if found.rank < number:
         logger.info("%d inducing points reproduce the kernel: no more are taken", found.rank)

@@ -25,7 +25,8 @@ from ..solvers import (
 )
 from ..spectra import function_trace
 from .counting import multiply, row_space
-from .structure import structure
+from .indexing import IndexedOperator
+from .structure import dense_from_tiles, structure
 
 __all__ = [
     "PreconditionerChoice",
@@ -34,6 +35,7 @@ __all__ = [
     "SolverOptions",
     "batch_position",
     "kernel_columns",
+    "kernel_entries",
 ]
 
 SolveMethod = Literal["auto", "cholesky", "cg", "refinement"]
@@ -199,14 +201,23 @@ class RidgeSystem:
             member = self.kernel[batch_position(number, batch)] if batch else self.kernel
             columns = kernel_columns(member)
             if kind == "rpcholesky":
-                made = rpcholesky(columns, diagonals[number], rank, block_size=_BLOCK, generator=generator)
+                made = rpcholesky(
+                    columns,
+                    diagonals[number],
+                    rank,
+                    block_size=_BLOCK,
+                    entries=kernel_entries(member),
+                    generator=generator,
+                )
             else:
                 made = pivoted_cholesky(columns, diagonals[number], rank)
             found.append(made)
+        if not batch:
+            return factor_preconditioner(found[0], diagonal, self.space)
         width = max(made.rank for made in found)
         padded = [torch.nn.functional.pad(made.factor, (0, width - made.rank)) for made in found]
         return factor_preconditioner(
-            torch.stack(padded).reshape(*batch, self.space.size, width) if batch else padded[0],
+            torch.stack(padded).reshape(*batch, self.space.size, width),
             diagonal,
             self.space,
             name=kind,
@@ -231,6 +242,22 @@ def kernel_columns(kernel: LinearOperator) -> Any:
         return multiply(kernel, unit)
 
     return columns
+
+
+def kernel_entries(kernel: LinearOperator) -> Any:
+    """Return the function that evaluates the block of a kernel in some rows, where that costs no product.
+
+    It is None where blocks are products with unit vectors: then a block costs what its columns do.
+    """
+    if not isinstance(kernel, IndexedOperator):
+        return None
+
+    def entries(chosen: Tensor) -> Tensor:
+        rows, inverse = torch.unique(chosen, return_inverse=True)
+        block = dense_from_tiles(structure(kernel.submatrix(rows, rows)))
+        return block[inverse][:, inverse]
+
+    return entries
 
 
 def dense_bytes_allowed(operator: Any) -> int:

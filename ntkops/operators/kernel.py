@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from linear_operator.operators import (
-    DiagLinearOperator,
-    LinearOperator,
-    RootLinearOperator,
-    SumLinearOperator,
-)
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..engines import EngineChoice, build_engine
-from ..errors import DtypeError, InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
+from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
+from .algebra import KernelAlgebra
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core, dense_limit
@@ -25,7 +21,7 @@ from .jacobian import JacobianOperator, state_axis
 __all__ = ["NTKOperator", "ntk"]
 
 
-class NTKOperator(EngineOperator):
+class NTKOperator(KernelAlgebra, EngineOperator):
     """K = J(x₁) J(x₂)ᵀ, per class, traced over outputs, or a slice of these; never stored unasked.
 
     Make one with `ntkops.ntk`. Sums, multiples, products, slices and ``K.add_jitter(ridge)`` stay lazy.
@@ -180,82 +176,6 @@ class NTKOperator(EngineOperator):
             return numbers.movedim(dim, -3).flatten(-3, -2)
 
         return self._map_batch(merge)
-
-    def __add__(self, other: Any) -> LinearOperator:
-        """Add an operator or a dense tensor lazily.
-
-        Args:
-            other: An operator, or a tensor of the kernel's shape; 0 is allowed, so that sum() works.
-
-        Returns:
-            The lazy sum.
-
-        Raises:
-            UnsupportedOperationError: For a number: K + 0.1 has two readings.
-            ShapeError: If the matrices differ in shape.
-        """
-        if isinstance(other, (int, float)) and other != 0 or isinstance(other, Tensor) and other.dim() == 0:
-            raise UnsupportedOperationError(
-                "K + number would add it to every entry, which is rarely meant: use K.add_jitter(number) for "
-                "K + number * I"
-            )
-        if isinstance(other, (LinearOperator, Tensor)) and tuple(other.shape[-2:]) != tuple(self.shape[-2:]):
-            raise ShapeError(f"cannot add shapes {tuple(self.shape)} and {tuple(other.shape)}")
-        if isinstance(other, RootLinearOperator):
-            return SumLinearOperator(self, other)  # linear_operator would factor both eagerly
-        if isinstance(other, DiagLinearOperator):
-            return self._with_diagonal(other)
-        return super().__add__(other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> LinearOperator:
-        """Subtract an operator or a dense tensor lazily; a number is refused as in addition."""
-        if isinstance(other, (int, float)):
-            return self + (-other)
-        return super().__sub__(other)
-
-    def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        """Return K + diag lazily.
-
-        Args:
-            diag: ``()``, ``(1,)`` or ``(*batch, n)``, in the operator's dtype.
-
-        Returns:
-            Lazy operator whose solves are exact or refused; see `RidgeOperator`.
-
-        Raises:
-            ShapeError: If K is not square or the diagonal does not fit.
-            DtypeError: If the diagonal has another dtype than K.
-        """
-        if not self.is_square:
-            raise ShapeError(f"only a square kernel takes a diagonal, this one is {tuple(self.shape)}")
-        if diag.dim() and diag.shape[-1] not in (1, self.shape[-1]):
-            raise ShapeError(f"the diagonal needs 1 or {self.shape[-1]} entries, got {tuple(diag.shape)}")
-        if diag.dtype != self.dtype:
-            raise DtypeError(
-                f"the kernel has dtype {self.dtype}, the diagonal {diag.dtype}; cast one of them"
-            )
-        plain = super().add_diagonal(diag)
-        return self._with_diagonal(plain._diag_tensor)
-
-    def _with_diagonal(self, diagonal: DiagLinearOperator) -> LinearOperator:
-        from .ridge import RidgeOperator
-
-        return RidgeOperator(self, diagonal)
-
-    def add_low_rank(self, low_rank_mat: Any, *args: Any, **kwargs: Any) -> LinearOperator:
-        """Return K + U Uᵀ lazily, without factoring K.
-
-        Args:
-            low_rank_mat: U, ``(*batch, n, r)``.
-            *args: Ignored: choices of factorisations that are not made.
-            **kwargs: Ignored likewise.
-
-        Returns:
-            The lazy sum.
-        """
-        return SumLinearOperator(self, RootLinearOperator(low_rank_mat))
 
 
 OutputChoice = Literal["all", "each", "trace"] | int | Sequence[int]

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from linear_operator.operators import (
     DenseLinearOperator,
-    DiagLinearOperator,
     LinearOperator,
 )
 from torch import Tensor
@@ -26,24 +25,24 @@ from ..vectors import Space
 from ._inducing import induce
 from ._nystrom_structure import NystromStructure, dense_by_tiles, feature_blocks
 from ._ridge_system import dense_bytes_allowed
+from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
 from .counting import row_space
 from .dense import DenseFallbacks
-from .ridge import RidgeOperator
 
 __all__ = ["NystromOperator", "nystrom_ntk"]
 
 logger = logging.getLogger(__name__)
 
 
-class NystromOperator(DenseFallbacks, LinearOperator):
+class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
     """K_XZ K_ZZ⁺ K_ZX, lazily; made by `nystrom_ntk`.
 
     Args:
         left: K_XZ, ``(*batch, n, m)``.
-        right: K_X'Z, ``(*batch, n', m)``; the same operator as ``left`` for a square kernel.
-        root: W with W Wᵀ = K_ZZ⁺, ``(*batch, m, r)``.
+        *rest: K_X'Z, ``(*batch, n', m)``, unless it is ``left``, as in a square kernel; and W with
+            W Wᵀ = K_ZZ⁺, ``(*batch, m, r)``.
         indices: Samples that the inducing points are, or None.
         ranks: Rank of K_ZZ, ``(*batch)``.
         seed: Seed of what was drawn for the inducing points.
@@ -52,15 +51,16 @@ class NystromOperator(DenseFallbacks, LinearOperator):
     def __init__(
         self,
         left: LinearOperator,
-        right: LinearOperator,
-        root: Tensor,
-        *,
+        *rest: Any,
         indices: Any = None,
         ranks: Any = None,
         seed: int | None = None,
     ) -> None:
         kept = {"indices": indices, "ranks": ranks, "seed": seed}
-        super().__init__(left, right, root, **kept)
+        *given, root = rest
+        right = given[0] if given else left
+        # A square kernel has one factor, in what linear_operator rebuilds it from as well.
+        super().__init__(*((left, root) if right is left else (left, right, root)), **kept)
         self._left, self._right, self._root, self._kept = left, right, root, kept
 
     @property
@@ -203,9 +203,14 @@ class NystromOperator(DenseFallbacks, LinearOperator):
                 f"the dense {' x '.join(map(str, self.shape))} matrix needs {format_bytes(needed)}, above "
                 f"max_dense_bytes={format_bytes(self.max_dense_bytes)}; use products K @ V, or .features()"
             )
-        left = dense_by_tiles(self._left) @ self._root
-        right = left if self.symmetric else dense_by_tiles(self._right) @ self._root
+        left = self._dense(self._left) @ self._root
+        right = left if self.symmetric else self._dense(self._right) @ self._root
         return left @ right.mT
+
+    def _dense(self, part: LinearOperator) -> Tensor:
+        """Return K_XZ: by tiles, which have no graph, unless a graph is wanted."""
+        recorded = torch.is_grad_enabled() and part.requires_grad
+        return part.to_dense() if recorded else dense_by_tiles(part)
 
     def materialize(self) -> Tensor:
         """Return the dense kernel; the same as `to_dense`."""
@@ -226,8 +231,8 @@ class NystromOperator(DenseFallbacks, LinearOperator):
         rows, columns, *members = (
             i.expand(shape).reshape(-1) for i in (row_index, col_index, *batch_indices)
         )
-        left = dense_by_tiles(self._left) @ self._root
-        right = left if self.symmetric else dense_by_tiles(self._right) @ self._root
+        left = self._dense(self._left) @ self._root
+        right = left if self.symmetric else self._dense(self._right) @ self._root
         place = tuple(members)
         return (left[(*place, rows)] * right[(*place, columns)]).sum(-1).reshape(shape)
 
@@ -246,6 +251,19 @@ class NystromOperator(DenseFallbacks, LinearOperator):
             kept["ranks"] = torch.tensor(kept["ranks"])[tuple(batch_indices)].tolist()
         return type(self)(left, right, root, **kept)
 
+    def _unsqueeze_batch(self, dim: int) -> Self:
+        left = self._left._unsqueeze_batch(dim)
+        right = left if self.symmetric else self._right._unsqueeze_batch(dim)
+        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).unsqueeze(dim).tolist()}
+        return type(self)(left, right, self._root.unsqueeze(dim), **kept)
+
+    def _permute_batch(self, *dims: int) -> Self:
+        left = self._left._permute_batch(*dims)
+        right = left if self.symmetric else self._right._permute_batch(*dims)
+        root = self._root.permute(*dims, len(dims), len(dims) + 1)
+        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).permute(*dims).tolist()}
+        return type(self)(left, right, root, **kept)
+
     def _expand_batch(self, batch_shape: Any) -> LinearOperator:
         if tuple(batch_shape) == tuple(self.batch_shape):
             return self
@@ -254,14 +272,6 @@ class NystromOperator(DenseFallbacks, LinearOperator):
         root = self._root.expand(*batch_shape, *self._root.shape[-2:])
         kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).expand(tuple(batch_shape)).tolist()}
         return type(self)(left, right, root, **kept)
-
-    def add_diagonal(self, diag: Tensor) -> RidgeOperator:
-        """Return the kernel plus a diagonal, ``()``, ``(1,)`` or ``(*batch, n)``, as a `RidgeOperator`."""
-        return RidgeOperator(self, diag)
-
-    def __add__(self, other: Any) -> LinearOperator:
-        """Add an operator or a dense tensor lazily; a diagonal gives a `RidgeOperator`."""
-        return RidgeOperator(self, other) if isinstance(other, DiagLinearOperator) else super().__add__(other)
 
 
 def nystrom_ntk(

@@ -24,6 +24,7 @@ from ..errors import (
     UnsupportedOperationError,
 )
 from ..results import Estimate, Solution
+from ._diagonal_part import DiagonalPart
 from ._ridge_system import RidgeSystem, SolverOptions, batch_position, dense_bytes_allowed, log_determinant
 from .dense import DenseFallbacks
 from .indexing import _same_index
@@ -313,14 +314,21 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
     # algebra: the solver options go along
 
-    def add_diagonal(self, diag: Tensor) -> RidgeOperator:
-        """Return K + (D + diag)."""
-        return self._like(self._linear_op, self._diag_tensor.add_diagonal(diag))
+    def add_jitter(self, jitter_val: float = 1e-3) -> RidgeOperator:
+        """Return K + (D + a multiple of the identity)."""
+        return self.add_diagonal(jitter_val)
+
+    def add_diagonal(self, diag: float | Tensor) -> RidgeOperator:
+        """Return K + (D + diag), for a number, ``()``, ``(1,)`` or ``(*batch, n)``."""
+        return self._like(self._linear_op, _summed(self._diag_tensor, _diagonal(self, diag)))
 
     def __add__(self, other: Any) -> LinearOperator:
         """Add another diagonal, operator or dense tensor lazily."""
         if isinstance(other, DiagLinearOperator):
-            return self._like(self._linear_op, self._diag_tensor + other)
+            return self._like(self._linear_op, _summed(self._diag_tensor, other))
+        if isinstance(other, RidgeOperator):
+            diagonal = _summed(self._diag_tensor, other._diag_tensor)
+            return self._like(self._linear_op + other._linear_op, diagonal)
         return self._like(self._linear_op + other, self._diag_tensor)
 
     def _mul_constant(self, other: Any) -> LinearOperator:
@@ -335,12 +343,18 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         return self._like(*(part._expand_batch(batch_shape) for part in (self._linear_op, self._diag_tensor)))
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
-        plain = all(isinstance(b, slice | int) for b in batch_indices)
-        if not plain or not _same_index(row_index, col_index):
-            return super()._getitem(row_index, col_index, *batch_indices)
         kernel = self._linear_op._getitem(row_index, col_index, *batch_indices)
-        entries = self.ridge[(*batch_indices, row_index)]
-        return self._like(kernel, DiagLinearOperator(entries))
+        entries = self.ridge[(*batch_indices, slice(None))]
+        if _same_index(row_index, col_index):
+            return self._like(kernel, DiagLinearOperator(entries[..., row_index]))
+        numbers = torch.arange(self.shape[-1], device=entries.device)
+        return kernel + DiagonalPart(entries, rows=numbers[row_index], cols=numbers[col_index])
+
+    def repeat(self, *sizes: Any) -> RidgeOperator:
+        """Repeat along batch dimensions; the last two sizes must be 1."""
+        counts = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        entries = self.ridge.repeat(*counts[:-2], 1)
+        return self._like(self._linear_op.repeat(*counts), DiagLinearOperator(entries))
 
 
 class _ImplicitSolve(torch.autograd.Function):
@@ -376,3 +390,10 @@ def _diagonal(kernel: LinearOperator, entries: Any) -> DiagLinearOperator:
         return DiagLinearOperator(values)
     constant = values.reshape(1) if values.dim() == 0 else values
     return ConstantDiagLinearOperator(constant.expand(*kernel.shape[:-2], 1), diag_shape=kernel.shape[-1])
+
+
+def _summed(first: DiagLinearOperator, second: DiagLinearOperator) -> DiagLinearOperator:
+    """Return the sum of two diagonals, constant where both are."""
+    if isinstance(first, ConstantDiagLinearOperator) and isinstance(second, ConstantDiagLinearOperator):
+        return ConstantDiagLinearOperator(first.diag_values + second.diag_values, diag_shape=first.shape[-1])
+    return DiagLinearOperator(first._diagonal() + second._diagonal())

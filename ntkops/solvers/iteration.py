@@ -18,6 +18,7 @@ _RUNNING, _CONVERGED, _STAGNATED, _INDEFINITE, _PRECONDITIONER, _LIMIT = range(l
 # From one look at the true residual to the next it has to fall below this share of what it was:
 # products that round too coarsely gain less, and would be restarted for ever.
 _PROGRESS = 0.3
+_SHORTEST, _LONGEST = 500, 2000  # steps of patience
 
 
 class Preconditioner(Protocol):
@@ -53,8 +54,10 @@ class ConjugateGradient:
         preconditioner: An approximate inverse of A, or None.
         tolerance: Relative residual asked of each column.
         initial: ``(*batch, n, k)`` first guess; zero if None.
-        patience: Steps without a smaller residual after which the true one is looked at; default
-            max(500, n).
+        patience: Steps without a smaller residual after which the true one is looked at; default n, at
+            least 500 and at most 2000. The residual of a badly conditioned system may grow for a long
+            time before it falls, but for n steps only where rounding is what it has come to; smaller n
+            are given longer, since rounding delays what would have ended after n steps.
         verified: Whether a column that says it has converged is checked with a product. Only what checks
             by itself, as iterative refinement does, should turn that off.
 
@@ -85,7 +88,7 @@ class ConjugateGradient:
     ) -> None:
         self._multiply, self._space = multiply, space
         self._precondition = preconditioner
-        self._patience = max(500, space.size) if patience is None else patience
+        self._patience = min(max(_SHORTEST, space.size), _LONGEST) if patience is None else patience
         self._verified = verified
         norms = column_norms(space, rhs)
         self._tolerance = torch.full_like(norms, tolerance)

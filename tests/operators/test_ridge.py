@@ -19,9 +19,6 @@ from ntkops.operators import RidgeOperator
 from tests.cases import BY_NAME
 from tests.operators.test_contract import _concrete, _Square, _SquareBatch
 
-# linear_operator makes sparse matrices for uneven slices of its diagonals; newer torch warns of these.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-
 CASE = BY_NAME["mlp"]
 RIDGE = 0.1
 

@@ -7,13 +7,13 @@ from ntkops.solvers import ConjugateGradient, conjugate_gradient
 from ntkops.vectors import Space
 from tests.solvers.systems import Counted, OddSpace, block, decaying, relative_residuals, with_spectrum
 
-N = 40
+N = 100
 SPACE = Space(N, torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_column_meets_its_tolerance_by_its_true_residual(seed):
-    A, b = decaying(N, -2, seed), block(N, 5, seed)
+    A, b = decaying(N, -3, seed), block(N, 5, seed)
     product = Counted(A)
     x, info = conjugate_gradient(product, b, SPACE, tolerance=1e-9)
     assert info.converged and info.reason == "converged"
@@ -25,7 +25,7 @@ def test_every_column_meets_its_tolerance_by_its_true_residual(seed):
 
 def test_a_hard_column_is_not_hidden_by_easy_ones():
     # One column needs all directions, nine are eigenvectors: a mean over columns would say 1e-2 at once.
-    values = torch.logspace(0, -2, N, dtype=torch.float64)
+    values = torch.logspace(0, -4, N, dtype=torch.float64)
     A = with_spectrum(values)
     vectors = torch.linalg.eigh(A).eigenvectors
     b = torch.cat([vectors[:, -9:], block(N, 1)], dim=1)
@@ -35,7 +35,7 @@ def test_a_hard_column_is_not_hidden_by_easy_ones():
 
 
 def test_converged_columns_leave_the_products():
-    A = decaying(N, -2)
+    A = decaying(N, -3)
     vectors = torch.linalg.eigh(A).eigenvectors
     b = torch.cat([vectors[:, -3:], block(N, 1)], dim=1)
     product = Counted(A)
@@ -47,7 +47,7 @@ def test_converged_columns_leave_the_products():
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scales_of_matrix_and_columns_do_not_matter(scale, dtype):
-    A = (decaying(N, -2) * scale).to(dtype)
+    A = (decaying(N, -3) * scale).to(dtype)
     b = block(N, 3, dtype=dtype)
     b[:, 1] *= 1e15
     b[:, 2] *= 1e-15
@@ -56,22 +56,22 @@ def test_scales_of_matrix_and_columns_do_not_matter(scale, dtype):
 
 
 def test_powers_of_two_change_nothing_but_the_scale():
-    A, b = decaying(N, -2), block(N, 2)
+    A, b = decaying(N, -3), block(N, 2)
     x, info = conjugate_gradient(lambda V: A @ V, b, SPACE)
     y, other = conjugate_gradient(lambda V: A @ V, b * 2.0**-40, SPACE)
     assert torch.equal(x * 2.0**-40, y) and other.products == info.products
 
 
 def test_float32_says_that_it_stagnates_and_hands_over_what_it_has():
-    A = decaying(N, -4).float()
+    A = decaying(N, -6).float()
     b = block(N, 3, dtype=torch.float32)
     with pytest.raises(NotConvergedError, match="round too coarsely") as caught:
-        conjugate_gradient(lambda V: A @ V, b, Space(N, torch.float32), tolerance=1e-7)
+        conjugate_gradient(lambda V: A @ V, b, Space(N, torch.float32), tolerance=1e-7, max_iterations=20_000)
     x, info = caught.value.result
     assert isinstance(info, SolveInfo) and not info.converged and info.reason == "stagnated"
     true = relative_residuals(A, x, b)
-    assert bool((true < 0.5).all())
-    torch.testing.assert_close(info.residuals, true, rtol=1.0, atol=1e-4)
+    assert bool((true < 0.1).all())
+    torch.testing.assert_close(info.residuals, true, rtol=0.5, atol=1e-5)
 
 
 def test_running_out_of_steps_keeps_the_true_residual():
@@ -98,7 +98,7 @@ def test_a_preconditioner_that_is_not_positive_is_named():
 
 
 def test_zero_columns_and_exact_guesses_cost_no_step():
-    A, b = decaying(N, -2), block(N, 2)
+    A, b = decaying(N, -3), block(N, 2)
     b[:, 0] = 0
     x, info = conjugate_gradient(lambda V: A @ V, b, SPACE)
     assert bool((x[:, 0] == 0).all()) and float(info.residuals[0]) == 0
@@ -107,7 +107,7 @@ def test_zero_columns_and_exact_guesses_cost_no_step():
 
 
 def test_a_batch_solves_one_system_for_each_member():
-    A = torch.stack([decaying(N, -2), decaying(N, -2, 1) + torch.eye(N)])
+    A = torch.stack([decaying(N, -3), decaying(N, -3, 1) + torch.eye(N)])
     b = torch.stack([block(N, 3), block(N, 3, 2)])
     x, info = conjugate_gradient(lambda V: A @ V, b, SPACE, tolerance=1e-8)
     assert x.shape == b.shape and info.residuals.shape == (2, 3)
@@ -118,13 +118,13 @@ def test_a_batch_solves_one_system_for_each_member():
 
 
 def test_a_vector_gives_a_vector():
-    A, b = decaying(N, -2), block(N, 1)[:, 0]
+    A, b = decaying(N, -3), block(N, 1)[:, 0]
     x, info = conjugate_gradient(lambda V: A @ V, b, SPACE)
     assert x.shape == (N,) and float((A @ x - b).norm()) <= 1e-6 * float(b.norm())
 
 
 def test_only_the_space_takes_inner_products():
-    A, b = decaying(N, -2), block(N, 2)
+    A, b = decaying(N, -3), block(N, 2)
     x, info = conjugate_gradient(lambda V: A @ V, b, OddSpace(N, torch.float64))
     y, other = conjugate_gradient(lambda V: A @ V, b, SPACE)
     assert info.iterations == other.iterations
@@ -151,13 +151,13 @@ def test_an_iteration_goes_on_bit_for_bit_from_its_state():
 
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
-    A = decaying(N, -2)
+    A = decaying(N, -3)
     conjugate_gradient(lambda V: A @ V, block(N, 2), SPACE)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_bad_input_is_told():
-    A, b = decaying(N, -2), block(N, 2)
+    A, b = decaying(N, -3), block(N, 2)
     for tolerance in (0, 1, -1.0, float("nan"), True, "small"):
         with pytest.raises(InputError, match="tolerance"):
             conjugate_gradient(lambda V: A @ V, b, SPACE, tolerance=tolerance)

@@ -6,7 +6,7 @@ from ntkops.solvers import lsmr
 from ntkops.vectors import Space
 from tests.solvers.systems import block, relative_residuals
 
-N, P = 30, 50
+N, P = 80, 120
 J = block(N, P, 3) * torch.logspace(0, -2, P, dtype=torch.float64)
 ROWS, COLUMNS = Space(N, torch.float64), Space(P, torch.float64)
 

@@ -68,6 +68,56 @@ def test_it_saves_most_of_the_products(name):
     assert bool((relative_residuals(K + RIDGE * torch.eye(N), x, b) <= 1e-6).all())
 
 
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_known_columns_are_inverted_exactly(dtype, varying):
+    space, kernel = Space(N, dtype), K.to(dtype)
+    D = torch.logspace(-5, -3, N, dtype=torch.float64) if varying else torch.tensor(1e-4).double()
+    A = K + torch.diag(D.expand(N))
+    M = nystrom_preconditioner(lambda V: kernel @ V, D, space, RANK, generator=generator())
+    omega = space.orthonormalize(space.probes(RANK, generator(), "gaussian")).double()
+    level = float(M.values[-1]) + (1.0 if varying else 1e-4)
+    torch.testing.assert_close(
+        M((A @ omega).to(dtype)).double() / level,
+        omega,
+        rtol=0,
+        atol=1e-6 if dtype == torch.float64 else 0.05,
+    )
+    dense = M(torch.eye(N, dtype=dtype)).double()
+    torch.testing.assert_close(
+        dense, dense.mT, rtol=0, atol=float(dense.abs().max()) * 1e3 * torch.finfo(dtype).eps
+    )
+    assert float(torch.linalg.eigvalsh((dense + dense.mT) / 2).min()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_known_columns_save_products_where_the_spectrum_decays_slowly(dtype):
+    n, ridge, rank = 400, 1e-4, 80
+    space, b = Space(n, torch.float64), block(n, 1)
+    kernel = with_spectrum(1 / torch.arange(1, n + 1, dtype=torch.float64))
+    A = kernel + ridge * torch.eye(n)
+    F, _ = nystrom_factor(lambda V: kernel @ V, space, rank, generator=generator())
+    known = nystrom_preconditioner(
+        lambda V: kernel.to(dtype) @ V, ridge, Space(n, dtype), rank, generator=generator()
+    )
+    with_known = conjugate_gradient(
+        lambda V: A @ V, b, space, preconditioner=lambda V: known(V.to(dtype)).double()
+    )
+    without = conjugate_gradient(
+        lambda V: A @ V, b, space, preconditioner=factor_preconditioner(F, ridge, space)
+    )
+    assert with_known.info.products < 0.95 * without.info.products
+
+
+def test_pivots_are_known_columns_too():
+    found = pivoted_cholesky(lambda i: K[:, i], K.diagonal(), RANK)
+    M = factor_preconditioner(found, 1e-4, SPACE)
+    unit = torch.eye(N, dtype=torch.float64)[:, found.pivots]
+    torch.testing.assert_close(
+        M((K + 1e-4 * torch.eye(N)) @ unit), (M.values[-1] + 1e-4) * unit, rtol=0, atol=1e-9
+    )
+
+
 def test_an_exact_factor_leaves_two_steps():
     F = torch.linalg.cholesky(K + 1e-14 * torch.eye(N))[:, :10]
     low = F @ F.mT
@@ -136,6 +186,8 @@ def test_bad_input_is_told():
         factor_preconditioner(F[:-1], 1.0, SPACE)
     with pytest.raises(ShapeError, match="the diagonal needs"):
         factor_preconditioner(F, torch.ones(3), SPACE)
+    with pytest.raises(ShapeError, match="the sketch needs"):
+        factor_preconditioner(F, 1.0, SPACE, sketch=F[:-1])
     with pytest.raises(NonFiniteError, match="factor"):
         factor_preconditioner(F * float("nan"), 1.0, SPACE)
     for rank in (0, N + 1, 1.5, True):
