@@ -13,7 +13,7 @@ import ntkops
 from ntkops.engines import report_passes
 from ntkops.vectors import Space
 
-__all__ = ["HELD_OUT", "Known", "network_spectra", "turned"]
+__all__ = ["HELD_OUT", "Known", "network_spectra", "networks", "turned"]
 
 
 def _indices(n: int) -> Tensor:
@@ -48,8 +48,8 @@ HELD_OUT: Mapping[str, Callable[[int], Tensor]] = {
 }
 
 
-def network_spectra(samples: int = 24) -> dict[str, Tensor]:
-    """Return the spectra of three small networks after a few steps of training."""
+def networks(samples: int = 24) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Return three small networks after a few steps of training, with their samples."""
     generator = torch.Generator().manual_seed(7)
 
     def data(*shape: int) -> Tensor:
@@ -60,20 +60,28 @@ def network_spectra(samples: int = 24) -> dict[str, Tensor]:
         "trained CNN": (_cnn, data(samples, 1, 8, 8)),
         "trained GRU": (_States, data(samples, 5, 3)),
     }
-    found = {}
-    for name, (make, x) in cases.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            model = make().double()
-            optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-            target = torch.sin(x.flatten(1).sum(1))
-            for _ in range(60):
-                optimizer.zero_grad()
-                (model(x).flatten(1).mean(1) - target).square().mean().backward()
-                optimizer.step()
-        values = torch.linalg.eigvalsh(ntkops.ntk(model, x).to_dense()).flip(0)
-        found[name] = values.detach().clamp(min=0)
-    return found
+    return {name: (_trained(make, x), x) for name, (make, x) in cases.items()}
+
+
+def _trained(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = make().double()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        target = torch.sin(x.flatten(1).sum(1))
+        for _ in range(60):
+            optimizer.zero_grad()
+            (model(x).flatten(1).mean(1) - target).square().mean().backward()
+            optimizer.step()
+    return model
+
+
+def network_spectra() -> dict[str, Tensor]:
+    """Return the spectra of the kernels of `networks`."""
+    return {
+        name: torch.linalg.eigvalsh(ntkops.ntk(model, x).to_dense()).flip(0).detach().clamp(min=0)
+        for name, (model, x) in networks().items()
+    }
 
 
 def _mlp() -> nn.Module:
@@ -102,20 +110,29 @@ class Known(LinearOperator):
     """K = J Jᵀ by its factor, counting a vjp and a jvp a column, and refusing to become dense.
 
     Args:
-        factor: J, a dense ``(n, P)``, or the roots of eigenvalues, ``(n,)``, that stand for a diagonal one.
+        factor: J, ``(*batch, n, P)``. A batch of equal ones is so many runs at once: each entry has probes of
+            its own.
     """
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__(factor)
         self.factor = factor
 
+    @classmethod
+    def diagonal_of(cls, values: Tensor) -> Known:
+        """Return the diagonal kernel with these eigenvalues, which stands for all with this spectrum."""
+        return cls(torch.diag(values.sqrt()))
+
+    def times(self, count: int) -> Known:
+        """Return a batch of copies, for as many runs at once."""
+        return Known(self.factor.expand(count, *self.factor.shape))
+
     def _size(self) -> torch.Size:
-        return torch.Size((len(self.factor), len(self.factor)))
+        return torch.Size((*self.factor.shape[:-1], self.factor.shape[-2]))
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        report_passes(vjp=rhs.shape[-1], jvp=rhs.shape[-1])
-        if self.factor.dim() == 1:
-            return self.factor.square().unsqueeze(-1) * rhs
+        made = rhs.shape[-1] * self.factor.shape[:-2].numel()
+        report_passes(vjp=made, jvp=made)
         return self.factor @ (self.factor.mT @ rhs)
 
     def _transpose_nonbatch(self) -> Known:
@@ -135,13 +152,13 @@ class _Factor(LinearOperator):
         self.matrix = matrix
 
     def _size(self) -> torch.Size:
-        return torch.Size((len(self.matrix),) * 2) if self.matrix.dim() == 1 else self.matrix.shape
+        return self.matrix.shape
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        return self.matrix.unsqueeze(-1) * rhs if self.matrix.dim() == 1 else self.matrix @ rhs
+        return self.matrix @ rhs
 
     def _transpose_nonbatch(self) -> _Factor:
-        return self if self.matrix.dim() == 1 else _Factor(self.matrix.mT)
+        return _Factor(self.matrix.mT)
 
 
 class _KnownStructure:

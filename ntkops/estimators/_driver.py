@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -37,6 +38,7 @@ PAIR_METHODS = (*_FIRST_CHOICES, *_PRODUCTS, "reverse", "forward")
 _FIRST = 24  # columns before the error is looked at for the first time
 _GROWTH = (1.3, 4.0)  # least and greatest factor from one look to the next
 _ONE_SIDED_CAP = 20_000  # passes of one direction where only a tolerance is given
+_ONE_SIDED_RTOL = 1e-2  # finer than this, only with a limit of passes
 # For positive semidefinite K the standard deviation of Hutch++ is at most 3/√2 tr K / m, whatever the
 # spectrum; the interval is 1.96 of them.
 _COLUMNS_FOR_RTOL = 1.96 * 3 / math.sqrt(2)
@@ -148,7 +150,10 @@ class ScalarPlan:
         assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
         moments: Sequence[Moment] = sampler.moments()
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
-        return summarize(moments, self.quantity.combine)
+        if self.quantity.free is None:
+            return summarize(moments, self.quantity.combine)
+        free = summarize(moments, self.quantity.free)
+        return replace(free, value=free.value.clamp(*self.bounds), centre=free.value)
 
 
 def estimate(
@@ -193,9 +198,29 @@ def run(plan: Plan, request: Request) -> Estimate:
             return account.exact(cost)
         method = plan.preferred() if request.method == "auto" else request.method
         sampler = plan.sampler(method, request.generator)
+        _require_within_reach(request, sampler, method)
         if request.rtol is None:
             return _spend(plan, request, account, sampler, method, cost)
         return _reach(plan, request, account, sampler, method, cost)
+
+
+def _require_within_reach(request: Request, sampler: Sampler, method: str) -> None:
+    """Raise where one direction would take passes without end.
+
+    The passes that global probes of one direction need grow with 1 / rtol² (Townsend, Halikias &
+    Hochstenbach, arXiv 2606.01335).
+
+    Raises:
+        InputError: Naming what there is instead.
+    """
+    if request.rtol is None or request.num_passes is not None or not sampler.one_sided:
+        return
+    if request.rtol < _ONE_SIDED_RTOL:
+        raise InputError(
+            f"rtol={request.rtol:g} from one direction ({method!r}) takes of the order of 1 / rtol² = "
+            f"{request.rtol**-2:.0g} passes; use method='exact', 'stratified' or 'sketch' where they "
+            "apply, or set a limit with num_passes"
+        )
 
 
 def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:

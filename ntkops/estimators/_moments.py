@@ -41,6 +41,10 @@ _PAIR_ROWS = 512  # first probes of pairs whose terms are held at a time
 class Moment(Protocol):
     """An estimate that is a mean over probes, drawn in one or two independent groups."""
 
+    @property
+    def least(self) -> int:
+        """Fewest probes of a group for a jackknife."""
+
     def groups(self) -> dict[int, int]:
         """Return the number of probes of each group that the estimate depends on."""
 
@@ -64,6 +68,7 @@ class Mean:
     samples: Tensor
     fixed: Tensor | float = 0.0
     group: int = 0
+    least = 2
 
     def groups(self) -> dict[int, int]:
         """Return the one group."""
@@ -95,6 +100,11 @@ class Pairs:
     column_sums: Tensor
     rows: int = 0
     cols: int = 0
+
+    @property
+    def least(self) -> int:
+        """Fewest probes of a group for a jackknife."""
+        return 3 if self.rows == self.cols else 2
 
     @classmethod
     def of(cls, terms: Callable[[slice], Tensor], count: int, *, rows: int = 0, cols: int = 0) -> Pairs:
@@ -177,7 +187,7 @@ def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
     sizes: dict[int, int] = {}
     for moment in moments:
         sizes |= moment.groups()
-    least = 3 if any(isinstance(m, Pairs) and m.rows == m.cols for m in moments) else 2
+    least = max(moment.least for moment in moments)
     freedom = min(sizes.values()) - 1
     if freedom + 1 < least:
         return Summary(point, torch.full_like(point, torch.inf), freedom)

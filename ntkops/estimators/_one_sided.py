@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedOperationError
 from ..vectors import Space
+from ._invariants import Invariants, RootOfSquare
 from ._moments import Mean, Moment, Pairs
 from ._quantities import Quantity, Trace
 from ._request import Operand
@@ -114,9 +115,10 @@ class OneSidedPairs:
 
     .. math:: \mathrm{tr}(K_1^\top K_2) = E[(L_1 p)^\top (L_2 q) \cdot (R_1 p)^\top (R_2 q)].
 
-    Every pair of two probes is used, m (m - 1) of them from m probes. Square kernels share their probes, and
-    so do kernels over equally many parameters, so that what cancels in a ratio does; else each side has
-    its own.
+    Square kernels share their probes, and so do kernels over equally many parameters, so that what cancels
+    in a ratio does. Of m shared probes all pairs are used and each probe with itself, weighted for the least
+    variance that is possible (`_invariants`), and the squared trace of a ratio is estimated without bias.
+    Where rows and columns, or the two kernels, need probes of their own, all m² pairs are used.
 
     Args:
         quantity: What is estimated.
@@ -174,7 +176,7 @@ class OneSidedPairs:
     def moments(self) -> list[Moment]:
         """Return the moments as they stand."""
         return [
-            self._side.trace(self._images, moment.of)
+            self._side.trace(self._images, moment.of, self._quantity.needs_pairs)
             if isinstance(moment, Trace)
             else self._side.inner(self._images, moment.first, moment.second)
             for moment in self._quantity.moments
@@ -216,18 +218,27 @@ class _ReverseSide(_Side):
     def apply(self, factor: Operand, block: Tensor) -> Tensor:
         return factor.pull(block)
 
-    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Pairs:
-        def forms(number: int, part: slice) -> Tensor:  # u_aᵀ K v_b
-            left, right = self._jobs[number]
+    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Moment:
+        def forms(number: int, part: slice, *, turned: bool = False) -> Tensor:  # u_aᵀ K v_b
+            left, right = self._jobs[number][::-1] if turned else self._jobs[number]
             return self._inside[number].inner(images[left][..., part], images[right])
 
-        def terms(part: slice) -> Tensor:
+        def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             one = forms(first, part)
-            return one * (one if first == second else forms(second, part))
+            two = one if first == second else forms(second, part)
+            symmetric = self._jobs[second][0] == self._jobs[second][1]
+            return one, two, two if symmetric else forms(second, part, turned=True)
 
-        return Pairs.of(terms, images[self._jobs[first][0]].shape[-1], rows=0, cols=self._columns)
+        count = images[self._jobs[first][0]].shape[-1]
+        if not self._columns:
+            return Invariants.of(rows, count, self.spaces[0].size)
+        return Pairs.of(
+            lambda part: forms(first, part) * forms(second, part), count, rows=0, cols=self._columns
+        )
 
-    def trace(self, images: Sequence[Tensor], number: int) -> Mean:
+    def trace(self, images: Sequence[Tensor], number: int, squared: bool) -> Moment:
+        if squared:
+            return _root(self.inner(images, number, number))
         left, right = self._jobs[number]
         return Mean(column_dots(self._inside[number], images[left], images[right]).cpu())
 
@@ -250,20 +261,46 @@ class _ForwardSide(_Side):
     def apply(self, factor: Operand, block: Tensor) -> Tensor:
         return factor.multiply(block)
 
-    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Pairs:
-        (left_one, right_one), (left_two, right_two) = self._jobs[first], self._jobs[second]
-        same = left_one == right_one and left_two == right_two
+    def inner(self, images: Sequence[Tensor], first: int, second: int) -> Moment:
+        lefts = self._jobs[first][0], self._jobs[second][0]
+        rights = self._jobs[first][1], self._jobs[second][1]
 
-        def terms(part: slice) -> Tensor:
-            lefts = self._rows.inner(images[left_one][..., part], images[left_two])
-            if same:
-                return lefts * lefts
-            return lefts * self._columns.inner(images[right_one][..., part], images[right_two])
+        def forms(space: Space, jobs: tuple[int, int], part: slice) -> Tensor:
+            return space.inner(images[jobs[0]][..., part], images[jobs[1]])
 
-        count = images[left_one].shape[-1]
-        return Pairs.of(terms, count, rows=self._groups[first], cols=self._groups[second])
+        def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            one = forms(self._rows, lefts, part)
+            two = one if lefts == rights else forms(self._columns, rights, part)
+            turned = two if rights[0] == rights[1] else forms(self._columns, rights[::-1], part)
+            return one, two, turned
 
-    def trace(self, images: Sequence[Tensor], number: int) -> Mean:
+        def products(part: slice) -> Tensor:
+            one = forms(self._rows, lefts, part)
+            return one * (one if lefts == rights else forms(self._columns, rights, part))
+
+        count = images[lefts[0]].shape[-1]
+        groups = self._groups[first], self._groups[second]
+        if groups[0] == groups[1]:
+            return Invariants.of(rows, count, self.spaces[groups[0]].size, groups[0])
+        return Pairs.of(products, count, rows=groups[0], cols=groups[1])
+
+    def trace(self, images: Sequence[Tensor], number: int, squared: bool) -> Moment:
         left, right = self._jobs[number]
+        if squared:  # the probes meet LᵀR, whose trace is that of K
+
+            def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+                one = self._rows.inner(images[left][..., part], images[right])
+                if left == right:
+                    return one, one, one
+                return one, one, self._rows.inner(images[right][..., part], images[left])
+
+            group = self._groups[number]
+            count = images[left].shape[-1]
+            return _root(Invariants.of(rows, count, self.spaces[group].size, group))
         dots = column_dots(self._rows, images[left], images[right])
         return Mean(dots.cpu(), group=self._groups[number])
+
+
+def _root(moment: Moment) -> RootOfSquare:
+    assert isinstance(moment, Invariants)
+    return RootOfSquare(moment)

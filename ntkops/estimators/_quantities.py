@@ -55,6 +55,8 @@ class Quantity:
         combine: ``(..., q) -> (...)``.
         divisors: Positions of moments that must not vanish.
         bounds: Least and greatest value, which also bound the interval.
+        free: The function without its bounds, if it has them: what is cut off does not vary, and would seem
+            to have no error.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Quantity:
     combine: Combination
     divisors: tuple[int, ...] = ()
     bounds: tuple[float, float] = (-torch.inf, torch.inf)
+    free: Combination | None = None
 
     @property
     def needs_square(self) -> bool:
@@ -101,8 +104,12 @@ def _root(moments: Tensor) -> Tensor:
 
 
 def _cosine(moments: Tensor) -> Tensor:
+    return _free_cosine(moments).clamp(-1, 1)
+
+
+def _free_cosine(moments: Tensor) -> Tensor:
     norms = moments[..., 1].clamp(min=0).sqrt() * moments[..., 2].clamp(min=0).sqrt()
-    return (moments[..., 0] / norms).clamp(-1, 1)
+    return moments[..., 0] / norms
 
 
 def _participation(moments: Tensor) -> Tensor:
@@ -113,7 +120,12 @@ TRACE = Quantity("the trace", (Trace(),), _first)
 INNER = Quantity("the inner product", (Inner(0, 1),), _first)
 FROBENIUS_NORM = Quantity("the Frobenius norm", (Inner(0, 0),), _root, bounds=(0.0, torch.inf))
 ALIGNMENT = Quantity(
-    "the alignment", (Inner(0, 1), Inner(0, 0), Inner(1, 1)), _cosine, divisors=(1, 2), bounds=(-1.0, 1.0)
+    "the alignment",
+    (Inner(0, 1), Inner(0, 0), Inner(1, 1)),
+    _cosine,
+    divisors=(1, 2),
+    bounds=(-1.0, 1.0),
+    free=_free_cosine,
 )
 EFFECTIVE_RANK = Quantity(
     "the effective rank", (Trace(), Inner(0, 0)), _participation, divisors=(1,), bounds=(0.0, torch.inf)

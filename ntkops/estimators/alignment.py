@@ -41,7 +41,8 @@ def alignment(
             (by default 20,000 in one direction, and none where exactness is the end).
         method: "auto" (exact where that costs no more, else stratified, else a sketch), "exact" (by tiles),
             "hutchinson", "hutch++" (paper, Algorithm 1), "reverse" (vjps
-            alone) or "forward" (jvps alone) (Proposition 1 over all pairs of probes).
+            alone) or "forward" (jvps alone) (Proposition 1 in its form of least
+            variance; tolerances below 1e-2 only with ``num_passes``).
             "sketch" is the (R, M) sketch of `Sketch`, what "auto" takes for K = J Jᵀ that is not stratified
             (else "hutch++", and one direction where there is no other);
             "ntk-hutch++" sketches by jvps alone, at half the price.

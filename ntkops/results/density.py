@@ -68,6 +68,16 @@ class SpectralDensity:
     seed: int | None = None
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return one line, without the curves."""
+        rules, steps = self.nodes.shape
+        made = f"{steps} eigenvalues" if self.exact else f"{rules} directions of {steps} nodes"
+        state = "" if self.converged else ", not converged"
+        return (
+            f"SpectralDensity(n={self.size}, {self.scale}, {self.method!r}, {made}, "
+            f"bandwidth={self.bandwidth:.3g}, {self.passes} passes{state})"
+        )
+
     def density(self, grid: Tensor) -> Tensor:
         """Return the smoothed density at any values of λ.
 

@@ -43,6 +43,17 @@ class Redundancy:
     seed: int | None = None
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return one line, without the eigenvalues."""
+        if self.factor.numel() != 1:
+            shown = f"for {tuple(self.factor.shape)} kernels"
+        else:
+            low, high = (float(end) for end in self.interval)
+            span = "" if low == high else f", 95% in [{low:.4g}, {high:.4g}]"
+            shown = f"{float(self.factor):.4g}{span}: rank {int(self.rank)} of {self.size}"
+        state = "" if self.converged else ", not converged"
+        return f"Redundancy(of {self.kind}, {shown}, epsilon={self.epsilon:g}, {self.passes} passes{state})"
+
     def __float__(self) -> float:
         """Return the factor of a single kernel."""
         if self.factor.numel() != 1:

@@ -36,6 +36,18 @@ class Eigenpairs:
     seed: int | None = None
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return one line: how many pairs, from which value to which, and how good."""
+        count, size = self.values.shape[-1], self.vectors.shape[-2]
+        batch = f" for {tuple(self.values.shape[:-1])} kernels" if self.values.dim() > 1 else ""
+        shown = ""
+        if count and self.values.numel():
+            first, last = float(self.values[..., 0].max()), float(self.values[..., -1].min())
+            worst = float(self.residuals.max())
+            shown = f", values {first:.4g} to {last:.4g}, residuals up to {worst:.1g}"
+        state = "" if self.converged else ", not converged"
+        return f"Eigenpairs({count} of {size}{batch}{shown}, {self.method!r}, {self.passes} passes{state})"
+
 
 @dataclass(frozen=True, eq=False)
 class TruncationRank:
@@ -65,6 +77,17 @@ class TruncationRank:
     seed: int | None = None
     seconds: float = 0.0
     interval: tuple[Tensor, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        """Return one line, without the eigenvalues."""
+        if self.rank.numel() != 1:
+            shown = f"for {tuple(self.rank.shape)} kernels"
+        else:
+            low, high = (None, None) if self.interval is None else (int(end) for end in self.interval)
+            span = "" if low == high else f", 95% in [{low}, {high}]"
+            shown = f"{int(self.rank)}{span}, holds {float(self.captured):.6g} of the trace"
+        state = "" if self.converged else ", not converged"
+        return f"TruncationRank({shown}, epsilon={self.epsilon:g}, {self.passes} passes{state})"
 
     def __int__(self) -> int:
         """Return the rank of a single kernel."""

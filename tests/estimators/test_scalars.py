@@ -187,6 +187,7 @@ def test_orthogonalised_one_sided_traces_are_unbiased_and_less_noisy():
         assert values[True].std() < values[False].std()
 
 
+@pytest.mark.slow
 def test_four_jacobians_of_proposition_one():
     draw = generator(5)
     J1, J4 = (torch.randn(5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
