@@ -1,4 +1,4 @@
-"""The thrice-distilled chain: fewer points, fewer features, fewer gradients; and each stage left out in turn."""
+"""The thrice-distilled chain: fewer points, features and gradients, and each stage left out in turn."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def _check(given: tuple[str, ...], projection: Any, gradients: Any, fit: str) ->
     if projection is not None and not whole and not isinstance(projection, Projection):
         raise InputError(f"projection={projection!r}: a positive number of features, or a projection")
     if gradients is not None and not callable(gradients):
-        raise InputError("gradients= is a function of kernels and targets, such as a lambda around synthesize")
+        raise InputError(
+            "gradients= is a function of kernels and targets, such as a lambda around synthesize"
+        )
     if fit not in ("nystrom", "sketch"):
         raise InputError(f"fit={fit!r}: choose 'nystrom' (all labels) or 'sketch' (the distilled ones)")
 
@@ -235,7 +237,7 @@ def _evaluate(K: NTKOperator) -> None:
 
 
 def _known(K: NTKOperator) -> LinearOperator:
-    """Return the kernel as numbers where they are allowed: what is distilled from them takes no more passes."""
+    """Return the kernel as numbers where they are allowed: distilling them takes no more passes."""
     with torch.no_grad(), suppress(DenseMemoryError):
         return to_linear_operator(K.to_dense())
     return K

@@ -32,7 +32,9 @@ def report():
     x, x_new = samples(60, 1), samples(40, 2)
     with torch.no_grad():
         labels = network()(x_new).argmax(-1)
-    return chain(network(), x, x_new, labels, data=lambda: x[:30], projection=90, gradients=distil, ridge=1e-6)
+    return chain(
+        network(), x, x_new, labels, data=lambda: x[:30], projection=90, gradients=distil, ridge=1e-6
+    )
 
 
 def test_stages_are_those_written_by_hand(report) -> None:
@@ -41,7 +43,9 @@ def test_stages_are_those_written_by_hand(report) -> None:
         logits, truth = model(x), model(x_new)
     full = ntkops.ntk(model, x, outputs="each")
     expected = KernelRidge(1e-6).fit(full, logits).predict(full.cross(x_new))
-    assert report.full.mean_squared_error == pytest.approx(metrics.mean_squared_error(expected, truth), rel=1e-6)
+    assert report.full.mean_squared_error == pytest.approx(
+        metrics.mean_squared_error(expected, truth), rel=1e-6
+    )
     some = ntkops.ntk(model, x[:30], outputs="each")
     seen = ntkops.projected_ntk(some, SJLT(dim=some.num_parameters, k=90, seed=0))
     found = distil(seen, logits[:30]).fit(seen, logits[:30], ridge=1e-6)
@@ -94,7 +98,9 @@ def test_it_runs_without_a_dense_kernel() -> None:
 
 def test_stages_may_be_left_out_and_fits_chosen() -> None:
     x, x_new = samples(20, 1), samples(10, 2)
-    one = chain(network(), x, x_new, gradients=lambda K, Y: select(K, 5, "greedy"), fit="sketch", ablate=False)
+    one = chain(
+        network(), x, x_new, gradients=lambda K, Y: select(K, 5, "greedy"), fit="sketch", ablate=False
+    )
     assert [run.stages for run in one.stages] == [(), ("gradients",)] and not one.ablations
     several = chain(network(), x, x_new, data=x[:10], projection=SJLT(dim=163, k=64, seed=3), ablate=False)
     assert [run.num_features for run in several.stages] == [163, 163, 64]

@@ -1,0 +1,268 @@
+"""The networks of the distilled-kernel benchmark, their data, and their exact kernels, made once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, kl_div, log_softmax, softmax
+
+import ntkops
+
+__all__ = ["Data", "Problem", "convolutional", "digits", "equal_classes", "from_file", "harder", "train"]
+
+_CLASSES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Labelled images, for training and for testing.
+
+    Attributes:
+        name: Short name.
+        title: What the tables say.
+        x: ``(N, channels, height, width)`` training images.
+        y: ``(N,)`` their classes.
+        x_test: Test images.
+        y_test: Their classes.
+    """
+
+    name: str
+    title: str
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.y.max()) + 1
+
+
+def digits(quick: bool = False) -> Data:
+    """Return scikit-learn's digits: 1197 for training, 600 for testing."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = torch.from_numpy(images[order]).float().reshape(-1, 1, 8, 8) / 16
+    y = torch.from_numpy(labels[order]).long()
+    test = 60 if quick else 600
+    return Data("digits", "digits", x[:1197], y[:1197], x[1197 : 1197 + test], y[1197 : 1197 + test])
+
+
+def harder(quick: bool = False, *, seed: int = 0) -> Data:
+    """Return images that the same network finds harder than digits.
+
+    Each class has six smooth prototypes; an image is one of them, shifted, with a fainter one of another
+    class on top and noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    train, test, size, kinds = 2400, 60 if quick else 600, 12, 6
+    coarse = torch.randn(_CLASSES * kinds, 1, 5, 5, generator=generator)
+    prototypes = interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    prototypes = prototypes / prototypes.flatten(1).std(1)[:, None, None, None]
+    total = train + test
+    labels = torch.arange(total) % _CLASSES
+    own = labels * kinds + torch.randint(kinds, (total,), generator=generator)
+    other = (labels + torch.randint(1, _CLASSES, (total,), generator=generator)) % _CLASSES
+    other = other * kinds + torch.randint(kinds, (total,), generator=generator)
+    shifts = torch.randint(-1, 2, (total, 2), generator=generator).tolist()
+    images = torch.stack(
+        [
+            torch.roll(prototypes[a], shift, (1, 2)) + 0.4 * prototypes[b]
+            for a, b, shift in zip(own.tolist(), other.tolist(), shifts, strict=True)
+        ]
+    )
+    images = images + 0.45 * torch.randn(images.shape, generator=generator)
+    order = torch.randperm(total, generator=generator)
+    x, y = images[order] / 2, labels[order]
+    return Data("harder", "mixed prototypes", x[:train], y[:train], x[train:], y[train:])
+
+
+def from_file(path: Path) -> Data:
+    """Read ``x_train``, ``y_train``, ``x_test``, ``y_test`` from an ``.npz`` file."""
+    with np.load(path) as found:
+        parts = {key: np.asarray(found[key]) for key in ("x_train", "y_train", "x_test", "y_test")}
+    images = {}
+    for key in ("x_train", "x_test"):
+        values = torch.from_numpy(parts[key]).float() / (255 if parts[key].dtype == np.uint8 else 1)
+        if values.dim() == 3:
+            values = values[:, None]
+        elif values.shape[-1] in (1, 3):
+            values = values.permute(0, 3, 1, 2)
+        images[key] = values
+    labels = {key: torch.from_numpy(parts[key]).long().flatten() for key in ("y_train", "y_test")}
+    test = min(len(images["x_test"]), 1000)
+    return Data(
+        path.stem,
+        path.stem,
+        images["x_train"],
+        labels["y_train"],
+        images["x_test"][:test],
+        labels["y_test"][:test],
+    )
+
+
+def convolutional(channels: int = 1, classes: int = _CLASSES) -> nn.Sequential:
+    """Return conv16-BN-conv32(s2)-BN-conv32-BN-pool-linear; 14,458 parameters for one channel."""
+    layers: list[nn.Module] = []
+    for width, stride in ((16, 1), (32, 2), (32, 1)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def train(
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int,
+    epochs: int = 20,
+    batch: int = 64,
+    soft: Tensor | None = None,
+    network: nn.Module | None = None,
+    rate: float = 4e-3,
+) -> nn.Module:
+    """Return a network trained by Adam with a one-cycle rate, in eval mode.
+
+    Args:
+        x: Images.
+        y: Their classes.
+        seed: Seed of weights and batches.
+        epochs: Passes through the data.
+        batch: Images in a batch.
+        soft: Logits of a teacher that replace the classes.
+        network: An untrained network; None makes the small convolutional one.
+        rate: Largest learning rate.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network if network is not None else convolutional(x.shape[1], int(y.max()) + 1)
+        optimiser = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=1e-5)
+        steps = epochs * -(-len(x) // batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+        model.train()
+        for _ in range(epochs):
+            for index in torch.randperm(len(x)).split(batch):
+                found = model(x[index])
+                if soft is None:
+                    loss = cross_entropy(found, y[index])
+                else:
+                    loss = kl_div(log_softmax(found, -1), softmax(soft[index], -1), reduction="batchmean")
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+    return model.eval()
+
+
+def equal_classes(y: Tensor, per_class: int, *, seed: int) -> Tensor:
+    """Return positions of as many random samples of each class."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in range(int(y.max()) + 1):
+        own = (y == label).nonzero().squeeze(-1)
+        chosen.append(own[torch.randperm(len(own), generator=generator)[:per_class]])
+    return torch.cat(chosen)
+
+
+@dataclass(eq=False)
+class Problem:
+    """A trained network, the points whose kernel is taken, and what it is measured on.
+
+    Attributes:
+        name: Short name.
+        model: The network in float64 and eval mode.
+        data: Where test images come from.
+        points: ``(m, ...)`` inputs of the kernel, float64.
+        classes: ``(m,)`` their classes.
+        subset: Positions of the points in the training data; None where they are not from there.
+        seconds: Times of what was made.
+    """
+
+    name: str
+    model: nn.Module
+    data: Data
+    points: Tensor
+    classes: Tensor
+    subset: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        model: nn.Module,
+        data: Data,
+        points: Tensor,
+        classes: Tensor,
+        subset: Tensor | None = None,
+    ) -> Problem:
+        """Return a problem with a copy of the network in float64."""
+        double = copy.deepcopy(model).double().eval()
+        for parameter in double.parameters():
+            parameter.requires_grad_(True)
+        return cls(name, double, data, points.double(), classes, subset)
+
+    @cached_property
+    def operator(self) -> ntkops.NTKOperator:
+        """The lazy per-class kernel of the points."""
+        return ntkops.ntk(self.model, self.points, outputs="each")
+
+    @cached_property
+    def x_test(self) -> Tensor:
+        """Test images in float64."""
+        return self.data.x_test.double()
+
+    @cached_property
+    def K(self) -> Tensor:
+        """``(C, m, m)`` exact kernels."""
+        started = time.process_time()
+        with torch.no_grad():
+            found = self.operator.to_dense().detach()
+        self.seconds["kernels"] = time.process_time() - started
+        return found
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """``(C, M, m)`` exact kernels between test images and points."""
+        started = time.process_time()
+        with torch.no_grad():
+            found = self.operator.cross(self.x_test).to_dense().detach()
+        self.seconds["cross kernels"] = time.process_time() - started
+        return found
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """``(m, m)`` mean of the class kernels."""
+        return self.K.mean(0)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """``(m, C)`` logits at the points."""
+        with torch.no_grad():
+            return self.model(self.points)
+
+    @cached_property
+    def logits_test(self) -> Tensor:
+        """``(M, C)`` logits at the test images."""
+        with torch.no_grad():
+            return self.model(self.x_test)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number P of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Share of test images that the network gets right."""
+        return float((self.logits_test.argmax(-1) == self.data.y_test).double().mean())

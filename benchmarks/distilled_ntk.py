@@ -1,0 +1,233 @@
+"""The experiments of the distilled-kernel paper on data at hand: figures 1 to 9, Table 1, its claims.
+
+Run it with ``python benchmarks/distilled_ntk.py``; docs/distilled_ntk.md explains and shows the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from _distilled_claims import claims, judge, markdown
+from _distilled_curves import (
+    RIDGE,
+    feature_curve,
+    full_regression,
+    grid,
+    method_curves,
+    paired,
+    rank_curve,
+    rounded,
+    sample_curve,
+    transfer,
+)
+from _distilled_data import chains, distilled_only, distilled_points, inducing_points
+from _distilled_networks import Data, Problem, digits, equal_classes, from_file, harder, train
+from _distilled_structure import clusters_and_spectra, costs, galerkin_distance, spectra
+from _measure import environment, one_thread
+from _tables import fill
+
+from ntkops.errors import InterpolationWarning
+from ntkops.regression import KernelRidge
+
+__all__ = ["run"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of everything."""
+
+    networks: int = 3
+    epochs: int = 20
+    per_class: int = 50
+    samples: tuple[int, ...] = (1, 2, 5, 10, 20, 35, 50)
+    ranks: tuple[int, ...] = (5, 10, 20, 50, 100, 500)
+    sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    fewer: tuple[int, ...] = (5, 10, 20, 50)
+    printed: tuple[int, ...] = (5, 10, 20)
+    features: tuple[int, ...] = (250, 500, 1000, 2000)
+    ridges: tuple[float, ...] = (1e-6, 1e-4, 1e-2)
+    pairs: tuple[tuple[int, ...], tuple[float, ...]] = ((3, 6, 10, 20), (0.2, 0.5, 0.8, 0.95))
+    grid: tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]] = (
+        (5, 10, 15, 20), (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95), (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
+    )  # fmt: skip
+    clusters: int = 10
+    random_partitions: int = 3
+    synthesis: int = 150
+    inducing: int = 2
+    descent: int = 30
+    chain: tuple[int, int, int] = (20, 500, 10)
+    costs: tuple[int, ...] = (150, 300, 600, 1197)
+
+
+QUICK = Plan(
+    networks=1, epochs=3, per_class=3, samples=(1, 3), ranks=(2, 10), sizes=(5, 10), fewer=(5,), printed=(5,),
+    features=(30, 70), ridges=(1e-6, 1e-2), pairs=((3,), (0.5, 0.9)), grid=((2, 3), (0.3, 0.9), (0.0, 0.9)),
+    clusters=3, random_partitions=1, synthesis=2, inducing=1, descent=2, chain=(3, 70, 4), costs=(20, 40),
+)  # fmt: skip
+
+
+def measure(problem: Problem, plan: Plan, *, first: bool, whole: bool) -> dict[str, Any]:
+    """Measure one network.
+
+    Args:
+        problem: The network and its points.
+        plan: Sizes.
+        first: Whether figures that show one network are made from it.
+        whole: Whether all experiments are made, not only the curves.
+
+    Returns:
+        One entry of the result.
+    """
+    full = KernelRidge(RIDGE).fit(problem.K, problem.targets).predict(problem.cross)
+    found: dict[str, Any] = {
+        "name": problem.name,
+        "data": problem.data.title,
+        "m": len(problem.points),
+        "tests": len(problem.x_test),
+        "parameters": problem.num_parameters,
+        "accuracy": rounded(problem.accuracy),
+        "full": full_regression(problem),
+        "samples": sample_curve(problem, plan.samples),
+        "ranks": rank_curve(problem, [rank for rank in plan.ranks if rank <= len(problem.points)]),
+        "spectra": spectra(problem, shown=first),
+    }
+    sizes = [s for s in (plan.sizes if whole else plan.fewer) if s <= len(problem.points)]
+    found["methods"] = method_curves(problem, sizes, plan.printed if whole else ())
+    if whole:
+        found["galerkin"] = galerkin_distance(problem, full, RIDGE)
+        counts = plan.features if first else plan.features[1:]
+        found["features"] = feature_curve(problem, counts, plan.ridges)
+        found["paired"] = paired(problem, *plan.pairs)
+        found["clusters"] = clusters_and_spectra(problem, plan.clusters, plan.random_partitions, maps=first)
+        found["transfer"] = transfer(problem, [s for s in (10, 50) if s <= len(problem.points)])
+        found["inducing"] = inducing_points(
+            problem, plan.inducing, synthesis=plan.synthesis, descent=plan.descent, draws=3, variants=first
+        )
+    if first:
+        found["grid"] = grid(problem, *plan.grid)
+    found["seconds"] = {key: rounded(value, 3) for key, value in problem.seconds.items()}
+    return found
+
+
+def networks(data: Data, plan: Plan, count: int) -> list[Problem]:
+    """Return trained networks with the points of their kernels."""
+    found = []
+    for seed in range(count):
+        model = train(data.x, data.y, seed=seed, epochs=plan.epochs)
+        subset = equal_classes(data.y, plan.per_class, seed=seed)
+        found.append(Problem.of(f"{data.name} {seed}", model, data, data.x[subset], data.y[subset], subset))
+    return found
+
+
+def run(*, quick: bool = False, path: Path | None = None, say: Say = lambda text: None) -> dict[str, Any]:
+    """Measure everything and return the result, ready for JSON.
+
+    Args:
+        quick: Smallest sizes.
+        path: ``.npz`` file with data that take the place of the harder ones.
+        say: Told what is being done.
+
+    Returns:
+        The result.
+    """
+    plan = QUICK if quick else Plan()
+    started, spent = time.perf_counter(), time.process_time()
+    problems = []
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InterpolationWarning)
+        easy = digits(quick)
+        first: Problem | None = None
+        for position, problem in enumerate(networks(easy, plan, plan.networks)):
+            say(problem.name)
+            problems.append(measure(problem, plan, first=position == 0, whole=True))
+            first = first or problem
+        assert first is not None
+        say("distilled points")
+        points = distilled_points(first, plan.per_class, plan.synthesis)
+        seen = Problem.of("distilled points", first.model, easy, points.inputs, points.labels)
+        problems.append(measure(seen, plan, first=False, whole=False))
+        say("a network trained on them alone")
+        alone = distilled_only("distilled data alone", easy, first, points, 4 * plan.epochs)
+        problems.append(measure(alone, plan, first=False, whole=False))
+        other = harder(quick) if path is None else from_file(path)
+        say(other.title)
+        problems.append(measure(networks(other, plan, 1)[0], plan, first=False, whole=False))
+        say("the chain")
+        per_class, k, s = plan.chain
+        linked = chains(first, per_class, k, s, plan.synthesis, clusters=(2, 3, 5, 8))
+        say("costs")
+        table = costs(first, plan.costs, 10 if quick else 20)
+    result: dict[str, Any] = {
+        "benchmark": "distilled_ntk",
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": {**environment(), "threads": 1},
+        "options": {"quick": quick, "ridge": RIDGE, "data": None if path is None else path.stem},
+        "problems": problems,
+        "chain": linked,
+        "costs": table,
+    }
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    result["cpu_seconds"] = round(time.process_time() - spent, 1)
+    result["targets"] = [] if quick else judge(result)
+    result["claims"] = [] if quick else claims(result)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="small sizes: a smoke test, not a measurement")
+    parser.add_argument(
+        "--data", type=Path, metavar="NPZ", help="x_train, y_train, x_test, y_test beside digits"
+    )
+    parser.add_argument(
+        "--imagenette", type=Path, metavar="DIR", help="run the paper's setting on these images"
+    )
+    parser.add_argument("--model", choices=["resnet18"], default="resnet18", help="network for --imagenette")
+    parser.add_argument("--out", type=Path, help="JSON file to write (none by default)")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures 1 to 9 into this folder")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="JSON", help="print a result as Markdown, run nothing"
+    )
+    parser.add_argument("--page", type=Path, help="with --markdown: put the tables into this page")
+    options = parser.parse_args(arguments)
+    if options.imagenette is not None:
+        from _distilled_resnet import run_imagenette
+
+        result = run_imagenette(options.imagenette)
+        print(json.dumps(result, indent=1))
+    elif options.markdown is not None:
+        result = json.loads(options.markdown.read_text(encoding="utf-8"))
+        text = markdown(result)
+        print(text)
+        if options.page is not None:
+            page = options.page.read_text(encoding="utf-8")
+            options.page.write_text(fill(page, "distilled_ntk", text + "\n"), encoding="utf-8")
+    else:
+        result = run(
+            quick=options.quick, path=options.data, say=lambda text: print(text, file=sys.stderr, flush=True)
+        )
+        print(markdown(result))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.figures is not None:
+        from _distilled_figures import draw
+
+        draw(result, options.figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
