@@ -13,7 +13,7 @@ unit doctest notebooks: export OMP_NUM_THREADS ?= 1
 # A notice about the future of the documentation's theme, which says nothing about this build.
 docs: export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help report test lint types floors unit doctest notebooks docs bench clean
+.PHONY: help report test lint types floors unit doctest notebooks docs fuzz bench clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make doctest    examples in docstrings, README and docs/"
 	@echo "make notebooks  run every notebook"
 	@echo "make unit       the test suite"
+	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each of four tests"
 	@echo "make bench      benchmarks, JSON into benchmarks/results/"
 	@echo "make clean      remove build products and caches, keep $(VENV)"
 
@@ -75,6 +76,12 @@ notebooks: $(TEST)
 
 unit: $(TEST)
 	$(PYTEST) -n $(WORKERS) --ignore=tests/docs
+
+# Four tests, so 10,000 networks unless another number is given.
+fuzz: export FUZZ_EXAMPLES ?= 2500
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(TEST)
+	$(PYTEST) -n $(WORKERS) --timeout 0 --hypothesis-show-statistics tests/architectures/test_random_networks.py
 
 bench: $(DEMO)
 	@mkdir -p benchmarks/results

@@ -48,4 +48,4 @@ def test_pins_name_public_releases_only() -> None:
 
 def test_core_dependencies_are_these() -> None:
     names = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    assert names == {"torch", "linear-operator", "numpy", "scipy", "tqdm"}
+    assert names == {"torch", "linear-operator", "numpy", "safetensors", "scipy", "tqdm"}
