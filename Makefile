@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 PYTEST   = $(BIN)/python -m pytest
 
 # One thread a process: the tests use $(WORKERS) processes already.
-unit doctest notebooks: export OMP_NUM_THREADS ?= 1
+unit doctest notebooks test-models: export OMP_NUM_THREADS ?= 1
 # A notice about the future of the documentation's theme, which says nothing about this build.
 docs: export NO_MKDOCS_2_WARNING = 1
 
@@ -27,6 +27,7 @@ help:
 	@echo "make notebooks  run every notebook"
 	@echo "make unit       the test suite"
 	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each of four tests"
+	@echo "make test-models  models of transformers, peft and timm, none of them downloaded"
 	@echo "make bench      benchmarks, JSON into benchmarks/results/"
 	@echo "make clean      remove build products and caches, keep $(VENV)"
 
@@ -46,6 +47,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 DOCS := $(VENV)/.installed-docs
+MODELS := $(VENV)/.installed-models
 
 # ----------------------------------------------------------------------------------------- jobs
 
@@ -82,6 +84,10 @@ fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)
 	$(PYTEST) -n $(WORKERS) --timeout 0 --hypothesis-show-statistics tests/architectures/test_random_networks.py
+
+# Tiny models from a config; the rest of the table of models is in unit.
+test-models: $(TEST) $(MODELS)
+	$(PYTEST) -m models tests/models
 
 bench: $(DEMO)
 	@mkdir -p benchmarks/results

@@ -34,6 +34,7 @@ __all__ = [
     # engines and operators
     "DifferentiationError",
     "DenseMemoryError",
+    "OutOfMemoryError",
     "BackwardLimitError",
     "SingularKernelError",
     "UnsupportedOperationError",
@@ -135,6 +136,10 @@ class DifferentiationError(NtkopsError, TypeError):
 
 class DenseMemoryError(NtkopsError, MemoryError):
     """A dense result would exceed ``max_dense_bytes``; raised before anything is allocated."""
+
+
+class OutOfMemoryError(NtkopsError, MemoryError):
+    """Memory ran out even with one sample and one column at a time, or with sizes that the user chose."""
 
 
 class BackwardLimitError(NtkopsError, ValueError):

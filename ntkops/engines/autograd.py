@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..model import Batch, Inputs, Linearization
 from ..results import PassCount
 from .blocks import dense_kernel, kernel_diagonal
-from .budget import free_bytes, shared_store
+from .budget import shared_store
 from .checks import require_finite_product
 from .choose import Ladder, climb
 from .cost import KernelShape
 from .pricing import autograd_kernel_passes
+from .retries import attempt, in_parts
 from .rungs import LinearizedBatch, Parameters, linearize_batch
 from .samples import sample_gradients
+from .sizes import EngineSizes
 from .tally import Tally, report_passes
 
 __all__ = ["AutogradEngine"]
 
 Auto = Literal["auto"]
 
-_CPU_CHUNK = 8  # measured best or equal on MLP, GRU and transformer; larger chunks cost memory only
-_DEVICE_CHUNK = 32
-_WORKSPACE_SHARE = 1 / 16
-_WORKSPACE_RANGE = (2**24, 2**28)  # one tile of per-sample gradients, in bytes
+Result = TypeVar("Result")
+_Kept = list[LinearizedBatch]  # the linearised samples, where one pass holds all of them; else empty
 _identities = itertools.count()
 
 
-class AutogradEngine:
+class AutogradEngine(EngineSizes):
     """J and Jᵀ by vjp and jvp, exact blocks by per-sample gradients.
 
     The engine holds no parameters and no data: both come with each call, so that one engine serves
@@ -60,16 +59,8 @@ class AutogradEngine:
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
     ) -> None:
-        for what, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
-            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise InputError(f"{what}={size!r}: pass 'auto' or a positive integer")
-        self.linearization = linearization
-        self.ladder = ladder
-        self._batch_size: int | Auto = batch_size
-        self._chunk_size: int | Auto = chunk_size
+        super().__init__(linearization, ladder, batch_size, chunk_size)
         self._tally = Tally()
-        # Looked up once: chunks that follow the free memory of the moment would change rounding.
-        self._free_bytes = free_bytes(linearization.device)
         self.identity = next(_identities)
 
     @classmethod
@@ -121,43 +112,42 @@ class AutogradEngine:
         """Number P of selected parameters' entries."""
         return self.linearization.num_parameters
 
-    def chunk_size(self) -> int:
-        """Columns that go through one pass."""
-        if self._chunk_size != "auto":
-            return self._chunk_size
-        device = self.linearization.device
-        preferred = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-        column = self.num_parameters * self.linearization.dtype.itemsize
-        return max(1, min(preferred, self.workspace_bytes() * 4 // max(column, 1)))
-
-    def batch_size(self, inputs: Inputs) -> int:
-        """Samples that go through one pass: what the activations of a chunk of columns leave room for."""
-        if self._batch_size != "auto":
-            return self._batch_size
-        sample = self.ladder.activation_bytes + inputs.num_outputs * self.linearization.dtype.itemsize
-        needed = sample * (2 + 2 * self.chunk_size())
-        return max(1, int(self._free_bytes // 4 // needed))
-
-    def workspace_bytes(self) -> int:
-        """Bytes for one tile of per-sample gradients."""
-        low, high = _WORKSPACE_RANGE
-        return max(low, min(high, int(self._free_bytes * _WORKSPACE_SHARE)))
-
     # products
 
     def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
         function, ladder = self.linearization.function, self.ladder
         return linearize_batch(ladder.rung, function, params, batch, ladder.columns, ladder.pull_columns)
 
-    def _points(self, params: Parameters, inputs: Inputs) -> list[tuple[int, int, LinearizedBatch]] | None:
-        """Return the single linearised batch where one pass holds all samples, else None."""
-        if inputs.num_samples > self.batch_size(inputs):
-            return None
-        return [(a, b, self._linearize(params, batch)) for a, b, batch in inputs.batches(inputs.num_samples)]
+    def _each(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        kept: _Kept,
+        work: Callable[[int, int, LinearizedBatch], Result],
+    ) -> Iterator[Result]:
+        """Yield work on the linearised samples, batch by batch; all of them in one batch are kept."""
+        if kept:
+            portion = self.sample_portion(inputs)
+            done = attempt(portion, inputs.num_samples, lambda: work(0, inputs.num_samples, kept[0]))
+            if done is not None:
+                yield done[0]
+                return
+            kept.clear()
 
-    def _sweep(self, params: Parameters, inputs: Inputs) -> Iterator[tuple[int, int, LinearizedBatch]]:
-        for start, stop, batch in inputs.batches(self.batch_size(inputs)):
-            yield start, stop, self._linearize(params, batch)
+        def part(start: int, stop: int, batch: Batch) -> Result:
+            point = self._linearize(params, batch)
+            result = work(start, stop, point)
+            if stop - start == inputs.num_samples:
+                kept.append(point)
+            return result
+
+        for _, _, result in self.over_samples(inputs, part):
+            yield result
+
+    def _in_columns(self, block: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return the work on every chunk of columns."""
+        parts = in_parts(len(block), self.column_portion(), lambda start, stop: work(block[start:stop]))
+        return [part for _, _, part in parts]
 
     def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
         """Return Jᵀv, flat, for each row of ``vectors``.
@@ -171,11 +161,8 @@ class AutogradEngine:
             ``(k, P)``. Cost: k vjp passes.
         """
         with self.linearization.safe_context():
-            kept = self._points(params, inputs)
-            parts = [
-                _flatten(self._pull(params, inputs, kept, chunk))
-                for chunk in vectors.split(self.chunk_size())
-            ]
+            kept: _Kept = []
+            parts = self._in_columns(vectors, lambda chunk: _flatten(self._pull(params, inputs, kept, chunk)))
         self._report(vjp=len(vectors))
         result = torch.cat(parts) if parts else vectors.new_zeros((0, self.num_parameters))
         require_finite_product(result, "Jᵀv", self.linearization, vectors)
@@ -193,11 +180,10 @@ class AutogradEngine:
             ``(k, N, O)``. Cost: k jvp passes.
         """
         with self.linearization.safe_context():
-            kept = self._points(params, inputs)
-            parts = [
-                self._push(params, inputs, kept, self._split(chunk))
-                for chunk in tangents.split(self.chunk_size())
-            ]
+            kept: _Kept = []
+            parts = self._in_columns(
+                tangents, lambda chunk: self._push(params, inputs, kept, self._split(chunk))
+            )
         self._report(jvp=len(tangents))
         empty = tangents.new_zeros((0, inputs.num_samples, inputs.num_outputs))
         result = torch.cat(parts) if parts else empty
@@ -217,39 +203,28 @@ class AutogradEngine:
             ``(k, N₁, O)``. Cost: k vjp and k jvp passes.
         """
         with self.linearization.safe_context():
-            kept_right = self._points(params, right)
-            kept_left = kept_right if left is right else self._points(params, left)
-            parts = [
-                self._push(params, left, kept_left, self._pull(params, right, kept_right, chunk))
-                for chunk in vectors.split(self.chunk_size())
-            ]
+            kept_right: _Kept = []
+            kept_left: _Kept = kept_right if left is right else []
+            parts = self._in_columns(
+                vectors,
+                lambda chunk: self._push(
+                    params, left, kept_left, self._pull(params, right, kept_right, chunk)
+                ),
+            )
         self._report(vjp=len(vectors), jvp=len(vectors))
         result = torch.cat(parts) if parts else vectors.new_zeros((0, left.num_samples, left.num_outputs))
         require_finite_product(result, "K v", self.linearization, vectors)
         return result
 
-    def _pull(
-        self,
-        params: Parameters,
-        inputs: Inputs,
-        kept: list[tuple[int, int, LinearizedBatch]] | None,
-        vectors: Tensor,
-    ) -> Parameters:
+    def _pull(self, params: Parameters, inputs: Inputs, kept: _Kept, vectors: Tensor) -> Parameters:
         total: Parameters | None = None
-        for start, stop, point in kept or self._sweep(params, inputs):
-            part = point.pull(vectors[:, start:stop])
+        for part in self._each(params, inputs, kept, lambda a, b, point: point.pull(vectors[:, a:b])):
             total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
         assert total is not None  # inputs are never empty
         return total
 
-    def _push(
-        self,
-        params: Parameters,
-        inputs: Inputs,
-        kept: list[tuple[int, int, LinearizedBatch]] | None,
-        tangents: Parameters,
-    ) -> Tensor:
-        parts = [point.push(tangents) for _, _, point in kept or self._sweep(params, inputs)]
+    def _push(self, params: Parameters, inputs: Inputs, kept: _Kept, tangents: Parameters) -> Tensor:
+        parts = list(self._each(params, inputs, kept, lambda a, b, point: point.push(tangents)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _split(self, tangents: Tensor) -> Parameters:
@@ -276,27 +251,23 @@ class AutogradEngine:
         return self._sample_tile(params, inputs, unit.expand(inputs.num_samples, -1, -1))
 
     def _sample_tile(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
-        parts = []
+        def part(start: int, stop: int, batch: Batch) -> Tensor:
+            gradients = sample_gradients(
+                self.ladder.per_sample,
+                self.ladder.rung,
+                self.linearization.function,
+                params,
+                batch,
+                cotangents[start:stop],
+                self.ladder.columns,
+            )
+            return torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1)
+
         with self.linearization.safe_context():
-            for start, stop, batch in inputs.batches(self.batch_size(inputs)):
-                gradients = sample_gradients(
-                    self.ladder.per_sample,
-                    self.ladder.rung,
-                    self.linearization.function,
-                    params,
-                    batch,
-                    cotangents[start:stop],
-                    self.ladder.columns,
-                )
-                parts.append(torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1))
+            parts = [found for _, _, found in self.over_samples(inputs, part)]
         tile = parts[0] if len(parts) == 1 else torch.cat(parts)
         require_finite_product(tile, "Jᵀv of single samples", self.linearization, cotangents)
         return tile
-
-    def tile_samples(self, rows: int) -> int:
-        """Return how many samples with ``rows`` gradients each fit into the workspace."""
-        sample = max(1, rows * self.num_parameters * self.linearization.dtype.itemsize)
-        return max(1, self.workspace_bytes() // sample)
 
     def count_rows(self, rows: int, inputs: Inputs) -> None:
         """Report ``rows`` gradients of single samples as passes over all of ``inputs``."""
@@ -323,7 +294,8 @@ class AutogradEngine:
             ``(M, N₁·r₁, N₂·r₂)``. Cost: one per-sample pass an output on each side, more where the
             workspace holds only a part of the rows; memory: the result and two tiles.
         """
-        return dense_kernel(self, params, left, right, left_outputs, right_outputs)
+        with self.linearization.full_precision():
+            return dense_kernel(self, params, left, right, left_outputs, right_outputs)
 
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
         """Return what a dense kernel costs, in passes over the samples of its rows.
@@ -346,7 +318,8 @@ class AutogradEngine:
         Returns:
             ``(M, N·r)``. Cost: one per-sample pass for each distinct output.
         """
-        return kernel_diagonal(self, params, inputs, outputs)
+        with self.linearization.full_precision():
+            return kernel_diagonal(self, params, inputs, outputs)
 
     def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
         r"""Return the Gram matrix of per-sample gradients, :math:`W_{ir,js} = g_{ir}^\top g_{js}`.
@@ -361,7 +334,8 @@ class AutogradEngine:
         """
         from .blocks import gradient_gram
 
-        return gradient_gram(self, params, inputs, cotangents)
+        with self.linearization.full_precision():
+            return gradient_gram(self, params, inputs, cotangents)
 
 
 def _flatten(blocks: Parameters) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
+from .retries import in_parts
 from .rungs import Parameters
 from .summing import long_product
-from .tiling import Part, lower_pairs, sample_slices
+from .tiling import Part, fill_lower, sample_slices, samples_between
 
 if TYPE_CHECKING:
     from .autograd import AutogradEngine
@@ -68,7 +69,7 @@ def _kernel_by_samples(
     symmetric = left is right and torch.equal(left_outputs, right_outputs)
     left_distinct, left_index = _distinct(left_outputs)
     right_distinct, right_index = _distinct(right_outputs)
-    size = engine.tile_samples(max(len(left_distinct), len(right_distinct)))
+    tile = engine.tile_portion(max(len(left_distinct), len(right_distinct)))
     r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
     shape = (len(left_outputs), left.num_samples, r1, right.num_samples, r2)
     blocks: list[tuple[slice, slice, Tensor]] = []
@@ -79,19 +80,30 @@ def _kernel_by_samples(
         made += (part[1] - part[0]) * len(distinct)
         return engine.jacobian_tile(params, part[2], distinct)  # (B, u, P)
 
+    def add(rows: slice, columns: slice, first: Tensor, second: Tensor) -> None:
+        block = _contract(first, second, left_index, right_index)
+        if symmetric and rows == columns:  # exactly symmetric, whatever order the terms were summed in
+            block = (block + block.permute(0, 3, 4, 1, 2)) / 2
+        blocks.append((rows, columns, block))
+
+    def fill_row(start: int, stop: int) -> None:
+        done = len(blocks)
+        try:
+            first = make((start, stop, samples_between(left, start, stop)), left_distinct)
+            for other in sample_slices(right, tile.read()):
+                add(slice(start, stop), slice(*other[:2]), first, make(other, right_distinct))
+        except BaseException:
+            del blocks[done:]
+            raise
+
+    def clear(rows: slice) -> None:
+        blocks[:] = [block for block in blocks if block[0] != rows]
+
     if symmetric:
-        for rows, columns, first, second in lower_pairs(left, size, lambda part: make(part, left_distinct)):
-            block = _contract(first, second, left_index, right_index)
-            if rows == columns:  # exactly symmetric, whatever order the terms were summed in
-                block = (block + block.permute(0, 3, 4, 1, 2)) / 2
-            blocks.append((rows, columns, block))
+        fill_lower(left, tile, lambda part: make(part, left_distinct), add, clear)
     else:
-        for part in sample_slices(left, size):
-            first = make(part, left_distinct)
-            for other in sample_slices(right, size):
-                second = make(other, right_distinct)
-                block = _contract(first, second, left_index, right_index)
-                blocks.append((slice(*part[:2]), slice(*other[:2]), block))
+        for _ in in_parts(left.num_samples, tile, fill_row, even=True, beside=right.num_samples):
+            pass
     engine.count_rows(made, left)
     return _assemble(blocks, shape, symmetric)
 
@@ -169,11 +181,13 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
     group = max(1, min(len(distinct), engine.workspace_bytes() // _row_bytes(engine)))
     parts = []
     for chosen in distinct.split(group):
-        tiles = [
-            _lengths(engine.jacobian_tile(params, part, chosen))  # (B, u)
-            for _, _, part in sample_slices(inputs, engine.tile_samples(len(chosen)))
-        ]
-        parts.append(torch.cat(tiles))
+
+        def lengths_of(start: int, stop: int, chosen: Tensor = chosen) -> Tensor:
+            return _lengths(engine.jacobian_tile(params, samples_between(inputs, start, stop), chosen))
+
+        portion = engine.tile_portion(len(chosen))
+        tiles = [tile for _, _, tile in in_parts(inputs.num_samples, portion, lengths_of, even=True)]
+        parts.append(torch.cat(tiles))  # (N, u)
     engine.count_rows(inputs.num_samples * len(distinct), inputs)
     lengths = torch.cat(parts, dim=1)  # (N, u)
     gathered = lengths[:, index.to(lengths.device)].sum(2)  # (N, M, R, r) -> (N, M, r)
@@ -191,7 +205,7 @@ def _row_bytes(engine: AutogradEngine) -> int:
 
 def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
     """Return the ``(N, r, N, r)`` Gram matrix of per-sample gradients; see `AutogradEngine.sample_gram`."""
-    count, size = cotangents.shape[1], engine.tile_samples(cotangents.shape[1])
+    count = cotangents.shape[1]
     blocks: list[tuple[slice, slice, Tensor]] = []
     made = 0
 
@@ -201,9 +215,14 @@ def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, co
         made += (stop - start) * count
         return engine._sample_tile(params, samples, cotangents[start:stop])
 
-    for rows, columns, first, second in lower_pairs(inputs, size, make):
+    def add(rows: slice, columns: slice, first: Tensor, second: Tensor) -> None:
         product = long_product(first.flatten(0, 1), second.flatten(0, 1).mT)
         blocks.append((rows, columns, product.reshape(1, len(first), count, len(second), count)))
+
+    def clear(rows: slice) -> None:
+        blocks[:] = [block for block in blocks if block[0] != rows]
+
+    fill_lower(inputs, engine.tile_portion(count), make, add, clear)
     engine.count_rows(made, inputs)
     shape = (1, inputs.num_samples, count, inputs.num_samples, count)
     return _assemble(blocks, shape, symmetric=True).reshape(shape[1:])

@@ -106,33 +106,33 @@ class TensorStore:
 
     def __init__(self, fraction: float = _FRACTION) -> None:
         self.fraction = fraction
-        self._items: OrderedDict[tuple[int, Hashable], Tensor] = OrderedDict()
-        self._versions: dict[tuple[int, Hashable], int] = {}
+        # Each with its version when it was stored, in one entry: an interrupt cannot tear them apart.
+        self._items: OrderedDict[tuple[int, Hashable], tuple[Tensor, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def held_bytes(self, device: torch.device | None = None) -> int:
         """Return the bytes held, on one device or on all."""
         return sum(
             tensor_bytes(item.shape, item.dtype)
-            for item in self._items.values()
+            for item, _ in list(self._items.values())
             if device is None or item.device == device
         )
 
     def get(self, owner: int, key: Hashable) -> Tensor | None:
         """Return a stored tensor, or None if it was never stored, had to go, or was written to since."""
         with self._lock:
-            item = self._items.get((owner, key))
-            if item is None:
+            held = self._items.get((owner, key))
+            if held is None:
                 return None
-            if item._version != self._versions[owner, key]:  # handed out, and changed in place
+            item, version = held
+            if item._version != version:  # handed out, and changed in place
                 self._drop((owner, key))
                 return None
             self._items.move_to_end((owner, key))
             return item
 
     def _drop(self, key: tuple[int, Hashable]) -> Tensor:
-        del self._versions[key]
-        return self._items.pop(key)
+        return self._items.pop(key)[0]
 
     def put(self, owner: int, key: Hashable, item: Tensor) -> bool:
         """Store a tensor, dropping older ones on its device where needed.
@@ -145,15 +145,21 @@ class TensorStore:
             limit = self.fraction * (free_bytes(item.device) + self.held_bytes(item.device))
             if size > limit:
                 return False
-            self._items[owner, key] = item
-            self._versions[owner, key] = item._version
+            self._items[owner, key] = item, item._version
             self._items.move_to_end((owner, key))
             for oldest in list(self._items):
                 if self.held_bytes(item.device) <= limit or oldest == (owner, key):
                     break
-                if self._items[oldest].device == item.device:
+                if self._items[oldest][0].device == item.device:
                     self._drop(oldest)
             return True
+
+    def clear(self, device: torch.device | None = None) -> int:
+        """Drop everything on one device, or on all, and return the bytes set free."""
+        with self._lock:
+            keys = [key for key, (item, _) in self._items.items() if device is None or item.device == device]
+            dropped = [self._drop(key) for key in keys]
+        return sum(tensor_bytes(item.shape, item.dtype) for item in dropped)
 
     def release(self, owner: int) -> int:
         """Drop everything that an owner stored and return the bytes set free."""

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, NtkopsError
 from ..model import Batch, Inputs, Linearization
+from ..model.precision import lowest_dtype
 from .rungs import RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
 from .samples import SampleMode, sample_gradients
 
@@ -26,9 +28,10 @@ __all__ = ["Ladder", "climb"]
 logger = logging.getLogger(__name__)
 
 _PROBED_SAMPLES = 2
-# An adjoint mismatch above this multiple of float32's rounding is not rounding, whatever the
-# precision in which the model computes inside.
-_MISMATCH = 2e4
+# An adjoint mismatch above so many rounding units of the coarsest dtype in which the model computes is
+# not rounding, nor is one above the limit, which holds for half precision.
+_ROUNDING_UNITS = 1e3
+_LARGEST_ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def _highest_rung(
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
             reasons.append(f"{rung}: {_first_line(error)}")
             continue
-        _check_adjoint(rung, cotangent, pushed, tangents, pulled, reasons)
+        lowest = partial(lowest_dtype, linearization, batch)
+        _check_adjoint(rung, cotangent, pushed, tangents, pulled, lowest, reasons)
         return rung, pulled
     raise DifferentiationError(
         "the model cannot be differentiated with respect to the selected parameters: " + "; ".join(reasons)
@@ -123,24 +127,28 @@ def _check_adjoint(
     pushed: Tensor,
     tangents: Parameters,
     pulled: Parameters,
+    lowest: Callable[[], torch.dtype],
     reasons: list[str],
 ) -> None:
     left = float((cotangent.double() * pushed.double()).sum())
     right = sum(float((t.double() * g.double()).sum()) for t, g in zip(tangents, pulled, strict=True))
-    scale = _length([cotangent]) * _length([pushed]) + _length(tangents) * _length(pulled)
+    # For normal u and p both lengths are |J|_F up to chance: where a part of J is missing, left and right
+    # differ by its length. Against |u||J p| that would vanish in the number of outputs and parameters.
+    scale = _length([pushed]) + _length(pulled)
     if scale == 0 or not torch.isfinite(torch.tensor([left, right])).all():
         return  # a zero or non-finite derivative is reported where its values are looked at
     mismatch = abs(left - right) / scale
-    if mismatch > _MISMATCH * torch.finfo(torch.float32).eps * (1 if pushed.dtype.itemsize >= 4 else 2**13):
+    if mismatch <= _ROUNDING_UNITS * torch.finfo(pushed.dtype).eps:
+        return
+    if mismatch > min(_ROUNDING_UNITS * torch.finfo(lowest()).eps, _LARGEST_ROUNDING):
         raise DifferentiationError(
             f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): forward "
             "and reverse mode differentiate different functions. Look for torch.no_grad() inside the model "
             "(use .detach() for a constant) or for a custom autograd.Function with a wrong backward or jvp"
         )
-    if mismatch > 1e3 * torch.finfo(pushed.dtype).eps:
-        reasons.append(
-            f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision"
-        )
+    reasons.append(
+        f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision"
+    )
 
 
 def _length(blocks: Sequence[Tensor]) -> float:

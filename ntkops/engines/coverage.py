@@ -150,14 +150,16 @@ def cover(linearization: Linearization, inputs: Inputs) -> Coverage:
         try:
             first = _recorded(linearization, _sample(inputs, _PROBED))
             second = _recorded(linearization, _sample(inputs, _PROBED - 1))
+            reasons = {**second.uncovered, **first.uncovered}
+            # Backward passes may fail, too: a checkpointed block runs again without the recorder, and finds
+            # other saved tensors where a fused function was replaced.
+            layouts = _layouts(first, second, reasons)
         except NtkopsError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"the forward pass cannot be recorded: {text[0][:120]}"
             return Coverage(frozenset(), dict.fromkeys(range(len(names)), reason), {})
-        reasons = {**second.uncovered, **first.uncovered}
-        layouts = _layouts(first, second, reasons)
         covered = frozenset(range(len(names))) - reasons.keys()
         coverage = Coverage(covered, reasons, layouts)
         coverage = _measured(linearization, first, coverage)

@@ -14,6 +14,7 @@ from .coverage import Coverage, CoverageChanged, record_batch
 from .factors import Direct, Factors, Outer, in_parameter_order, join_samples, outer_gradients
 from .options import Layerwise
 from .products import unit_spans
+from .retries import Portion
 from .rungs import Parameters
 from .summing import Workspace
 from .units import plan_units
@@ -86,6 +87,11 @@ class FactorSource:
         sample = max(1, entries * self.dtype.itemsize)
         return max(1, min(self.tile(directions), max(_LEAST_SAMPLES, _PASSING_BYTES // sample)))
 
+    def tile_portion(self, directions: int, *, passing: bool = False) -> Portion:
+        """Return `tile` samples at a time, or `passing_tile`, and less where memory runs out."""
+        size = self.passing_tile if passing else self.tile
+        return self._autograd.tile_portion(directions, lambda: max(1, size(directions)))
+
     def of_outputs(
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
     ) -> Factors:
@@ -109,10 +115,12 @@ class FactorSource:
         Raises:
             CoverageChanged: If a batch uses covered parameters in another way than at construction.
         """
-        parts = []
         with self.linearization.safe_context():
-            for start, stop, batch in inputs.batches(self._autograd.batch_size(inputs)):
-                parts.append(self._collect(params, batch, cotangents[:, start:stop], compact))
+            found = self._autograd.over_samples(
+                inputs,
+                lambda start, stop, batch: self._collect(params, batch, cotangents[:, start:stop], compact),
+            )
+            parts = [part for _, _, part in found]
         return parts[0] if len(parts) == 1 else _concatenate(parts)
 
     def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor, compact: bool) -> Factors:

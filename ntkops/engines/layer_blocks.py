@@ -14,8 +14,9 @@ from .contract import accumulate_kernel, factor_lengths
 from .factors import Factors
 from .gathering import FactorSource
 from .recurrent import states_diagonal, states_kernel
+from .retries import in_parts
 from .rungs import Parameters
-from .tiling import Part, lower_pairs, sample_slices
+from .tiling import Part, fill_lower, sample_slices, samples_between
 
 __all__ = ["layer_diagonal", "layer_gram", "layer_kernel", "mirror"]
 
@@ -126,7 +127,7 @@ def _filled(
     right_numbers, right_index = left_numbers, left_index
     if not same:
         right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
-    size = max(1, source.tile(max(len(left_numbers), len(right_numbers))))
+    tile = source.tile_portion(max(len(left_numbers), len(right_numbers)))
     shared = left is right and torch.equal(left_numbers, right_numbers)
     made = 0
 
@@ -135,22 +136,28 @@ def _filled(
         made += (part[1] - part[0]) * len(numbers)
         return source.of_outputs(params, part[2], numbers, compact=source.options.kernel != "gram")
 
-    def add(rows: slice, columns: slice, first: Factors, second: Factors, own: bool) -> None:
+    def add(rows: slice, columns: slice, first: Factors, second: Factors) -> None:
         target = result[:, rows.start * r1 : rows.stop * r1, columns.start * r2 : columns.stop * r2]
-        accumulate_kernel(
-            target, first, second, left_index, right_index, own, source.workspace, source.options.kernel
-        )
+        own, force = symmetric and rows == columns, source.options.kernel
+        accumulate_kernel(target, first, second, left_index, right_index, own, source.workspace, force)
+
+    def clear(rows: slice) -> None:
+        result[:, rows.start * r1 : rows.stop * r1].zero_()
+
+    def fill_row(start: int, stop: int) -> None:
+        clear(slice(start, stop))
+        first = make((start, stop, samples_between(left, start, stop)), left_numbers)
+        for other in sample_slices(right, tile.read()):
+            same_part = shared and other[:2] == (start, stop)
+            second = first if same_part else make(other, right_numbers)
+            add(slice(start, stop), slice(*other[:2]), first, second)
 
     if symmetric:
-        for rows, columns, first, second in lower_pairs(left, size, lambda part: make(part, left_numbers)):
-            add(rows, columns, first, second, own=rows == columns)
+        fill_lower(left, tile, lambda part: make(part, left_numbers), add, clear)
         mirror(result)
     else:
-        for part in sample_slices(left, size):
-            first = make(part, left_numbers)
-            for other in sample_slices(right, size):
-                second = first if shared and other[0] == part[0] else make(other, right_numbers)
-                add(slice(*part[:2]), slice(*other[:2]), first, second, own=False)
+        for _ in in_parts(left.num_samples, tile, fill_row, even=True, beside=right.num_samples):
+            pass
     source.count_rows(made, left)
     return result
 
@@ -170,11 +177,16 @@ def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, out
     lengths = torch.empty(shape, dtype=source.dtype, device=source.device)
     for first in range(0, len(distinct), group):
         chosen = distinct[first : first + group]
-        for start, stop, part in sample_slices(inputs, source.passing_tile(len(chosen))):
-            factors = source.of_outputs(params, part, chosen, compact)
+
+        def fill(start: int, stop: int, first: int = first, chosen: Tensor = chosen) -> None:
+            factors = source.of_outputs(params, samples_between(inputs, start, stop), chosen, compact)
             lengths[start:stop, first : first + group] = factor_lengths(
                 factors, source.workspace, source.options.diagonal
             )
+
+        portion = source.tile_portion(len(chosen), passing=True)
+        for _ in in_parts(inputs.num_samples, portion, fill, even=True):
+            pass
     source.count_rows(inputs.num_samples * len(distinct), inputs)
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
 
@@ -192,12 +204,17 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
         made += (stop - start) * width
         return source.of(params, samples, vectors[:, start:stop], compact=source.options.kernel != "gram")
 
-    for rows, columns, first, second in lower_pairs(inputs, max(1, source.tile(width)), make):
+    def add(rows: slice, columns: slice, first: Factors, second: Factors) -> None:
         target = result[
             :, rows.start * width : rows.stop * width, columns.start * width : columns.stop * width
         ]
-        own = rows == columns
-        accumulate_kernel(target, first, second, index, index, own, source.workspace, source.options.kernel)
+        own, force = rows == columns, source.options.kernel
+        accumulate_kernel(target, first, second, index, index, own, source.workspace, force)
+
+    def clear(rows: slice) -> None:
+        result[:, rows.start * width : rows.stop * width].zero_()
+
+    fill_lower(inputs, source.tile_portion(width), make, add, clear)
     mirror(result)
     source.count_rows(made, inputs)
     return result.view(count, width, count, width)

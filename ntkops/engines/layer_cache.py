@@ -33,6 +33,12 @@ class FactorCache:
         self._spent: weakref.WeakKeyDictionary[Inputs, float] = weakref.WeakKeyDictionary()
         self._numbers: weakref.WeakKeyDictionary[Inputs, int] = weakref.WeakKeyDictionary()
         self._serials = itertools.count()
+        self.closed = False
+
+    def close(self) -> int:
+        """Keep nothing any more, since memory ran out, and return the bytes set free."""
+        self.closed = True
+        return self.clear()
 
     def clear(self) -> int:
         """Drop everything and return the bytes set free."""
@@ -98,5 +104,5 @@ class FactorCache:
             for position, tensor in enumerate(ready.tensors())
         )
         if not kept:
-            del self._held[number]
+            self._held.pop(number, None)
         return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..model import Inputs
 from ..results import LayerInfo
 from .autograd import AutogradEngine
+from .budget import format_bytes
 from .checks import require_finite_product
 from .cost import KernelShape
 from .coverage import CoverageChanged
@@ -18,14 +20,17 @@ from .factors import Factors
 from .gathering import FactorSource
 from .layer_blocks import layer_gram
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
-from .layerwise_core import LayerwiseCore
+from .layerwise_core import LayerwiseCore, Result
 from .pricing import autograd_kernel_passes, layerwise_kernel_passes
 from .products import CachedFactors
 from .recurrent import states_diagonal_passes, states_kernel_passes
+from .retries import if_it_fits
 from .rungs import Parameters
 from .tail_blocks import tail_diagonal, tail_kernel
 
 __all__ = ["LayerwiseEngine"]
+
+logger = logging.getLogger(__name__)
 
 
 class LayerwiseEngine(LayerwiseCore):
@@ -281,7 +286,10 @@ class LayerwiseEngine(LayerwiseCore):
         if ready is None:
             return self._autograd.vjp(params, inputs, vectors)
         with torch.no_grad():
-            result, rest = ready[0].pull(vectors, self.num_parameters), self._rest(params)
+            found = self._from_factors(lambda: ready[0].pull(vectors, self.num_parameters))
+            if found is None:
+                return self._autograd.vjp(params, inputs, vectors)
+            result, rest = found, self._rest(params)
             if rest is None:
                 self._autograd._report(vjp=len(vectors))
             else:
@@ -304,7 +312,10 @@ class LayerwiseEngine(LayerwiseCore):
         if ready is None:
             return self._autograd.jvp(params, inputs, tangents)
         with torch.no_grad():
-            result, rest = ready[0].push(tangents), self._rest(params)
+            found = self._from_factors(lambda: ready[0].push(tangents))
+            if found is None:
+                return self._autograd.jvp(params, inputs, tangents)
+            result, rest = found, self._rest(params)
             if rest is None:
                 self._autograd._report(jvp=len(tangents))
             else:
@@ -328,7 +339,10 @@ class LayerwiseEngine(LayerwiseCore):
         if ready is None:
             return self._autograd.product(params, left, right, vectors)
         with torch.no_grad():
-            result, rest = ready[0].through(ready[1], vectors), self._rest(params)
+            found = self._from_factors(lambda: ready[0].through(ready[1], vectors))
+            if found is None:
+                return self._autograd.product(params, left, right, vectors)
+            result, rest = found, self._rest(params)
             if rest is None:
                 self._autograd._report(vjp=len(vectors), jvp=len(vectors))
             else:
@@ -342,14 +356,36 @@ class LayerwiseEngine(LayerwiseCore):
         """Return cached factors of both sides, or None where automatic differentiation is to be used."""
         if self._delegates(params, operand, left, right):
             return None
+
+        def get(inputs: Inputs) -> CachedFactors | None:
+            return self._from_factors(lambda: self._cache.get(self._source, params, inputs, columns))
+
         try:
             with torch.no_grad():
-                one = self._cache.get(self._source, params, left, columns)
+                one = get(left)
                 if one is None or left is right:
                     return None if one is None else (one, one)
-                other = self._cache.get(self._source, params, right, columns)
+                other = get(right)
         except CoverageChanged as change:
             self._give_up(change)
             return None
         # Sides that were made ready in different ways (sequences of other lengths) do not fit together.
         return None if other is None or one.spans_key != other.spans_key else (one, other)
+
+    def _from_factors(self, work: Callable[[], Result]) -> Result | None:
+        """Return work with cached factors; None, from now on, where memory does not suffice for it."""
+        if self._cache.closed:
+            return None
+        with self.linearization.full_precision():
+            found = if_it_fits(work)
+        if isinstance(found, tuple):
+            return found[0]
+        freed = self._cache.close()
+        logger.warning(
+            "out of memory on %s with factors for products (%s): going on by automatic differentiation; "
+            "%s of factors were dropped",
+            self.linearization.device,
+            found,
+            format_bytes(freed),
+        )
+        return None

@@ -99,8 +99,9 @@ class LayerwiseCore(EngineSettings):
         engine = cls(
             linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size, options=options
         )
-        engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
-        states = trusted_states(engine._source, engine._autograd, inputs)
+        with linearization.full_precision():
+            engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
+            states = trusted_states(engine._source, engine._autograd, inputs)
         engine._source.coverage = replace(engine._source.coverage, states=states)
         return engine
 
@@ -130,8 +131,9 @@ class LayerwiseCore(EngineSettings):
 
     def free(self) -> int:
         """Drop everything cached for this engine and return the bytes set free."""
-        self._source.workspace.clear()
-        return self._cache.clear() + self._autograd.free()
+        with self.linearization.full_precision():  # no other thread is using the workspace
+            self._source.workspace.clear()
+            return self._cache.clear() + self._autograd.free()
 
     # what it is and what it costs
 
@@ -205,7 +207,7 @@ class LayerwiseCore(EngineSettings):
         """Run the rules for what is covered, automatic differentiation for the rest, and add them."""
         if self._delegates(params, *watched):
             return autograd(self._autograd, params)
-        with torch.no_grad():
+        with torch.no_grad(), self.linearization.full_precision():
             try:
                 result = layers(self._source)
             except CoverageChanged as change:

@@ -49,6 +49,10 @@ class PartialLinearization:
         """The settings of the whole linearization."""
         return self._whole.safe_context(math_attention)
 
+    def full_precision(self) -> AbstractContextManager[None]:
+        """The settings of the whole linearization."""
+        return self._whole.full_precision()
+
 
 def partial_engine(
     whole: AutogradEngine,
@@ -71,5 +75,5 @@ def partial_engine(
         return None
     part = PartialLinearization(whole.linearization, chosen, params)
     engine = AutogradEngine(part, whole.ladder, batch_size=sizes[0], chunk_size=sizes[1])  # type: ignore[arg-type]
-    engine._tally = whole._tally
+    engine._tally, engine._limits = whole._tally, whole._limits
     return engine, part.parameters

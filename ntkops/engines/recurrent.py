@@ -24,6 +24,7 @@ from .coverage import CoverageChanged, HiddenStates
 from .gathering import FactorSource
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
+from .retries import is_out_of_memory
 from .rungs import Parameters
 from .tiling import sample_slices
 
@@ -120,7 +121,9 @@ def states_diagonal(
     try:
         for _, _, part in sample_slices(inputs, _tile(states, inputs)):
             parts.append(same_time_diagonal(steps_of(source, params, part)).flatten(1))
-    except CoverageChanged as change:
+    except (CoverageChanged, RuntimeError, MemoryError) as change:
+        if not isinstance(change, CoverageChanged) and not is_out_of_memory(change):
+            raise
         _leave(source, change)
         return None
     source.count_rows(int(passes) * inputs.num_samples, inputs)
@@ -160,7 +163,9 @@ def states_kernel(
                 target.copy_(_selected(make(None), left_outputs, right_outputs))
             if symmetric:
                 _mirror(result, rows, columns)
-    except CoverageChanged as change:
+    except (CoverageChanged, RuntimeError, MemoryError) as change:
+        if not isinstance(change, CoverageChanged) and not is_out_of_memory(change):
+            raise
         _leave(source, change)
         return None
     source.count_rows(math.ceil(passes) * n1, left)
@@ -227,7 +232,7 @@ def _is_everything(outputs: Tensor, count: int) -> bool:
     return outputs.shape == (1, 1, count) and torch.equal(outputs.flatten().cpu(), torch.arange(count))
 
 
-def _leave(source: FactorSource, change: CoverageChanged) -> None:
+def _leave(source: FactorSource, change: Exception) -> None:
     """Take the ordinary way from now on, loudly."""
     logger.warning("hidden states go the way of any output from now on: %s", change)
     source.coverage = replace(source.coverage, states=None)

@@ -14,9 +14,10 @@ from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
+from .retries import in_parts
 from .rungs import Parameters
 from .tail import Tail, read_positions
-from .tiling import sample_slices
+from .tiling import samples_between
 from .units import plan_units
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
@@ -318,8 +319,9 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
     place, _ = reduction.split(numbers)
     traced = _is_trace(outputs, reduction)
     every = torch.arange(reduction.size)
-    tiles = []
-    for _, _, part in sample_slices(inputs, max(1, body.tile(reduction.size))):
+
+    def lengths_of(start: int, stop: int) -> Tensor:
+        part = samples_between(inputs, start, stop)
         if traced:
             own = layer_diagonal(body, params, part, every.view(1, -1, 1)).mT  # (n, 1)
         else:
@@ -330,7 +332,10 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
         read = (read + (tail.bias is not None))[:, place]  # (n, u)
         head = read.sum(1, keepdim=True) if traced else read
-        tiles.append((own.double() + head).to(source.dtype))
+        return (own.double() + head).to(source.dtype)
+
+    portion = body.tile_portion(reduction.size)
+    tiles = [tile for _, _, tile in in_parts(inputs.num_samples, portion, lengths_of, even=True)]
     lengths = torch.cat(tiles)
     if traced:
         return lengths.mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -17,6 +18,7 @@ from ._moments import LEVEL, interval_of
 from ._quantities import ALIGNMENT, EFFECTIVE_RANK, FROBENIUS_NORM, TRACE, Quantity
 from ._request import checked_generator, operands
 from ._sketch import SketchCore
+from ._sketch_file import load_sketch, save_sketch
 
 __all__ = ["Sketch"]
 
@@ -196,6 +198,35 @@ class Sketch:
             seed=self._seed,
             seconds=self._seconds,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sketch to a file, atomically: probes, products, and the state of the generator.
+
+        Args:
+            path: Where; a file that is there is replaced.
+
+        Raises:
+            CheckpointError: If the operator is neither a kernel of `ntkops.ntk` nor a tensor, or the disk
+                refuses.
+        """
+        save_sketch(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], operator: LinearOperator | Tensor) -> Sketch:
+        """Read a sketch, which goes on bit for bit as the one that was saved.
+
+        Args:
+            path: A file of `save`.
+            operator: The operator that it was made of, built in the same way.
+
+        Returns:
+            The sketch.
+
+        Raises:
+            CheckpointError: If the file is damaged or foreign, or the operator, the number of threads, or
+                the sizes of its chunks differ; the message names what does.
+        """
+        return load_sketch(cls.__new__(cls), path, operator)
 
     def __repr__(self) -> str:
         """Show the shape, the columns and the passes."""

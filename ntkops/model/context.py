@@ -7,14 +7,15 @@ the last to leave restores.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["safe_context"]
+__all__ = ["full_precision", "one_at_a_time", "safe_context"]
 
 
 class _Switch:
@@ -145,6 +146,48 @@ _FULL_MATMUL = _Switch(_read_matmul, _write_matmul, lambda now: (now[0] and "hig
 _FULL_CONVOLUTION = _Switch(
     _read_convolution, _write_convolution, lambda now: (now[0] and False, _full(now[1]))
 )
+
+
+_COMPUTING = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _COMPUTING
+    _COMPUTING = threading.RLock()  # a forked child has not the thread that may hold it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def one_at_a_time(settings: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold settings while no other thread computes with a model.
+
+    The level of torch's forward mode belongs to the whole process: products in two threads would end each
+    other's, or differentiate along each other's tangents.
+
+    Args:
+        settings: What is held in turn.
+    """
+    with _COMPUTING, settings:
+        yield
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Hold autocast, TF32 and reduced CPU precision off, for products of tensors without a model.
+
+    Args:
+        device: Where they are multiplied.
+    """
+    with ExitStack() as stack:
+        now = _read_matmul()
+        if now != (now[0] and "highest", _full(now[1])):  # else there is nothing to hold, and it is cheap
+            stack.enter_context(_FULL_MATMUL)
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 @contextmanager

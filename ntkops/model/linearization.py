@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import DtypeError, OutputError, ShapeError
 from .batches import Batch, cut
 from .call import FunctionCall, ModuleCall
-from .context import safe_context
+from .context import full_precision, one_at_a_time, safe_context
 from .freshness import Watch, require_fresh
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, sample_rows
@@ -214,18 +214,24 @@ class Linearization:
         require_fresh(self._watches, "parameters")
 
     def safe_context(self, math_attention: bool = True) -> AbstractContextManager[None]:
-        """Return the context to hold around every product, forward and backward.
+        """Return the context to hold around every product, forward and backward; one thread at a time.
 
         Args:
             math_attention: Use attention's plain formula, which jvp and double backward need.
         """
         low = self.dtype != torch.float64
-        return safe_context(
-            self.device,
-            math_attention=math_attention,
-            no_mkldnn=self._fused_recurrent and low and self.device.type == "cpu",
-            no_cudnn=self._recurrent,
+        return one_at_a_time(
+            safe_context(
+                self.device,
+                math_attention=math_attention,
+                no_mkldnn=self._fused_recurrent and low and self.device.type == "cpu",
+                no_cudnn=self._recurrent,
+            )
         )
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """Return the context to hold around products of what the model gave; one thread at a time."""
+        return one_at_a_time(full_precision(self.device))
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Linearization:
         """Return the same model with floating tensors cast to ``dtype``, all of them on ``device``.

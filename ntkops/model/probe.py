@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import (
     CoupledSamplesError,
+    InputError,
     ModelMutationError,
     NonFiniteError,
     NtkopsError,
@@ -123,8 +124,24 @@ class _Trial:
                 raise
             except Exception:
                 self.lin.call.differentiates = False
+            if isinstance(error, (RuntimeError, IndexError)) and "allocate" not in str(error):
+                self._refuse_call(error)
             error.add_note(self._call_note())
             raise
+
+    def _refuse_call(self, error: Exception) -> NoReturn:
+        """Say what the model was given, where torch's own words are about matrices inside of it."""
+        shapes = ", ".join(
+            f"{label} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+            for label, tensor in zip(self.sample.layout.labels, self.sample.tensors, strict=True)
+        )
+        refusal = InputError(
+            f"the model cannot be called with these samples ({shapes}, on the first few of them): "
+            f"{type(error).__name__}: {_first_line(error)}; pass samples of the shape, dtype and values that "
+            "its first layer takes"
+        )
+        refusal.add_note(self._call_note())
+        raise refusal from error
 
     def guarded(self) -> Tensor:
         """Run the forward pass with every write to what it is given refused before it happens."""
@@ -376,3 +393,8 @@ class _Trial:
         finite = torch.where(size.isinf(), 0.0, size)
         scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))
         return bool(((left - right).abs() <= tolerance * scale).logical_or(left == right).all())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"

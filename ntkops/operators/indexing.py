@@ -31,10 +31,12 @@ class IndexedOperator(DenseOperator):
             A lazy operator, or a tensor where a matrix dimension is gone.
 
         Raises:
-            OutOfRangeError: If an integer index lies outside the operator.
+            OutOfRangeError: If an integer index lies outside the operator, or an index is no integer.
         """
         items = index if isinstance(index, tuple) else (index,)
         items = tuple(torch.as_tensor(i) if isinstance(i, (np.ndarray, list, range)) else i for i in items)
+        for item in items:
+            _require_index(item)
         items = tuple(
             i.nonzero().flatten() if isinstance(i, Tensor) and i.dtype == torch.bool else i for i in items
         )
@@ -83,7 +85,7 @@ class IndexedOperator(DenseOperator):
         Raises:
             OutOfRangeError: If an index lies outside the operator.
         """
-        first, second = (i if isinstance(i, slice) else torch.as_tensor(i).flatten() for i in (rows, cols))
+        first, second = (_as_index(i) for i in (rows, cols))
         return self._getitem(first, second, *(slice(None),) * len(self.batch_shape))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
@@ -163,6 +165,34 @@ class IndexedOperator(DenseOperator):
         if len(counts) < self.dim() or tuple(counts[-2:]) != (1, 1):
             raise ShapeError(f"repeat{tuple(counts)}: only batch dimensions repeat; end with 1, 1")
         return self._map_batch(lambda numbers: numbers.repeat(*counts[:-2], 1, 1))
+
+
+def _as_index(index: Any) -> slice | Tensor:
+    if not isinstance(index, (slice, Tensor, np.ndarray, list, tuple, range)):
+        _require_index(index)
+    found = index if isinstance(index, slice) else torch.as_tensor(index).flatten()
+    _require_index(found)
+    return found
+
+
+def _require_index(item: Any) -> None:
+    """Refuse what is no position: a float would be cut to an integer, None and a bool mean other things."""
+    if item is Ellipsis or (isinstance(item, int) and not isinstance(item, bool)):
+        return
+    if isinstance(item, slice):
+        for bound in (item.start, item.stop, item.step):
+            if bound is not None and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
+                raise OutOfRangeError(f"a slice of positions has integers as bounds, not {bound!r}")
+        return
+    if isinstance(item, Tensor) and not (item.is_floating_point() or item.is_complex()):
+        return
+    if isinstance(item, np.integer):
+        return
+    what = f"a tensor of {item.dtype}" if isinstance(item, Tensor) else f"{item!r}"
+    raise OutOfRangeError(
+        f"an operator is indexed by integers, slices, and tensors or lists of integers or booleans, not by "
+        f"{what}"
+    )
 
 
 def _same_index(first: Any, second: Any) -> bool:

@@ -196,8 +196,12 @@ def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
         raise InputError(
             f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
         )
-    numbers = [outputs] if isinstance(outputs, int) else list(outputs)
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+    numbers = [outputs] if isinstance(outputs, int) else outputs
+    if (
+        not isinstance(numbers, Sequence)
+        or not numbers
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    ):
         raise InputError(
             f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
         )
@@ -240,8 +244,9 @@ def ntk(
         engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
             `Layerwise` is "layerwise" with routes, and a limit of backward passes, of your own choice.
             Results do not depend on it.
-        batch_size: Samples per pass, or "auto". Results do not depend on it.
-        chunk_size: Columns per pass, or "auto". Results do not depend on it.
+        batch_size: Samples per pass, or "auto": what the memory holds, and less from where it runs out, with
+            a warning in the log. Results do not depend on it.
+        chunk_size: Columns per pass, or "auto" in the same way. Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside
             it products may switch to a dense block once that is cheaper (`engine_info.dense`); at 0
             nothing dense is ever built.

@@ -161,7 +161,10 @@ class ProductOperator(LinearOperator):
             return self._lazy_product(self._args, rhs)
         with torch.no_grad():
             dense = self._dense_if_cheaper(rhs.shape[-1])
-            return self._lazy_product(self._args, rhs) if dense is None else dense @ rhs
+            if dense is None:
+                return self._lazy_product(self._args, rhs)
+            with self._core.engine.linearization.full_precision():
+                return dense @ rhs
 
     def _is_recorded(self, *tensors: Tensor) -> bool:
         """Whether a derivative may be taken through the result, so that no cache may stand in."""

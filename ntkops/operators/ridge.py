@@ -381,7 +381,8 @@ class _ImplicitSolve(torch.autograd.Function):
 
 def _diagonal(kernel: LinearOperator, entries: Any) -> DiagLinearOperator:
     """Return D from a number, ``(1,)`` or ``(*batch, n)``."""
-    if isinstance(entries, int | float) and not (entries >= 0 and entries < float("inf")):
+    number = not isinstance(entries, list | tuple) and not hasattr(entries, "__array__")
+    if number and not (isinstance(entries, int | float) and 0 <= entries < float("inf")):
         raise InputError(f"ridge={entries!r}: pass a number that is not negative")
     values = torch.as_tensor(entries, dtype=kernel.dtype, device=kernel.device)
     if values.dim() and values.shape[-1] not in (1, kernel.shape[-1]):

@@ -1,4 +1,4 @@
-"""The benchmark of the trace paper: its estimators are what they claim, and its page shows its own numbers."""
+"""The benchmark of the trace paper: its estimators are what they claim, its page shows its own numbers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""A sketch in a file: what it holds, what it was made of, and the route by which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..checkpoint import fingerprint, load, save
+from ..engines import LayerwiseEngine
+from ..errors import CheckpointError
+from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.kernel import NTKOperator
+from ._request import Operand, operands
+from ._sketch import SketchCore, _Factored, _Multiplied
+
+if TYPE_CHECKING:
+    from .sketch import Sketch
+
+__all__ = ["load_sketch", "save_sketch"]
+
+KIND = "sketch"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_PARTS = {_Factored: ("images", "_basis", "_pulled"), _Multiplied: ("images",)}
+
+
+def save_sketch(sketch: Sketch, path: str | os.PathLike[str]) -> None:
+    """Write a sketch atomically; see `Sketch.save`."""
+    core = sketch._core
+    (operand,), (side,) = core._operands, core._sides
+    tensors = {"probes": core._probes, "generator": core._generator.get_state()}
+    tensors |= {name: getattr(side, name) for name in _PARTS[type(side)]}
+    metadata = {
+        "seed": sketch._seed,
+        "passes": sketch._passes,
+        "seconds": sketch._seconds,
+        "distribution": core._distribution,
+        "route": _route(operand, side),
+        "spent": _spent(operand.operator),
+    }
+    save(path, tensors, metadata, _fingerprint(operand), kind=KIND)
+
+
+def load_sketch(empty: Sketch, path: str | os.PathLike[str], operator: LinearOperator | Tensor) -> Sketch:
+    """Fill an empty sketch of an operator from a file; see `Sketch.load`."""
+    (operand,) = operands(operator)
+    operand.require_square("a sketch")
+    found = load(path, _fingerprint(operand), kind=KIND)
+    record, tensors = found.metadata, found.tensors
+    generator = torch.Generator()
+    generator.set_state(tensors["generator"])
+    core = SketchCore([operand], generator, record["distribution"])
+    (side,) = core._sides
+    route = _route(operand, side)
+    then = record["route"]
+    changed = [name for name in route if then.get(name) != route[name]]
+    different = [f"{name} {then.get(name)!r}, now {route[name]!r}" for name in changed]
+    if different:
+        raise CheckpointError(
+            f"{path} was computed by another route, and would not go on with the same bits: "
+            f"{'; '.join(different)}; build the operator with the same engine=, batch_size= and chunk_size=, "
+            "and call torch.set_num_threads with the same number"
+        )
+    device = operand.device
+    core._probes = tensors["probes"].to(device)
+    for name in _PARTS[type(side)]:
+        setattr(side, name, tensors[name].to(device))
+    _restore_spent(operator, record["spent"])
+    empty._seed, empty._passes, empty._seconds = record["seed"], record["passes"], record["seconds"]
+    empty._eps, empty._shape, empty._core = torch.finfo(operand.dtype).eps, operand.shape, core
+    return empty
+
+
+# what it was made of
+
+
+def _fingerprint(operand: Operand) -> dict[str, str]:
+    operator = operand.operator
+    if isinstance(operator, Tensor):
+        return fingerprint(operator=operator)
+    if type(operator) is not NTKOperator:
+        raise CheckpointError(
+            f"a sketch of a {type(operator).__name__} cannot be recognised in a file: those of kernels "
+            "of ntkops.ntk and of dense tensors can"
+        )
+    lin, core = operator._core.engine.linearization, operator._core
+    root = getattr(lin.call, "root", None)
+    model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
+    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
+    return fingerprint(model=model, parameters=[list(operator._args), list(lin.constants)], data=axes)
+
+
+def _name_of(output: Any) -> Any:
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
+
+
+def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
+    assert isinstance(axis, StateAxis)
+    data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
+    return [data, axis.outputs, axis.pick]
+
+
+# how it was computed
+
+
+def _route(operand: Operand, side: _Factored | _Multiplied) -> dict[str, Any]:
+    """Return what sums are split by: what decides the last bits."""
+    route: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "device": operand.device.type,
+        "way": "factors" if isinstance(side, _Factored) else "products",
+    }
+    operator = operand.operator
+    if isinstance(operator, NTKOperator):
+        core = operator._core
+        axis = core.rows
+        assert isinstance(axis, StateAxis)
+        route["engine"] = core.engine.name
+        route["batch_size"] = min(core.engine.batch_size(axis.inputs), axis.inputs.num_samples)
+        route["chunk_size"] = core.engine.chunk_size()
+        route["max_dense_bytes"] = core.max_dense_bytes > 0
+    return route
+
+
+def _spent(operator: LinearOperator | Tensor) -> dict[str, float]:
+    """Return what decides when products change over to caches: the passes spent so far."""
+    if not isinstance(operator, NTKOperator):
+        return {}
+    core = operator._core
+    spent = {"products": float(core.spending.passes)}
+    if isinstance(core.engine, LayerwiseEngine) and isinstance(core.rows, StateAxis):
+        spent["factors"] = core.engine._cache._spent.get(core.rows.inputs, 0.0)
+    return spent
+
+
+def _restore_spent(operator: LinearOperator | Tensor, spent: dict[str, float]) -> None:
+    if not isinstance(operator, NTKOperator):
+        return
+    core = operator._core
+    core.spending.passes = max(core.spending.passes, spent["products"])
+    if "factors" in spent and isinstance(core.engine, LayerwiseEngine) and isinstance(core.rows, StateAxis):
+        before = core.engine._cache._spent.get(core.rows.inputs, 0.0)
+        core.engine._cache._spent[core.rows.inputs] = max(before, spent["factors"])

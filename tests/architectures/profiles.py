@@ -1,0 +1,14 @@
+"""How many random networks: 75 a test, the same ones every time, unless `make fuzz` asks for more."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+__all__ = ["RUN"]
+
+_COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("architectures", max_examples=75, derandomize=True, database=None, **_COMMON)
+settings.register_profile(
+    "fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2500")), print_blob=True, **_COMMON
+)
+RUN = settings(settings.get_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "architectures"))

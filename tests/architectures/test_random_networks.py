@@ -1,0 +1,167 @@
+"""Networks that nobody thought of: every engine against dense Jacobians in float64.
+
+`make fuzz` runs the same tests on as many networks as are asked for. A network that ntkops refuses is not a
+wrong answer, but every one of this grammar has a kernel: a refusal fails.
+"""
+
+import logging
+import warnings
+from contextlib import contextmanager
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ntkops
+from ntkops.errors import DifferentiationError, NtkopsWarning
+
+from .grammar import Network, networks
+from .profiles import RUN
+from .reference import Reference, jacobian, untouched
+
+ENGINES = ("autograd", "layerwise", "auto")
+CHOICES = ("all", "each", "trace", "one", "some")
+
+
+@contextmanager
+def rules_hold(reference):
+    """A layer rule that differs from automatic differentiation is replaced by it: a bug all the same."""
+    complaints = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: complaints.append(record.getMessage())
+    logger = logging.getLogger("ntkops.engines.trust")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            if reference.size == 0:  # said aloud, as it should be
+                warnings.simplefilter("ignore", NtkopsWarning)
+            yield
+    except DifferentiationError:
+        # Rounding alone may part J from Jᵀ there; such a network is refused, which is no wrong answer.
+        if not reference.is_sensitive:
+            raise
+    finally:
+        logger.removeHandler(handler)
+    assert not complaints or reference.is_sensitive, complaints
+
+
+def block(rows, columns, dtype=torch.float64, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def contract(choice, left, right, width):
+    """Return the kernel of a choice of outputs from two dense Jacobians."""
+    whole = (left @ right.T).reshape(len(left) // width, width, len(right) // width, width)
+    if choice == "all":
+        return whole.flatten(2).flatten(0, 1)
+    if choice == "each":
+        return torch.einsum("icjc->cij", whole)
+    if choice == "trace":
+        return torch.einsum("icjc->ij", whole)
+    if choice == "one":
+        return whole[:, -1, :, -1]
+    return whole[:, [width - 1, 0]][:, :, :, [width - 1, 0]].flatten(2).flatten(0, 1)
+
+
+def outputs_of(choice, width):
+    return {"one": width - 1, "some": [width - 1, 0]}.get(choice, choice)
+
+
+def make(network, dtype=torch.float64):
+    model, x = network.build(dtype), network.data(dtype)
+    reference = Reference(model, x, low=network.is_rounded or dtype != torch.float64)
+    return model, x, reference, len(reference.J) // len(x)
+
+
+@RUN
+@given(networks(), st.sampled_from(CHOICES))
+def test_kernels_diagonals_and_traces(network: Network, choice: str) -> None:
+    model, x, reference, width = make(network)
+    with untouched(model, x), rules_hold(reference):
+        for engine in ENGINES:
+            K = ntkops.ntk(model, x, outputs=outputs_of(choice, width), engine=engine)
+            expected = contract(choice, reference.J, reference.J, width)
+            diagonal = expected.diagonal(dim1=-2, dim2=-1)
+            reference.check(f"{engine} diagonal", K.diagonal(), diagonal)
+            reference.check(f"{engine} dense", K.to_dense(), expected)
+            if choice == "all":
+                total = ntkops.trace(K, method="exact")
+                reference.check(
+                    f"{engine} trace", torch.tensor(float(total), dtype=torch.float64), diagonal.sum()
+                )
+
+
+@RUN
+@given(networks(), st.sampled_from(["auto", 0]))
+def test_products_and_adjoints(network: Network, max_dense_bytes: str | int) -> None:
+    model, x, reference, width = make(network)
+    J = reference.J
+    v, p = block(len(J), 3), block(J.shape[1], 3, seed=5)
+    with untouched(model, x), rules_hold(reference):
+        for engine in ENGINES:
+            K = ntkops.ntk(model, x, engine=engine, max_dense_bytes=max_dense_bytes)
+            pushed, pulled = K.left @ p, K.left.mT @ v
+            reference.check(f"{engine} J p", pushed, J @ p)
+            reference.check(f"{engine} Jᵀ v", pulled, J.T @ v)
+            reference.check(f"{engine} K v", K @ v, J @ (J.T @ v), scale=float(J.norm() ** 2 * v.norm()))
+            reference.check(f"{engine} K v[0]", K @ v[:, 0], J @ (J.T @ v[:, 0]))
+            # <v, J p> = <Jᵀ v, p> to 1e3 eps of the lowest dtype
+            eps = torch.finfo(torch.float32 if network.is_rounded else torch.float64).eps
+            mismatch = abs(float((v * pushed).sum() - (pulled * p).sum()))
+            assert mismatch <= 1e3 * eps * float(v.norm() * pushed.norm() + pulled.norm() * p.norm()) + 1e-14
+
+
+@RUN
+@given(networks(), st.sampled_from(CHOICES), st.sampled_from(ENGINES))
+def test_float32(network: Network, choice: str, engine: str) -> None:
+    model, x, reference, width = make(network, torch.float32)
+    J = reference.J
+    with untouched(model, x), rules_hold(reference):
+        K = ntkops.ntk(model, x, outputs=outputs_of(choice, width), engine=engine)
+        expected = contract(choice, J, J, width)
+        found = K.to_dense()
+        assert found.dtype == torch.float32
+        reference.check("dense", found, expected)
+        reference.check("diagonal", K.diagonal(), expected.diagonal(dim1=-2, dim2=-1))
+        J32 = ntkops.jacobian(model, x, engine=engine)
+        v, p = block(len(J), 2, torch.float32), block(J.shape[1], 2, torch.float32, seed=5)
+        pushed, pulled = J32 @ p, J32.mT @ v
+        reference.check("J p", pushed, J @ p.double(), scale=float(J.norm() * p.norm()))
+        reference.check("Jᵀ v", pulled, J.T @ v.double(), scale=float(J.norm() * v.norm()))
+        mismatch = abs(float((v.double() * pushed).sum() - (pulled.double() * p).sum()))
+        size = float(v.norm() * pushed.norm() + pulled.norm() * p.norm())
+        assert reference.is_sensitive or mismatch <= 1e3 * torch.finfo(torch.float32).eps * size + 1e-14
+
+
+@RUN
+@given(
+    networks(),
+    st.sampled_from(CHOICES),
+    st.sampled_from(ENGINES),
+    st.fixed_dictionaries(
+        {
+            "batch_size": st.sampled_from(["auto", 1, 2]),
+            "chunk_size": st.sampled_from(["auto", 1, 2]),
+            "max_dense_bytes": st.sampled_from(["auto", 0]),
+        }
+    ),
+)
+def test_cross_kernels_batches_and_slices(network: Network, choice: str, engine: str, knobs: dict) -> None:
+    model, x, reference, width = make(network)
+    other = network.data(samples=2, seed=9)
+    J, J2 = reference.J, jacobian(model, other)
+    with untouched(model, x, other), rules_hold(reference):
+        K = ntkops.ntk(model, x, outputs=outputs_of(choice, width), engine=engine, **knobs)
+        crossed = K.cross(other)
+        expected, square = contract(choice, J2, J, width), contract(choice, J, J, width)
+        size = float(J.norm() * J2.norm())
+        v = block(square.shape[-1], 3)
+        scale = float(v.norm())
+        reference.check("cross v", crossed @ v, expected @ v, scale * size)
+        u = block(expected.shape[-2], 2, seed=6)
+        reference.check("crossᵀ u", crossed.mT @ u, expected.mT @ u, float(u.norm()) * size)
+        reference.check("K v", K @ v, square @ v, scale * float(J.norm() ** 2))
+        reference.check("rows", K[..., :2, :] @ v, square[..., :2, :] @ v, scale * float(J.norm() ** 2))
+        if knobs["max_dense_bytes"] == "auto":
+            reference.check("cross", crossed.to_dense(), expected, size)
