@@ -130,14 +130,17 @@ def product_checks(products: Products) -> Iterator[Check]:
 def _repeatability(products: Products) -> Check:
     operator, V = products.operator, products.right
     before = torch.random.get_rng_state()
-    again = operator @ V
-    once_more = operator @ V
-    detail = "the same product twice has the same bits, and the global random state is not used"
+    found = [products.forward]
+    for _ in range(4):
+        found.append(operator @ V)
+        if len(found) > 2 and torch.equal(found[-1], found[-2]):
+            break
     if not torch.equal(before, torch.random.get_rng_state()):
         return Check("repeatability", False, None, 0.0, "a product advances the global random state")
-    # The first product may have gone by passes, later ones by what was cached since.
-    same = torch.equal(again, once_more) and relative(again, products.forward) <= products.bound
-    error = relative(again, once_more)
+    # The first products may go by passes, later ones by what was cached since: once, and up to rounding.
+    error = relative(found[-1], found[-2])
+    same = error == 0 and all(relative(one, found[-1]) <= products.bound for one in found)
+    detail = "the same product twice has the same bits, and the global random state is not used"
     return Check(
         "repeatability", same, error, 0.0, detail if same else f"two equal products differ by {error:.1e}"
     )

@@ -1,0 +1,94 @@
+"""What every row of the table is held to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ntkops
+from ntkops.errors import DifferentiationError
+from ntkops.model.precision import lowest_dtype
+from tests.model.zoo import untouched
+
+from .rows import Row
+
+_WHOLE = 2_000  # parameters up to which J is compared column by column
+_LARGEST = 0.05  # 1e3 rounding units of bfloat16 would allow anything
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return a thousand rounding units of a dtype, and no more than a twentieth."""
+    return min(1e3 * torch.finfo(dtype).eps, _LARGEST)
+
+
+def vectors(*shape: int, seed: int, like: Tensor) -> Tensor:
+    """Draw seeded normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def close(actual: Tensor, expected: Tensor, limit: float, what: str) -> None:
+    """Assert that two matrices agree in the Frobenius norm."""
+    error = float((actual.double() - expected).norm())
+    assert error <= limit * float(expected.norm()), f"{what}: {error / float(expected.norm()):.1e}"
+
+
+def check_row(row: Row) -> None:
+    """Hold one row to its reference on both engines, with model, inputs and global state untouched."""
+    model, x = row.make(), row.draw()
+    with untouched(model, x):
+        K = ntkops.ntk(model, x, **row.options)
+        linearization = K._core.engine.linearization
+        info = K.engine_info
+        assert (info.engine, info.rung, info.per_sample) == (row.engine, row.rung, row.samples), info.reasons
+        _, _, batch = next(iter(linearization.inputs(x).batches(None)))
+        lowest = lowest_dtype(linearization, batch)
+        assert lowest == row.precision, lowest
+    J = row.reference(model, x, linearization.names)
+    sizes = [p.numel() for p in linearization.parameters]
+    with untouched(model, x):
+        for operator in (K, K.with_engine("autograd")):
+            agrees(operator, J, sizes, tolerance(row.precision))
+        lazy = ntkops.ntk(model, x, **row.options, max_dense_bytes=0)
+        V = vectors(len(J), 3, seed=5, like=K.left._args[0])
+        if row.rung == "reverse":
+            with pytest.raises(DifferentiationError, match="method='rhutch'"):
+                lazy @ V
+        else:
+            close(lazy @ V, J @ (J.mT @ V.double()), tolerance(row.precision), "K v, nothing dense")
+
+
+def agrees(K: Any, J: Tensor, sizes: list[int], limit: float) -> None:
+    """Assert J, Jᵀ, their adjoint identity, K and its exact trace."""
+    left, like = K.left, K.left._args[0]
+    rows = left.mT @ torch.eye(len(J), dtype=like.dtype)  # (P, n)
+    scale = 0.01 * float(J.norm())
+    for found, wanted in zip(rows.mT.double().split(sizes, 1), J.split(sizes, 1), strict=True):
+        assert float((found - wanted).norm()) <= limit * (float(wanted.norm()) + scale)
+    if K.engine_info.rung != "reverse":
+        whole = J.shape[1] <= _WHOLE
+        W = torch.eye(J.shape[1], dtype=like.dtype) if whole else vectors(J.shape[1], 3, seed=6, like=like)
+        close(left @ W, J @ W.double(), limit, "J p")
+        u, p = vectors(len(J), seed=7, like=like), vectors(J.shape[1], seed=8, like=like)
+        pushed, pulled = (left @ p).double(), (left.mT @ u).double()
+        u, p = u.double(), p.double()
+        length = float(u.norm() * pushed.norm() + pulled.norm() * p.norm())
+        assert abs(float(u @ pushed - pulled @ p)) <= limit * length
+    close(K.to_dense(), J @ J.mT, limit, "K")
+    exact = float(ntkops.trace(K, method="exact"))
+    assert math.isclose(exact, float(J.square().sum()), rel_tol=limit)
+
+
+def agrees_after_repair(model: nn.Module, x: Any, options: dict[str, Any], state: Any) -> None:
+    """Assert the same for a model that took a way out."""
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+    row = Row("repaired", lambda: model, lambda _: x, options=options, state=state, dtype=dtype)
+    with untouched(model, x):
+        K = ntkops.ntk(model, x, **options)
+        linearization = K._core.engine.linearization
+        J = row.reference(model, x, linearization.names)
+        agrees(K, J, [p.numel() for p in linearization.parameters], tolerance(dtype))

@@ -1,0 +1,56 @@
+"""The tables of docs/models.md, made from the rows: ``python -m tests.models.page`` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .library_rows import LIBRARY_ROWS
+from .refusals import REFUSALS
+from .rows import Refusal, Row
+from .torch_rows import TORCH_ROWS
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _row(row: Row) -> str:
+    precision = str(row.precision).removeprefix("torch.")
+    return _cells(row.name, row.engine, row.rung, row.samples, precision, row.note)
+
+
+def _refusal(refusal: Refusal) -> str:
+    return _cells(refusal.name, f"`{refusal.error.__name__}`", refusal.note)
+
+
+def _table(head: tuple[str, ...], lines: list[str]) -> str:
+    return "\n".join([_cells(*head), "|" + "---|" * len(head), *lines])
+
+
+def tables() -> dict[str, str]:
+    """Return each table of the page under its name."""
+    head = ("model", "engine", "rung", "samples", "precision", "way round")
+    return {
+        "torch": _table(head, [_row(row) for row in TORCH_ROWS]),
+        "libraries": _table(head, [_row(row) for row in LIBRARY_ROWS]),
+        "refused": _table(("model", "exception", "way out"), [_refusal(r) for r in REFUSALS]),
+    }
+
+
+def rewritten(page: str) -> str:
+    """Return the page with its tables made anew, between their comments."""
+    for name, table in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        page, count = re.subn(
+            pattern, lambda found, t=table: f"{found[1]}\n{t}\n\n{found[2]}", page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}, not one")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
