@@ -58,7 +58,7 @@ def networks(samples: int = 24) -> dict[str, tuple[nn.Module, Tensor]]:
     cases: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         "trained MLP": (_mlp, data(samples, 8)),
         "trained CNN": (_cnn, data(samples, 1, 8, 8)),
-        "trained GRU": (_States, data(samples, 5, 3)),
+        "trained GRU": (_States, data(samples // 4, 5, 3)),
     }
     return {name: (_trained(make, x), x) for name, (make, x) in cases.items()}
 
