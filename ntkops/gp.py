@@ -304,9 +304,6 @@ class NTKSumKernel(AdditiveKernel):
     It is evaluated at once, to a lazy sum that begins with our operator, so that the solves of a Gaussian
     process are those of `NTKKernel`.
 
-    Args:
-        *kernels: The kernels; an `NTKKernel` first.
-
     Example:
         >>> import torch
         >>> from gpytorch.kernels import RBFKernel

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-STORED = ROOT / "benchmarks/results/trace_paper.json"
 
 
 @pytest.fixture
@@ -64,14 +63,6 @@ def test_the_command_measures_the_smallest_case(
     assert result["hutch_at_n"]["products"] == 18  # three quarters of n = 24
     assert (tmp_path / "trace_figure1.png").stat().st_size > 10_000
     assert "| trace | hutch++, paper |" in capsys.readouterr().out
-
-
-def test_the_page_shows_the_stored_result(trace_paper: ModuleType) -> None:
-    result = json.loads(STORED.read_text(encoding="utf-8"))
-    assert not result["options"]["quick"]
-    assert {p["name"] for p in result["problems"]} == set(importlib.import_module("_trace_networks").NAMES)
-    page = (ROOT / "docs/trace_estimation.md").read_text(encoding="utf-8")
-    assert importlib.import_module("_trace_claims").markdown(result) in page
 
 
 def test_a_claim_is_judged_by_medians_that_stay_below(trace_paper: ModuleType) -> None:
