@@ -179,7 +179,9 @@ def run(
     repetitions: int | None = None,
     paper_repetitions: int | None = None,
     mnist: Path | None = None,
+    before: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measure the networks and return the result, ready for JSON.
 
@@ -189,33 +191,46 @@ def run(
         repetitions: Repetitions of our estimators.
         paper_repetitions: Repetitions of the paper's.
         mnist: ``mnist.npz`` for the classifier.
+        before: The result of an interrupted run with the same options: its networks are not measured again.
         say: Told what is being done.
+        keep: Given the result so far after each network.
 
     Returns:
         The result.
+
+    Raises:
+        ValueError: `before` was measured with other options or in another environment.
     """
-    started = time.perf_counter()
-    problems = []
-    whole = None
-    with one_thread():
-        for name in names:
-            problem = build(name, quick=quick, mnist=mnist)
-            say(problem.title)
-            problems.append(measure(problem, quick=quick, repetitions=repetitions, paper=paper_repetitions))
-            if name == "mlp":
-                say("Hutch++ at m = n")
-                whole = full_hutch_pp(problem)
     result: dict[str, Any] = {
         "benchmark": "trace_paper",
         "date": datetime.now(UTC).date().isoformat(),
         "environment": {**environment(), "threads": 1},
         "options": {"quick": quick, "data": "MNIST" if mnist else "digits"},
-        "problems": problems,
-        "hutch_at_n": whole,
+        "problems": [],
+        "hutch_at_n": None,
+        "seconds": 0.0,
     }
+    if before is not None:
+        if any(before[key] != result[key] for key in ("environment", "options")):
+            raise ValueError("the result to go on from was measured with other options or elsewhere")
+        result = before
+    spent, started = result["seconds"], time.perf_counter()
+    done = {entry["name"] for entry in result["problems"]}
+    with one_thread():
+        for name in (name for name in names if name not in done):
+            problem = build(name, quick=quick, mnist=mnist)
+            say(problem.title)
+            result["problems"].append(
+                measure(problem, quick=quick, repetitions=repetitions, paper=paper_repetitions)
+            )
+            if name == "mlp":
+                say("Hutch++ at m = n")
+                result["hutch_at_n"] = full_hutch_pp(problem)
+            result["seconds"] = round(spent + time.perf_counter() - started, 1)
+            keep(result)
+    result["problems"].sort(key=lambda entry: NAMES.index(entry["name"]))
     result["targets"] = [] if quick else judge(result)
     result["claims"] = [] if quick else claims(result)
-    result["seconds"] = round(time.perf_counter() - started, 1)
     return result
 
 
@@ -231,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mnist", type=Path, metavar="NPZ", help="mnist.npz for the classifier (else digits)"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write (none by default)")
+    parser.add_argument("--out", type=Path, help="JSON file to write after each network (none by default)")
+    parser.add_argument("--resume", action="store_true", help="keep the networks that --out holds already")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures 1 to 4 into this folder")
     parser.add_argument(
         "--markdown", type=Path, metavar="JSON", help="print a result as Markdown, run nothing"
@@ -246,18 +262,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page = options.page.read_text(encoding="utf-8")
             options.page.write_text(fill(page, "trace_paper", text + "\n"), encoding="utf-8")
     else:
+
+        def keep(result: dict[str, Any]) -> None:
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+        before = options.resume and options.out is not None and options.out.exists()
         result = run(
             options.networks,
             quick=options.quick,
             repetitions=options.repetitions,
             paper_repetitions=options.paper_repetitions,
             mnist=options.mnist,
+            before=json.loads(options.out.read_text(encoding="utf-8")) if before else None,
+            keep=keep,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
+        keep(result)
         print(markdown(result))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.figures is not None:
         from _trace_figures import draw
 
