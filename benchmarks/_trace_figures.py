@@ -17,15 +17,24 @@ from ntkops.plotting._axes import line_style, marker  # noqa: E402
 
 __all__ = ["draw"]
 
+# One colour and marker for a method, whoever's it is: the paper's are dashed, ours are solid.
+_METHODS = ("hutch++", "rhutch", "fhutch", "sketch", "xtrace", "ntk-hutch++", "stratified", "auto", "reverse")
+_COLOURS = plt.get_cmap("tab10").colors
+
 _LABELS = {"frobenius_norm": "Frobenius norm", "effective_rank": "effective rank"}
 
 
 def _curves(ax: Axes, problem: Mapping[str, Any], quantity: str, axis: str) -> None:
-    for position, entry in enumerate(e for e in problem["curves"] if e["quantity"] == quantity):
+    for entry in (e for e in problem["curves"] if e["quantity"] == quantity):
         x = [point[axis] for point in entry["points"]]
-        style = {**line_style(position), "marker": marker(position), "markersize": 4}
-        if entry["by"] == "paper":
-            style["linestyle"] = "--"
+        position = _METHODS.index(entry["method"])
+        style: dict[str, Any] = {
+            "color": _COLOURS[position],
+            "marker": marker(position),
+            "markersize": 4,
+            "linewidth": 1.5,
+            "linestyle": "--" if entry["by"] == "paper" else "-",
+        }
         label = f"{entry['method']} ({'paper' if entry['by'] == 'paper' else 'ntkops'})"
         ax.plot(x, [point["error"] for point in entry["points"]], label=label, **style)
         low = [max(point["low"], 1e-9) for point in entry["points"]]
@@ -42,14 +51,14 @@ def _exact_line(ax: Axes, problem: Mapping[str, Any], quantity: str, products: f
 
 
 def _trace_figure(problem: Mapping[str, Any], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained", sharey=True)
     _curves(left, problem, "trace", "passes")
     left.set_xlabel("passes (vjp + jvp)")
     _curves(right, problem, "trace", "seconds")
     _exact_line(right, problem, "trace", problem["n"] * problem["column_s"])
     right.set_xlabel("CPU seconds")
     right.set_ylabel("")
-    right.legend(fontsize=7, loc="upper right")
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.suptitle(f"trace: {problem['title']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -87,7 +96,7 @@ def _quantities_figure(problem: Mapping[str, Any], path: Path) -> None:
     if not names:
         return
     figure, axes = plt.subplots(
-        1, len(names), figsize=(4.6 * len(names), 4), layout="constrained", sharey=True, squeeze=False
+        1, len(names), figsize=(4.2 * len(names) + 2, 4), layout="constrained", sharey=True, squeeze=False
     )
     counts = {"frobenius_norm": 2, "effective_rank": 3, "alignment": 6}
     for ax, quantity in zip(axes[0], names, strict=True):
@@ -96,7 +105,7 @@ def _quantities_figure(problem: Mapping[str, Any], path: Path) -> None:
         ax.set(xlabel="CPU seconds", title=_LABELS.get(quantity, quantity))
         if ax is not axes[0, 0]:
             ax.set_ylabel("")
-    axes[0, -1].legend(fontsize=7, loc="lower left")
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.suptitle(problem["title"])
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the networks that --out holds already")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures 1 to 4 into this folder")
     parser.add_argument(
-        "--markdown", type=Path, metavar="JSON", help="print a result as Markdown, run nothing"
+        "--markdown", type=Path, metavar="JSON", help="print and draw a stored result, run nothing"
     )
     parser.add_argument("--page", type=Path, help="with --markdown: put the tables into this page")
     options = parser.parse_args(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+STORED = ROOT / "benchmarks/results/trace_paper.json"
 
 
 @pytest.fixture
@@ -70,3 +72,30 @@ def test_a_claim_is_judged_by_medians_that_stay_below(trace_paper: ModuleType) -
     points = [{"error": e, "passes": p, "m": p} for p, e in ((6, 1e-3), (12, 5e-2), (24, 9e-3), (48, 2e-3))]
     assert tables._first(points, 1e-2)["passes"] == 24  # the lucky first one does not count
     assert tables._first(points, 1e-4) is None
+
+
+def test_an_interrupted_run_goes_on(trace_paper: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "trace_paper.json"
+    assert trace_paper.main(["--quick", "--networks", "gru32", "--out", str(out)]) == 0
+    first = json.loads(out.read_text(encoding="utf-8"))
+    assert trace_paper.main(["--quick", "--networks", "gru32", "mlp", "--out", str(out), "--resume"]) == 0
+    both = json.loads(out.read_text(encoding="utf-8"))
+    assert [p["name"] for p in both["problems"]] == ["mlp", "gru32"]
+    assert both["problems"][1] == first["problems"][0]
+    with pytest.raises(ValueError, match="other options"):
+        trace_paper.run(["mlp"], before=both)
+
+
+def test_the_page_shows_the_stored_result(
+    trace_paper: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads(STORED.read_text(encoding="utf-8"))
+    assert result["options"]["quick"] is False
+    networks = importlib.import_module("_trace_networks")
+    assert [p["name"] for p in result["problems"]] == list(networks.NAMES)
+    assert trace_paper.main(["--markdown", str(STORED)]) == 0
+    printed = capsys.readouterr().out.strip()
+    page = (ROOT / "docs/trace_estimation.md").read_text(encoding="utf-8")
+    assert printed in page
+    for picture in set(re.findall(r"images/trace_\w+\.png", page)):
+        assert (ROOT / "docs" / picture).stat().st_size > 10_000
