@@ -90,10 +90,8 @@ def judge(result: Result) -> list[dict[str, Any]]:
         problem = _problem(result, name)
         if problem is not None:
             points = _points(problem, quantity, method, "ntkops")
-            title = (
-                f"{problem['title']}: {_NAMES.get(quantity, quantity)}, {method}, {passes} passes or fewer"
-            )
-            at_most(title, bound, _best_within(points, passes))
+            what = f"{_NAMES.get(quantity, quantity)}, {method}, {passes} passes or fewer"
+            at_most(f"{problem['title']}: {what}", bound, _best_within(points, passes))
     gru = _problem(result, "gru32")
     if gru is not None:
         sided = [_first(_points(gru, "trace", m, "ntkops"), 1e-2) for m in ("rhutch", "fhutch")]
