@@ -29,7 +29,7 @@ from .estimators import (
     trace,
     truncation_rank,
 )
-from .model import Linearization, linearize
+from .model import Batches, Linearization, linearize
 from .operators import (
     JacobianOperator,
     NTKOperator,
@@ -62,6 +62,7 @@ __all__ = [
     "projected_ntk",
     "nystrom_ntk",
     "linearize",
+    "Batches",
     "Layerwise",
     "JacobianOperator",
     "NTKOperator",

@@ -40,6 +40,9 @@ __all__ = [
     "UnsupportedOperationError",
     # optional packages
     "MissingDependencyError",
+    # many processes
+    "ShardingError",
+    "RankFailedError",
     # files
     "CheckpointError",
     # checks
@@ -156,6 +159,14 @@ class UnsupportedOperationError(NtkopsError, TypeError):
 
 class MissingDependencyError(NtkopsError, ImportError):
     """A package of an optional extra is needed and not installed; the message names the extra."""
+
+
+class ShardingError(NtkopsError, ValueError):
+    """The ranks of a process group bring models, outputs or options that do not belong to one operator."""
+
+
+class RankFailedError(NtkopsError, ConnectionError):
+    """Another rank raised, ran out of memory or died, so that this one cannot go on."""
 
 
 class CheckpointError(NtkopsError, ValueError):

@@ -7,13 +7,15 @@ every algorithm runs on it unchanged.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Distribution", "Space", "resolve_generator"]
 
+Result = TypeVar("Result")
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 
 
@@ -67,6 +69,72 @@ class Space:
         self.size = int(size)
         self.dtype = dtype
         self.device = torch.device(device)
+
+    # what is held where
+
+    @property
+    def length(self) -> int:
+        """Number of entries of a vector that this process holds: all of them."""
+        return self.size
+
+    @property
+    def start(self) -> int:
+        """Position of the first of them in the whole vector."""
+        return 0
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many parts of a vector this process holds."""
+        return 0, 1
+
+    def matches(self, other: Space) -> bool:
+        """Return whether vectors of another space lie in the same parts as those of this one."""
+        return self.size == other.size and other.part == (0, 1)
+
+    def share(self, item: Any) -> list[Any]:
+        """Return what every process gives, in their order."""
+        return [item]
+
+    def common(self, generator: torch.Generator) -> torch.Generator:
+        """Return the generator, in the same state on every process."""
+        return generator
+
+    def cast(self, dtype: torch.dtype) -> Space:
+        """Return the same space in another dtype."""
+        return Space(self.size, dtype, self.device)
+
+    def together(self, work: Callable[[], Result], what: str) -> Result:
+        """Do work that may fail on some processes, so that all of them raise then.
+
+        Args:
+            work: Work of this process alone.
+            what: What it is, for messages.
+
+        Returns:
+            Its result.
+        """
+        return work()
+
+    # numbers
+
+    def largest(self, value: float) -> float:
+        """Return the largest of one number from each process."""
+        return value
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Return the sum over processes of numbers that each has made of its own entries."""
+        return partial
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of the entries of vectors in float64.
+
+        Args:
+            values: ``(*batch, n)``: entries lie in the last axis.
+
+        Returns:
+            ``(*batch,)``, float64.
+        """
+        return self.total(values.double().sum(-1))
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """Return all inner products ``leftᵀ right`` in float64.

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
-from .retries import in_parts
 from .rungs import Parameters
 from .summing import long_product
-from .tiling import Part, fill_lower, sample_slices, samples_between
+from .tiling import Part, fill_lower, over_parts, rows_of_parts, sample_slices
 
 if TYPE_CHECKING:
     from .autograd import AutogradEngine
@@ -86,10 +85,10 @@ def _kernel_by_samples(
             block = (block + block.permute(0, 3, 4, 1, 2)) / 2
         blocks.append((rows, columns, block))
 
-    def fill_row(start: int, stop: int) -> None:
+    def fill_row(start: int, stop: int, part: Inputs) -> None:
         done = len(blocks)
         try:
-            first = make((start, stop, samples_between(left, start, stop)), left_distinct)
+            first = make((start, stop, part), left_distinct)
             for other in sample_slices(right, tile.read()):
                 add(slice(start, stop), slice(*other[:2]), first, make(other, right_distinct))
         except BaseException:
@@ -102,7 +101,7 @@ def _kernel_by_samples(
     if symmetric:
         fill_lower(left, tile, lambda part: make(part, left_distinct), add, clear)
     else:
-        for _ in in_parts(left.num_samples, tile, fill_row, even=True, beside=right.num_samples):
+        for _ in over_parts(left, tile, fill_row, beside=right.num_samples):
             pass
     engine.count_rows(made, left)
     return _assemble(blocks, shape, symmetric)
@@ -179,17 +178,14 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
     """Return ``(M, N·r)`` kernel diagonals; see `AutogradEngine.diagonal`."""
     distinct, index = _distinct(outputs)
     group = max(1, min(len(distinct), engine.workspace_bytes() // _row_bytes(engine)))
-    parts = []
-    for chosen in distinct.split(group):
 
-        def lengths_of(start: int, stop: int, chosen: Tensor = chosen) -> Tensor:
-            return _lengths(engine.jacobian_tile(params, samples_between(inputs, start, stop), chosen))
+    def lengths_of(start: int, stop: int, part: Inputs) -> Tensor:
+        found = [_lengths(engine.jacobian_tile(params, part, chosen)) for chosen in distinct.split(group)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (n, u)
 
-        portion = engine.tile_portion(len(chosen))
-        tiles = [tile for _, _, tile in in_parts(inputs.num_samples, portion, lengths_of, even=True)]
-        parts.append(torch.cat(tiles))  # (N, u)
+    tiles = over_parts(inputs, engine.tile_portion(group), lengths_of)
+    lengths = rows_of_parts(inputs.num_samples, tiles)  # (N, u)
     engine.count_rows(inputs.num_samples * len(distinct), inputs)
-    lengths = torch.cat(parts, dim=1)  # (N, u)
     gathered = lengths[:, index.to(lengths.device)].sum(2)  # (N, M, R, r) -> (N, M, r)
     return gathered.movedim(1, 0).flatten(1)
 

@@ -14,9 +14,8 @@ from .contract import accumulate_kernel, factor_lengths
 from .factors import Factors
 from .gathering import FactorSource
 from .recurrent import states_diagonal, states_kernel
-from .retries import in_parts
 from .rungs import Parameters
-from .tiling import Part, fill_lower, sample_slices, samples_between
+from .tiling import Part, fill_lower, over_parts, sample_slices
 
 __all__ = ["layer_diagonal", "layer_gram", "layer_kernel", "mirror"]
 
@@ -144,9 +143,9 @@ def _filled(
     def clear(rows: slice) -> None:
         result[:, rows.start * r1 : rows.stop * r1].zero_()
 
-    def fill_row(start: int, stop: int) -> None:
+    def fill_row(start: int, stop: int, part: Inputs) -> None:
         clear(slice(start, stop))
-        first = make((start, stop, samples_between(left, start, stop)), left_numbers)
+        first = make((start, stop, part), left_numbers)
         for other in sample_slices(right, tile.read()):
             same_part = shared and other[:2] == (start, stop)
             second = first if same_part else make(other, right_numbers)
@@ -156,14 +155,24 @@ def _filled(
         fill_lower(left, tile, lambda part: make(part, left_numbers), add, clear)
         mirror(result)
     else:
-        for _ in in_parts(left.num_samples, tile, fill_row, even=True, beside=right.num_samples):
+        for _ in over_parts(left, tile, fill_row, beside=right.num_samples):
             pass
     source.count_rows(made, left)
     return result
 
 
-def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-    """Return ``(M, N·r)`` kernel diagonals of the covered parameters for ``(M, R, r)`` output numbers."""
+def layer_diagonal(
+    source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor, *, counted: bool = True
+) -> Tensor:
+    """Return ``(M, N·r)`` kernel diagonals of the covered parameters for ``(M, R, r)`` output numbers.
+
+    Args:
+        source: Makes the factors.
+        params: All selected parameters.
+        inputs: N samples.
+        outputs: The output numbers.
+        counted: Report the passes; False where the samples are a part of those that passes go over.
+    """
     over_time = states_diagonal(source, params, inputs, outputs)
     if over_time is not None:
         return over_time
@@ -175,19 +184,19 @@ def layer_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, out
     # In one piece, made first: many small tensors would keep the memory between them from being used again.
     shape = (inputs.num_samples, len(distinct))
     lengths = torch.empty(shape, dtype=source.dtype, device=source.device)
-    for first in range(0, len(distinct), group):
-        chosen = distinct[first : first + group]
 
-        def fill(start: int, stop: int, first: int = first, chosen: Tensor = chosen) -> None:
-            factors = source.of_outputs(params, samples_between(inputs, start, stop), chosen, compact)
+    def fill(start: int, stop: int, part: Inputs) -> None:
+        for first in range(0, len(distinct), group):
+            chosen = distinct[first : first + group]
+            factors = source.of_outputs(params, part, chosen, compact)
             lengths[start:stop, first : first + group] = factor_lengths(
                 factors, source.workspace, source.options.diagonal
             )
 
-        portion = source.tile_portion(len(chosen), passing=True)
-        for _ in in_parts(inputs.num_samples, portion, fill, even=True):
-            pass
-    source.count_rows(inputs.num_samples * len(distinct), inputs)
+    for _ in over_parts(inputs, source.tile_portion(min(group, len(distinct)), passing=True), fill):
+        pass
+    if counted:
+        source.count_rows(inputs.num_samples * len(distinct), inputs)
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
 
 

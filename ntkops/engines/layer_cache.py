@@ -66,11 +66,14 @@ class FactorCache:
         spent = self._spent.get(inputs, 0.0) + columns * _PRODUCT_PASSES
         self._spent[inputs] = spent
         backwards = source.coverage.backwards(inputs.num_outputs)
-        if backwards > min(spent, source.options.max_backwards) or not self._fits(source, inputs):
+        if backwards > min(spent, source.options.max_backwards) or not self.fits(source, inputs):
             return None
         return self._make(source, params, inputs, number, state)
 
-    def _fits(self, source: FactorSource, inputs: Inputs) -> bool:
+    def fits(self, source: FactorSource, inputs: Inputs) -> bool:
+        """Return whether the factors of some samples fit into their share of free memory."""
+        if inputs.is_streamed:  # what is read batch by batch is never held whole
+            return False
         cover, directions = source.coverage, inputs.num_outputs
         read, tail, body = 0, cover.tail, cover.body
         if tail is not None and body is not None and tail.rank < directions:

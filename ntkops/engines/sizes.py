@@ -52,6 +52,7 @@ class EngineSizes:
         self._chunk_size: int | Auto = chunk_size
         # Looked up once: chunks that follow the free memory of the moment would change rounding.
         self._free_bytes = free_bytes(linearization.device)
+        self._kept_workspace: int | None = None
         self._limits: dict[str, int] = {}  # what has proved to be too much, less one step
 
     def _within(self, what: str, size: int) -> int:
@@ -72,7 +73,10 @@ class EngineSizes:
         if self._batch_size != "auto":
             return self._batch_size
         needed = self._sample_bytes(inputs) * (2 + 2 * self.chunk_size())
-        return self._within("samples", max(1, int(self._free_bytes // 4 // needed)))
+        fitting = max(1, int(self._free_bytes // 4 // needed))
+        if inputs.is_streamed:  # else memory would grow with the number of samples
+            fitting = min(fitting, inputs.largest_batch)
+        return self._within("samples", fitting)
 
     def workspace_bytes(self) -> int:
         """Bytes for one tile of per-sample gradients."""
@@ -83,7 +87,13 @@ class EngineSizes:
         sample = max(1, rows * self.linearization.num_parameters * self.linearization.dtype.itemsize)
         return max(1, self.workspace_bytes() // sample)
 
+    def keep_workspace(self, count: int) -> None:
+        """Use so many bytes for a tile from now on, whatever is free: resumed work must round alike."""
+        self._kept_workspace = count
+
     def _workspace(self) -> int:
+        if self._kept_workspace is not None:
+            return self._kept_workspace
         low, high = _WORKSPACE_RANGE
         return max(low, min(high, int(self._free_bytes * _WORKSPACE_SHARE)))
 

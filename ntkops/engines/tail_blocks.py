@@ -14,10 +14,9 @@ from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
-from .retries import in_parts
 from .rungs import Parameters
 from .tail import Tail, read_positions
-from .tiling import samples_between
+from .tiling import over_parts, rows_of_parts
 from .units import plan_units
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
@@ -263,11 +262,8 @@ def _single_entries(inner: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    middle = inputs.num_samples // 2
-    return (
-        inputs.select(torch.arange(middle)),
-        inputs.select(torch.arange(middle, inputs.num_samples)),
-    )
+    middle, between = inputs.num_samples // 2, inputs.in_order()
+    return between(0, middle), between(middle, inputs.num_samples)
 
 
 def _add_head(
@@ -320,23 +316,21 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
     traced = _is_trace(outputs, reduction)
     every = torch.arange(reduction.size)
 
-    def lengths_of(start: int, stop: int) -> Tensor:
-        part = samples_between(inputs, start, stop)
+    def lengths_of(start: int, stop: int, part: Inputs) -> Tensor:
         if traced:
-            own = layer_diagonal(body, params, part, every.view(1, -1, 1)).mT  # (n, 1)
+            own = layer_diagonal(body, params, part, every.view(1, -1, 1), counted=False).mT  # (n, 1)
         else:
             grams = _sample_grams(body.of_outputs(params, part, every))  # (n, C, C)
             basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
             own = ((basis @ grams) * basis).sum(2)  # (n, u)
-            body.count_rows(part.num_samples * reduction.size, part)
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
         read = (read + (tail.bias is not None))[:, place]  # (n, u)
         head = read.sum(1, keepdim=True) if traced else read
         return (own.double() + head).to(source.dtype)
 
     portion = body.tile_portion(reduction.size)
-    tiles = [tile for _, _, tile in in_parts(inputs.num_samples, portion, lengths_of, even=True)]
-    lengths = torch.cat(tiles)
+    lengths = rows_of_parts(inputs.num_samples, over_parts(inputs, portion, lengths_of))
+    body.count_rows(inputs.num_samples * reduction.size, inputs)
     if traced:
         return lengths.mT
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)

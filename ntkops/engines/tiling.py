@@ -2,38 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..model import Inputs
-from .retries import Portion, attempt, even_size
+from .retries import Portion, attempt, even_size, in_parts
 
-__all__ = ["Part", "fill_lower", "sample_slices", "samples_between"]
+__all__ = ["Part", "fill_lower", "held_samples", "over_parts", "rows_of_parts", "sample_slices"]
 
 Part = tuple[int, int, Inputs]  # start, stop, samples
 Tile = TypeVar("Tile")
+Result = TypeVar("Result")
+_HELD_BYTES = 2**23  # samples of a stream that are in memory as one part
 
 
-def sample_slices(inputs: Inputs, size: int) -> Iterator[Part]:
-    """Yield ``(start, stop, part)`` for consecutive parts of at most ``size`` samples, evenly filled."""
-    count = inputs.num_samples
-    if size >= count:
-        yield 0, count, inputs
-        return
-    even = even_size(count, size)
-    for start in range(0, count, even):
+def held_samples(inputs: Inputs) -> int:
+    """Return how many consecutive samples may be in memory at a time: all of those that are."""
+    if not inputs.is_streamed:
+        return inputs.num_samples
+    return max(1, min(inputs.num_samples, _HELD_BYTES // inputs.sample_bytes))
+
+
+def sample_slices(inputs: Inputs, size: int, first: int = 0) -> Iterator[Part]:
+    """Yield ``(start, stop, part)`` for consecutive parts of at most ``size`` samples, evenly filled.
+
+    The parts are in memory; those of a re-iterable are read in one pass.
+
+    Args:
+        inputs: N samples.
+        size: Samples of a part.
+        first: Number of samples whose parts are left out.
+    """
+    count, between = inputs.num_samples, inputs.in_order()
+    even = even_size(count, min(size, held_samples(inputs)))
+    for start in range(first, count, even):
         stop = min(start + even, count)
-        yield start, stop, inputs.select(torch.arange(start, stop))
+        yield start, stop, between(start, stop)
 
 
-def samples_between(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Return consecutive samples; all of them are the inputs themselves."""
-    if stop - start == inputs.num_samples:
-        return inputs
-    return inputs.select(torch.arange(start, stop))
+def over_parts(
+    inputs: Inputs, portion: Portion, work: Callable[[int, int, Inputs], Result], *, beside: int = 1
+) -> Iterator[tuple[int, int, Result]]:
+    """Do work on consecutive parts of the samples, smaller ones from where memory runs out.
+
+    Args:
+        inputs: N samples. The parts are in memory; those of a re-iterable are read in one pass.
+        portion: How many samples are taken at a time.
+        work: Given the first sample, one past the last, and the samples.
+        beside: Number of other samples of which as many are taken at the same time.
+
+    Yields:
+        First sample, one past the last, and the result.
+    """
+    between, most = inputs.in_order(), held_samples(inputs)
+    bounded = replace(portion, read=lambda: min(portion.read(), most))
+
+    def part(start: int, stop: int) -> Result:
+        return work(start, stop, between(start, stop))
+
+    yield from in_parts(inputs.num_samples, bounded, part, even=True, beside=beside)
+
+
+def rows_of_parts(count: int, found: Iterable[tuple[int, int, Tensor]]) -> Tensor:
+    """Return the ``(n, ...)`` results of consecutive parts as one; differentiable where they are."""
+    whole: Tensor | None = None
+    recorded: list[Tensor] = []
+    for start, stop, rows in found:
+        if rows.requires_grad:
+            recorded.append(rows)
+            continue
+        if whole is None:
+            if stop - start == count:
+                return rows
+            # Made first: many small tensors would keep the memory between them from being used again.
+            whole = rows.new_empty((count, *rows.shape[1:]))
+        whole[start:stop] = rows
+    if recorded:
+        return recorded[0] if len(recorded) == 1 else torch.cat(recorded)
+    assert whole is not None  # inputs are never empty
+    return whole
 
 
 def fill_lower(
@@ -47,7 +99,8 @@ def fill_lower(
 
     Rows are taken from the last to the first and columns upwards, so that the last column's tile is the
     next row's: with T tiles 1 + T (T - 1) / 2 are made instead of T (T + 1) / 2. Where memory runs out, what
-    is left of the block, again square, goes on with smaller tiles.
+    is left of the block, again square, goes on with smaller tiles. A re-iterable is read once for each row of
+    tiles.
 
     Args:
         inputs: The samples.
@@ -56,34 +109,38 @@ def fill_lower(
         add: Given rows, columns, the rows' tile and the columns' tile (the same object on the diagonal).
         clear: Takes back what was added to these rows: they are done again.
     """
+    between, most = inputs.in_order(), held_samples(inputs)
     left = inputs.num_samples  # rows that are still to be done: the first ones
     while left:
-        part = inputs if left == inputs.num_samples else inputs.select(torch.arange(left))
-        parts = list(sample_slices(part, portion.read()))
+        size = even_size(left, min(portion.read(), most))
+        ends = [(start, min(start + size, left)) for start in range(0, left, size)]
         carried: list[Tile] = []
-        for i in reversed(range(len(parts))):
-            done = attempt(portion, parts[0][1], partial(_fill_row, parts, i, carried, make, add))
-            if done is None:
+
+        def made(position: int, ends: list[tuple[int, int]] = ends) -> Tile:
+            return make((*ends[position], between(*ends[position])))
+
+        for i in reversed(range(len(ends))):
+            row = partial(_fill_row, [slice(*end) for end in ends], i, carried, made, add)
+            if attempt(portion, ends[0][1], row) is None:
                 carried.clear()
-                clear(slice(*parts[i][:2]))
+                clear(slice(*ends[i]))
                 break
-            left = parts[i][0]
+            left = ends[i][0]
 
 
 def _fill_row(
-    parts: list[Part],
+    parts: list[slice],
     i: int,
     carried: list[Tile],
-    make: Callable[[Part], Tile],
+    made: Callable[[int], Tile],
     add: Callable[[slice, slice, Tile, Tile], None],
 ) -> None:
     """Add one row of tiles, and carry the tile of the next."""
-    rows = slice(*parts[i][:2])
-    first = carried.pop() if carried else make(parts[i])
-    add(rows, rows, first, first)
+    first = carried.pop() if carried else made(i)
+    add(parts[i], parts[i], first, first)
     for j in range(i):
-        second = make(parts[j])
-        add(rows, slice(*parts[j][:2]), first, second)
+        second = made(j)
+        add(parts[i], parts[j], first, second)
         if j == i - 1:
             carried.append(second)
         del second

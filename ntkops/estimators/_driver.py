@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,13 @@ from tqdm import tqdm
 from ..engines import Tally, count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..results import Estimate
+from ._exact import DEFAULT_EVERY, ExactWork
 from ._intervals import student_quantile
-from ._moments import LEVEL, Moment, Summary, interval_of, summarize
-from ._ntk_aware import NtkAware
-from ._one_sided import OneSidedPairs, OneSidedTrace
-from ._quantities import Quantity, exact_cost, exact_moments
+from ._moments import LEVEL, Summary, interval_of
+from ._plans import Plan, Sampler, ScalarPlan
+from ._quantities import Quantity
 from ._request import Operand, Request
-from ._sketch import SketchCore
-from ._stratified import Stratified, pays
-from ._two_sided import TwoSided
-from ._xtrace import XTrace
+from ._stratified import Stratified
 
 __all__ = ["NORM_METHODS", "PAIR_METHODS", "TRACE_METHODS", "Plan", "Sampler", "estimate", "run"]
 
@@ -44,118 +42,6 @@ _ONE_SIDED_RTOL = 1e-2  # finer than this, only with a limit of passes
 _COLUMNS_FOR_RTOL = 1.96 * 3 / math.sqrt(2)
 
 
-class Sampler(Protocol):
-    """A source of random probes."""
-
-    @property
-    def unit(self) -> int:
-        """Passes of one column."""
-
-    @property
-    def least(self) -> int:
-        """Fewest columns that it can do with."""
-
-    @property
-    def order(self) -> float:
-        """Power of the number of columns with which the variance falls."""
-
-    @property
-    def one_sided(self) -> bool:
-        """Whether one direction of differentiation is all there may be, so that exactness is no way out."""
-
-    def grow(self, columns: int) -> None:
-        """Go on to so many columns in all."""
-
-
-class Plan(Protocol):
-    """What the driver needs to know of a quantity: exactly, and by sampling."""
-
-    name: str
-    size: int
-    eps: float
-    bounds: tuple[float, float]
-    vector: bool
-
-    def exact_cost(self) -> float:
-        """Return the passes of the exact value."""
-
-    def exact(self) -> Tensor:
-        """Return the exact value."""
-
-    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
-        """Return the source of probes of a method."""
-
-    def summary(self, sampler: Sampler) -> Summary:
-        """Return the estimate as it stands."""
-
-    def preferred(self) -> str:
-        """Return the method of "auto" where exact is too dear."""
-
-
-class ScalarPlan:
-    """A quantity of one or two operators."""
-
-    vector = False
-
-    def __init__(self, quantity: Quantity, operands: Sequence[Operand], *, orthogonalize: bool) -> None:
-        self.quantity, self.operands = quantity, list(operands)
-        self.name, self.bounds = quantity.name, quantity.bounds
-        self.size = min(operands[0].rows.size, operands[0].columns.size)
-        self.eps = torch.finfo(operands[0].dtype).eps
-        self._orthogonalize = orthogonalize
-        if quantity.needs_square:
-            operands[0].require_square(quantity.name)
-
-    def exact_cost(self) -> float:
-        return exact_cost(self.quantity, self.operands)
-
-    def exact(self) -> Tensor:
-        moments = exact_moments(self.quantity, self.operands)
-        self.quantity.require_defined(moments)
-        return self.quantity.combine(moments)
-
-    def preferred(self) -> str:
-        if pays(self.operands):
-            return "stratified"
-        infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
-        if any(info is not None and info.rung == "reverse" for info in infos):
-            return "reverse" if self.quantity.needs_pairs else "rhutch"
-        known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
-        return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite
-
-    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
-        if method == "stratified":
-            return Stratified(self.quantity, self.operands, generator)
-        if method == "sketch":
-            return SketchCore(self.operands, generator)
-        if method == "xtrace":
-            return XTrace(self.operands[0], generator)
-        if method == "ntk-hutch++":
-            return NtkAware(self.quantity, self.operands, generator)
-        if method in ("hutchinson", "hutch++"):
-            return TwoSided(self.quantity, self.operands, generator, sketched=method == "hutch++")
-        forward = method in ("fhutch", "forward")
-        if not self.quantity.needs_pairs:
-            return OneSidedTrace(
-                self.operands[0], generator, forward=forward, orthogonalize=self._orthogonalize
-            )
-        return OneSidedPairs(self.quantity, self.operands, generator, forward=forward)
-
-    def summary(self, sampler: Sampler) -> Summary:
-        if isinstance(sampler, Stratified):
-            return sampler.summary()
-        if isinstance(sampler, SketchCore | XTrace):
-            self.quantity.require_defined(sampler.approximate(self.quantity.moments))
-            return sampler.summary(self.quantity.moments, self.quantity.combine)
-        assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
-        moments: Sequence[Moment] = sampler.moments()
-        self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
-        if self.quantity.free is None:
-            return summarize(moments, self.quantity.combine)
-        free = summarize(moments, self.quantity.free)
-        return replace(free, value=free.value.clamp(*self.bounds), centre=free.value)
-
-
 def estimate(
     quantity: Quantity,
     operands: Callable[[], Sequence[Operand]],
@@ -167,6 +53,8 @@ def estimate(
     generator: torch.Generator | None,
     progress: bool,
     orthogonalize: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = DEFAULT_EVERY,
 ) -> Estimate:
     """Estimate a scalar quantity; see `ntkops.trace` for the arguments."""
     request = Request.check(
@@ -174,10 +62,18 @@ def estimate(
     )
     if orthogonalize and method not in ("rhutch", "fhutch"):
         raise InputError(f"orthogonalize is for method='rhutch' and 'fhutch', not {method!r}")
-    return run(ScalarPlan(quantity, operands(), orthogonalize=orthogonalize), request)
+    work = ExactWork(quantity.name, request.progress, checkpoint, checkpoint_every)
+    if checkpoint is not None:
+        if method not in ("auto", "exact"):
+            raise InputError(
+                f"checkpoint= keeps exact work, not method={method!r}: leave the method out, or keep probes "
+                "with ntkops.Sketch.save"
+            )
+        request = replace(request, method="exact")
+    return run(ScalarPlan(quantity, operands(), orthogonalize=orthogonalize), request, work)
 
 
-def run(plan: Plan, request: Request) -> Estimate:
+def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate:
     """Make the estimate that a request asks for.
 
     With ``rtol`` the error is looked at again and again, and a rule that stops at the first good look
@@ -188,11 +84,12 @@ def run(plan: Plan, request: Request) -> Estimate:
     Args:
         plan: The quantity.
         request: Tolerance, passes, method, generator.
+        work: How exact work is shown and kept; None for a bar where that is asked.
 
     Returns:
         The exact value where that was asked or pays, else an estimate.
     """
-    with torch.no_grad(), _Account(plan, request) as account:
+    with torch.no_grad(), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
         if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):
             return account.exact(cost)
@@ -324,19 +221,20 @@ def _relative(width: Tensor, value: Tensor, vector: bool) -> float:
 class _Account:
     """Passes, seconds and the bar of one estimate, and the results made of them."""
 
-    def __init__(self, plan: Plan, request: Request) -> None:
+    def __init__(self, plan: Plan, request: Request, work: ExactWork | None) -> None:
         self._plan, self._request = plan, request
+        self._work = work or ExactWork(plan.name, request.progress)
+        self._bar: tqdm[Any] | None = None
         self._start = time.perf_counter()
 
     def __enter__(self) -> _Account:
         self._counting = count_passes()
         self._tally: Tally = self._counting.__enter__()
-        total = self._request.num_passes
-        self._bar = tqdm(total=total, desc=self._plan.name, unit="pass", disable=not self._request.progress)
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._counting.__exit__(None, None, None)
 
     @property
@@ -346,6 +244,11 @@ class _Account:
 
     def show(self) -> None:
         """Move the bar."""
+        if self._bar is None:  # exact work has a bar of its own
+            total = self._request.num_passes
+            self._bar = tqdm(
+                total=total, desc=self._plan.name, unit="pass", disable=not self._request.progress
+            )
         self._bar.update(self._tally.total - self._bar.n)
 
     @property
@@ -363,9 +266,14 @@ class _Account:
                 f"the exact value of {self._plan.name} costs about {cost:.0f} passes, more than "
                 f"num_passes={self._request.num_passes}; raise it, or choose an estimator"
             )
-        value = self._plan.exact().cpu()
-        self.show()
-        return Estimate.of_exact(value, passes=self._tally.total, seconds=self._seconds)
+        work, before = self._work, self._tally.total
+        work.passes = lambda: self._tally.total - before
+        value = self._plan.exact(work).cpu()
+        return Estimate.of_exact(
+            value,
+            passes=self._tally.total + work.passes_before,
+            seconds=self._seconds + work.seconds_before,
+        )
 
     def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
         """Return the interval: what chance may have done, and what rounding may have."""

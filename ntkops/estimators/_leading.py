@@ -76,7 +76,7 @@ def traces(operand: Operand) -> Tensor | None:
     """Return the exact trace of each member of a batch, ``(b,)``, or None where that is too dear."""
     if operand.structure.exact_cost("diagonal") > _PROBES * operand.cost * 32:
         return None
-    found = require_finite(operand.structure.diagonal().double().sum(-1), "the trace").cpu().reshape(-1)
+    found = require_finite(operand.rows.sum(operand.structure.diagonal()), "the trace").cpu().reshape(-1)
     require_nonzero(found)
     return found
 

@@ -52,7 +52,7 @@ class NtkAware(TwoSided):
 
     def _lengths(self) -> list[int]:
         if self._vjps_only:
-            return [factor.columns.size for factor in self._factors]
+            return [factor.columns.length for factor in self._factors]
         return super()._lengths()
 
     def _split(self, columns: int) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ZeroKernelError
-from ..operators.structure import paired_tiles
+from ..operators.structure import diagonal_parts, diagonal_step, later_tiles, paired_tiles, tile_count
+from ._exact import ExactWork, Terms
 from ._moments import Combination
 from ._request import Operand, require_finite
 
@@ -138,28 +139,79 @@ def exact_cost(quantity: Quantity, operands: Sequence[Operand]) -> float:
     return float(sum(operand.structure.exact_cost(what) for operand in operands))
 
 
-def exact_moments(quantity: Quantity, operands: Sequence[Operand]) -> Tensor:
+def exact_moments(quantity: Quantity, operands: Sequence[Operand], work: ExactWork | None = None) -> Tensor:
     """Return the moments ``(*batch, q)``, summed in float64 over the diagonal, or tile by tile.
+
+    Args:
+        quantity: What they are for.
+        operands: One or two operators.
+        work: How the work is shown and kept; None for neither.
+
+    Returns:
+        The moments. A re-iterable is read once for the diagonal, once a row of tiles for tiles.
 
     Raises:
         NonFiniteError: If the operator has entries that are not finite.
+        CheckpointError: If a file belongs to other work.
     """
-    if not quantity.needs_pairs:
-        values = [operand.structure.diagonal().double().sum(-1) for operand in operands]
-        return require_finite(torch.stack(values, dim=-1), quantity.name)
-    first, last = operands[0], operands[-1]
-    sums = torch.zeros((*first.batch_shape, len(quantity.moments)), dtype=torch.float64, device=first.device)
-    if len(operands) == 1:
-        for tile in first.structure.tiles():
-            mirrored = first.structure.symmetric and tile.cols.start > tile.rows.start
-            on_diagonal = tile.rows.start == tile.cols.start
-            sums += _tile_sums(quantity, (tile.block.double(),), on_diagonal) * (2 if mirrored else 1)
-    else:
-        for one, other, mirrored in paired_tiles(first.structure, last.structure):
+    work = work or ExactWork(quantity.name)
+    first = operands[0]
+    zero = torch.zeros((*first.batch_shape, len(quantity.moments)), dtype=torch.float64, device=first.device)
+    terms = _tile_terms(quantity) if quantity.needs_pairs else _DIAGONAL_TERMS
+    sums = work.add_up(operands, zero, terms)
+    return require_finite(first.rows.total(sums), quantity.name)  # over all processes that share the rows
+
+
+def _diagonal_step(operands: Sequence[Operand]) -> int:
+    return diagonal_step(operands[0].structure)
+
+
+def _rows(operands: Sequence[Operand], size: int) -> int:
+    return operands[0].shape[-2]
+
+
+def _sums_of_diagonal(operands: Sequence[Operand], size: int, done: int) -> Generator[tuple[int, Tensor]]:
+    """Yield the sums over parts of the rows, of those that this process holds."""
+    for rows, part in diagonal_parts(operands[0].structure, size, done):
+        yield rows.stop, part.double().sum(-1, keepdim=True)
+
+
+_DIAGONAL_TERMS = Terms("row", _diagonal_step, _rows, _sums_of_diagonal)
+
+
+def _tile_terms(quantity: Quantity) -> Terms:
+    """Return the sums over single tiles as terms."""
+
+    def size(operands: Sequence[Operand]) -> int:
+        return min(operand.structure.tile_size() for operand in operands)
+
+    def count(operands: Sequence[Operand], size: int) -> int | None:
+        first = operands[0]
+        if first.rows.length != first.rows.size:  # other processes have tiles, too
+            return None
+        return tile_count(first.structure, operands[-1].structure, size)
+
+    def after(operands: Sequence[Operand], size: int, done: int) -> Generator[tuple[int, Tensor]]:
+        for blocks, on_diagonal, mirrored in _tiles(operands, size, done):
+            done += 1
+            yield done, _tile_sums(quantity, blocks, on_diagonal) * (2 if mirrored else 1)
+
+    return Terms("tile", size, count, after)
+
+
+def _tiles(
+    operands: Sequence[Operand], size: int, done: int
+) -> Iterator[tuple[tuple[Tensor, ...], bool, bool]]:
+    """Yield blocks in float64, whether they lie on the diagonal, and whether they stand for two."""
+    first, last = operands[0].structure, operands[-1].structure
+    if len(operands) > 1:
+        for one, other, mirrored in paired_tiles(first, last, size, done):
             blocks = one.block.double(), other.block.double()
-            on_diagonal = one.rows.start == one.cols.start
-            sums += _tile_sums(quantity, blocks, on_diagonal) * (2 if mirrored else 1)
-    return require_finite(sums, quantity.name)
+            yield blocks, one.rows.start == one.cols.start, mirrored
+        return
+    for tile in later_tiles(first, size, done):
+        on_diagonal = tile.rows.start == tile.cols.start
+        yield (tile.block.double(),), on_diagonal, first.symmetric and not on_diagonal
 
 
 def _tile_sums(quantity: Quantity, blocks: Sequence[Tensor], on_diagonal: bool) -> Tensor:

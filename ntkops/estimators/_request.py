@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,13 +79,27 @@ class Request:
         generator, seed = checked_generator(generator)
         return cls(method, rtol, num_passes, generator, seed, bool(progress))
 
+    def shared(self, space: Space) -> Request:
+        """Return the request with the generator of the first of the processes that share a space."""
+        generator = space.common(self.generator)
+        return replace(self, generator=generator, seed=generator.initial_seed())
+
     def allows(self, passes: float) -> bool:
         """Whether so many passes in all stay below the cap."""
         return self.num_passes is None or passes <= self.num_passes
 
 
-def checked_generator(generator: torch.Generator | None) -> tuple[torch.Generator, int]:
+def checked_generator(
+    generator: torch.Generator | None, space: Space | None = None
+) -> tuple[torch.Generator, int]:
     """Return a CPU generator and its seed.
+
+    Args:
+        generator: The user's, or None.
+        space: The space that is drawn from, where it is known: processes that share it draw alike.
+
+    Returns:
+        Generator and seed, the same on all processes.
 
     Raises:
         InputError: If it is no generator.
@@ -95,7 +109,11 @@ def checked_generator(generator: torch.Generator | None) -> tuple[torch.Generato
             f"generator={generator!r}: pass None or a torch.Generator, such as "
             "torch.Generator().manual_seed(0)"
         )
-    return resolve_generator(generator)
+    found, seed = resolve_generator(generator)
+    if space is None:
+        return found, seed
+    found = space.common(found)
+    return found, found.initial_seed()
 
 
 def _is_number(value: Any) -> bool:
@@ -121,13 +139,13 @@ class Operand:
     def __init__(self, operator: LinearOperator | Tensor) -> None:
         if not isinstance(operator, LinearOperator | Tensor):
             raise InputError(f"expected a LinearOperator or a torch.Tensor, got {type(operator).__name__}")
-        if operator.dim() < 2 or operator.shape.numel() == 0:
+        self.operator = operator
+        if operator.dim() < 2 or 0 in (*operator.shape[:-2], self.rows.size, self.columns.size):
             raise ShapeError(
                 f"expected a matrix (*batch, n, m) with entries, got shape {tuple(operator.shape)}"
             )
         if not operator.dtype.is_floating_point:
             raise DtypeError(f"expected a real floating dtype, got {operator.dtype}; cast the operator first")
-        self.operator = operator
         self.structure: Structure = structure(operator)
         self.shape: torch.Size = operator.shape
         self.batch_shape: torch.Size = operator.shape[:-2]
@@ -161,7 +179,7 @@ class Operand:
     @property
     def is_square(self) -> bool:
         """Whether the operator is square."""
-        return self.shape[-2] == self.shape[-1]
+        return self.rows.matches(self.columns)
 
     def require_square(self, quantity: str) -> None:
         """Raise if the operator is not square.
@@ -184,7 +202,7 @@ def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
     found = [Operand(operator) for operator in operators]
     first = found[0]
     for other in found[1:]:
-        if first.shape != other.shape:
+        if first.shape != other.shape or not first.rows.matches(other.rows):
             raise ShapeError(f"the operators have shapes {tuple(first.shape)} and {tuple(other.shape)}")
         if first.dtype != other.dtype:
             raise DtypeError(

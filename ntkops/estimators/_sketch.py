@@ -49,7 +49,7 @@ class SketchCore:
         self._space: Space = operands[0].columns
         self._batch = operands[0].batch_shape
         first = operands[0]
-        empty = torch.empty((*self._batch, self._space.size, 0), dtype=first.dtype, device=first.device)
+        empty = torch.empty((*self._batch, self._space.length, 0), dtype=first.dtype, device=first.device)
         self._probes = empty
         self._sides = [_side(operand, empty) for operand in operands]
         self._numbers: SketchNumbers | None = None
@@ -163,7 +163,7 @@ class _Factored:
         self._space: Space = factor.columns
         self.limit = min(factor.rows.size, self._space.size)
         self.images = empty
-        shape = (*factor.batch_shape, self._space.size, 0)
+        shape = (*factor.batch_shape, self._space.length, 0)
         self._basis = torch.empty(shape, dtype=factor.dtype, device=factor.device)
         self._pulled = self._basis
 

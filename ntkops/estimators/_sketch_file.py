@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from ..checkpoint import fingerprint, load, save
 from ..engines import LayerwiseEngine
 from ..errors import CheckpointError
-from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
+from ._provenance import made_of
 from ._request import Operand, operands
 from ._sketch import SketchCore, _Factored, _Multiplied
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["load_sketch", "save_sketch"]
 
 KIND = "sketch"
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PARTS = {_Factored: ("images", "_basis", "_pulled"), _Multiplied: ("images",)}
 
 
@@ -79,29 +78,7 @@ def load_sketch(empty: Sketch, path: str | os.PathLike[str], operator: LinearOpe
 
 
 def _fingerprint(operand: Operand) -> dict[str, str]:
-    operator = operand.operator
-    if isinstance(operator, Tensor):
-        return fingerprint(operator=operator)
-    if type(operator) is not NTKOperator:
-        raise CheckpointError(
-            f"a sketch of a {type(operator).__name__} cannot be recognised in a file: those of kernels "
-            "of ntkops.ntk and of dense tensors can"
-        )
-    lin, core = operator._core.engine.linearization, operator._core
-    root = getattr(lin.call, "root", None)
-    model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
-    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
-    return fingerprint(model=model, parameters=[list(operator._args), list(lin.constants)], data=axes)
-
-
-def _name_of(output: Any) -> Any:
-    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
-
-
-def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
-    assert isinstance(axis, StateAxis)
-    data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
-    return [data, axis.outputs, axis.pick]
+    return fingerprint(**made_of(operand.operator, "a sketch"))
 
 
 # how it was computed

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
+from ..operators.counting import row_space
 from ..results import Estimate
 from ..spectra import FunctionTrace, function_trace
 from ._request import Operand, Request, require_finite
@@ -125,7 +126,8 @@ def absolute_ridge(operand: Operand, ridge: float, relative: bool) -> float:
         raise InputError(f"ridge={ridge!r}: pass a finite number ≥ 0")
     if not relative or not ridge:
         return float(ridge)
-    mean = float(require_finite(operand.structure.diagonal().double(), "the diagonal").mean())
+    diagonal = require_finite(operand.structure.diagonal(), "the diagonal")
+    mean = float(operand.rows.sum(diagonal).mean()) / operand.rows.size
     if not mean > 0:
         raise ZeroKernelError(
             f"a ridge relative to the mean diagonal needs a positive one, it is {mean:.3g}; pass an absolute "
@@ -138,7 +140,8 @@ def added_diagonal(operator: LinearOperator | Tensor) -> float:
     """Return the least entry ≥ 0 of the diagonals that an operator K + D carries, or 0."""
     if not isinstance(operator, AddedDiagLinearOperator):
         return 0.0
-    least = float(operator._diag_tensor._diagonal().double().min())
+    entries = operator._diag_tensor._diagonal().double()
+    least = -row_space(operator).largest(-float(entries.min()) if entries.numel() else -math.inf)
     return max(least, 0.0) + added_diagonal(operator._linear_op)
 
 
@@ -157,6 +160,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
         InputError: If the passes do not pay for the method.
     """
     start = time.perf_counter()
+    options = replace(options, request=options.request.shared(operand.rows))
     request, eps = options.request, torch.finfo(operand.dtype).eps
     exact_passes = float(operand.structure.exact_cost("tiles"))
     with (

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engines.tally import count_apart, report_passes
+from ..engines.shared_passes import SharedPasses
 from ..errors import InputError, UnsupportedOperationError
 from ..operators.structure import tile_slices
 from ._request import Operand, require_finite
 
-__all__ = ["SampleGrams", "SharedPasses", "Strata", "sample_grams"]
+__all__ = ["SampleGrams", "Strata", "sample_grams"]
 
 _ENTRIES = 2**23  # entries of a Gram matrix that is held at a time
 
@@ -71,28 +72,29 @@ class Strata:
     def layered(self) -> bool:
         """Whether layer structure makes a per-sample pass as cheap as a backward pass."""
         for operand in self.operands:
+            agreed = getattr(operand.structure, "layered", None)
+            if agreed is not None:
+                if not agreed:
+                    return False
+                continue
             info: Any = getattr(operand.operator, "engine_info", None)
             if info is None or info.engine != "layerwise" or len(info.covered) < len(info.layers):
                 return False
         return True
 
-    def gram(self, position: int, frames: Tensor, chosen: slice | Tensor | None = None) -> Tensor:
+    def gram(self, position: int, frames: Tensor, kernel: Any = None) -> Tensor:
         """Return the Gram matrix of the gradients of some samples.
 
         Args:
             position: Which kernel.
             frames: ``(n, O, m)`` output combinations of these samples.
-            chosen: Their numbers, None for all.
+            kernel: The kernel over these samples, None for all.
 
         Returns:
             ``(n, m, n, m)``, float64, on the kernel's device.
         """
         operand = self.operands[position]
-        operator: Any = operand.operator
-        if chosen is not None:
-            numbers = torch.arange(self.samples)[chosen]
-            rows = (numbers[:, None] * self.outputs + torch.arange(self.outputs)).flatten()
-            operator = operator.submatrix(rows, rows)
+        operator: Any = operand.operator if kernel is None else kernel
         probes = frames.mT.to(dtype=operand.dtype, device=operand.device)
         found = operator.structure.sample_gram(probes.contiguous())
         return require_finite(found, "the Gram matrix of per-sample gradients").double()
@@ -100,17 +102,28 @@ class Strata:
     def own(self, position: int, frames: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the Gram matrices ``(n, m, m)`` within each sample, some samples at a time.
 
-        The samples are taken in parts that keep the work on pairs of different samples small.
+        The samples are taken in parts that keep the work on pairs of different samples small; a re-iterable
+        is read once.
         """
         size = max(1, math.isqrt(_ENTRIES // 8) // frames.shape[-1])
-        if size >= self.samples:
-            yield slice(0, self.samples), _within(self.gram(position, frames))
+        source: Any = self.operands[position].structure
+        space = self.operands[position].rows
+        if space.part[1] > 1:
+            for part, kernel in source.sample_parts(size):
+                make = partial(_own_of, self, position, frames[part], kernel)
+                yield part, space.together(make, "Gram matrices of gradients")
             return
         with SharedPasses(self.samples) as passes:
-            for part in tile_slices(self.samples, size):
+            for part, kernel in source.sample_parts(size):
                 with passes.over(part.stop - part.start):
-                    block = _within(self.gram(position, frames[part], part))
+                    block = _within(self.gram(position, frames[part], kernel))
                 yield part, block
+
+    def pair_reader(self) -> Callable[[slice, slice], list[Any]]:
+        """Return what gives the kernels over two parts of the samples, to be asked for row after row."""
+        sources: list[Any] = [operand.structure for operand in self.operands]
+        readers = [source.sample_reader() for source in sources]
+        return lambda one, other: [reader(one, other) for reader in readers]
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,7 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
         N·m x N·m Gram matrix of gradients is too large, T - 1 times as many for T parts of the samples.
         Memory: one tile.
     """
+    space = strata.operands[0].rows
     count, columns = strata.samples, frames.shape[-1]
     own = torch.zeros((len(strata.operands), count, columns, columns), dtype=torch.float64)
     others = torch.zeros((len(pairs), count, columns, columns), dtype=torch.float64)
@@ -146,8 +160,9 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
         for position in range(len(strata.operands)):
             for part, block in strata.own(position, frames):
                 own[position, part] = block.cpu()
-        return SampleGrams(own, others)
-    for row, column, blocks in _tiles(strata, frames):
+        return SampleGrams(space.total(own), others)
+    tiles = _spread_tiles if space.part[1] > 1 else _tiles
+    for row, column, blocks in tiles(strata, frames):
         if row == column:
             own[:, row] = torch.stack([_within(block) for block in blocks]).cpu()
             for block in blocks:
@@ -157,25 +172,26 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
             if row != column:
                 flipped = [blocks[k].permute(2, 3, 0, 1) for k in (first, second)]
                 others[position, column] += _row_products(*flipped).cpu()
-    return SampleGrams(own, (others + others.mT) / 2)
+    return SampleGrams(space.total(own), space.total(others + others.mT) / 2)
 
 
 def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Yield ``(n, m, n', m)`` tiles on and above the diagonal, one for each kernel."""
-    kernels, columns = range(len(strata.operands)), frames.shape[-1]
+    columns = frames.shape[-1]
     if (strata.samples * columns) ** 2 <= _ENTRIES:
         whole = slice(0, strata.samples)
-        yield whole, whole, [strata.gram(k, frames) for k in kernels]
+        yield whole, whole, [strata.gram(k, frames) for k in range(len(strata.operands))]
         return
     size = max(1, math.isqrt(_ENTRIES) // (2 * columns))
     parts = list(tile_slices(strata.samples, size))
     seen: set[int] = set()
+    kernels_of = strata.pair_reader()
     with SharedPasses(strata.samples) as passes:
         for i, j in itertools.combinations(range(len(parts)), 2):
             one, other = parts[i], parts[j]
-            both = torch.cat([torch.arange(strata.samples)[part] for part in (one, other)])
+            both = torch.cat([frames[one], frames[other]])
             with passes.over(len(both)):
-                blocks = [strata.gram(k, frames[both], both) for k in kernels]
+                blocks = [strata.gram(k, both, kernel) for k, kernel in enumerate(kernels_of(one, other))]
             split = one.stop - one.start
             inside = {i: slice(0, split), j: slice(split, None)}
             yield one, other, [block[inside[i]][:, :, inside[j]] for block in blocks]
@@ -183,6 +199,38 @@ def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[
                 seen.add(number)
                 own = inside[number]
                 yield parts[number], parts[number], [block[own][:, :, own].clone() for block in blocks]
+
+
+def _spread_tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yield what `_tiles` does for samples over several processes: to each of them, an equal share."""
+    size, space = max(1, math.isqrt(_ENTRIES) // (2 * frames.shape[-1])), strata.operands[0].rows
+    sources: list[Any] = [operand.structure for operand in strata.operands]
+    for pairs in zip(*(source.sample_pairs(size) for source in sources), strict=True):
+        one, other, _ = pairs[0]
+        make = partial(_blocks_of, strata, frames, one, other, [kernel for _, _, kernel in pairs])
+        blocks = space.together(make, "Gram matrices of gradients")
+        if blocks:
+            yield one, other, blocks
+
+
+def _own_of(strata: Strata, position: int, frames: Tensor, kernel: Any) -> Tensor:
+    """Return ``(n, m, m)`` of a part of the samples; of a part without any, nothing."""
+    if kernel is None:
+        return frames.new_zeros((0, frames.shape[-1], frames.shape[-1]))
+    return _within(strata.gram(position, frames, kernel))
+
+
+def _blocks_of(
+    strata: Strata, frames: Tensor, one: slice, other: slice, kernels: Sequence[Any]
+) -> list[Tensor]:
+    """Return the tile of each kernel between two parts of the samples; none where it is not made here."""
+    if kernels[0] is None:
+        return []
+    if one == other:
+        return [strata.gram(k, frames[one], kernel) for k, kernel in enumerate(kernels)]
+    both, split = torch.cat([frames[one], frames[other]]), one.stop - one.start
+    blocks = [strata.gram(k, both, kernel) for k, kernel in enumerate(kernels)]
+    return [block[:split][:, :, split:] for block in blocks]
 
 
 def _within(block: Tensor) -> Tensor:
@@ -193,36 +241,3 @@ def _within(block: Tensor) -> Tensor:
 def _row_products(first: Tensor, second: Tensor) -> Tensor:
     """Return ``(n, m, m)``: Σ_j W¹_ij W²_ijᵀ of ``(n, m, n', m)``."""
     return first.flatten(2) @ second.flatten(2).mT
-
-
-class SharedPasses:
-    """Passes over parts of the samples, reported as passes over all of them."""
-
-    def __init__(self, samples: int) -> None:
-        self._samples, self._spent, self._reported = samples, 0.0, 0
-
-    def __enter__(self) -> SharedPasses:
-        return self
-
-    def over(self, count: int) -> Any:
-        """Count what is made inside as passes over so many samples."""
-        return _Part(self, count / self._samples)
-
-    def add(self, passes: float) -> None:
-        """Add to what was spent."""
-        self._spent += passes
-
-    def __exit__(self, *problem: object) -> None:
-        report_passes(per_sample=math.ceil(self._spent - 1e-9))
-
-
-class _Part:
-    def __init__(self, whole: SharedPasses, share: float) -> None:
-        self._whole, self._share, self._counting = whole, share, count_apart()
-
-    def __enter__(self) -> None:
-        self._tally = self._counting.__enter__()
-
-    def __exit__(self, *problem: object) -> None:
-        self._counting.__exit__(None, None, None)
-        self._whole.add(self._tally.total * self._share)

@@ -54,9 +54,9 @@ class TwoSided:
             not (op.structure.symmetric or (op.is_square and quantity.needs_square)) for op in operands
         ]
         self._width = 0
-        self._basis = self._empty(self._space.size)
+        self._basis = self._empty(self._space.length)
         self._fixed = torch.zeros((len(quantity.moments), *self._batch), dtype=torch.float64)
-        self._probes = self._empty(self._space.size)
+        self._probes = self._empty(self._space.length)
         self._products = [self._empty(length) for length in self._lengths()]
 
     @property

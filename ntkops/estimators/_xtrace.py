@@ -73,7 +73,7 @@ class XTrace:
         operand.require_square("xtrace")
         self._operand, self._generator, self._space = operand, generator, operand.columns
         self.limit = self._space.size
-        shape = (*operand.batch_shape, self._space.size, 0)
+        shape = (*operand.batch_shape, self._space.length, 0)
         self._probes = torch.empty(shape, dtype=operand.dtype, device=operand.device)
         self._products = self._basis = self._images = self._probes
 

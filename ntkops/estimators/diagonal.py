@@ -6,9 +6,11 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..operators.structure import diagonal_parts, diagonal_step
 from ..results import Estimate
 from ..vectors import Space
 from ._driver import Sampler, run
+from ._exact import ExactWork, length_of
 from ._moments import Summary
 from ._one_sided import factors_of
 from ._request import Operand, Request, require_finite
@@ -84,8 +86,13 @@ class _Plan:
     def exact_cost(self) -> float:
         return float(self._operand.structure.exact_cost("diagonal"))
 
-    def exact(self) -> Tensor:
-        return require_finite(self._operand.structure.diagonal().double(), self.name)
+    def exact(self, work: ExactWork) -> Tensor:
+        source = self._operand.structure
+        whole = torch.empty(self._operand.shape[:-1], dtype=torch.float64, device=self._operand.device)
+        parts = diagonal_parts(source, diagonal_step(source))
+        for rows, part in work.shown(parts, source.shape[-2], "row", length_of):
+            whole[..., rows] = part
+        return require_finite(whole, self.name)
 
     def preferred(self) -> str:
         return "hutchinson"

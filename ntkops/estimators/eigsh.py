@@ -83,7 +83,7 @@ def eigsh(
     start = time.perf_counter()
     operand = Operand(operator)
     _check(operand, k, which, tol, max_products, block_size)
-    generator, seed = checked_generator(generator)
+    generator, seed = checked_generator(generator, operand.rows)
     tolerance = default_tolerance(operand.dtype) if tol is None else tol
     limit = 20 * k + 500 if max_products is None else max_products
     sign = 1.0 if which == "largest" else -1.0
@@ -138,7 +138,8 @@ def _check(
 
 def fits_dense(operand: Operand) -> bool:
     """Whether the dense matrix may be put together: ``max_dense_bytes`` of no part forbids it."""
-    needed = operand.shape.numel() * torch.finfo(operand.dtype).bits // 8
+    entries = operand.batch_shape.numel() * operand.rows.size * operand.columns.size
+    needed = entries * torch.finfo(operand.dtype).bits // 8
     return needed <= _dense_limit(operand.operator)
 
 
@@ -228,6 +229,11 @@ def symmetric_by_tiles(structure: Structure) -> Tensor:
         UnsupportedOperationError: If it is not symmetric.
         NonFiniteError: If it has entries that are not finite.
     """
+    if structure.space.part[1] > 1:
+        raise UnsupportedOperationError(
+            "the dense matrix of an operator over a process group is not put together on any rank: use the "
+            "iterative method, or one process"
+        )
     dense = require_finite(dense_from_tiles(structure), "the operator")
     _require_symmetric(dense)
     wide = dense.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
 from ._driver import NORM_METHODS, estimate
+from ._exact import require_no_checkpoint
 from ._quantities import FROBENIUS_NORM
 from ._request import operands
 
@@ -24,6 +27,8 @@ def frobenius_norm(
     generator: torch.Generator | None = None,
     progress: bool = False,
     differentiable: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
 ) -> Estimate:
     r"""Estimate or compute the Frobenius norm, :math:`|K|_F = (\mathrm{tr}\,K^\top K)^{1/2}`.
 
@@ -52,10 +57,14 @@ def frobenius_norm(
             layer structure makes such a pass as cheap as a vjp.
         generator: CPU generator of the probes; None draws a seed from the operating system. The result
             records the seed.
-        progress: Show a bar of passes.
+        progress: Show a bar, of passes or, for exact work, of tiles, with the time left.
         differentiable: Return a value that can be differentiated (twice, too) with respect to the parameters
             of operators made with ``ntkops.ntk(..., differentiable=True)``: exact, or with ``num_passes`` by
             "hutchinson" or "hutch++" for fixed probes. Memory of the first derivative: one tile or chunk.
+        checkpoint: A file that exact work is kept in, tile by tile: a run that is interrupted goes on from
+            it, and gives the same bits as one that is not. Makes "auto" exact. It is refused if model,
+            parameters or data have changed; sizes of chunks and the number of threads are followed.
+        checkpoint_every: Seconds from one writing of the file to the next; an interrupt writes it, too.
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
@@ -65,6 +74,7 @@ def frobenius_norm(
         judged by the rest. With a single residual probe the error is infinite.
 
     Raises:
+        CheckpointError: If the file belongs to other work, or cannot be read or written.
         InputError: If an option is not understood, or the passes do not pay for the method.
         UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
         DtypeError: If the operator is not of a real floating dtype, or two of them differ.
@@ -80,6 +90,7 @@ def frobenius_norm(
         5.0
     """
     if differentiable:
+        require_no_checkpoint(checkpoint)
         return differentiable_estimate(
             FROBENIUS_NORM,
             (operator,),
@@ -98,4 +109,6 @@ def frobenius_norm(
         method=method,
         generator=generator,
         progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )

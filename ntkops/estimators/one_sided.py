@@ -12,6 +12,7 @@ from ..errors import InputError, ShapeError
 from ..results import Estimate
 from ..vectors import Space
 from ._driver import run
+from ._exact import ExactWork
 from ._moments import Pairs, Summary, summarize
 from ._request import DEFAULT_RTOL, Operand, Request
 
@@ -121,7 +122,7 @@ class _Plan:
     def exact_cost(self) -> float:
         return float("inf")
 
-    def exact(self) -> Tensor:
+    def exact(self, work: ExactWork) -> Tensor:
         raise AssertionError("never chosen: its cost is infinite")
 
     def preferred(self) -> str:

@@ -10,15 +10,17 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..engines.shared_passes import SharedPasses
 from ..errors import UnsupportedOperationError
-from ..operators.structure import dense_from_tiles, structure, tile_slices
+from ..operators.structure import dense_from_tiles, structure, tile_count
 from ..results import Estimate
 from ._driver import Sampler, run
+from ._exact import ExactWork, length_of
 from ._moments import Summary
 from ._partial_axes import Over, StateAxes
 from ._partial_samplers import SampledBlocks, SharedProbes
 from ._request import Operand, Request, require_finite
-from ._stratified_grams import SharedPasses, Strata
+from ._stratified_grams import Strata
 
 __all__ = ["partial_trace"]
 
@@ -112,6 +114,11 @@ def partial_trace(
     )
     operand = Operand(operator)
     operand.require_square("the partial trace")
+    if operand.rows.part[1] > 1:
+        raise UnsupportedOperationError(
+            "partial traces of a kernel whose samples lie on several ranks are not offered: take ntkops.trace "
+            "of ntkops.ntk(model, shard, outputs='each', group=group) for one trace an output"
+        )
     chosen = StateAxes.resolve(operator, over, axes, shape)
     if method == "stratified" and not chosen.over_samples:
         raise UnsupportedOperationError(
@@ -160,30 +167,28 @@ class _Plan:
         kind = "diagonal" if self._axes.over_samples else "tiles"
         return float(structure(self._traced).exact_cost(kind))
 
-    def exact(self) -> Tensor:
+    def exact(self, work: ExactWork) -> Tensor:
         """Return the exact entries, ``(*batch, r²)``."""
         if self._traced is None:
-            value = self._from_tiles()
+            value = self._from_tiles(work)
         elif self._axes.over_samples:
-            value = self._over_samples()
+            value = self._over_samples(work)
         else:
             value = dense_from_tiles(structure(self._traced)).double()
         return require_finite(value, self.name).flatten(-2)
 
-    def _over_samples(self) -> Tensor:
+    def _over_samples(self, work: ExactWork) -> Tensor:
         samples, size = self._axes.sizes[0], self._axes.size
         total = torch.zeros((*self._operand.batch_shape, size, size), dtype=torch.float64)
-        step = max(1, _BLOCK_ROWS // size)
+        parts = structure(self._traced).sample_parts(max(1, _BLOCK_ROWS // size))  # type: ignore[attr-defined]
         with SharedPasses(samples) as passes:
-            for part in tile_slices(samples, step):
-                rows = slice(part.start * size, part.stop * size)
+            for part, kernel in work.shown(parts, samples, "sample", length_of):
                 with passes.over(part.stop - part.start):
-                    dense = dense_from_tiles(structure(self._traced.submatrix(rows, rows)))
-                own = dense.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (*batch, n, r, n, r)
-                total += own.diagonal(dim1=-4, dim2=-2).sum(-1, dtype=torch.float64).cpu()
+                    dense = dense_from_tiles(structure(kernel))
+                total += _own_blocks(dense, size)
         return total
 
-    def _from_tiles(self) -> Tensor:
+    def _from_tiles(self, work: ExactWork) -> Tensor:
         axes, source = self._axes, self._operand.structure
         rows = axes.rows()
         term, kept = torch.empty(rows.numel(), dtype=torch.long), torch.empty(rows.numel(), dtype=torch.long)
@@ -191,7 +196,9 @@ class _Plan:
         kept[rows] = torch.arange(axes.size).expand_as(rows)
         batch = self._operand.batch_shape
         total = torch.zeros((axes.size**2, *batch), dtype=torch.float64)
-        for tile in source.tiles():
+        side = source.tile_size()
+        count = tile_count(source, source, side)
+        for tile in work.shown(source.tiles(side), count, "tile", lambda _: 1):
             block = tile.block.double().cpu().movedim((-2, -1), (0, 1))  # (r, c, *batch)
             row, column = (term[tile.rows][:, None] == term[tile.cols]).nonzero(as_tuple=True)
             one, other = kept[tile.rows][row], kept[tile.cols][column]
@@ -215,3 +222,9 @@ class _Plan:
         """Return the estimate as it stands."""
         assert isinstance(sampler, SharedProbes | SampledBlocks)
         return sampler.summary()
+
+
+def _own_blocks(dense: Tensor, size: int) -> Tensor:
+    """Return the sum over some samples of their own blocks ``(*batch, r, r)``, float64, on the CPU."""
+    own = dense.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (*batch, n, r, n, r)
+    return own.diagonal(dim1=-4, dim2=-2).sum(-1, dtype=torch.float64).cpu()

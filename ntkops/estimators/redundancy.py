@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..operators import JacobianOperator
+from ..operators.counting import column_space
 from ..results import Redundancy
 from ._leading import FIRST, Trace, check_options, clamped, dense_pays, require_nonzero, traces
 from ._request import Operand, checked_generator
@@ -78,7 +79,7 @@ def data_redundancy(
         progress=progress,
     )
     assert found.interval is not None
-    size = operator.shape[-1]
+    size = column_space(operator).size
     low, high = found.interval
     return Redundancy(
         factor=_times(size, found.rank),
@@ -155,7 +156,7 @@ def parameter_redundancy(
     start = time.perf_counter()
     check_options(epsilon, tol, method, max_products)
     operand, size = _kernel(operator, num_parameters)
-    generator, seed = checked_generator(generator)
+    generator, seed = checked_generator(generator, operand.rows)
     with torch.no_grad(), count_passes() as tally:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
@@ -205,7 +206,7 @@ def _kernel(operator: LinearOperator | Tensor, num_parameters: int | None) -> tu
     operand = Operand(operator)
     if not operand.is_square or isinstance(operator, JacobianOperator):
         root = RootLinearOperator(to_linear_operator(operator))
-        return Operand(root), num_parameters or operand.shape[-1]
+        return Operand(root), num_parameters or operand.columns.size
     factors = operand.structure.factors()
     if num_parameters is None and factors is None:
         raise InputError(
@@ -214,7 +215,7 @@ def _kernel(operator: LinearOperator | Tensor, num_parameters: int | None) -> tu
     if num_parameters is not None:
         return operand, num_parameters
     assert factors is not None
-    return operand, int(factors[0].shape[-1])
+    return operand, column_space(factors[0]).size
 
 
 @dataclass(frozen=True)

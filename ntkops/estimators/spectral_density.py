@@ -108,6 +108,7 @@ def spectral_density(
         progress=progress,
     )
     operand = Operand(operator)
+    asked = asked.shared(operand.rows)
     _check(operand, num_steps, num_probes, grid, bandwidth, scale)
     if operand.batch_shape:
         raise ShapeError(

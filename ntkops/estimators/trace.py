@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
 from ._driver import TRACE_METHODS, estimate
+from ._exact import require_no_checkpoint
 from ._quantities import TRACE
 from ._request import operands
 
@@ -25,6 +28,8 @@ def trace(
     generator: torch.Generator | None = None,
     progress: bool = False,
     differentiable: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
 ) -> Estimate:
     r"""Estimate or compute the trace, :math:`\mathrm{tr}\,K = \sum_i K_{ii} = |J|_F^2`.
 
@@ -55,10 +60,14 @@ def trace(
             the dimension: otherwise the other half alone decides the error.
         generator: CPU generator of the probes; None draws a seed from the operating system. The result
             records the seed.
-        progress: Show a bar of passes.
+        progress: Show a bar, of passes or, for exact work, of rows, with the time left.
         differentiable: Return a value that can be differentiated (twice, too) with respect to the parameters
             of operators made with ``ntkops.ntk(..., differentiable=True)``: exact, or with ``num_passes`` by
             "hutchinson" or "hutch++" for fixed probes. Memory of the first derivative: one tile or chunk.
+        checkpoint: A file that exact work is kept in, part by part: a run that is interrupted goes on from
+            it, and gives the same bits as one that is not. Makes "auto" exact. It is refused if model,
+            parameters or data have changed; sizes of chunks and the number of threads are followed.
+        checkpoint_every: Seconds from one writing of the file to the next; an interrupt writes it, too.
 
     Returns:
         Estimate with value, standard error, 95 % interval, method, passes really made, and whether the
@@ -68,6 +77,7 @@ def trace(
         judged by the rest. With a single residual probe the error is infinite.
 
     Raises:
+        CheckpointError: If the file belongs to other work, or cannot be read or written.
         InputError: If an option is not understood, or the passes do not pay for the method.
         ShapeError: If the operator is not square.
         UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
@@ -89,6 +99,7 @@ def trace(
         ('exact', True)
     """
     if differentiable:
+        require_no_checkpoint(checkpoint)
         return differentiable_estimate(
             TRACE,
             (operator,),
@@ -108,4 +119,6 @@ def trace(
         generator=generator,
         progress=progress,
         orthogonalize=orthogonalize,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )

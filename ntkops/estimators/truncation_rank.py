@@ -75,7 +75,7 @@ def truncation_rank(
     check_options(epsilon, tol, method, max_products)
     operand = Operand(operator)
     operand.require_square("the truncation rank")
-    generator, seed = checked_generator(generator)
+    generator, seed = checked_generator(generator, operand.rows)
     with torch.no_grad(), count_passes() as tally:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:

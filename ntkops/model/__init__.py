@@ -6,5 +6,6 @@ from .batches import Batch
 from .build import linearize
 from .inputs import Inputs
 from .linearization import Linearization
+from .slices import Batches
 
-__all__ = ["Batch", "Inputs", "Linearization", "linearize"]
+__all__ = ["Batch", "Batches", "Inputs", "Linearization", "linearize"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -14,7 +15,17 @@ from torch.nn.utils.rnn import PackedSequence
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError
 from .call import tensors_within
 
-__all__ = ["Batch", "Layout", "concatenate", "cut", "matching", "normalise", "require_sound", "take"]
+__all__ = [
+    "Batch",
+    "Layout",
+    "concatenate",
+    "copied",
+    "cut",
+    "matching",
+    "normalise",
+    "require_sound",
+    "take",
+]
 
 _FINITE_CHUNK = 1 << 24  # entries looked at together, to bound the memory of the check
 
@@ -106,6 +117,11 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     return batch.map(lambda tensor: tensor.narrow(batch.batch_dim, start, stop - start))
 
 
+def copied(batch: Batch) -> Batch:
+    """Return the samples in memory of their own."""
+    return batch.map(torch.clone)
+
+
 def matching(left: Batch, right: Batch) -> bool:
     """Whether two batches can be joined: same nesting, same other leaves, same shapes per sample."""
     if not _same_nesting(left.layout.nesting, right.layout.nesting):
@@ -163,6 +179,11 @@ def _require_leaf(leaf: Any, label: str) -> None:
             raise InputError(
                 f"{label} is a {leaf.layout} tensor; pass a dense one (to_dense, or padded with a mask)"
             )
+    elif isinstance(leaf, np.memmap):
+        raise InputError(
+            f"{label} is a memory-mapped NumPy array; pass ntkops.Batches(array, batch_size=64), which reads "
+            "one slice at a time, or torch.from_numpy(np.array(array)) to hold all of it"
+        )
     elif type(leaf).__module__ == "numpy" and getattr(leaf, "ndim", 0) > 0:
         raise InputError(f"{label} is a NumPy array; pass torch.from_numpy(array), in the model's dtype")
     elif tensors_within(leaf):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .batches import Batch, cut, normalise, require_sound, take
+from .batches import Batch, concatenate, cut, normalise, require_sound, take
 from .freshness import Watch, hold, require_fresh
-from .stream import Stream
+from .parts import StreamReader
+from .stream import Stream, require_matching
 
-__all__ = ["Batch", "Inputs", "read_inputs"]
+__all__ = ["Batch", "Inputs", "joined", "read_inputs"]
 
 
 class Inputs:
@@ -50,6 +51,24 @@ class Inputs:
     def num_outputs(self) -> int:
         """Number O of outputs per sample."""
         return self.output_shape.numel()
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the samples are read anew in every pass."""
+        return isinstance(self._source, Stream)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample, of the largest one where they differ."""
+        if isinstance(self._source, Stream):
+            return self._source.sample_bytes
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self._source.tensors)
+        return max(1, -(-held // self._source.num_samples))
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch that a re-iterable gives; all of them where they are in memory."""
+        return max(self._source.lengths) if isinstance(self._source, Stream) else self.num_samples
 
     @property
     def requires_grad(self) -> bool:
@@ -98,6 +117,23 @@ class Inputs:
             else:
                 first = index.start if index is not None else 0
                 yield cut(source, first + start, first + stop)
+
+    def in_order(self) -> Callable[[int, int], Inputs]:
+        """Return what gives ranges of consecutive samples, in memory, to be asked for in their order.
+
+        Returns:
+            A function of the first sample and one past the last. Of a re-iterable, ranges that follow each
+            other, or are asked for again at once, are read in one pass; one that lies before starts another
+            pass. Memory: the range, and one batch. All samples in memory are these inputs themselves.
+        """
+        if isinstance(self._source, Stream):
+            reader = StreamReader(self._source)
+            return lambda start, stop: Inputs(reader.read(start, stop), self.output_shape, live=self._live)
+
+        def between(start: int, stop: int) -> Inputs:
+            return self if stop - start == self.num_samples else self.select(torch.arange(start, stop))
+
+        return between
 
     def select(self, index: Tensor) -> Inputs:
         """Return a view of the samples at the given positions of this view.
@@ -200,6 +236,20 @@ class Inputs:
         """Show the number of samples and the output's shape."""
         kind = "stream" if isinstance(self._source, Stream) else "memory"
         return f"Inputs(num_samples={self.num_samples}, output_shape={tuple(self.output_shape)}, {kind})"
+
+
+def joined(parts: Sequence[Inputs]) -> Inputs:
+    """Return the samples of several parts of one set of inputs, one part after the other, in memory.
+
+    Raises:
+        InputError: If their samples differ in shape.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    batches = [part._whole() for part in parts]
+    for batch in batches[1:]:
+        require_matching(batches[0], batch, 0, sum(part.num_samples for part in parts) - 1)
+    return Inputs(concatenate(batches), parts[0].output_shape, live=parts[0]._live)
 
 
 def _watches(batch: Batch) -> tuple[Watch, ...]:

@@ -17,6 +17,7 @@ from .call import FunctionCall, ModuleCall
 from .context import full_precision, one_at_a_time, safe_context
 from .freshness import Watch, require_fresh
 from .inputs import Inputs, read_inputs
+from .norms import PlainGradients
 from .output import OutputSelector, sample_rows
 from .probe import examine
 from .stream import Stream
@@ -68,6 +69,8 @@ class Linearization:
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
         modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+        # Needed until a call has shown that no norm is used.
+        self._plain_gradients = self.device.type == "cpu"
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
     # -- sizes
@@ -123,7 +126,13 @@ class Linearization:
 
     def raw_state(self, params: Sequence[Tensor], batch: Batch) -> Any:
         """Call the model once and return the selected state as it is."""
-        return self.call.run((*params, *self.constants), batch.inputs, self.selector.read)
+        values = (*params, *self.constants)
+        if not self._plain_gradients:
+            return self.call.run(values, batch.inputs, self.selector.read)
+        with PlainGradients() as norms:
+            state = self.call.run(values, batch.inputs, self.selector.read)
+        self._plain_gradients = norms.needed
+        return state
 
     # -- the function
 

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError, NonDeterministicDataError
-from .batches import Batch, concatenate, cut, matching, normalise, require_sound, take
+from .batches import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
 from .freshness import bits_of
+from .prefetch import moved_ahead
 from .randomness import disturb_randomness, untouched_randomness
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "require_matching"]
 
 _OTHER_SEED = 7238763
+_HASHED = 2**18  # words hashed at a time
+_CPU = torch.device("cpu")
 
 
 def _fingerprint(batch: Batch) -> tuple[int, ...]:
-    """Return exact sums over the bits of each tensor, weighted by sample, which any change alters."""
-    return tuple(_bit_sum(tensor.movedim(batch.batch_dim, 0)) for tensor in batch.tensors)
+    """Return a hash of the bits of each tensor, which any change alters, also an exchange of entries."""
+    return tuple(_bit_hash(tensor.movedim(batch.batch_dim, 0)) for tensor in batch.tensors)
 
 
-def _bit_sum(tensor: Tensor) -> int:
-    bits = bits_of(tensor)
-    rows = bits.reshape(bits.shape[0], -1).sum(1, dtype=torch.int64)  # (B,)
-    return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
+def _bit_hash(tensor: Tensor) -> int:
+    """Return a sum of 32-bit words with random odd weights modulo 2**64, which is a universal hash."""
+    bits = bits_of(tensor).reshape(tensor.shape[0], tensor.shape[1:].numel())
+    words = bits.view(torch.int32) if bits.element_size() == 8 and bits.shape[1] else bits
+    weights = _weights(words.shape[1]).to(words.device)
+    step = max(1, _HASHED // max(1, words.shape[1]))
+    rows = torch.cat([(part.long() * weights).sum(1) for part in words.split(step)])  # (B,)
+    return int((rows * _weights(len(rows)).to(rows.device)).sum())
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(80 + count)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1
 
 
 def _generators(source: Any) -> list[torch.Generator]:
@@ -53,7 +69,9 @@ def _untouched(source: Any) -> Iterator[None]:
 class Stream:
     """Batches that are read from their source in every pass.
 
-    Construction reads the source once in full, and its first batch once more.
+    Construction reads the source once in full, and its first batch once more. A pass that starts later than
+    at the first sample reads what is before, too, unless the source is a sequence of batches (a list,
+    `ntkops.Batches`). Batches on the CPU for a model elsewhere are moved one by one.
 
     Args:
         source: A re-iterable of tensors, tuples, lists (taken as tuples) or mappings.
@@ -63,6 +81,7 @@ class Stream:
 
     Attributes:
         lengths: Samples in each batch of the source.
+        sample_bytes: Bytes of one sample, of the largest one where they differ.
 
     Raises:
         InputError: For a one-shot iterator, a data set without batches, or an empty source.
@@ -79,22 +98,36 @@ class Stream:
         self._device: torch.device | str | None = None
         self._num_outputs: int | None = None
         self._prints: tuple[tuple[int, ...], ...] = ()
+        self.sample_bytes = 1
         lengths: list[int] = []
         prints: list[tuple[int, ...]] = []
+        samples = 0
         for batch in self._read():
-            require_sound(batch, dtypes, device, offset=sum(lengths))
+            away = device != _CPU and all(tensor.device == _CPU for tensor in batch.tensors)
+            require_sound(batch, dtypes, _CPU if away else device, offset=samples)
+            if away:
+                self._device = device
             lengths.append(batch.num_samples)
             prints.append(_fingerprint(batch))
+            samples += batch.num_samples
+            bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in batch.tensors)
+            self.sample_bytes = max(self.sample_bytes, -(-bytes_held // batch.num_samples))
         if not lengths:
             raise InputError(f"the {type(source).__name__} yields no batch; pass at least one")
         self.lengths = tuple(lengths)
+        self._stops = tuple(accumulate(lengths))
         self._prints = tuple(prints)
         self._require_repeatable()
 
     @property
     def num_samples(self) -> int:
         """Number of samples in all batches."""
-        return sum(self.lengths)
+        return self._stops[-1]
+
+    @property
+    def seeks(self) -> bool:
+        """Whether a pass may start at any batch without reading those before."""
+        return isinstance(self._source, Sequence)
 
     def _require_repeatable(self) -> None:
         # In another random state, so that a shuffling loader cannot repeat itself by chance of the state.
@@ -116,36 +149,65 @@ class Stream:
 
     def _compare(self, position: int, batch: Batch) -> None:
         if position >= len(self._prints) or _fingerprint(batch) != self._prints[position]:
-            raise NonDeterministicDataError(
-                f"two passes over the {type(self._source).__name__} differ at batch {position}; pass "
-                "shuffle=False and no random augmentation, since every product needs the same data"
-            )
+            self._fail(position)
 
-    def _read(self) -> Iterator[Batch]:
-        """Yield the batches of one pass as they come, the random states untouched in between."""
+    def _fail(self, position: int) -> NoReturn:
+        raise NonDeterministicDataError(
+            f"two passes over the {type(self._source).__name__} differ at batch {position}; pass "
+            "shuffle=False and no random augmentation, since every product needs the same data"
+        )
+
+    def _read(self, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one pass from the first one wanted, the random states untouched in between."""
+        position = first if self.seeks else 0
         with _untouched(self._source):
-            iterator = iter(self._source)
-        position = 0
+            iterator = self._from(position) if self.seeks else iter(self._source)
         while True:
             with _untouched(self._source):
                 try:
                     item = next(iterator)
                 except StopIteration:
                     return
-            yield self._normalise(item, position)
+            if position >= first:
+                yield self._normalise(item, position)
             position += 1
 
-    def _checked(self) -> Iterator[Batch]:
-        position = -1
-        for position, batch in enumerate(self._read()):
+    def _from(self, first: int) -> Iterator[Any]:
+        assert isinstance(self._source, Sequence)
+        for position in range(first, len(self._source)):
+            yield self._source[position]
+
+    def _compared(self, first: int) -> Iterator[Batch]:
+        """Yield batches that are what they were, floating tensors cast."""
+        position = first - 1
+        for position, batch in enumerate(self._read(first), first):
             self._compare(position, batch)
-            cast = batch.map(self._cast) if self._dtype or self._device else batch
-            yield Batch(cast.tensors, cast.layout, self._num_outputs)
+            yield batch.map(self._cast) if self._dtype else batch
         if position + 1 != len(self.lengths):
-            self._compare(len(self._prints), batch)
+            raise NonDeterministicDataError(
+                f"a later pass over the {type(self._source).__name__} ends after {position + 1} of "
+                f"{len(self.lengths)} batches; every product needs the same data"
+            )
+
+    def _checked(self, first: int = 0) -> Iterator[Batch]:
+        arriving = self._compared(first)
+        if self._device is not None:
+            arriving = moved_ahead(arriving, torch.device(self._device))
+        for batch in arriving:
+            yield Batch(batch.tensors, batch.layout, self._num_outputs)
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def batches_from(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches of one pass, from that which holds a sample on, each with its first sample.
+
+        Args:
+            start: The sample, from 0 to N - 1.
+        """
+        first = bisect_right(self._stops, start)
+        for stop, batch in zip(self._stops[first:], self._checked(first), strict=True):
+            yield stop - batch.num_samples, batch
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """Yield the samples in batches of ``size``, as far as neighbouring batches can be joined.
@@ -170,6 +232,8 @@ class Stream:
                 if room == 0:
                     yield concatenate(held)
                     held, room = [], size
+            if held:  # a source may write its next batch over this one
+                held[-1] = copied(held[-1])
         if held:
             yield concatenate(held)
 
@@ -181,19 +245,13 @@ class Stream:
         """
         wanted, order = torch.unique(index, return_inverse=True)
         parts: list[Batch] = []
-        start = 0
-        for batch in self._checked():
+        for start, batch in self.batches_from(int(wanted[0])):
             stop = start + batch.num_samples
             inside = wanted[(wanted >= start) & (wanted < stop)]
             if len(inside):
                 parts.append(take(batch, inside - start))
-                if not matching(parts[0], parts[-1]):
-                    raise InputError(
-                        f"samples {int(index.min())} to {int(index.max())} come from batches of different "
-                        "shapes, and cannot be joined; pad all batches to one length"
-                    )
-            start = stop
-            if len(wanted) and start > int(wanted[-1]):
+                require_matching(parts[0], parts[-1], int(wanted[0]), int(wanted[-1]))
+            if stop > int(wanted[-1]):
                 break
         return take(concatenate(parts), order)
 
@@ -211,6 +269,19 @@ class Stream:
         return known
 
 
+def require_matching(first: Batch, other: Batch, low: int, high: int) -> None:
+    """Raise unless samples can be joined.
+
+    Raises:
+        InputError: Naming the first and the last of them.
+    """
+    if not matching(first, other):
+        raise InputError(
+            f"samples {low} to {high} come from batches of different shapes, and cannot be joined; pad all "
+            "batches to one length"
+        )
+
+
 def _require_reiterable(source: Any) -> None:
     kind = type(source).__name__
     if isinstance(source, Iterator):
@@ -222,6 +293,11 @@ def _require_reiterable(source: Any) -> None:
         raise InputError(
             f"the inputs are a data set ({kind}) of single samples; pass DataLoader(dataset, batch_size=64), "
             "or its tensors"
+        )
+    if hasattr(source, "column_names") or (hasattr(source, "shape") and hasattr(source, "__getitem__")):
+        raise InputError(
+            f"the inputs are a {kind} of single samples; pass ntkops.Batches(data, batch_size=64), which "
+            "reads one slice at a time"
         )
     if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
         raise InputError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..engines import Engine, LayerwiseEngine
 from ..engines.factors import Direct, Factors, Outer, outer_gradients
 from ..engines.layer_rules import OneHot
+from ..engines.tiling import sample_slices
 from ..model import Inputs
 from ..projections import LayerKronecker, Projection
 from .axes import StateAxis
@@ -49,12 +50,9 @@ def _from_rows(
     engine: Engine, params: tuple[Tensor, ...], inputs: Inputs, outputs: Tensor, projection: Projection
 ) -> Tensor:
     """Return ``(N, u, k)`` from rows of J that are written down, some samples and outputs at a time."""
-    fitting, count = engine.tile_samples(1), inputs.num_samples
-    size = max(1, fitting // len(outputs))
+    fitting = engine.tile_samples(1)
     tiles = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        part = inputs if size >= count else inputs.select(torch.arange(start, stop))
+    for _, _, part in sample_slices(inputs, max(1, fitting // len(outputs))):
         pieces = []
         for chosen in outputs.split(max(1, min(fitting, len(outputs)))):
             rows = engine.jacobian_tile(params, part, chosen)  # (B, u', P)

@@ -10,6 +10,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..engines import Engine, EngineChoice, build_engine
+from ..engines.tiling import sample_slices
 from ..model import Linearization, linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
@@ -84,11 +85,8 @@ def jacobian_rows(engine: Engine, params: tuple[Tensor, ...], axis: StateAxis) -
     """Return the dense rows ``(*batch, n, R·P)`` of an axis, from per-sample gradients."""
     distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
     count = axis.inputs.num_samples
-    size = engine.tile_samples(len(distinct))
     tiles = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        part = axis.inputs if size >= count else axis.inputs.select(torch.arange(start, stop))
+    for _, _, part in sample_slices(axis.inputs, engine.tile_samples(len(distinct))):
         tile = engine.jacobian_tile(params, part, distinct)  # (B, u, P)
         if len(index) == 1 and axis.terms == 1 and torch.equal(index.flatten(), torch.arange(len(distinct))):
             tiles.append(tile.unsqueeze(0))  # (1, B, r, P)

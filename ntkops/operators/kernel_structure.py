@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..engines import LayerwiseEngine
+from ..engines.shared_passes import SharedPasses
+from ..engines.tiling import sample_slices
+from ..model import Inputs
+from ..model.inputs import joined
 from ..vectors import Space
 from .axes import StateAxis
 from .jacobian import JacobianOperator, jacobian_rows
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from .kernel import NTKOperator
 
 __all__ = ["KernelStructure"]
+
+_LEAST_STEP = 16  # samples of a part of the diagonal
+_TILES_OF_STEP = 8
 
 
 class KernelStructure:
@@ -42,7 +49,12 @@ class KernelStructure:
 
     def diagonal(self) -> Tensor:
         """Return the exact diagonal ``(*batch, n)``: one per-sample pass for each output."""
-        return self._kernel.diagonal()
+        if not self._rows.inputs.is_streamed:
+            return self._kernel.diagonal()
+        whole = torch.empty(self.shape[:-1], dtype=self.dtype, device=self.device)
+        for rows, part in self.diagonal_parts(self.diagonal_step()):
+            whole[..., rows] = part
+        return whole
 
     def factors(self) -> tuple[JacobianOperator, JacobianOperator]:
         """Return J(x₁) and J(x₂) with K = left @ right.mT."""
@@ -118,7 +130,9 @@ class KernelStructure:
             fit = max(1, math.isqrt(workspace // (4 * self.dtype.itemsize * self._rows.batch_shape.numel())))
         else:
             fit = max(1, workspace // self._row_bytes())
-        width = self._rows.outputs.shape[-1]
+        width, inputs = self._rows.outputs.shape[-1], self._rows.inputs
+        if inputs.is_streamed:  # samples may be larger than what is made of them
+            fit = min(fit, max(1, workspace // inputs.sample_bytes) * width)
         fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
         if self._over_time and width**2 * self.dtype.itemsize <= workspace:
             fit = max(fit, width)  # parts of a sample cost as much as all of it
@@ -131,38 +145,153 @@ class KernelStructure:
             size: Rows and columns of a tile; None for as many as the workspace holds.
 
         Yields:
-            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of per-sample gradients.
+            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of per-sample gradients. A re-iterable is
+            read once for each row of tiles, of a symmetric kernel from the row's first sample on.
         """
-        kernel = self._kernel
-        stored = kernel._stored_dense()
-        size = size or self.tile_size()
-        fits = not self._by_layers
-        fits = fits and size * self._row_bytes() <= 2 * kernel._core.engine.workspace_bytes()
-        for rows in tile_slices(self.shape[-2], size):
-            left = None
-            for columns in tile_slices(self.shape[-1], size):
-                if self.symmetric and columns.start < rows.start:
-                    continue
-                if stored is not None:
-                    yield Tile(rows, columns, stored[..., rows, columns])
-                elif not fits:
-                    yield Tile(rows, columns, self._block(rows, columns))
-                else:
-                    left = self._slab(kernel._rows, rows) if left is None else left
-                    same = self.symmetric and rows == columns
-                    right = left if same else self._slab(kernel._columns, columns)
-                    yield Tile(rows, columns, left @ right.mT)
+        yield from self.tiles_after(size or self.tile_size(), 0)
 
-    def _slab(self, axis: StateAxis, rows: slice) -> Tensor:
-        """Return the dense Jacobian rows ``(*batch, r, R·P)`` of a slice of an axis."""
+    def tiles_after(self, size: int, skip: int) -> Iterator[Tile]:
+        """Yield what `tiles` yields after the first ``skip`` tiles, which are not made."""
+        kernel = self._kernel
+        right = AxisReader(kernel._columns)
+        left = right if self.symmetric else AxisReader(kernel._rows)
+        with SharedPasses(self._rows.inputs.num_samples) as passes:
+            for rows in tile_slices(self.shape[-2], size):
+                columns = list(tile_slices(self.shape[-1], size))
+                if self.symmetric:
+                    columns = [part for part in columns if part.start >= rows.start]
+                yield from self._row_of_tiles(left, right, rows, columns[skip:], passes)
+                skip = max(0, skip - len(columns))
+
+    def _row_of_tiles(
+        self, left: AxisReader, right: AxisReader, rows: slice, columns: list[slice], passes: SharedPasses
+    ) -> Iterator[Tile]:
+        stored = self._kernel._stored_dense()
+        if stored is not None:
+            yield from (Tile(rows, part, stored[..., rows, part]) for part in columns)
+            return
+        if not columns:
+            return
+        longest = max(part.stop - part.start for part in (rows, *columns))
+        fits = not self._by_layers
+        fits = fits and longest * self._row_bytes() <= 2 * self._kernel._core.engine.workspace_bytes()
+        one = left.take(rows)
+        slab: Tensor | None = None
+        for part in columns:
+            same = self.symmetric and part == rows
+            other = one if same else right.take(part)
+            if not fits:
+                with passes.over(one.inputs.num_samples):
+                    block = self._block(one, other)
+            else:
+                if slab is None:
+                    with passes.over(one.inputs.num_samples):
+                        slab = self._slab(one)
+                with passes.over(other.inputs.num_samples):
+                    block = slab @ (slab if same else self._slab(other)).mT
+            yield Tile(rows, part, block)
+
+    def _slab(self, axis: StateAxis) -> Tensor:
+        """Return the dense Jacobian rows ``(*batch, r, R·P)`` of a part of an axis."""
         kernel = self._kernel
         kernel._check_fresh()
         with torch.set_grad_enabled(kernel._is_recorded()):
-            return jacobian_rows(kernel._core.engine, kernel._args, axis.take(rows))
+            return jacobian_rows(kernel._core.engine, kernel._args, axis)
 
-    def _block(self, rows: slice, columns: slice) -> Tensor:
+    def _block(self, rows: StateAxis, columns: StateAxis) -> Tensor:
         kernel = self._kernel
-        part = kernel.submatrix(rows, columns)
-        part._check_fresh()
+        kernel._check_fresh()
+        part = kernel._rebuild(kernel._core.with_axes(rows, columns))
         with torch.set_grad_enabled(kernel._is_recorded()):
             return part._dense_values(kernel._args)
+
+    # parts of the samples
+
+    def sample_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, NTKOperator]]:
+        """Yield the kernels within consecutive samples, in memory; a re-iterable is read once.
+
+        Args:
+            size: Samples of a part, at most.
+            first: Number of samples, a whole number of parts, that are left out.
+
+        Yields:
+            The samples of a part, and their symmetric kernel over all rows of these samples.
+        """
+        kernel, rows = self._kernel, self._rows
+        for start, stop, part in sample_slices(rows.inputs, size, first):
+            if part is rows.inputs:
+                yield slice(start, stop), kernel
+            else:
+                yield slice(start, stop), self._within(part)
+
+    def sample_reader(self) -> Callable[..., NTKOperator]:
+        """Return what gives the symmetric kernel over the samples of some slices, to be asked for in order.
+
+        Each place among the slices has its own pass over a re-iterable, which lasts as long as what is asked
+        for there follows what was asked for last.
+        """
+        inputs = self._rows.inputs
+        readers = [inputs.in_order(), inputs.in_order()]
+        held: dict[int, tuple[slice, Inputs]] = {}
+
+        def kernel_of(*chosen: slice) -> NTKOperator:
+            parts = []
+            for place, part in enumerate(chosen):
+                if held.get(place, (None,))[0] != part:
+                    held[place] = part, readers[place](part.start, part.stop)
+                parts.append(held[place][1])
+            return self._within(joined(parts))
+
+        return kernel_of
+
+    def _within(self, part: Inputs) -> NTKOperator:
+        axis = StateAxis(part, self._rows.outputs)
+        return self._kernel._rebuild(self._kernel._core.with_axes(axis, axis))
+
+    def diagonal_step(self) -> int:
+        """Return the samples of the parts in which a diagonal is made: several tiles of gradients."""
+        tile = self._kernel._core.engine.tile_samples(len(self._rows.distinct_outputs))
+        return max(_LEAST_STEP, _TILES_OF_STEP * tile)
+
+    def diagonal_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the exact diagonal in parts ``(*batch, k)``, each with its rows; a re-iterable is read once.
+
+        Args:
+            size: Samples of a part.
+            first: Number of rows, a whole number of parts, that are left out.
+
+        Yields:
+            The rows, and their part of the diagonal.
+        """
+        rows, width = self._rows, self._rows.outputs.shape[-1]
+        if not self.symmetric or rows.pick is not None or self._kernel._stored_dense() is not None:
+            if first < self.shape[-1]:
+                yield slice(0, self.shape[-1]), self._kernel.diagonal()
+            return
+        with SharedPasses(rows.inputs.num_samples) as passes:
+            for part, kernel in self.sample_parts(size, first // width):
+                with passes.over(part.stop - part.start):
+                    found = kernel.diagonal()
+                yield slice(part.start * width, part.stop * width), found
+
+
+class AxisReader:
+    """Slices of an axis, to be asked for in order: what is streamed is read in one pass.
+
+    Args:
+        axis: Rows or columns.
+    """
+
+    def __init__(self, axis: StateAxis) -> None:
+        self._axis = axis
+        in_order = axis.inputs.is_streamed and axis.pick is None
+        self._between = axis.inputs.in_order() if in_order else None
+
+    def take(self, rows: slice) -> StateAxis:
+        """Return the axis of some consecutive rows, its samples in memory."""
+        if self._between is None:
+            return self._axis.take(rows)
+        width = self._axis.outputs.shape[-1]
+        first, last = rows.start // width, -(-rows.stop // width)
+        part = StateAxis(self._between(first, last), self._axis.outputs)
+        return part.take(slice(rows.start - first * width, rows.stop - first * width))

@@ -7,6 +7,7 @@ operator that offers nothing is multiplied with blocks of the identity, and ever
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from ..vectors import Space
 
-__all__ = ["Structure", "Tile", "dense_from_tiles", "paired_tiles", "structure", "tile_slices"]
+__all__ = [
+    "Structure",
+    "Tile",
+    "dense_from_tiles",
+    "diagonal_parts",
+    "diagonal_step",
+    "later_tiles",
+    "paired_tiles",
+    "structure",
+    "tile_count",
+    "tile_slices",
+]
 
 Factors = tuple[LinearOperator, LinearOperator]
 
@@ -67,8 +79,8 @@ class Structure(Protocol):
     def tiles(self, size: int | None = None) -> Iterator[Tile]:
         """Yield dense tiles over slices of length ``size``, row after row.
 
-        Of a symmetric operator only those with ``cols.start >= rows.start``: one above the diagonal
-        stands for two.
+        Of a symmetric operator only those on and above the diagonal, or, over several ranks, their mirror
+        images: one off the diagonal stands for two.
         """
 
     def exact_cost(self, quantity: str) -> float:
@@ -113,37 +125,83 @@ def tile_slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def paired_tiles(first: Structure, second: Structure) -> Iterator[tuple[Tile, Tile, bool]]:
+def diagonal_parts(source: Structure, size: int, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the exact diagonal in parts ``(*batch, k)``, each with its rows.
+
+    Args:
+        source: Structure of a square operator.
+        size: Samples of a part, for a kernel of ours; anything else has one part.
+        first: Number of rows, a whole number of parts, that are left out.
+
+    Yields:
+        The rows, and their part of the diagonal.
+    """
+    if hasattr(source, "diagonal_parts"):
+        yield from source.diagonal_parts(size, first)
+    elif first == 0:
+        yield slice(0, source.shape[-2]), source.diagonal()
+
+
+def diagonal_step(source: Structure) -> int:
+    """Return the samples of the parts in which a diagonal is made; the rows where there are no parts."""
+    return source.diagonal_step() if hasattr(source, "diagonal_step") else source.shape[-2]
+
+
+def tile_count(first: Structure, second: Structure, size: int) -> int:
+    """Return the number of tiles, or pairs of tiles, of a size."""
+    rows, columns = (-(-length // size) for length in first.shape[-2:])
+    return rows * (rows + 1) // 2 if first.symmetric and second.symmetric else rows * columns
+
+
+def later_tiles(source: Structure, size: int, skip: int) -> Iterator[Tile]:
+    """Yield the tiles after the first ``skip`` ones, which a kernel of ours does not make."""
+    after = getattr(source, "tiles_after", None)
+    return itertools.islice(source.tiles(size), skip, None) if after is None else after(size, skip)
+
+
+def paired_tiles(
+    first: Structure, second: Structure, size: int | None = None, skip: int = 0
+) -> Iterator[tuple[Tile, Tile, bool]]:
     """Yield the tiles of two operators of one shape side by side.
 
     Args:
         first: Structure of an operator ``(*batch, n, m)``.
         second: Structure of another of the same shape.
+        size: Rows and columns of a tile; None for what suits both.
+        skip: Number of pairs that are left out, in their order.
 
     Yields:
         Two tiles over the same rows and columns, and whether they stand for their mirror images as
         well. Where only one operator is symmetric, all of its tiles are made.
     """
-    size = min(first.tile_size(), second.tile_size())
+    size = size or min(first.tile_size(), second.tile_size())
     if first.symmetric and second.symmetric:
-        for left, right in zip(first.tiles(size), second.tiles(size), strict=True):
-            yield left, right, left.cols.start > left.rows.start
+        pairs = zip(later_tiles(first, size, skip), later_tiles(second, size, skip), strict=True)
+        for left, right in pairs:
+            yield left, right, left.cols.start != left.rows.start
         return
-    for left, right in zip(_all_tiles(first, size), _all_tiles(second, size), strict=True):
+    both = zip(_all_tiles(first, size, skip), _all_tiles(second, size, skip), strict=True)
+    for left, right in both:
         yield left, right, False
 
 
-def _all_tiles(source: Structure, size: int) -> Iterator[Tile]:
+def _all_tiles(source: Structure, size: int, skip: int) -> Iterator[Tile]:
     """Yield the tiles of both triangles; those below the diagonal are kept until their turn comes."""
+    if not source.symmetric:
+        yield from later_tiles(source, size, skip)
+        return
+    yield from itertools.islice(_mirrored_tiles(source, size), skip, None)
+
+
+def _mirrored_tiles(source: Structure, size: int) -> Iterator[Tile]:
     kept: dict[tuple[int, int], Tile] = {}
-    symmetric = source.symmetric
     row = -1
     for tile in source.tiles(size):
-        if symmetric and tile.rows.start != row:
+        if tile.rows.start != row:
             row = tile.rows.start
             for start in range(0, row, size):
                 yield kept.pop((row, start))
-        if symmetric and tile.cols.start > tile.rows.start:
+        if tile.cols.start > tile.rows.start:
             kept[tile.cols.start, tile.rows.start] = Tile(tile.cols, tile.rows, tile.block.mT)
         yield tile
 

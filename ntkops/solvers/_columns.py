@@ -60,9 +60,9 @@ def as_block(rhs: Tensor, space: Space, what: str = "the right-hand side") -> Te
         NonFiniteError: If it holds NaN or infinity.
     """
     block = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
-    if block.dim() < 2 or block.shape[-2] != space.size:
+    if block.dim() < 2 or block.shape[-2] != space.length:
         raise ShapeError(
-            f"{what} needs shape ({space.size},) or (..., {space.size}, k), got {tuple(rhs.shape)}"
+            f"{what} needs shape ({space.length},) or (..., {space.length}, k), got {tuple(rhs.shape)}"
         )
     if block.dtype != space.dtype:
         raise DtypeError(f"{what} has dtype {block.dtype}, the space {space.dtype}: cast one of them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -14,15 +15,18 @@ from ..results import Solution, SolveInfo
 from ..vectors import Space
 from ._columns import Product, as_block
 from ._outcome import check_options, described, finished
+from ._resume import SolverFile
 from .iteration import ConjugateGradient, Preconditioner
 
 __all__ = ["conjugate_gradient", "iterate"]
+
+Callback = Callable[[ConjugateGradient], object]
 
 
 def iterate(
     iteration: ConjugateGradient,
     max_iterations: int,
-    callback: Callable[[ConjugateGradient], object] | None = None,
+    callback: Callback | None = None,
     progress: bool = False,
 ) -> None:
     """Make steps until every column has ended, or as many as are allowed."""
@@ -35,6 +39,12 @@ def iterate(
     iteration.limit()
 
 
+def _both(*calls: Callback | None) -> Callback | None:
+    """Return a callback that makes several."""
+    made = [call for call in calls if call is not None]
+    return (lambda iteration: [call(iteration) for call in made]) if made else None
+
+
 def conjugate_gradient(
     multiply: Product,
     rhs: Tensor,
@@ -45,7 +55,9 @@ def conjugate_gradient(
     max_iterations: int | None = None,
     initial: Tensor | None = None,
     state: dict[str, Tensor] | None = None,
-    callback: Callable[[ConjugateGradient], object] | None = None,
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 25,
     progress: bool = False,
     raise_on_failure: bool = True,
 ) -> Solution:
@@ -67,6 +79,11 @@ def conjugate_gradient(
         initial: First guess, of the shape of ``rhs``.
         state: Where an earlier iteration stopped (`ConjugateGradient.state`), to go on from.
         callback: Called with the `ConjugateGradient` after each step.
+        checkpoint: File that the iteration is written to, and goes on from where it is there; with vectors
+            over several processes, one for each of them beside it. What goes on has the same bits, if
+            ``multiply`` has: kernels over a process group have, those of one process with
+            ``engine="autograd", max_dense_bytes=0``. Takes one more product.
+        checkpoint_every: Steps from one write to the next.
         progress: Show a bar of steps.
         raise_on_failure: Raise where a column fails; False returns what there is, with
             ``info.converged`` False.
@@ -79,6 +96,7 @@ def conjugate_gradient(
         InputError: If an option is out of range.
         ShapeError: If the blocks do not fit.
         NonFiniteError: If B or a product holds NaN or infinity.
+        CheckpointError: If the file is damaged, or belongs to another system.
         NotConvergedError: If a column misses its tolerance; ``result`` is the partial `Solution`.
 
     References:
@@ -111,7 +129,19 @@ def conjugate_gradient(
         )
         if state is not None:
             iteration.load_state(state)
-        iterate(iteration, most, callback, progress)
+        file = None
+        if checkpoint is not None:
+            file = SolverFile(
+                checkpoint,
+                checkpoint_every,
+                space=space,
+                multiply=multiply,
+                rhs=block.detach(),
+                preconditioner=preconditioner,
+                tolerance=tolerance,
+            )
+            file.resume(iteration)
+        iterate(iteration, most, _both(file, callback), progress)
         found = iteration.solution()
     info = SolveInfo(
         converged=iteration.reason == "converged",

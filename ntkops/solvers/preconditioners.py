@@ -163,12 +163,13 @@ def factor_preconditioner(
         products = factor.products if products is None else products
         sketch = _unit_vectors(factor) if sketch is None else sketch
         factor = factor.factor
-    if factor.dim() < 2 or factor.shape[-2] != space.size:
-        raise ShapeError(f"the factor needs shape (..., {space.size}, r), got {tuple(factor.shape)}")
+    if factor.dim() < 2 or factor.shape[-2] != space.length:
+        raise ShapeError(f"the factor needs shape (..., {space.length}, r), got {tuple(factor.shape)}")
     require_finite(factor, space, "the factor")
     entries = _checked_diagonal(diagonal, factor, space)
-    scaling = None if entries.shape[-1] == 1 and space.size > 1 else entries.rsqrt().unsqueeze(-1)
-    ridge = entries if scaling is None else torch.ones_like(entries[..., :1])
+    whole = entries.shape[-1] != 1 or space.size == 1
+    scaling = entries.rsqrt().unsqueeze(-1) if space.any(whole) else None
+    ridge = entries if scaling is None else entries.new_ones((*entries.shape[:-1], 1))
     scaled = factor.double() if scaling is None else factor.double() * scaling
     basis, values = _eigenpairs(scaled, factor.dtype, space)
     if sketch is not None:
@@ -196,8 +197,8 @@ def _unit_vectors(factor: PivotedFactor) -> Tensor:
 
 def _known_columns(sketch: Tensor, scaling: Tensor | None, dtype: torch.dtype, space: Space) -> Tensor:
     """Return an orthonormal basis of the span of D^{1/2} Ω, ``(*batch, n, s)``."""
-    if sketch.dim() < 2 or sketch.shape[-2] != space.size:
-        raise ShapeError(f"the sketch needs shape (..., {space.size}, s), got {tuple(sketch.shape)}")
+    if sketch.dim() < 2 or sketch.shape[-2] != space.length:
+        raise ShapeError(f"the sketch needs shape (..., {space.length}, s), got {tuple(sketch.shape)}")
     columns = require_finite(sketch, space, "the sketch").double()
     return space.orthonormalize(columns if scaling is None else columns / scaling).to(dtype)
 
@@ -205,8 +206,8 @@ def _known_columns(sketch: Tensor, scaling: Tensor | None, dtype: torch.dtype, s
 def _checked_diagonal(diagonal: float | Tensor, factor: Tensor, space: Space) -> Tensor:
     entries = torch.as_tensor(diagonal, dtype=torch.float64, device=factor.device)
     entries = entries.unsqueeze(-1) if entries.dim() == 0 else entries
-    if entries.shape[-1] not in (1, space.size):
-        raise ShapeError(f"the diagonal needs 1 or {space.size} entries, got {tuple(entries.shape)}")
+    if entries.shape[-1] not in (1, space.length):
+        raise ShapeError(f"the diagonal needs 1 or {space.length} entries, got {tuple(entries.shape)}")
     if space.any(not bool((entries > 0).all())):
         raise InputError(
             f"the smallest entry of the diagonal is {float(entries.min()):.3g}: a preconditioner needs a "

@@ -88,7 +88,7 @@ def refinement(
     block = as_block(rhs, space)
     if block.dtype != space.dtype:
         raise DtypeError(f"the right-hand side is {block.dtype}, the precise space {space.dtype}: cast one")
-    narrow = coarse_space or Space(space.size, torch.float32, space.device)
+    narrow = coarse_space or space.cast(torch.float32)
     most = max(1000, space.size) if max_iterations is None else max_iterations
     with torch.no_grad(), tqdm(desc="refinement", unit="correction", disable=not progress) as bar:
         work = _Refinement(

@@ -76,7 +76,7 @@ class Lanczos:
         self._block = min(block_size, space.size)
         self._report = report
         self.products = 0
-        empty = torch.empty((space.size, 0), dtype=space.dtype, device=space.device)
+        empty = torch.empty((space.length, 0), dtype=space.dtype, device=space.device)
         self._vectors, self._images = empty, empty
         self._projected = torch.zeros((0, 0), dtype=torch.float64, device=space.device)
         self._next: Tensor | None = None

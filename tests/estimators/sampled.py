@@ -27,9 +27,10 @@ class SampledDense(OnlyProducts):
         report_passes(vjp=rhs.shape[-1], jvp=rhs.shape[-1])
         return self.matrix @ rhs
 
-    def submatrix(self, rows: Tensor, cols: Tensor) -> SampledDense:
-        assert torch.equal(rows, cols)
-        return SampledDense(self.matrix[rows][:, cols], len(rows) // self.outputs)
+    def within(self, *parts: slice) -> SampledDense:
+        width = self.outputs
+        rows = torch.cat([torch.arange(part.start * width, part.stop * width) for part in parts])
+        return SampledDense(self.matrix[rows][:, rows], len(rows) // width)
 
 
 class SampledStructure:
@@ -55,6 +56,13 @@ class SampledStructure:
         blocks = operator.matrix.view(count, outputs, count, outputs)
         half = torch.einsum("nro,nomp->nrmp", probes, blocks)
         return torch.einsum("nrmp,msp->nrms", half, probes)
+
+    def sample_parts(self, size: int):
+        for part in tile_slices(self.sample_shape[0], size):
+            yield part, self.operator.within(part)
+
+    def sample_reader(self):
+        return self.operator.within
 
     def diagonal(self) -> Tensor:
         report_passes(per_sample=self.operator.outputs)

@@ -1,0 +1,135 @@
+"""What the driver of estimates needs to know of a quantity: its exact value, and how it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ._exact import ExactWork
+from ._moments import Moment, Summary, summarize
+from ._ntk_aware import NtkAware
+from ._one_sided import OneSidedPairs, OneSidedTrace
+from ._quantities import Quantity, exact_cost, exact_moments
+from ._request import Operand
+from ._sketch import SketchCore
+from ._stratified import Stratified, pays
+from ._two_sided import TwoSided
+from ._xtrace import XTrace
+
+__all__ = ["Plan", "Sampler", "ScalarPlan"]
+
+
+class Sampler(Protocol):
+    """A source of random probes."""
+
+    @property
+    def unit(self) -> int:
+        """Passes of one column."""
+
+    @property
+    def least(self) -> int:
+        """Fewest columns that it can do with."""
+
+    @property
+    def order(self) -> float:
+        """Power of the number of columns with which the variance falls."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether one direction of differentiation is all there may be, so that exactness is no way out."""
+
+    def grow(self, columns: int) -> None:
+        """Go on to so many columns in all."""
+
+
+class Plan(Protocol):
+    """What the driver needs to know of a quantity: exactly, and by sampling."""
+
+    name: str
+    size: int
+    eps: float
+    bounds: tuple[float, float]
+    vector: bool
+
+    def exact_cost(self) -> float:
+        """Return the passes of the exact value."""
+
+    def exact(self, work: ExactWork) -> Tensor:
+        """Return the exact value, shown and kept as ``work`` says."""
+
+    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
+        """Return the source of probes of a method."""
+
+    def summary(self, sampler: Sampler) -> Summary:
+        """Return the estimate as it stands."""
+
+    def preferred(self) -> str:
+        """Return the method of "auto" where exact is too dear."""
+
+
+class ScalarPlan:
+    """A quantity of one or two operators."""
+
+    vector = False
+
+    def __init__(self, quantity: Quantity, operands: Sequence[Operand], *, orthogonalize: bool) -> None:
+        self.quantity, self.operands = quantity, list(operands)
+        self.name, self.bounds = quantity.name, quantity.bounds
+        self.size = min(operands[0].rows.size, operands[0].columns.size)
+        self.eps = torch.finfo(operands[0].dtype).eps
+        self._orthogonalize = orthogonalize
+        if quantity.needs_square:
+            operands[0].require_square(quantity.name)
+
+    def exact_cost(self) -> float:
+        return exact_cost(self.quantity, self.operands)
+
+    def exact(self, work: ExactWork) -> Tensor:
+        moments = exact_moments(self.quantity, self.operands, work)
+        self.quantity.require_defined(moments)
+        return self.quantity.combine(moments)
+
+    def preferred(self) -> str:
+        if pays(self.operands):
+            return "stratified"
+        infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
+        if any(info is not None and info.rung == "reverse" for info in infos):
+            return "reverse" if self.quantity.needs_pairs else "rhutch"
+        known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
+        return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite
+
+    def sampler(self, method: str, generator: torch.Generator) -> Sampler:
+        if method == "stratified":
+            return Stratified(self.quantity, self.operands, generator)
+        if method == "sketch":
+            return SketchCore(self.operands, generator)
+        if method == "xtrace":
+            return XTrace(self.operands[0], generator)
+        if method == "ntk-hutch++":
+            return NtkAware(self.quantity, self.operands, generator)
+        if method in ("hutchinson", "hutch++"):
+            return TwoSided(self.quantity, self.operands, generator, sketched=method == "hutch++")
+        forward = method in ("fhutch", "forward")
+        if not self.quantity.needs_pairs:
+            return OneSidedTrace(
+                self.operands[0], generator, forward=forward, orthogonalize=self._orthogonalize
+            )
+        return OneSidedPairs(self.quantity, self.operands, generator, forward=forward)
+
+    def summary(self, sampler: Sampler) -> Summary:
+        if isinstance(sampler, Stratified):
+            return sampler.summary()
+        if isinstance(sampler, SketchCore | XTrace):
+            self.quantity.require_defined(sampler.approximate(self.quantity.moments))
+            return sampler.summary(self.quantity.moments, self.quantity.combine)
+        assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
+        moments: Sequence[Moment] = sampler.moments()
+        self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
+        if self.quantity.free is None:
+            return summarize(moments, self.quantity.combine)
+        free = summarize(moments, self.quantity.free)
+        return replace(free, value=free.value.clamp(*self.bounds), centre=free.value)

@@ -1,0 +1,83 @@
+"""What a kernel was made of, and how it is computed, as far as a file must know to go on bit for bit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
+from torch import Tensor
+
+from ..checkpoint import fingerprint
+from ..engines import LayerwiseEngine
+from ..errors import CheckpointError
+from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.kernel import NTKOperator
+
+__all__ = ["kernel_route", "made_of", "place_of"]
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def made_of(operator: LinearOperator | Tensor, what: str) -> dict[str, Any]:
+    """Return model, parameters and data of an operator, for a fingerprint.
+
+    Args:
+        operator: A kernel of `ntkops.ntk`, a dense tensor, or a Gram matrix of one.
+        what: What is kept in a file, for messages.
+
+    Returns:
+        What `ntkops.checkpoint.fingerprint` takes. Cost: data are read once.
+
+    Raises:
+        CheckpointError: If it is something else, which could not be recognised.
+    """
+    if isinstance(operator, Tensor):
+        return {"operator": operator}
+    if isinstance(operator, DenseLinearOperator):
+        return {"operator": operator.tensor}
+    if type(operator) is RootLinearOperator and isinstance(operator.root, DenseLinearOperator):
+        return {"operator": ["root", operator.root.tensor]}
+    if type(operator) is not NTKOperator:
+        raise CheckpointError(
+            f"{what} of a {type(operator).__name__} cannot be recognised in a file: those of kernels "
+            "of ntkops.ntk and of dense tensors can"
+        )
+    lin, core = operator._core.engine.linearization, operator._core
+    root = getattr(lin.call, "root", None)
+    model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
+    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
+    return {"model": model, "parameters": [list(operator._args), list(lin.constants)], "data": axes}
+
+
+def _name_of(output: Any) -> Any:
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
+
+
+def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
+    assert isinstance(axis, StateAxis)
+    data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
+    return [data, axis.outputs, axis.pick]
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """Return what last bits hang on and no file can change: the version of torch, and the kind of device."""
+    return {"torch": str(torch.__version__), "device": device.type}
+
+
+def kernel_route(operator: LinearOperator | Tensor) -> dict[str, Any]:
+    """Return what the sums of a kernel of ours are split by; nothing for other operators."""
+    if not isinstance(operator, NTKOperator):
+        return {}
+    core, axis = operator._core, operator._core.rows
+    assert isinstance(axis, StateAxis)
+    engine = core.engine
+    options = repr(engine.options) if isinstance(engine, LayerwiseEngine) else None
+    return {
+        "engine": engine.name,
+        "options": options,
+        "batch_size": min(engine.batch_size(axis.inputs), axis.inputs.num_samples),
+        "chunk_size": engine.chunk_size(),
+        "workspace": engine.workspace_bytes(),
+    }
