@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, NtkopsError
 from ..operators import JacobianOperator, NTKOperator
+from ..operators.counting import row_space
 from ..results import Check, CheckReport
 from ..vectors import resolve_generator
 from ._derivative import derivative_checks
@@ -56,6 +57,11 @@ def check_operator(
     """
     if not isinstance(operator, LinearOperator | Tensor) or operator.dim() < 2:
         raise InputError(f"expected a LinearOperator or a matrix, got {type(operator).__name__}")
+    if row_space(operator).part[1] > 1:
+        raise InputError(
+            "the rows of the operator lie on several ranks, and products are compared entry by entry: check "
+            "the kernel of this rank's samples alone, ntkops.ntk(model, shard)"
+        )
     if columns < 2:
         raise InputError(f"columns={columns}: linearity needs two test vectors at least")
     started = time.perf_counter()

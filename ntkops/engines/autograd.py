@@ -17,6 +17,7 @@ from .budget import shared_store
 from .checks import require_finite_product
 from .choose import Ladder, climb
 from .cost import KernelShape
+from .halves import AutogradHalves
 from .pricing import autograd_kernel_passes
 from .retries import attempt, in_parts
 from .rungs import LinearizedBatch, Parameters, linearize_batch
@@ -160,13 +161,7 @@ class AutogradEngine(EngineSizes):
         Returns:
             ``(k, P)``. Cost: k vjp passes.
         """
-        with self.linearization.safe_context():
-            kept: _Kept = []
-            parts = self._in_columns(vectors, lambda chunk: _flatten(self._pull(params, inputs, kept, chunk)))
-        self._report(vjp=len(vectors))
-        result = torch.cat(parts) if parts else vectors.new_zeros((0, self.num_parameters))
-        require_finite_product(result, "Jᵀv", self.linearization, vectors)
-        return result
+        return self.halves(params, inputs, inputs).pull(vectors)
 
     def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
         """Return J p for each row of ``tangents``.
@@ -179,16 +174,7 @@ class AutogradEngine(EngineSizes):
         Returns:
             ``(k, N, O)``. Cost: k jvp passes.
         """
-        with self.linearization.safe_context():
-            kept: _Kept = []
-            parts = self._in_columns(
-                tangents, lambda chunk: self._push(params, inputs, kept, self._split(chunk))
-            )
-        self._report(jvp=len(tangents))
-        empty = tangents.new_zeros((0, inputs.num_samples, inputs.num_outputs))
-        result = torch.cat(parts) if parts else empty
-        require_finite_product(result, "J p", self.linearization, tangents)
-        return result
+        return self.halves(params, inputs, inputs).push(tangents)
 
     def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
         """Return J(left) J(right)ᵀ v for each row of ``vectors``, without flattening in between.
@@ -203,18 +189,22 @@ class AutogradEngine(EngineSizes):
             ``(k, N₁, O)``. Cost: k vjp and k jvp passes.
         """
         with self.linearization.safe_context():
-            kept_right: _Kept = []
-            kept_left: _Kept = kept_right if left is right else []
-            parts = self._in_columns(
-                vectors,
-                lambda chunk: self._push(
-                    params, left, kept_left, self._pull(params, right, kept_right, chunk)
-                ),
-            )
+            sides = self.halves(params, left, right)
+            parts = self._in_columns(vectors, lambda chunk: sides.through(chunk))
         self._report(vjp=len(vectors), jvp=len(vectors))
         result = torch.cat(parts) if parts else vectors.new_zeros((0, left.num_samples, left.num_outputs))
         require_finite_product(result, "K v", self.linearization, vectors)
         return result
+
+    def halves(self, params: Parameters, left: Inputs, right: Inputs) -> AutogradHalves:
+        """Return the two halves of products J(left) J(right)ᵀ v, which share the forward pass.
+
+        Args:
+            params: The selected parameters, snapshot or live.
+            left: N₁ samples.
+            right: N₂ samples; the same object as ``left`` shares the forward pass.
+        """
+        return AutogradHalves(self, params, left, right)
 
     def _pull(self, params: Parameters, inputs: Inputs, kept: _Kept, vectors: Tensor) -> Parameters:
         total: Parameters | None = None
@@ -336,7 +326,3 @@ class AutogradEngine(EngineSizes):
 
         with self.linearization.full_precision():
             return gradient_gram(self, params, inputs, cotangents)
-
-
-def _flatten(blocks: Parameters) -> Tensor:
-    return torch.cat([block.reshape(len(block), -1) for block in blocks], dim=1)

@@ -27,6 +27,7 @@ from .recurrent import states_diagonal_passes, states_kernel_passes
 from .retries import if_it_fits
 from .rungs import Parameters
 from .tail_blocks import tail_diagonal, tail_kernel
+from .tiling import sample_slices
 
 __all__ = ["LayerwiseEngine"]
 
@@ -255,8 +256,7 @@ class LayerwiseEngine(LayerwiseCore):
         fitting = self._source.tile(len(outputs)) if self._coverage.covered else 0
         size = max(1, fitting or self.tile_samples(len(outputs)))
         tiles = []
-        for start in range(0, inputs.num_samples, size):
-            part = inputs.select(torch.arange(start, min(start + size, inputs.num_samples)))
+        for _, _, part in sample_slices(inputs, size):
 
             def by_rows(engine: AutogradEngine, chosen: Parameters, part: Inputs = part) -> Tensor:
                 whole = engine is self._autograd

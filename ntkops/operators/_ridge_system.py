@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedOperationError
 from ..results import Solution, SolveInfo
 from ..solvers import (
     FactorPreconditioner,
@@ -166,7 +167,7 @@ class RidgeSystem:
 
     def _make(self) -> FactorPreconditioner | None:
         kind, size = self.options.preconditioner, self.space.size
-        if kind is None or kind == "auto" and (size < 4 or not bool((self.entries > 0).all())):
+        if kind is None or kind == "auto" and (size < 4 or self._has_zeros()):
             return None
         rank = min(_RANK, max(size // 4, 1)) if self.options.rank == "auto" else self.options.rank
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -186,8 +187,16 @@ class RidgeSystem:
             )
         return self._pivoted(str(kind), rank, diagonal, generator)
 
+    def _has_zeros(self) -> bool:
+        """Whether an entry of D is not positive, on any of the processes that share the rows."""
+        return self.space.any(not bool((self.entries > 0).all()))
+
     def _constant_or_entries(self) -> Tensor:
         entries = self.entries.expand(*self.kernel.shape[:-1])
+        if self.space.part[1] > 1:
+            ends = [float(entries.min()), float(entries.max())] if entries.numel() else [math.inf, -math.inf]
+            low, high = -self.space.largest(-ends[0]), self.space.largest(ends[1])
+            return entries.new_full((*entries.shape[:-1], 1), low) if low == high else entries
         first = entries[..., :1]
         return first if bool((entries == first).all()) else entries
 
@@ -195,6 +204,11 @@ class RidgeSystem:
         self, kind: str, rank: int, diagonal: Tensor, generator: torch.Generator
     ) -> FactorPreconditioner:
         """Make one by pivots, which each member of a batch has of its own."""
+        if self.space.part[1] > 1:
+            raise UnsupportedOperationError(
+                f"preconditioner={kind!r} takes pivots among all rows, which lie on several ranks here: use "
+                "preconditioner='nystrom'"
+            )
         batch, found = self.kernel.shape[:-2], []
         diagonals = structure(self.kernel).diagonal().clamp(min=0).reshape(-1, self.space.size)
         for number in range(batch.numel()):

@@ -98,11 +98,13 @@ class StateAxis:
     def embed(self, vectors: Tensor) -> Tensor:
         """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, N, O)``."""
         count, columns = self.inputs.num_samples, vectors.shape[-1]
-        flat = vectors.reshape(-1, self.length, columns)  # (M, n, k)
+        flat = vectors.reshape(self.batch_shape.numel(), self.length, columns)  # (M, n, k)
         if self.pick is not None:
             pick = self.pick.to(flat.device)
             flat = flat.new_zeros((len(flat), self.grid, columns)).index_add(1, pick, flat)
-        rows = flat.reshape(len(flat), count, -1, columns).permute(0, 3, 1, 2)  # (M, k, N, r)
+        rows = flat.reshape(len(flat), count, self.outputs.shape[-1], columns).permute(
+            0, 3, 1, 2
+        )  # (M, k, N, r)
         if self._is_whole():
             return rows.reshape(columns, count, self.inputs.num_outputs)
         outputs = self.flat_outputs.to(rows.device)
@@ -118,10 +120,11 @@ class StateAxis:
             rows = block.unsqueeze(0)  # (1, k, N, O)
         else:
             outputs = self.flat_outputs.to(block.device)
-            split = block.reshape(kernels, self.terms, -1, count, self.inputs.num_outputs)
+            columns = len(block) // max(kernels * self.terms, 1)
+            split = block.reshape(kernels, self.terms, columns, count, self.inputs.num_outputs)
             index = outputs[:, :, None, None, :].expand(*split.shape[:-1], outputs.shape[-1])
             rows = split.gather(-1, index).sum(1)  # (M, k, N, r)
-        flat = rows.reshape(kernels, -1, self.grid)
+        flat = rows.reshape(kernels, rows.shape[1], self.grid)
         if self.pick is not None:
             flat = flat[..., self.pick.to(flat.device)]
         return flat.mT.reshape(*self.batch_shape, self.length, flat.shape[1])

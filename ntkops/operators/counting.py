@@ -24,7 +24,7 @@ from ..engines.tally import report_passes
 from ..errors import NonFiniteError
 from ..vectors import Space
 from .axes import StateAxis
-from .base import EngineOperator
+from .products import ProductOperator
 
 __all__ = ["column_space", "multiply", "product_cost", "row_space"]
 
@@ -78,7 +78,7 @@ def _multiply(operator: LinearOperator | Tensor, block: Tensor) -> Tensor:
 
 
 def _is_ours(operator: LinearOperator) -> bool:
-    return hasattr(operator, "structure") or isinstance(operator, EngineOperator)
+    return hasattr(operator, "structure") or isinstance(operator, ProductOperator)
 
 
 def _columns(operator: LinearOperator | Tensor, block: Tensor) -> int:
@@ -95,7 +95,7 @@ def product_cost(operator: LinearOperator | Tensor) -> int:
     Returns:
         Passes for one column in every batch entry; 0 for a diagonal operator.
     """
-    if isinstance(operator, EngineOperator):
+    if isinstance(operator, ProductOperator):
         axes = (operator._core.rows, operator._core.columns)
         directions = sum(isinstance(axis, StateAxis) for axis in axes)
         return directions * axes[0].batch_shape.numel() * axes[0].terms
@@ -133,6 +133,9 @@ def _holds_ours(operator: LinearOperator) -> bool:
 
 def column_space(operator: LinearOperator | Tensor) -> Space:
     """Return the space of the vectors that an operator multiplies."""
+    own = getattr(operator, "domain", None)
+    if isinstance(own, Space):
+        return own
     if operator.shape[-2] == operator.shape[-1]:
         return row_space(operator)
     return row_space(operator.mT)

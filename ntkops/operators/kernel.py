@@ -225,6 +225,7 @@ def ntk(
     *,
     batch_dim: int = 0,
     differentiable: bool = False,
+    group: Any = None,
 ) -> NTKOperator:
     r"""Return the empirical neural tangent kernel :math:`K = J(x) J(x_2)^\top` as a lazy operator.
 
@@ -253,6 +254,9 @@ def ntk(
         batch_dim: Position of the sample axis in inputs and output.
         differentiable: Keep the live tensors instead of a snapshot, so that products can be
             differentiated.
+        group: A `torch.distributed.ProcessGroup`, or "world": x holds this rank's samples (none is allowed
+            where other ranks have some), every rank makes the same call with the same model, and the result
+            is a `ShardedKernelOperator`, whose shape is that of this rank's rows. Nothing dense is built.
 
     Returns:
         `NTKOperator`. Cost of ``K @ V``: one vjp and one jvp a column (times O for "each", "trace").
@@ -261,6 +265,8 @@ def ntk(
         InputError: If ``outputs`` or ``engine`` is not understood.
         ShapeError: If the outputs of ``x`` and ``x2`` have different shapes.
         OutOfRangeError: If an output number does not exist.
+        ShardingError: If the ranks of ``group`` bring different models, options or output shapes.
+        RankFailedError: If another rank of ``group`` has failed.
         NtkopsError: The one that fits what is wrong with model, selection, inputs or output; see
             `ntkops.errors`.
 
@@ -275,6 +281,26 @@ def ntk(
         >>> ntkops.ntk(model, x, outputs="each").shape, K.cross(torch.randn(4, 3)).shape
         (torch.Size([2, 5, 5]), torch.Size([8, 10]))
     """
+    if group is not None:
+        from .sharded_ntk import sharded_ntk
+
+        if differentiable:
+            raise InputError("products over a process group have no derivative: leave differentiable=False")
+        sharded: Any = sharded_ntk(
+            model,
+            x,
+            x2,
+            lambda axis: _choose_outputs(axis, outputs),
+            params=params,
+            output=output,
+            engine=engine,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            batch_dim=batch_dim,
+            group=group,
+            described={"outputs": outputs, "batch_dim": batch_dim, "engine": repr(engine)},
+        )
+        return sharded
     linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
     whole = state_axis(linearization, x)
     rows = _choose_outputs(whole, outputs)

@@ -19,6 +19,7 @@ from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core, Spending, dense_limit
 from .kernel import NTKOperator
+from .sharded import ShardedKernelOperator
 
 __all__ = [
     "FeatureOperator",
@@ -288,7 +289,8 @@ def projected_ntk(
     basis of principal components, or of the gradients of inducing points.
 
     Args:
-        K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs. All outputs, and the
+        K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs; over a process group too,
+            where products then sum k numbers a column over ranks. All outputs, and the
             samples of `cross`, meet the same P.
         projection: One of `ntkops.projections` with dim P, or a constant ``(k, P)`` tensor or
             LinearOperator in the dtype of K.
@@ -318,6 +320,11 @@ def projected_ntk(
         >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape
         (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
     """
+    if isinstance(K, ShardedKernelOperator):
+        from .sharded_projected import sharded_projected_ntk
+
+        sharded: Any = sharded_projected_ntk(K, projection)
+        return sharded
     if not isinstance(K, NTKOperator) or isinstance(K, ProjectedNTKOperator):
         kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
         raise InputError(

@@ -387,7 +387,7 @@ def _diagonal(kernel: LinearOperator, entries: Any) -> DiagLinearOperator:
     values = torch.as_tensor(entries, dtype=kernel.dtype, device=kernel.device)
     if values.dim() and values.shape[-1] not in (1, kernel.shape[-1]):
         raise ShapeError(f"the diagonal needs 1 or {kernel.shape[-1]} entries, got {tuple(values.shape)}")
-    if values.dim() and values.shape[-1] == kernel.shape[-1] > 1:
+    if values.dim() and values.shape[-1] == kernel.shape[-1] != 1:
         return DiagLinearOperator(values)
     constant = values.reshape(1) if values.dim() == 0 else values
     return ConstantDiagLinearOperator(constant.expand(*kernel.shape[:-2], 1), diag_shape=kernel.shape[-1])

@@ -10,7 +10,9 @@ from linear_operator.operators import to_linear_operator
 from torch import Tensor
 
 from ..operators._ridge_system import RidgeSystem, SolverOptions
+from ..operators.counting import row_space
 from ..results import Solution, SolveInfo
+from ..vectors import resolve_generator
 from ._fits import product
 from ._operands import Kernel, dense_rows
 
@@ -68,7 +70,8 @@ def kernel_solver(
     """
     kernel = to_linear_operator(K)
     entries = torch.full(K.shape[:-1], ridge, dtype=K.dtype, device=K.device)
-    seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+    drawn = row_space(K).common(resolve_generator(generator)[0])
+    seed = int(torch.randint(2**31, (), generator=drawn))
     made = SolverOptions(tolerance=tol, seed=seed)
 
     def solver(rhs: Tensor) -> Solution:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
+from ..vectors import Space
 
 __all__ = ["Layout", "read_labels"]
 
@@ -38,7 +39,9 @@ class Layout:
         """Return labels ``(N, *tail)`` as right-hand sides ``(*batch, n, k)``."""
         if self.kind == "each":
             return labels.mT.unsqueeze(-1)
-        return labels.reshape(-1, 1) if self.kind == "flat" else labels.reshape(len(labels), -1)
+        if self.kind == "flat":
+            return labels.reshape(-1, 1)
+        return labels.reshape(len(labels), math.prod(self.tail))
 
     def restore(self, columns: Tensor) -> Tensor:
         """Return right-hand sides ``(*batch, n, k)`` as labels ``(N, *tail)``."""
@@ -71,7 +74,9 @@ class Layout:
             )
 
 
-def read_labels(labels: Any, shape: torch.Size, dtype: torch.dtype, device: Any) -> tuple[Layout, Tensor]:
+def read_labels(
+    labels: Any, shape: torch.Size, dtype: torch.dtype, device: Any, space: Space | None = None
+) -> tuple[Layout, Tensor]:
     """Check labels against the kernel that they are to be fitted with.
 
     Args:
@@ -79,6 +84,7 @@ def read_labels(labels: Any, shape: torch.Size, dtype: torch.dtype, device: Any)
         shape: Shape of the kernel, ``(*batch, n, n)``.
         dtype: Dtype of the kernel.
         device: Device of the kernel.
+        space: The space of its rows, where they lie on several processes.
 
     Returns:
         The layout, and the labels as a tensor.
@@ -101,7 +107,13 @@ def read_labels(labels: Any, shape: torch.Size, dtype: torch.dtype, device: Any)
         raise DtypeError(f"the kernel has dtype {dtype}, the labels {values.dtype}; cast one of them")
     if device is not None and values.device != torch.device(device):
         raise DeviceError(f"the kernel lives on {device}, the labels on {values.device}; move one of them")
-    layout = _layout(values.shape, shape)
+    if space is None or not values.dim():
+        layout = _layout(values.shape, shape)
+    else:  # by what all processes have: one that has nothing fits anything
+        count = sum(space.share(values.shape[0]))
+        layout = _layout(
+            torch.Size((count, *values.shape[1:])), torch.Size((*shape[:-2], space.size, space.size))
+        )
     if not bool(torch.isfinite(values).all()):
         where = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(f"the label at position {tuple(where)} is NaN or infinite; drop that sample")

@@ -19,9 +19,18 @@ from ..errors import (
 from ..estimators import diagonal
 from ..estimators._request import Operand
 from ..estimators.eigsh import fits_dense
-from ..operators.counting import multiply
+from ..operators.counting import column_space, multiply, row_space
 
-__all__ = ["Kernel", "dense_rows", "fits_dense", "may_be_dense", "mean_diagonal", "read_kernel", "to_float64"]
+__all__ = [
+    "Kernel",
+    "dense_rows",
+    "fits_dense",
+    "is_spread",
+    "may_be_dense",
+    "mean_diagonal",
+    "read_kernel",
+    "to_float64",
+]
 
 Kernel: TypeAlias = LinearOperator | Tensor
 
@@ -41,7 +50,7 @@ def read_kernel(K: Any, what: str = "the kernel") -> Kernel:
                 f"{what}: expected a LinearOperator, a torch.Tensor or an array, got {type(K).__name__}"
             )
         K = torch.as_tensor(K)
-    if K.dim() < 2 or K.shape.numel() == 0:
+    if K.dim() < 2 or 0 in (*K.shape[:-2], row_space(K).size, column_space(K).size):
         raise ShapeError(f"{what} needs shape (*batch, n, m) with entries, got {tuple(K.shape)}")
     if not K.dtype.is_floating_point:
         raise DtypeError(f"{what} has dtype {K.dtype}; cast it to a floating dtype")
@@ -74,7 +83,9 @@ def mean_diagonal(K: Kernel) -> float:
         ZeroKernelError: If it is not positive, so that nothing is relative to it.
     """
     entries = K.diagonal(dim1=-2, dim2=-1) if isinstance(K, Tensor) else diagonal(K, method="exact").value
-    mean = float(require_finite(entries.double(), "the diagonal of the kernel").mean())
+    space = row_space(K)
+    entries = require_finite(entries.double(), "the diagonal of the kernel")
+    mean = float(space.sum(entries).mean()) / space.size
     if not mean > 0:
         raise ZeroKernelError(
             f"the mean diagonal of the kernel is {mean:.3g}, so that no ridge is relative to it: "
@@ -82,6 +93,11 @@ def mean_diagonal(K: Kernel) -> float:
             "selected parameters reach the output, or pass relative=False"
         )
     return mean
+
+
+def is_spread(K: Kernel) -> bool:
+    """Whether the rows of a kernel lie on several processes."""
+    return row_space(K).part[1] > 1
 
 
 def may_be_dense(K: Kernel) -> bool:

@@ -18,7 +18,7 @@ from ._factorizations import CholeskyFactor, SpectralFactor, require_regular, tr
 from ._fits import DenseFit, FeatureFit, Fit, NystromFit, left_out, relative_residuals, solve_info
 from ._iterative import IterativeFit, kernel_solver
 from ._least_squares import least_squares_solver
-from ._operands import Kernel, may_be_dense, require_finite, to_float64
+from ._operands import Kernel, is_spread, may_be_dense, require_finite, to_float64
 
 __all__ = ["METHODS", "Problem", "choose", "solve"]
 
@@ -83,6 +83,13 @@ def choose(method: str, problem: Problem) -> str:
     if method not in ("auto", *METHODS):
         raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, METHODS))}")
     many = len(problem.ridges) > 1
+    if is_spread(problem.K):
+        if method not in ("auto", "cg") or many or problem.cutoff is not None or problem.inducing is not None:
+            raise InputError(
+                "the rows of the kernel lie on several ranks, where method='cg' is what there is, with one "
+                "ridge and neither a cut-off nor inducing samples"
+            )
+        return "cg"
     if method == "auto":
         return _automatic(problem, many)
     if problem.cutoff is not None and method != "eigh":

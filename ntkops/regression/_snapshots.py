@@ -11,22 +11,22 @@ from torch import Tensor
 from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
 from ..model import Linearization
 from ..operators.axes import StateAxis
-from ..operators.base import EngineOperator
+from ..operators.products import ProductOperator
 from ._operands import Kernel
 
 __all__ = ["network_outputs", "require_same_snapshot"]
 
 
-def _sources(operator: object) -> Iterator[EngineOperator]:
+def _sources(operator: object) -> Iterator[ProductOperator]:
     """Yield the operators of ours inside sums, multiples, projections and the like."""
-    if isinstance(operator, EngineOperator):
+    if isinstance(operator, ProductOperator):
         yield operator
     elif isinstance(operator, LinearOperator):
         for part in (*operator._args, *operator._kwargs.values()):
             yield from _sources(part)
 
 
-def _snapshots(operator: Kernel) -> dict[int, EngineOperator]:
+def _snapshots(operator: Kernel) -> dict[int, ProductOperator]:
     return {id(source._core.engine.linearization): source for source in _sources(operator)}
 
 
@@ -58,7 +58,7 @@ def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
                     f"the cross kernel belongs to another snapshot of the network than the fitted kernel: "
                     f"{reasons[0]}. Make it with K.cross(x_new), or fit again"
                 )
-    if isinstance(fitted, EngineOperator) and isinstance(cross, EngineOperator):
+    if isinstance(fitted, ProductOperator) and isinstance(cross, ProductOperator):
         _require_same_columns(fitted, cross)
         keys = [getattr(getattr(k._core, "projection", None), "key", None) for k in (fitted, cross)]
         if keys[0] != keys[1]:
@@ -68,7 +68,7 @@ def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
             )
 
 
-def _difference(first: EngineOperator, second: EngineOperator) -> str | None:
+def _difference(first: ProductOperator, second: ProductOperator) -> str | None:
     """Return the first difference between two snapshots, or None."""
     one, two = first._core.engine.linearization, second._core.engine.linearization
     if one.names != two.names:
@@ -91,7 +91,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return same and torch.equal(first, second)
 
 
-def _require_same_columns(fitted: EngineOperator, cross: EngineOperator) -> None:
+def _require_same_columns(fitted: ProductOperator, cross: ProductOperator) -> None:
     rows, columns = fitted._core.columns, cross._core.columns
     if rows is columns or not (isinstance(rows, StateAxis) and isinstance(columns, StateAxis)):
         return
@@ -135,12 +135,14 @@ def network_outputs(K: Kernel) -> Tensor:
     rows = outputs[:, axis.flat_outputs[:, 0].to(outputs.device)].movedim(1, 0).flatten(1)  # (batch, N*r)
     if axis.pick is not None:
         rows = rows[:, axis.pick.to(rows.device)]
-    return rows.reshape(*axis.batch_shape, -1)
+    return rows.reshape(*axis.batch_shape, rows.shape[-1])
 
 
 def _forward(linearization: Linearization, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
     linearization.check_fresh()
     axis.inputs.check_fresh()
+    if not axis.inputs.num_samples:  # other processes have some
+        return params[0].new_zeros((0, axis.inputs.num_outputs))
     parts = []
     with torch.no_grad(), linearization.safe_context():
         for _, _, batch in axis.inputs.batches(256):

@@ -9,10 +9,11 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import DtypeError, InputError, ShapeError
+from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
+from ..operators.counting import column_space, row_space
 from ..results import LeaveOneOut, RidgePath, SolveInfo
 from ._layout import Layout, read_labels
-from ._operands import mean_diagonal, read_kernel, require_finite
+from ._operands import is_spread, mean_diagonal, read_kernel, require_finite
 from ._options import check_cutoff, read_ridges
 from ._parameters import Parameters
 from ._routes import Problem, choose, solve
@@ -157,15 +158,16 @@ class KernelRidge(Parameters):
             NotConvergedWarning: If rounding kept a factorisation above ``tol``.
         """
         K = read_kernel(K)
-        if K.shape[-1] != K.shape[-2]:
+        space = row_space(K)
+        if not space.matches(column_space(K)):
             raise ShapeError(
                 f"fit takes the square kernel of the training samples, this one is {tuple(K.shape)}; "
                 "cross kernels "
                 "go to predict"
             )
         ridges = read_ridges(self.ridge)
-        check_cutoff(self.cutoff, K.shape[-1])
-        layout, labels = read_labels(Y, K.shape, K.dtype, K.device)
+        check_cutoff(self.cutoff, space.size)
+        layout, labels = read_labels(Y, K.shape, K.dtype, K.device, space if is_spread(K) else None)
         base = self._offset_at(K, layout, labels.shape[0], offset, fitting=True)
         residual = labels if base is None else labels - base
         scale = mean_diagonal(K) if self.relative else 1.0
@@ -285,6 +287,13 @@ class KernelRidge(Parameters):
         if not hasattr(self, "dual_coef_"):
             raise InputError("this KernelRidge is not fitted yet: call fit(K, Y) first")
 
+    def _require_here(self, what: str) -> None:
+        if is_spread(self._K):
+            raise UnsupportedOperationError(
+                f"{what} takes rows of the kernel one by one, and those of this fit lie on several ranks: "
+                "use a kernel of one process"
+            )
+
     def variance(self, K_cross: LinearOperator | Tensor, K_diag: Tensor) -> Tensor:
         r"""Return the posterior variance of the noiseless function.
 
@@ -319,6 +328,7 @@ class KernelRidge(Parameters):
         require_finite(prior, "K_diag")
         prior = prior.double()
         rows = K_cross.shape[-2]
+        self._require_here("the variance")
         explained = torch.cat(
             [self._fit.explained(K_cross, a, min(a + _ROWS, rows)) for a in range(0, rows, _ROWS)], dim=-1
         )
@@ -361,6 +371,7 @@ class KernelRidge(Parameters):
             SingularKernelError: If a sample determines its own fit alone.
         """
         self._require_fit()
+        self._require_here("leave-one-out")
         residuals = self._layout.restore(self._fit.left_out(self._layout.group))
         return LeaveOneOut(
             residuals=residuals.to(self._K.dtype),
@@ -385,6 +396,7 @@ class KernelRidge(Parameters):
         Raises:
             ShapeError: If Y does not fit the predictions.
         """
+        self._require_here("the score")
         predictions = self.predict(K_cross, offset=offset)
         truth = Y.detach() if isinstance(Y, Tensor) else torch.as_tensor(Y)
         if not truth.dtype.is_floating_point:

@@ -1,0 +1,172 @@
+"""An engine for rows that are spread over ranks: local passes, and one sum over the parameters.
+
+Each rank holds samples of its own and all parameters. Jᵀv is a local product and one sum over ranks for a
+whole block of columns, J p is local, and K v is the one after the other. Sums stand between two local
+products, never inside a transform of torch.func. All ranks call the same methods in the same order; where
+one of them fails, all of them raise.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..model import Inputs, Linearization
+from ..ranks import Ranks
+from ..results import PassCount
+from .budget import free_bytes
+from .choose import Ladder
+from .halves import AutogradHalves, LayerwiseHalves, layerwise_halves, may_cache
+from .layerwise import LayerwiseEngine
+from .rungs import Parameters
+from .select import Engine
+from .tally import report_passes
+
+__all__ = ["ShardedEngine"]
+
+Result = TypeVar("Result")
+Halves = AutogradHalves | LayerwiseHalves
+
+_BLOCK_SHARE = 1 / 8  # of the free memory of the smallest rank, for a block over the parameters
+# Backward passes up to which factors are made before the first product: products then take one route from
+# the first to the last, so that a computation that is gone on with has the same bits.
+_SETTLED = 64
+
+
+class ShardedEngine:
+    """Products over rows that are spread over ranks.
+
+    Args:
+        ranks: The processes.
+        local: The engine of this rank's samples; None where it holds none.
+        linearization: The model, the same on all ranks.
+        ladder: What the model allows, as a rank with samples has found it.
+        layered: Whether layer structure covers all parameters, on every rank that has samples.
+    """
+
+    name = "sharded"
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        local: Engine | None,
+        linearization: Linearization,
+        ladder: Ladder,
+        layered: bool = False,
+    ) -> None:
+        self.layered = layered
+        self.ranks, self.local, self.linearization, self.ladder = ranks, local, linearization, ladder
+        self.num_parameters = linearization.num_parameters
+        column = max(1, self.num_parameters * linearization.dtype.itemsize)
+        mine = int(free_bytes(linearization.device) * _BLOCK_SHARE) // column
+        self._columns = max(1, int(-ranks.largest(-mine)))
+        self._settled: weakref.WeakKeyDictionary[Inputs, bool] = weakref.WeakKeyDictionary()
+
+    @property
+    def passes(self) -> PassCount:
+        """Passes of this rank so far."""
+        return PassCount() if self.local is None else self.local.passes
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ShardedEngine:
+        """Return the same engine for another dtype or device."""
+        local = None if self.local is None else self.local.to(dtype=dtype, device=device)
+        moved = self.linearization.to(dtype=dtype, device=device) if local is None else local.linearization
+        return ShardedEngine(self.ranks, local, moved, self.ladder, self.layered)
+
+    def free(self) -> int:
+        """Drop everything cached on this rank and return the bytes set free."""
+        return 0 if self.local is None else self.local.free()
+
+    def is_cached(self, inputs: Inputs) -> bool:
+        """Return whether products with these samples come from factors, on all ranks alike.
+
+        It is decided at their first product: where factors fit on every rank, and are cheap to make.
+        """
+        if inputs not in self._settled:
+            refused = isinstance(self.local, LayerwiseEngine) and not may_cache(self.local, inputs, _SETTLED)
+            none = self.local is not None and not isinstance(self.local, LayerwiseEngine)
+            self._settled[inputs] = not self.ranks.any(inputs.num_samples > 0 and (refused or none))
+        return self._settled[inputs]
+
+    # products
+
+    def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
+        """Return Jᵀv of all rows, ``(k, P)``, the same on all ranks, for this rank's ``(k, N, O)``."""
+        cached = self.is_cached(inputs)
+        parts = [self._pulled(params, inputs, inputs, c, cached)[0] for c in self._chunks(vectors)]
+        return torch.cat(parts) if parts else vectors.new_zeros((0, self.num_parameters))
+
+    def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
+        """Return this rank's rows ``(k, N, O)`` of J p, for ``(k, P)`` that are the same on all ranks."""
+        cached = self.is_cached(inputs)
+
+        def work() -> Tensor:
+            return self._pushed(self._halves(params, inputs, inputs, tangents, cached), inputs, tangents)
+
+        return self.ranks.together(work, "J p")
+
+    def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
+        """Return this rank's rows of J(left) J(right)ᵀ v.
+
+        Args:
+            params: The selected parameters.
+            left: N₁ samples of this rank.
+            right: N₂ samples of this rank.
+            vectors: ``(k, N₂, O)``: this rank's rows of v.
+
+        Returns:
+            ``(k, N₁, O)``. Cost: k vjp and k jvp passes over this rank's samples, and a sum over ranks of
+            k·P numbers.
+        """
+        cached = self.is_cached(left) and (right is left or self.is_cached(right))
+        parts = []
+        for chunk in self._chunks(vectors):
+            block, half = self._pulled(params, left, right, chunk, cached)
+            push = partial(self._pushed, half, left, block)
+            parts.append(self.ranks.together(push, "the second half of K v"))
+        shape = (0, left.num_samples, left.num_outputs)
+        return torch.cat(parts) if parts else vectors.new_zeros(shape)
+
+    def _chunks(self, vectors: Tensor) -> list[Tensor]:
+        """Cut a block by columns, on all ranks alike."""
+        return list(vectors.split(self._columns)) if len(vectors) else []
+
+    def _halves(
+        self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor, cached: bool
+    ) -> Halves | None:
+        """Return the two halves of a product on this rank; None where it has no samples on either side."""
+        if self.local is None or left.num_samples + right.num_samples == 0:
+            return None
+        if isinstance(self.local, LayerwiseEngine):
+            both = left.num_samples > 0 and right.num_samples > 0
+            return layerwise_halves(self.local, params, left, right, vectors, cached=cached and both)
+        return self.local.halves(params, left, right)
+
+    def _pulled(
+        self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor, cached: bool
+    ) -> tuple[Tensor, Halves | None]:
+        """Return Jᵀv of all rows, this rank's part and the sum, and what the second half takes."""
+
+        def work() -> tuple[Tensor, Halves | None]:
+            half = self._halves(params, left, right, vectors, cached)
+            if half is None or vectors.shape[1] == 0:
+                report_passes(vjp=len(vectors))
+                return vectors.new_zeros((len(vectors), self.num_parameters)), half
+            return half.pull(vectors).contiguous(), half
+
+        own, half = self.ranks.together(work, "Jᵀv")
+        block = self.ranks.sum_(own)
+        if not bool(torch.isfinite(block).all()):  # each part is: the sum has overflowed, on all ranks
+            raise NonFiniteError(f"the sum of Jᵀv over {self.ranks.count} ranks overflows {block.dtype}")
+        return block, half
+
+    def _pushed(self, half: Halves | None, inputs: Inputs, tangents: Tensor) -> Tensor:
+        if half is None or inputs.num_samples == 0:
+            report_passes(jvp=len(tangents))
+            return tangents.new_zeros((len(tangents), inputs.num_samples, inputs.num_outputs))
+        return half.push(tangents)

@@ -1,0 +1,170 @@
+"""Making one operator of what the ranks of a process group bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..checkpoint import fingerprint
+from ..engines import Engine, EngineChoice, Ladder, LayerwiseEngine, build_engine
+from ..engines.sharded import ShardedEngine
+from ..errors import InputError, ShapeError, ShardingError
+from ..model import Inputs, Linearization, linearize
+from ..ranks import Ranks
+from ._sharded_inputs import no_samples, take_shard
+from .axes import StateAxis
+from .sharded import ShardedAxis, ShardedKernelOperator, core_of
+
+__all__ = ["sharded_ntk"]
+
+Choice = Callable[[StateAxis], StateAxis]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank brings."""
+
+    linearization: Linearization
+    rows: Inputs | None
+    columns: Inputs | None
+    engine: Engine | None
+
+    def shape(self) -> torch.Size | None:
+        """Shape of the outputs of a sample, where this rank has one."""
+        held = self.columns if self.rows is None else self.rows
+        return None if held is None else held.output_shape
+
+
+def sharded_ntk(
+    model: Any,
+    x: Any,
+    x2: Any,
+    choose: Choice,
+    *,
+    params: Any,
+    output: Any,
+    engine: EngineChoice,
+    batch_size: int | Literal["auto"],
+    chunk_size: int | Literal["auto"],
+    batch_dim: int,
+    group: Any,
+    described: dict[str, Any],
+) -> ShardedKernelOperator:
+    """Return the kernel of samples that are spread over ranks; see `ntkops.ntk` for the arguments.
+
+    Args:
+        model: The same on all ranks.
+        x: This rank's samples; it may have none, as long as another rank has some.
+        x2: This rank's samples of the columns, None for the square kernel.
+        choose: From the axis of all outputs to that of those that are wanted.
+        params: Selects parameters.
+        output: What the state is.
+        engine: As in `ntkops.ntk`.
+        batch_size: As in `ntkops.ntk`.
+        chunk_size: As in `ntkops.ntk`.
+        batch_dim: As in `ntkops.ntk`.
+        group: The process group.
+        described: Options that all ranks must agree on.
+
+    Raises:
+        ShardingError: If models, selections, options or outputs differ between ranks.
+        RankFailedError: If another rank's model or samples are refused.
+    """
+    ranks = Ranks(group)
+
+    def bring() -> _Share:
+        linearization = linearize(model, params, output, batch_dim=batch_dim)
+        rows = take_shard(linearization, x)
+        columns = None if x2 is None else take_shard(linearization, x2)
+        if rows is not None and columns is not None and rows.output_shape != columns.output_shape:
+            raise ShapeError(
+                f"the outputs of x have shape {tuple(rows.output_shape)} a sample, those of x2 "
+                f"{tuple(columns.output_shape)}"
+            )
+        held = rows if rows is not None else columns
+        built = None
+        if held is not None:
+            built = build_engine(linearization, held, engine, batch_size=batch_size, chunk_size=chunk_size)
+        return _Share(linearization, rows, columns, built)
+
+    share = ranks.together(bring, "ntkops.ntk")
+    shape, ladder = _agreed(ranks, share, {**described, "square": x2 is None})
+    own, names = share.engine, share.linearization.names
+    covered = own is None or isinstance(own, LayerwiseEngine) and len(own.covered) == len(names)
+    opened = ShardedEngine(ranks, own, share.linearization, ladder, layered=not ranks.any(not covered))
+
+    def axis(inputs: Inputs | None) -> ShardedAxis:
+        held = no_samples(share.linearization, shape) if inputs is None else inputs
+        counts = tuple(ranks.share(held.num_samples))
+        if not sum(counts):
+            raise InputError("no rank has a sample; pass at least one on one of them")
+        every = torch.arange(held.num_outputs).reshape(1, -1)
+        return ShardedAxis(held, choose(StateAxis(held, every)).outputs, counts=counts)
+
+    rows = axis(share.rows)
+    columns = rows if x2 is None else axis(share.columns)
+    parameters = [p.detach() for p in share.linearization.parameters]
+    return ShardedKernelOperator(*parameters, core=core_of(opened, rows, columns))
+
+
+def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[torch.Size, Ladder]:
+    """Compare what the ranks bring.
+
+    Args:
+        ranks: The processes.
+        share: What this one brings.
+        described: Options.
+
+    Returns:
+        The shape of outputs, and what the model allows.
+
+    Raises:
+        ShardingError: Naming the rank that differs from the first, and in what.
+        InputError: If no rank has a sample.
+    """
+    linearization = share.linearization
+    mine = {
+        "the selected parameters": list(linearization.names),
+        "the shapes of parameters": [tuple(s) for s in linearization.shapes],
+        "the dtype": str(linearization.dtype),
+        "the values of parameters and buffers": fingerprint(
+            model=[*linearization.parameters, *linearization.constants]
+        )["model"],
+        "the options": described,
+    }
+    outputs = share.shape()
+    ladder = None if share.engine is None else share.engine.ladder
+    rung = None if ladder is None else ladder.rung
+    told = ranks.share((mine, None if outputs is None else tuple(outputs), rung, ladder))
+    for rank, (theirs, _, _, _) in enumerate(told[1:], 1):
+        for what, value in theirs.items():
+            if value != told[0][0][what]:
+                raise ShardingError(
+                    f"rank {rank} differs from rank 0 in {what}{_shown(told[0][0][what], value)}: all ranks "
+                    "must bring the same model and options, and only samples of their own"
+                )
+    with_samples = [(rank, found) for rank, found in enumerate(told) if found[1] is not None]
+    if not with_samples:
+        raise InputError("no rank has a sample; pass at least one on one of them")
+    first, (_, shape, first_rung, first_ladder) = with_samples[0]
+    for rank, (_, other, other_rung, _) in with_samples[1:]:
+        if other != shape:
+            raise ShardingError(
+                f"the outputs of a sample have shape {other} on rank {rank} and {shape} on rank {first}: pad "
+                "the samples of all ranks to one length"
+            )
+        if other_rung != first_rung:
+            raise ShardingError(
+                f"the model is differentiated by {other_rung!r} on rank {rank} and by {first_rung!r} on rank "
+                f"{first}: install the same version of torch on all ranks, or choose engine='autograd'"
+            )
+    return torch.Size(shape), first_ladder
+
+
+def _shown(first: Any, other: Any) -> str:
+    """Return what differs, where it is short."""
+    text = f" ({other!r} and {first!r})"
+    return text if len(text) < 160 else ""

@@ -1,0 +1,236 @@
+"""A projected kernel of samples that are spread over ranks: k numbers a column go over the wire, not P."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NoReturn, Self
+
+import torch
+from linear_operator.utils.generic import _to_helper
+from torch import Tensor
+
+from ..checkpoint import fingerprint
+from ..errors import ShapeError, ShardingError, UnsupportedOperationError
+from ..projections import Projection
+from ..ranks import Ranks, ShardedSpace
+from ._projected_features import feature_rows
+from ._projected_maps import as_projection
+from ._sharded_rows import ShardedRows, refused
+from .sharded import ShardedKernelOperator
+from .structure import Tile
+
+__all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
+
+
+@refused
+class ShardedProjectedOperator(ShardedRows):
+    """K = Φ₁ Φ₂ᵀ with features Φ = J Pᵀ of samples that are spread over ranks.
+
+    Every rank holds the features of its own rows. ``K @ V`` sums Φ₂ᵀ V over ranks: k numbers a column, where
+    the kernel itself sums P.
+
+    Args:
+        rows: ``(*batch, n, k)`` features of this rank's rows.
+        columns: ``(*batch, m, k)`` features of this rank's columns; the same tensor for a square kernel.
+        spaces: The spaces of rows and columns.
+        remake: Makes the features of new samples; None for a transpose.
+    """
+
+    def __init__(
+        self, rows: Tensor, columns: Tensor, *, spaces: tuple[ShardedSpace, ShardedSpace], remake: Any = None
+    ) -> None:
+        super().__init__(rows, columns, spaces=spaces, remake=remake)
+        self._rows, self._columns, self._spaces, self._remake = rows, columns, spaces, remake
+
+    @property
+    def space(self) -> ShardedSpace:
+        """The space of the rows, spread over the ranks."""
+        return self._spaces[0]
+
+    @property
+    def domain(self) -> ShardedSpace:
+        """The space of the columns."""
+        return self._spaces[1]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.space.ranks
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """No dense result is made."""
+        return 0
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self._rows.shape[:-1], self._columns.shape[-2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the features."""
+        return self._rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank's features."""
+        return self._rows.device
+
+    def features(self) -> Tensor:
+        """Return this rank's rows of Φ₁, ``(*batch, n, k)``."""
+        return self._rows
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        if rhs.shape[-2] != self._columns.shape[-2]:
+            raise ShapeError(f"expected {self._columns.shape[-2]} rows, got {tuple(rhs.shape)}")
+        inside = self.domain.inner(self._columns, rhs)  # (*batch, k, columns), float64
+        return self._rows @ inside.to(rhs.dtype)
+
+    def _transpose_nonbatch(self) -> Self:
+        if self._is_square:
+            return self
+        return type(self)(self._columns, self._rows, spaces=self._spaces[::-1])
+
+    @property
+    def _is_square(self) -> bool:
+        return self._spaces[0] is self._spaces[1]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the operator on another device or in another floating dtype; called by all ranks."""
+        device, dtype = _to_helper(*args, **kwargs)
+        rows = self._rows.to(device=device, dtype=dtype)
+        columns = rows if self._is_square else self._columns.to(device=device, dtype=dtype)
+        first = ShardedSpace(self.ranks, self.space.lengths, rows.dtype, rows.device)
+        second = (
+            first
+            if self._is_square
+            else ShardedSpace(self.ranks, self.domain.lengths, rows.dtype, rows.device)
+        )
+        return type(self)(rows, columns, spaces=(first, second), remake=self._remake)
+
+    def cross(self, x: Any) -> ShardedProjectedOperator:
+        """Return the kernel between new samples, this rank's share of them, and this kernel's columns.
+
+        Args:
+            x: New samples; see `ShardedKernelOperator.cross`.
+
+        Returns:
+            The operator of this rank's new rows, called for by all ranks.
+
+        Raises:
+            ShapeError: If this is the transpose of a cross kernel.
+        """
+        if self._remake is None:
+            raise ShapeError("take cross before the transpose: K.cross(x_new).mT")
+        rows, space = self._remake(x)
+        return type(self)(rows, self._columns, spaces=(space, self.domain), remake=self._remake)
+
+    @property
+    def structure(self) -> Any:
+        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
+        return _ProjectedStructure(self)
+
+    def _diagonal(self) -> Tensor:
+        return (self._rows * self._rows).sum(-1)
+
+    def diagonal(self, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
+        """Return this rank's rows of the diagonal."""
+        if (offset, dim1, dim2) != (0, -2, -1) or not self._is_square:
+            raise UnsupportedOperationError("only a square kernel has a diagonal, along its last two axes")
+        return self._diagonal()
+
+    def detach(self) -> Self:
+        """Return itself: nothing is recorded through it."""
+        return self
+
+
+class _ProjectedStructure:
+    """The structure of a projected kernel over ranks: its diagonal, and products."""
+
+    def __init__(self, kernel: ShardedProjectedOperator) -> None:
+        self._kernel = kernel
+        self.shape, self.dtype, self.device = kernel.shape, kernel.dtype, kernel.device
+        self.symmetric, self.space = kernel._is_square, kernel.space
+
+    def diagonal(self) -> Tensor:
+        """Return this rank's rows of the diagonal."""
+        return self._kernel._diagonal()
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return nothing for the diagonal; tiles are not offered."""
+        return 0.0 if quantity == "diagonal" else math.inf
+
+    def factors(self) -> None:
+        """Return nothing: the features lie on several ranks."""
+
+    def sample_gram(self, probes: Tensor) -> None:
+        """Return nothing."""
+
+    def tile_size(self) -> int:
+        """Refuse, as `tiles`."""
+        self._refuse()
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Refuse: features do not go from rank to rank.
+
+        Raises:
+            UnsupportedOperationError: Always.
+        """
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UnsupportedOperationError(
+            "a projected kernel over a process group has no tiles: estimate by products (method='sketch', "
+            "'hutch++'), or take the exact value of the kernel itself"
+        )
+
+
+def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedProjectedOperator:
+    """Return the kernel of samples over ranks that is seen through a projection; see `projected_ntk`.
+
+    Args:
+        K: The kernel over a process group.
+        projection: The same on all ranks.
+
+    Returns:
+        The operator, called for by all ranks. Cost: the features of this rank's rows, once.
+
+    Raises:
+        ShardingError: If the ranks bring different projections.
+    """
+    ranks = K.ranks
+
+    def read() -> tuple[Projection, str]:
+        found = as_projection(projection, K.num_parameters, K.dtype, K.device)
+        probe = torch.ones((1, K.num_parameters), dtype=K.dtype, device=K.device)
+        return found, fingerprint(image=found.apply(probe))["image"]
+
+    found, digest = ranks.together(read, "reading the projection")
+    digests = ranks.share(digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise ShardingError(f"rank {rank} brings another projection than rank 0: give both the same seed")
+
+    def features(kernel: ShardedKernelOperator) -> Tensor:
+        axis, engine = kernel._axis, kernel._engine.local
+
+        def work() -> Tensor:
+            if engine is None or axis.length == 0:
+                shape = (*axis.batch_shape, 0, axis.terms * found.k)
+                return torch.zeros(shape, dtype=K.dtype, device=K.device)
+            with torch.no_grad():
+                return feature_rows(engine, kernel._args, axis, found)
+
+        return ranks.together(work, "features")
+
+    def remake(x: Any) -> tuple[Tensor, ShardedSpace]:
+        cross = K.cross(x)
+        return features(cross), cross.space
+
+    rows, space = features(K), K.space
+    if K._core.symmetric:
+        return ShardedProjectedOperator(rows, rows, spaces=(space, space), remake=remake)
+    columns = features(K.mT)
+    return ShardedProjectedOperator(rows, columns, spaces=(space, K.mT.space), remake=remake)
