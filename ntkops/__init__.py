@@ -33,6 +33,7 @@ from .model import Batches, Linearization, linearize
 from .operators import (
     JacobianOperator,
     NTKOperator,
+    ShardedKernelOperator,
     energy_gap,
     jacobian,
     ntk,
@@ -66,6 +67,7 @@ __all__ = [
     "Layerwise",
     "JacobianOperator",
     "NTKOperator",
+    "ShardedKernelOperator",
     "Linearization",
     # estimators
     "trace",

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save"]
+__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save", "threads"]
 
 FORMAT = 1  # of the JSON document; raised when an old reader would misread it
 _KEY = "ntkops"  # entry of the safetensors header that holds the document
@@ -334,3 +334,31 @@ def _require_same(found: Mapping[str, str], wanted: Mapping[str, str] | None, pl
             f"{place} belongs to another computation: fingerprint differs: {', '.join(different)}; give what "
             "it was started with, or another path"
         )
+
+
+# -- going on by the same route
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, since sums depend on how they are split; then put it back.
+
+    Args:
+        count: Number of threads that a computation began with.
+
+    Example:
+        >>> import torch
+        >>> from ntkops import checkpoint
+        >>> with checkpoint.threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

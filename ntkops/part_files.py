@@ -36,13 +36,14 @@ class PartFiles:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     files = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums")
         ...     files.write(5, {"sum": torch.ones(2)}, {}, {})
-        ...     found = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums").read(lambda held: None)
+        ...     found = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums").read()
         >>> found.metadata["step"], found.tensors["sum"].tolist()
         (5, [1.0, 1.0])
     """
 
     def __init__(self, path: str | os.PathLike[str], space: Space, kind: str) -> None:
-        self._space, self._kind, self._writes = space, kind, 0
+        self._space, self._kind = space, kind
+        self._last: Path | None = None
         self.path = Path(path)
         rank, count = space.part
         self._paths = [self.path]
@@ -51,40 +52,44 @@ class PartFiles:
                 self.path.with_name(f"{self.path.name}.rank{rank}of{count}.{slot}") for slot in _SLOTS
             ]
 
-    def read(self, check: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    def read(
+        self,
+        fingerprint: Mapping[str, str] | None = None,
+        check: Callable[[Checkpoint], None] = lambda held: None,
+    ) -> Checkpoint | None:
         """Return the last step that all processes have; None where there is none.
 
         Args:
+            fingerprint: What it has to be computed from; None takes any.
             check: Raises `CheckpointError` for a file that belongs to another computation.
 
         Raises:
             CheckpointError: If a file of this process, or of another one, is damaged or foreign.
         """
-        found, problem = self._held(check)
+        found, problem = self._held(fingerprint, check)
         if self._space.any(problem is not None):
             text = f"the part of {self.path} that another process holds cannot be gone on from"
             raise problem or CheckpointError(text)
         common = set.intersection(*(set(steps) for steps in self._space.share(sorted(found))))
         if not common:
             return None
-        slot, held = found[max(common)]
-        self._writes = slot + 1
+        self._last, held = found[max(common)]
         return held
 
     def _held(
-        self, check: Callable[[Checkpoint], None]
-    ) -> tuple[dict[int, tuple[int, Checkpoint]], CheckpointError | None]:
+        self, fingerprint: Mapping[str, str] | None, check: Callable[[Checkpoint], None]
+    ) -> tuple[dict[int, tuple[Path, Checkpoint]], CheckpointError | None]:
         """Return what this process has by step, and what is wrong with it."""
         found = {}
-        for slot, path in enumerate(self._paths):
+        for path in self._paths:
             if not path.exists():
                 continue
             try:
-                held = load(path, kind=self._kind)
+                held = load(path, fingerprint, kind=self._kind)
                 check(held)
             except CheckpointError as error:
                 return {}, error
-            found[int(held.metadata["step"])] = slot, held
+            found[int(held.metadata["step"])] = path, held
         return found, None
 
     def write(
@@ -105,11 +110,17 @@ class PartFiles:
         Raises:
             CheckpointError: If one of the processes cannot write.
         """
-        path, problem = self._paths[self._writes % len(self._paths)], None
+        path, problem = self._next(), None
         try:
             save(path, tensors, {**metadata, "step": step}, fingerprint, kind=self._kind)
         except (OSError, CheckpointError) as error:
             problem = error
         if self._space.any(problem is not None):
             raise CheckpointError(f"{path} could not be written by all processes: {problem}") from problem
-        self._writes += 1
+        self._last = path
+
+    def _next(self) -> Path:
+        """Return the file to replace: not the one that was written last, in this run or before it."""
+        there = [path for path in self._paths if path.exists()]
+        last = self._last or max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
+        return next((path for path in self._paths if path != last), self._paths[0])

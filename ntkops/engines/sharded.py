@@ -78,6 +78,10 @@ class ShardedEngine:
         moved = self.linearization.to(dtype=dtype, device=device) if local is None else local.linearization
         return ShardedEngine(self.ranks, local, moved, self.ladder, self.layered)
 
+    def with_local(self, local: Engine | None) -> ShardedEngine:
+        """Return the same engine with another one of this rank's samples; called by all ranks."""
+        return ShardedEngine(self.ranks, local, self.linearization, self.ladder, self.layered)
+
     def free(self) -> int:
         """Drop everything cached on this rank and return the bytes set free."""
         return 0 if self.local is None else self.local.free()

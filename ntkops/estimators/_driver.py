@@ -89,6 +89,7 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
     Returns:
         The exact value where that was asked or pays, else an estimate.
     """
+    request = request.shared(plan.space)
     with torch.no_grad(), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
         if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):

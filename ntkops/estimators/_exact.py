@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checkpoint import threads
 from ..errors import CheckpointError, InputError
 from ._exact_file import ExactFile, Standing
 from ._request import Operand
@@ -113,13 +113,14 @@ class ExactWork:
         file = ExactFile(self._path, self.name, terms.unit, operands)
         operands, standing, size = file.begin(zero, terms.size)
         self.passes_before, self.seconds_before = file.passes, file.seconds
-        with _threads(file.threads):
+        with threads(file.threads):
             return self._run(operands, standing, terms, size, file)
 
     def _run(
         self, operands: Sequence[Operand], standing: Standing, terms: Terms, size: int, file: ExactFile | None
     ) -> Tensor:
         started = written = time.perf_counter()
+        space = operands[0].rows
 
         def write() -> None:
             assert file is not None
@@ -137,12 +138,13 @@ class ExactWork:
                     # One assignment: an interrupt finds both or neither.
                     standing = Standing(done, standing.sums + term)
                     bar.update(done - bar.n)
-                    if file is not None and time.perf_counter() - written >= self._every:
+                    due = file is not None and time.perf_counter() - written >= self._every
+                    if file is not None and space.any(due):
                         write()
                         written = time.perf_counter()
         except BaseException:
-            if file is not None and standing.done > before:
-                _in_passing(write)
+            if file is not None and standing.done > before and space.part[1] == 1:
+                _in_passing(write)  # of several processes, the others are not there to agree
             raise
         if file is not None and standing.done > before:
             write()
@@ -170,17 +172,3 @@ def _in_passing(write: Callable[[], Any]) -> None:
         write()
     except CheckpointError as error:
         logger.warning("what was done could not be written: %s", error)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, since sums depend on how they are split; then put it back."""
-    before = torch.get_num_threads()
-    if count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import fingerprint, load, save
-from ..engines import EngineChoice, LayerwiseEngine
+from ..checkpoint import fingerprint
+from ..engines import Engine, EngineChoice, LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.kernel import NTKOperator
+from ..operators.sharded import ShardedKernelOperator
+from ..part_files import PartFiles
 from ._provenance import kernel_route, made_of, place_of
 from ._request import Operand
 
@@ -67,6 +69,7 @@ class ExactFile:
             for key, part in made_of(operand.operator, name).items():
                 parts[key + suffix] = part
         self._fingerprint = fingerprint(**parts)
+        self._files = PartFiles(path, operands[0].rows, KIND)
         self.passes, self.seconds, self.threads = 0, 0.0, torch.get_num_threads()
         self._route: dict[str, Any] = {}
 
@@ -85,11 +88,11 @@ class ExactFile:
         Raises:
             CheckpointError: If the file is unreadable, belongs to other work, or its route cannot be taken.
         """
-        if not self._path.exists():
+        found = self._files.read(self._fingerprint)
+        if found is None:
             operands = [_following(operand, kernel_route(operand.operator)) for operand in self._operands]
             self._route = self._route_of(operands, size(operands))
             return operands, Standing(0, zero), self._route["size"]
-        found = load(self._path, self._fingerprint, kind=KIND)
         record = found.metadata
         self._route = route = record["route"]
         self.threads, self.passes, self.seconds = route["threads"], record["passes"], record["seconds"]
@@ -104,7 +107,7 @@ class ExactFile:
     def write(self, standing: Standing, passes: int, seconds: float) -> None:
         """Put the sum into the file, atomically."""
         metadata = {"done": standing.done, "route": self._route, "passes": passes, "seconds": seconds}
-        save(self._path, {"sums": standing.sums}, metadata, self._fingerprint, kind=KIND)
+        self._files.write(standing.done, {"sums": standing.sums}, metadata, self._fingerprint)
 
     def _route_of(self, operands: Sequence[Operand], size: int) -> dict[str, Any]:
         return {
@@ -133,11 +136,22 @@ class ExactFile:
 def _following(operand: Operand, route: dict[str, Any]) -> Operand:
     """Return an operand whose sums are split as a route says, with an engine of its own."""
     operator = operand.operator
+    if isinstance(operator, ShardedKernelOperator):
+        same = operator.with_engine(
+            batch_size=route.get("batch_size", "auto"), chunk_size=route.get("chunk_size", "auto")
+        )
+        _keep_workspace(same._engine.local, route)
+        return Operand(same)
     if not isinstance(operator, NTKOperator) or not set(_FOLLOWED) <= set(route):
         return operand
     engine = operator._core.engine
     choice: EngineChoice = engine.options if isinstance(engine, LayerwiseEngine) else "autograd"
     same = operator.with_engine(choice, batch_size=route["batch_size"], chunk_size=route["chunk_size"])
-    built = same._core.engine
-    (built.fallback if isinstance(built, LayerwiseEngine) else built).keep_workspace(route["workspace"])
+    _keep_workspace(same._core.engine, route)
     return Operand(same)
+
+
+def _keep_workspace(engine: Engine | None, route: dict[str, Any]) -> None:
+    if engine is not None:
+        fallback = engine.fallback if isinstance(engine, LayerwiseEngine) else engine
+        fallback.keep_workspace(route["workspace"])

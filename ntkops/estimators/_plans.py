@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..vectors import Space
 from ._exact import ExactWork
 from ._moments import Moment, Summary, summarize
 from ._ntk_aware import NtkAware
@@ -50,6 +51,7 @@ class Plan(Protocol):
     """What the driver needs to know of a quantity: exactly, and by sampling."""
 
     name: str
+    space: Space
     size: int
     eps: float
     bounds: tuple[float, float]
@@ -79,6 +81,7 @@ class ScalarPlan:
     def __init__(self, quantity: Quantity, operands: Sequence[Operand], *, orthogonalize: bool) -> None:
         self.quantity, self.operands = quantity, list(operands)
         self.name, self.bounds = quantity.name, quantity.bounds
+        self.space = operands[0].rows
         self.size = min(operands[0].rows.size, operands[0].columns.size)
         self.eps = torch.finfo(operands[0].dtype).eps
         self._orthogonalize = orthogonalize

@@ -10,10 +10,12 @@ from linear_operator.operators import DenseLinearOperator, LinearOperator, RootL
 from torch import Tensor
 
 from ..checkpoint import fingerprint
-from ..engines import LayerwiseEngine
+from ..engines import Engine, LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.counting import row_space
 from ..operators.kernel import NTKOperator
+from ..operators.sharded import ShardedKernelOperator
 
 __all__ = ["kernel_route", "made_of", "place_of"]
 
@@ -39,16 +41,18 @@ def made_of(operator: LinearOperator | Tensor, what: str) -> dict[str, Any]:
         return {"operator": operator.tensor}
     if type(operator) is RootLinearOperator and isinstance(operator.root, DenseLinearOperator):
         return {"operator": ["root", operator.root.tensor]}
-    if type(operator) is not NTKOperator:
+    if type(operator) not in (NTKOperator, ShardedKernelOperator):
         raise CheckpointError(
             f"{what} of a {type(operator).__name__} cannot be recognised in a file: those of kernels "
             "of ntkops.ntk and of dense tensors can"
         )
+    assert isinstance(operator, NTKOperator | ShardedKernelOperator)
     lin, core = operator._core.engine.linearization, operator._core
     root = getattr(lin.call, "root", None)
     model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
     axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
-    return {"model": model, "parameters": [list(operator._args), list(lin.constants)], "data": axes}
+    part = row_space(operator).part
+    return {"model": model, "parameters": [list(operator._args), list(lin.constants)], "data": [part, axes]}
 
 
 def _name_of(output: Any) -> Any:
@@ -57,7 +61,9 @@ def _name_of(output: Any) -> Any:
 
 def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
     assert isinstance(axis, StateAxis)
-    data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
+    data = []
+    if axis.inputs.num_samples:
+        data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
     return [data, axis.outputs, axis.pick]
 
 
@@ -68,11 +74,14 @@ def place_of(device: torch.device) -> dict[str, Any]:
 
 def kernel_route(operator: LinearOperator | Tensor) -> dict[str, Any]:
     """Return what the sums of a kernel of ours are split by; nothing for other operators."""
-    if not isinstance(operator, NTKOperator):
+    if not isinstance(operator, NTKOperator | ShardedKernelOperator):
         return {}
-    core, axis = operator._core, operator._core.rows
+    axis = operator._core.rows
     assert isinstance(axis, StateAxis)
-    engine = core.engine
+    sharded = isinstance(operator, ShardedKernelOperator)
+    engine: Engine | None = operator._engine.local if sharded else operator._core.engine
+    if engine is None or not axis.inputs.num_samples:
+        return {}
     options = repr(engine.options) if isinstance(engine, LayerwiseEngine) else None
     return {
         "engine": engine.name,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..checkpoint import fingerprint, load, save
+from ..checkpoint import Checkpoint, fingerprint
 from ..engines import LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
-from ._provenance import made_of
+from ..operators.sharded import ShardedKernelOperator
+from ..part_files import PartFiles
+from ._provenance import kernel_route, made_of
 from ._request import Operand, operands
 from ._sketch import SketchCore, _Factored, _Multiplied
 
@@ -41,29 +44,23 @@ def save_sketch(sketch: Sketch, path: str | os.PathLike[str]) -> None:
         "route": _route(operand, side),
         "spent": _spent(operand.operator),
     }
-    save(path, tensors, metadata, _fingerprint(operand), kind=KIND)
+    files = PartFiles(path, operand.rows, KIND)
+    files.write(core.columns, tensors, metadata, _fingerprint(operand))
 
 
 def load_sketch(empty: Sketch, path: str | os.PathLike[str], operator: LinearOperator | Tensor) -> Sketch:
     """Fill an empty sketch of an operator from a file; see `Sketch.load`."""
     (operand,) = operands(operator)
     operand.require_square("a sketch")
-    found = load(path, _fingerprint(operand), kind=KIND)
+    files = PartFiles(path, operand.rows, KIND)
+    found = files.read(_fingerprint(operand), lambda held: _require_route(operand, held, files.path))
+    if found is None:
+        raise CheckpointError(f"there is no file {path}, or no columns that all processes have saved")
     record, tensors = found.metadata, found.tensors
     generator = torch.Generator()
     generator.set_state(tensors["generator"])
     core = SketchCore([operand], generator, record["distribution"])
     (side,) = core._sides
-    route = _route(operand, side)
-    then = record["route"]
-    changed = [name for name in route if then.get(name) != route[name]]
-    different = [f"{name} {then.get(name)!r}, now {route[name]!r}" for name in changed]
-    if different:
-        raise CheckpointError(
-            f"{path} was computed by another route, and would not go on with the same bits: "
-            f"{'; '.join(different)}; build the operator with the same engine=, batch_size= and chunk_size=, "
-            "and call torch.set_num_threads with the same number"
-        )
     device = operand.device
     core._probes = tensors["probes"].to(device)
     for name in _PARTS[type(side)]:
@@ -84,6 +81,19 @@ def _fingerprint(operand: Operand) -> dict[str, str]:
 # how it was computed
 
 
+def _require_route(operand: Operand, held: Checkpoint, path: Path) -> None:
+    (side,) = SketchCore([operand], torch.Generator(), held.metadata["distribution"])._sides
+    route, then = _route(operand, side), held.metadata["route"]
+    changed = [name for name in route if then.get(name) != route[name]]
+    different = [f"{name} {then.get(name)!r}, now {route[name]!r}" for name in changed]
+    if different:
+        raise CheckpointError(
+            f"{path} was computed by another route, and would not go on with the same bits: "
+            f"{'; '.join(different)}; build the operator with the same engine=, batch_size= and chunk_size=, "
+            "and call torch.set_num_threads with the same number"
+        )
+
+
 def _route(operand: Operand, side: _Factored | _Multiplied) -> dict[str, Any]:
     """Return what sums are split by: what decides the last bits."""
     route: dict[str, Any] = {
@@ -93,6 +103,8 @@ def _route(operand: Operand, side: _Factored | _Multiplied) -> dict[str, Any]:
         "way": "factors" if isinstance(side, _Factored) else "products",
     }
     operator = operand.operator
+    if isinstance(operator, ShardedKernelOperator):
+        route |= kernel_route(operator)
     if isinstance(operator, NTKOperator):
         core = operator._core
         axis = core.rows

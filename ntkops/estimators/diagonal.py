@@ -80,7 +80,7 @@ class _Plan:
     def __init__(self, operand: Operand) -> None:
         operand.require_square(self.name)
         self._operand = operand
-        self.size = operand.rows.size
+        self.space, self.size = operand.rows, operand.rows.size
         self.eps = torch.finfo(operand.dtype).eps
 
     def exact_cost(self) -> float:

@@ -109,6 +109,7 @@ class _Plan:
 
     def __init__(self, factors: Sequence[Operand], *, forward: bool) -> None:
         self._factors, self._forward = factors, forward
+        self.space = factors[0].rows
         self.size = 2**62  # no number of probes makes it exact
         self.eps = max(torch.finfo(factor.dtype).eps for factor in factors)
 

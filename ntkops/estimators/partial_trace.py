@@ -116,8 +116,8 @@ def partial_trace(
     operand.require_square("the partial trace")
     if operand.rows.part[1] > 1:
         raise UnsupportedOperationError(
-            "partial traces of a kernel whose samples lie on several ranks are not offered: take ntkops.trace "
-            "of ntkops.ntk(model, shard, outputs='each', group=group) for one trace an output"
+            "partial traces of a kernel whose samples lie on several ranks are not offered: for one trace an "
+            "output take ntkops.trace of ntkops.ntk(model, shard, outputs='each', group=group)"
         )
     chosen = StateAxes.resolve(operator, over, axes, shape)
     if method == "stratified" and not chosen.over_samples:
@@ -145,7 +145,7 @@ class _Plan:
 
     def __init__(self, operand: Operand, axes: StateAxes) -> None:
         self._operand, self._axes = operand, axes
-        self.size = axes.terms
+        self.space, self.size = operand.rows, axes.terms
         self.eps = torch.finfo(operand.dtype).eps
         self._traced = self._traced_kernel()
 

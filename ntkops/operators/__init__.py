@@ -6,6 +6,7 @@ from .kernel import NTKOperator, ntk
 from .nystrom import NystromOperator, nystrom_ntk
 from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
 from .ridge import RidgeOperator
+from .sharded import ShardedKernelOperator
 
 __all__ = [
     # operators
@@ -16,6 +17,7 @@ __all__ = [
     "ProjectedNTKOperator",
     "FeatureOperator",
     "ProjectionOperator",
+    "ShardedKernelOperator",
     # constructors
     "jacobian",
     "ntk",

@@ -282,7 +282,7 @@ def ntk(
         (torch.Size([2, 5, 5]), torch.Size([8, 10]))
     """
     if group is not None:
-        from .sharded_ntk import sharded_ntk
+        from .sharded.build import sharded_ntk
 
         if differentiable:
             raise InputError("products over a process group have no derivative: leave differentiable=False")

@@ -321,7 +321,7 @@ def projected_ntk(
         (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
     """
     if isinstance(K, ShardedKernelOperator):
-        from .sharded_projected import sharded_projected_ntk
+        from .sharded.projected import sharded_projected_ntk
 
         sharded: Any = sharded_projected_ntk(K, projection)
         return sharded

@@ -60,7 +60,7 @@ class SolverFile:
         Raises:
             CheckpointError: If the file is damaged, or belongs to another system.
         """
-        held = self._files.read(self._require_same)
+        held = self._files.read(check=self._require_same)
         if held is not None:
             iteration.load_state({name: tensor.to(self._device) for name, tensor in held.tensors.items()})
             self._written = iteration.iterations

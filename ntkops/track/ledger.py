@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checkpoint
@@ -17,7 +15,7 @@ from ..model import Inputs, Linearization
 from ..model.call import ModuleCall
 from ..results import History
 
-__all__ = ["Ledger", "data_digest", "parameter_digest", "structure_of", "threads"]
+__all__ = ["Ledger", "data_digest", "parameter_digest", "structure_of"]
 
 KIND = "track"
 _COLUMNS = ("values", "stderrs", "exact", "converged", "passes")
@@ -109,17 +107,3 @@ def parameter_digest(linearization: Linearization) -> str:
     """Return a digest of all values that the output depends on."""
     values = (linearization.parameters, linearization.constants)
     return checkpoint.fingerprint(values=values)["values"]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, since sums depend on how they are split; then put it back."""
-    before = torch.get_num_threads()
-    if count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

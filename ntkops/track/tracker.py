@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InputError, UnsupportedOperationError
 from ..model import Linearization, linearize
 from ..model.call import uncompiled
 from ..results import Estimate, History
-from .ledger import Ledger, data_digest, name_of, parameter_digest, structure_of, threads
+from .ledger import Ledger, data_digest, name_of, parameter_digest, structure_of
 from .places import Places, stored_values
 from .quantities import KernelOptions, Options, Point, Quantity, needs_first, target_columns
 from .weights import Weights, live_values, read_weights
@@ -107,7 +107,7 @@ class Tracker:
         start = time.perf_counter()
         point, first = self._points(linearization)
         try:
-            with threads(self._ledger.route["threads"]):
+            with checkpoint.threads(self._ledger.route["threads"]):
                 row = {
                     name: quantity(point, first, self._options) for name, quantity in self._quantities.items()
                 }

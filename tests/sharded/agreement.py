@@ -167,11 +167,12 @@ def sketch(scene: Scene) -> Pair:
 def gradients(scene: Scene) -> Pair:
     """Conjugate gradients on the operator, preconditioned."""
     b = block(2, dtype=scene.dtype)
+    added, tolerance = (0.1, 1e-12) if scene.dtype == torch.float64 else (2.0, 1e-5)
 
     def solve(K: Any, right: Tensor) -> Tensor:
-        made = nystrom_preconditioner(lambda V: K @ V, 0.1, K.space, 8, generator=generator())
+        made = nystrom_preconditioner(lambda V: K @ V, added, K.space, 8, generator=generator())
         return conjugate_gradient(
-            lambda V: K @ V + 0.1 * V, right, K.space, preconditioner=made, tolerance=1e-12
+            lambda V: K @ V + added * V, right, K.space, preconditioner=made, tolerance=tolerance
         ).solution
 
     return solve(scene.K, b[scene.here]), solve(scene.whole, b)[scene.here]
@@ -233,6 +234,18 @@ def projected(scene: Scene) -> Pair:
         for K, b in ((mine, v[scene.here]), (whole, v))
     ]
     found.append((solved[0], solved[1][scene.here]))
+    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+
+
+def streamed(scene: Scene) -> Pair:
+    """Shares that are read batch by batch; a rank without samples has no batch."""
+    x, part, v = samples(scene.dtype), share(scene.rank, scene.count), block(2, dtype=scene.dtype)
+    batches = [x[a : min(a + 4, part.stop)] for a in range(part.start, part.stop, 4)]
+    mine, found = ntkops.ntk(network(scene.dtype), batches, group="world"), []
+    found.append((mine @ v[scene.here], (scene.whole @ v)[scene.here]))
+    for name in ("trace", "frobenius_norm"):
+        exact = [getattr(ntkops, name)(K, method="exact").value for K in (mine, scene.whole)]
+        found.append(tuple(value.to(scene.dtype).reshape(1, 1).expand(1, 2) for value in exact))
     return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
 
 
@@ -299,6 +312,7 @@ CHECKS: dict[str, Check] = {
     "ridge": ridge,
     "regression": regression,
     "projected": projected,
+    "streamed": streamed,
     "batch": batch,
 }
 

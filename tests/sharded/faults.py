@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ntkops
+from ntkops.operators.sharded.structure import ShardedStructure
 from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
 
 from .problems import block, generator, network, rows, samples, share
@@ -69,7 +70,7 @@ def raising(rank: int, count: int, what: str) -> tuple[str, str, float]:
             def fail(*args: Any, **kwargs: Any) -> Any:
                 raise RuntimeError("a kernel launch failed")
 
-        K._engine.local.halves = fail
+        K._engine._halves = fail
     started = time.monotonic()
     try:
         K @ v
@@ -175,3 +176,47 @@ CALLS: dict[str, Any] = {
     "scipy": lambda A, b: A.to_scipy(),
 }
 ALLOWED = {("ridge", "solve")}
+
+
+def norm(rank: int, count: int, folder: Path, victim: int | None) -> Any:
+    """Compute an exact norm tile by tile with a file; the victim is killed in its fourth tile."""
+    x = samples(count=60)
+    cuts = [0, 24, 39, 60]
+    K = ntkops.ntk(network(), x[cuts[rank] : cuts[rank + 1]], group="world", batch_size=8)
+    made = []
+    if rank == victim:
+        make = ShardedStructure._tile
+
+        def dying(self: Any, *args: Any) -> Any:
+            made.append(1)
+            if len(made) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return make(self, *args)
+
+        ShardedStructure._tile = dying
+    ShardedStructure.tile_size = lambda self: 36  # twelve samples
+    try:
+        found = ntkops.frobenius_norm(K, checkpoint=folder / "norm.safetensors", checkpoint_every=0)
+    except ntkops.NtkopsError as error:
+        return type(error).__name__, str(error)
+    return found.value, found.exact, found.passes
+
+
+def sketch(rank: int, count: int, folder: Path, victim: int | None) -> Any:
+    """Grow a sketch in blocks, each kept in a file; the victim is killed before the third is saved."""
+    K = ntkops.ntk(network(), samples(count=60)[20 * rank : 20 * rank + 20], group="world")
+    path = folder / "sketch.safetensors"
+    try:
+        try:
+            held = ntkops.Sketch.load(path, K)
+        except ntkops.errors.CheckpointError:
+            held = ntkops.Sketch(K, 4, generator=generator())
+            held.save(path)
+        while held.columns < 16:
+            held.extend(4)
+            if rank == victim and held.columns == 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+            held.save(path)
+    except ntkops.NtkopsError as error:
+        return type(error).__name__, str(error)
+    return torch.stack([held.trace().value, held.frobenius_norm().value]), held.columns

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from .faults import absent, gradients, raising, reductions, refused
+from .faults import absent, gradients, norm, raising, reductions, refused, sketch
 from .launch import launch, start
 
 pytestmark = pytest.mark.dist
@@ -67,21 +67,36 @@ def test_no_reduction_answers_for_one_rank_alone(tmp_path):
         assert not silent
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on_bit_for_bit(tmp_path):
-    whole = launch(gradients, 3, tmp_path / "whole", tmp_path / "whole", None)
-    assert all(found[2] is True for found in whole), whole
-    killed = tmp_path / "killed"
-    context = start(gradients, 3, killed, killed, 1)
+def killed(job, folder, victim):
+    """Start three ranks of which one dies, and return what the others have raised."""
+    context = start(job, 3, folder, folder, victim)
     started = time.monotonic()
     for process in context.processes:
         process.join(60)
     assert time.monotonic() - started < 60
     assert not any(process.is_alive() for process in context.processes)
-    for rank in (0, 2):
-        kind, text, seconds = pickle.loads((killed / f"rank{rank}").read_bytes())
-        assert kind == "RankFailedError" and "died" in text and seconds < 60
-    (killed / "meeting").unlink(missing_ok=True)
-    resumed = launch(gradients, 3, killed, killed, None)
+    (folder / "meeting").unlink(missing_ok=True)
+    found = [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(3) if rank != victim]
+    assert not (folder / f"rank{victim}").exists()
+    return found
+
+
+@pytest.mark.parametrize("job", [gradients, norm, sketch], ids=["conjugate gradients", "norm", "sketch"])
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_bit_for_bit(job, tmp_path):
+    whole = launch(job, 3, tmp_path / "whole", tmp_path / "whole", None)
+    for found in killed(job, tmp_path / "killed", 1):
+        assert found[0] == "RankFailedError" and "died" in found[1]
+    resumed = launch(job, 3, tmp_path / "killed", tmp_path / "killed", None)
     for mine, theirs in zip(resumed, whole, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert mine[1:] == theirs[1:]
+
+
+def test_a_part_that_is_damaged_is_refused_by_all(tmp_path):
+    launch(norm, 3, tmp_path, tmp_path, None)
+    for path in tmp_path.glob("norm.safetensors.rank1of3.*"):
+        path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "meeting").unlink(missing_ok=True)
+    found = launch(norm, 3, tmp_path, tmp_path, None)
+    assert [kind for kind, *_ in found] == ["CheckpointError"] * 3
+    assert "cut short" in found[1][1] and "another process" in found[0][1]

@@ -10,18 +10,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..engines import Engine
-from ..model import Batch, Inputs
-from ..model.inputs import joined
-from ..ranks import Ranks, ShardedSpace
-from ..vectors import Space
-from ._sharded_rows import ShardedRidge
-from .axes import StateAxis
-from .core import Core
-from .kernel import NTKOperator
-from .kernel_structure import KernelStructure
-from .sharded import ShardedAxis, ShardedJacobianOperator, ShardedKernelOperator
-from .structure import Factors, Tile, structure
+from ...engines import Engine
+from ...model import Batch, Inputs
+from ...model.inputs import joined
+from ...ranks import Ranks, ShardedSpace
+from ...vectors import Space
+from ..axes import StateAxis
+from ..core import Core
+from ..kernel import NTKOperator
+from ..kernel_structure import KernelStructure
+from ..structure import Factors, Tile, structure
+from .kernel import ShardedAxis, ShardedJacobianOperator, ShardedKernelOperator
+from .rows import ShardedRidge
 
 __all__ = ["ShardedJacobianStructure", "ShardedRidgeStructure", "ShardedStructure"]
 
@@ -233,15 +233,21 @@ class ShardedStructure:
         Yields:
             Tiles, whose rows and columns are counted over all ranks.
         """
-        size = size or self.tile_size()
+        yield from self.tiles_after(size or self.tile_size(), 0)
+
+    def tiles_after(self, size: int, skip: int) -> Iterator[Tile]:
+        """Yield what `tiles` yields after the first ``skip`` tiles, for which nothing is sent or made."""
         samples = max(1, size // self._width)
         most = max(self._rows.counts)
         slices = [slice(a, min(a + samples, most)) for a in range(0, most, samples)]
         for source, count in enumerate(self._columns.counts):
             for start in range(0, count, samples):
                 part = slice(start, min(start + samples, count))
+                wanted, skip = slices[skip:], max(0, skip - len(slices))
+                if not wanted:
+                    continue
                 received = self._received(source, part)
-                for rows in slices:
+                for rows in wanted:
                     make = partial(self._tile, source, part, rows, received)
                     yield self._ranks.together(make, "a tile")
 

@@ -10,15 +10,15 @@ import torch
 from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
-from ..checkpoint import fingerprint
-from ..errors import ShapeError, ShardingError, UnsupportedOperationError
-from ..projections import Projection
-from ..ranks import Ranks, ShardedSpace
-from ._projected_features import feature_rows
-from ._projected_maps import as_projection
-from ._sharded_rows import ShardedRows, refused
-from .sharded import ShardedKernelOperator
-from .structure import Tile
+from ...checkpoint import fingerprint
+from ...errors import ShapeError, ShardingError, UnsupportedOperationError
+from ...projections import Projection
+from ...ranks import Ranks, ShardedSpace
+from .._projected_features import feature_rows
+from .._projected_maps import as_projection
+from ..structure import Tile
+from .kernel import ShardedKernelOperator
+from .rows import ShardedRows, refused
 
 __all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
 

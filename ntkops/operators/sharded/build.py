@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..checkpoint import fingerprint
-from ..engines import Engine, EngineChoice, Ladder, LayerwiseEngine, build_engine
-from ..engines.sharded import ShardedEngine
-from ..errors import InputError, ShapeError, ShardingError
-from ..model import Inputs, Linearization, linearize
-from ..ranks import Ranks
-from ._sharded_inputs import no_samples, take_shard
-from .axes import StateAxis
-from .sharded import ShardedAxis, ShardedKernelOperator, core_of
+from ...checkpoint import fingerprint
+from ...engines import Engine, EngineChoice, Ladder, LayerwiseEngine, build_engine
+from ...engines.sharded import ShardedEngine
+from ...errors import InputError, ShapeError, ShardingError
+from ...model import Inputs, Linearization, linearize
+from ...ranks import Ranks
+from ..axes import StateAxis
+from .kernel import ShardedAxis, ShardedKernelOperator, core_of
+from .shares import no_samples, take_shard
 
 __all__ = ["sharded_ntk"]
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
-from ..engines import build_engine
-from ..engines.sharded import ShardedEngine
-from ..errors import ShapeError, UnsupportedOperationError
-from ..model import Inputs
-from ..ranks import Ranks, ShardedSpace
-from ..results import EngineInfo
-from ..vectors import Space
-from ._sharded_inputs import no_samples, take_shard
-from ._sharded_rows import ShardedRows, refuse_derivatives, refused
-from .axes import Axis, ParameterAxis, StateAxis
-from .core import Core
-from .products import ProductOperator
+from ...engines import Engine, EngineChoice, LayerwiseEngine, build_engine
+from ...engines.sharded import ShardedEngine
+from ...errors import ShapeError, UnsupportedOperationError
+from ...model import Inputs
+from ...ranks import Ranks, ShardedSpace
+from ...results import EngineInfo
+from ...vectors import Space
+from ..axes import Axis, ParameterAxis, StateAxis
+from ..core import Core
+from ..products import ProductOperator
+from .rows import ShardedRows, refuse_derivatives, refused
+from .shares import no_samples, take_shard
 
 __all__ = ["ShardedAxis", "ShardedJacobianOperator", "ShardedKernelOperator"]
 
@@ -107,6 +107,38 @@ class _ShardedOperator(ProductOperator):
         name = type(self).__name__
         return f"{name}({here} of {whole}, rank {rank} of {count}, {self.dtype}, {self.device})"
 
+    def with_engine(
+        self,
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        chunk_size: int | Literal["auto"] = "auto",
+    ) -> Self:
+        """Return the same operator with an engine of its own; called by all ranks.
+
+        Args:
+            batch_size: Samples per pass, or "auto".
+            chunk_size: Columns per pass, or "auto".
+
+        Returns:
+            An operator over the same snapshot and samples.
+        """
+        engine = self._engine
+        axis = self._core.rows if isinstance(self._core.rows, ShardedAxis) else self._core.columns
+        assert isinstance(axis, ShardedAxis)
+
+        def build() -> Engine | None:
+            known = engine.local
+            if known is None or not axis.inputs.num_samples:
+                return known
+            choice: EngineChoice = known.options if isinstance(known, LayerwiseEngine) else "autograd"
+            return build_engine(
+                engine.linearization, axis.inputs, choice, batch_size=batch_size, chunk_size=chunk_size
+            )
+
+        built = engine.with_local(self.ranks.together(build, "making an engine"))
+        opaque: Any = built
+        return self._rebuild(dataclasses.replace(self._core, engine=opaque))
+
     def free(self) -> int:
         """Drop what is cached on this rank and return the bytes set free."""
         return self._engine.free()
@@ -189,7 +221,7 @@ class ShardedJacobianOperator(_ShardedOperator):
     @property
     def structure(self) -> Any:
         """What it can do beyond products: nothing."""
-        from .sharded_structure import ShardedJacobianStructure
+        from .structure import ShardedJacobianStructure
 
         return ShardedJacobianStructure(self)
 
@@ -248,7 +280,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
     @property
     def structure(self) -> Any:
         """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        from .sharded_structure import ShardedStructure
+        from .structure import ShardedStructure
 
         return ShardedStructure(self)
 
@@ -291,7 +323,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
         counts = tuple(self.ranks.share(inputs.num_samples))
         built: Any = engine
         if self.ranks.any(local is not engine.local):
-            built = ShardedEngine(self.ranks, local, engine.linearization, engine.ladder, engine.layered)
+            built = engine.with_local(local)
         rows = ShardedAxis(inputs, columns.outputs, counts=counts)
         return self._rebuild(dataclasses.replace(core.with_axes(rows, columns), engine=built))
 

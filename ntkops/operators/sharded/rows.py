@@ -14,11 +14,11 @@ import torch
 from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedOperationError
-from ..ranks import ShardedSpace
-from .algebra import KernelMultiple, KernelSum
-from .counting import row_space
-from .ridge import RidgeOperator
+from ...errors import InputError, UnsupportedOperationError
+from ...ranks import ShardedSpace
+from ..algebra import KernelMultiple, KernelSum
+from ..counting import row_space
+from ..ridge import RidgeOperator
 
 __all__ = [
     "ShardedMultiple",
@@ -148,7 +148,7 @@ class ShardedRidge(ShardedRows, RidgeOperator):
     @property
     def structure(self) -> Any:
         """What it can do beyond products; see `ntkops.operators.structure`."""
-        from .sharded_structure import ShardedRidgeStructure
+        from .structure import ShardedRidgeStructure
 
         return ShardedRidgeStructure(self)
 
