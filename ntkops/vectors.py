@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Distribution", "Space", "resolve_generator"]
 
 Result = TypeVar("Result")
+_WIDE = 2**22  # entries of two blocks that are float64 at a time
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 
 
@@ -144,9 +145,15 @@ class Space:
             right: ``(*batch, n, k)``.
 
         Returns:
-            ``(*batch, j, k)``, float64.
+            ``(*batch, j, k)``, float64. Memory: long blocks are turned to float64 some rows at a time.
         """
-        return left.double().mT @ right.double()
+        rows = max(1, _WIDE // max(left.shape[-1] + right.shape[-1], 1))
+        total: Tensor | None = None
+        for one, other in zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True):
+            product = one.double().mT @ other.double()
+            total = product if total is None else total.add_(product)
+        assert total is not None  # a block without rows has one part
+        return total
 
     def sum_squares(self, block: Tensor) -> Tensor:
         """Return the squared length of each column in float64.
@@ -157,7 +164,9 @@ class Space:
         Returns:
             ``(*batch, k)``, float64.
         """
-        return block.double().square().sum(-2)
+        rows = max(1, _WIDE // max(block.shape[-1], 1))
+        parts = [part.double().square().sum(-2) for part in block.split(rows, dim=-2)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def orthonormalize(self, block: Tensor) -> Tensor:
         """Return an orthonormal basis of the columns' span.

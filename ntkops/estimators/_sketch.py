@@ -99,8 +99,10 @@ class SketchCore:
         count = min(columns, self.limit) - self.columns
         if count <= 0:
             return
-        fresh = torch.cat([self._draw() for _ in range(count)], dim=-1)
-        self._probes = torch.cat([self._probes, fresh], dim=-1)
+        fresh = self._probes.new_empty((*self._probes.shape[:-1], count))
+        for column in range(count):  # one by one, so that growing draws the same as a start
+            fresh[..., column : column + 1] = self._draw()
+        self._probes = beside(self._probes, fresh)
         for side in self._sides:
             side.extend(fresh)
         self._numbers = None
@@ -170,10 +172,10 @@ class _Factored:
     def extend(self, probes: Tensor) -> None:
         pulled = by_parts(self._factor.pull, probes)
         fresh = new_directions(self._space, self._basis, pulled)
-        self._pulled = torch.cat([self._pulled, pulled], dim=-1)
+        self._pulled = beside(self._pulled, pulled)
         if fresh.shape[-1]:
-            self._basis = torch.cat([self._basis, fresh], dim=-1)
-            self.images = torch.cat([self.images, by_parts(self._factor.multiply, fresh)], dim=-1)
+            self._basis = beside(self._basis, fresh)
+            self.images = beside(self.images, by_parts(self._factor.multiply, fresh))
 
     def coordinates(self, probes: Tensor) -> Tensor:
         return self._space.inner(self._basis, self._pulled).cpu()
@@ -195,7 +197,7 @@ class _Multiplied:
         self.turn: Tensor | None = None
 
     def extend(self, probes: Tensor) -> None:
-        self.images = torch.cat([self.images, by_parts(self._operand.multiply, probes)], dim=-1)
+        self.images = beside(self.images, by_parts(self._operand.multiply, probes))
 
     def coordinates(self, probes: Tensor) -> Tensor:
         gram = self._operand.columns.inner(probes, self.images)
@@ -242,6 +244,11 @@ def new_directions(space: Space, basis: Tensor, block: Tensor) -> Tensor:
     if basis.shape[-1] and fresh.shape[-1]:
         fresh = space.orthonormalize(project_out(space, wide, fresh))
     return fresh.to(dtype)
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """Return two blocks side by side; a long one is not copied for the sake of an empty one."""
+    return torch.cat([left, right], dim=-1) if left.shape[-1] else right
 
 
 def by_parts(apply: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
