@@ -88,6 +88,11 @@ class Space:
         """Which of how many parts of a vector this process holds."""
         return 0, 1
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether other processes may hold parts of a vector."""
+        return False
+
     def matches(self, other: Space) -> bool:
         """Return whether vectors of another space lie in the same parts as those of this one."""
         return self.size == other.size and other.part == (0, 1)

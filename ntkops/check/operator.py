@@ -57,7 +57,7 @@ def check_operator(
     """
     if not isinstance(operator, LinearOperator | Tensor) or operator.dim() < 2:
         raise InputError(f"expected a LinearOperator or a matrix, got {type(operator).__name__}")
-    if row_space(operator).part[1] > 1:
+    if row_space(operator).is_spread:
         raise InputError(
             "the rows of the operator lie on several ranks, and products are compared entry by entry: check "
             "the kernel of this rank's samples alone, ntkops.ntk(model, shard)"

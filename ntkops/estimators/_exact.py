@@ -143,7 +143,7 @@ class ExactWork:
                         write()
                         written = time.perf_counter()
         except BaseException:
-            if file is not None and standing.done > before and space.part[1] == 1:
+            if file is not None and standing.done > before and not space.is_spread:
                 _in_passing(write)  # of several processes, the others are not there to agree
             raise
         if file is not None and standing.done > before:

@@ -172,7 +172,7 @@ def _rows(operands: Sequence[Operand], size: int) -> int:
 
 def _sums_of_diagonal(operands: Sequence[Operand], size: int, done: int) -> Generator[tuple[int, Tensor]]:
     """Yield the sums over parts of the rows, of those that this process holds."""
-    if operands[0].rows.part[1] > 1:  # other processes have other numbers of rows
+    if operands[0].rows.is_spread:  # other processes have other numbers of rows
         if not done:
             yield 1, operands[0].structure.diagonal().double().sum(-1, keepdim=True)
         return

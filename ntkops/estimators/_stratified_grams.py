@@ -108,7 +108,7 @@ class Strata:
         size = max(1, math.isqrt(_ENTRIES // 8) // frames.shape[-1])
         source: Any = self.operands[position].structure
         space = self.operands[position].rows
-        if space.part[1] > 1:
+        if space.is_spread:
             for part, kernel in source.sample_parts(size):
                 make = partial(_own_of, self, position, frames[part], kernel)
                 yield part, space.together(make, "Gram matrices of gradients")
@@ -161,7 +161,7 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
             for part, block in strata.own(position, frames):
                 own[position, part] = block.cpu()
         return SampleGrams(space.total(own), others)
-    tiles = _spread_tiles if space.part[1] > 1 else _tiles
+    tiles = _spread_tiles if space.is_spread else _tiles
     for row, column, blocks in tiles(strata, frames):
         if row == column:
             own[:, row] = torch.stack([_within(block) for block in blocks]).cpu()

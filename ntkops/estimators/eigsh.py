@@ -229,7 +229,7 @@ def symmetric_by_tiles(structure: Structure) -> Tensor:
         UnsupportedOperationError: If it is not symmetric.
         NonFiniteError: If it has entries that are not finite.
     """
-    if structure.space.part[1] > 1:
+    if structure.space.is_spread:
         raise UnsupportedOperationError(
             "the dense matrix of an operator over a process group is not put together on any rank: use the "
             "iterative method, or one process"

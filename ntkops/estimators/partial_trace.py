@@ -114,7 +114,7 @@ def partial_trace(
     )
     operand = Operand(operator)
     operand.require_square("the partial trace")
-    if operand.rows.part[1] > 1:
+    if operand.rows.is_spread:
         raise UnsupportedOperationError(
             "partial traces of a kernel whose samples lie on several ranks are not offered: for one trace an "
             "output take ntkops.trace of ntkops.ntk(model, shard, outputs='each', group=group)"

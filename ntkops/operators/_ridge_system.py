@@ -193,7 +193,7 @@ class RidgeSystem:
 
     def _constant_or_entries(self) -> Tensor:
         entries = self.entries.expand(*self.kernel.shape[:-1])
-        if self.space.part[1] > 1:
+        if self.space.is_spread:
             ends = [float(entries.min()), float(entries.max())] if entries.numel() else [math.inf, -math.inf]
             low, high = -self.space.largest(-ends[0]), self.space.largest(ends[1])
             return entries.new_full((*entries.shape[:-1], 1), low) if low == high else entries
@@ -204,7 +204,7 @@ class RidgeSystem:
         self, kind: str, rank: int, diagonal: Tensor, generator: torch.Generator
     ) -> FactorPreconditioner:
         """Make one by pivots, which each member of a batch has of its own."""
-        if self.space.part[1] > 1:
+        if self.space.is_spread:
             raise UnsupportedOperationError(
                 f"preconditioner={kind!r} takes pivots among all rows, which lie on several ranks here: use "
                 "preconditioner='nystrom'"

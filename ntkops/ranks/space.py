@@ -54,6 +54,11 @@ class ShardedSpace(Space):
         """Rank and number of ranks."""
         return self.ranks.rank, self.ranks.count
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether other ranks may hold parts of a vector: what is done with vectors is a collective."""
+        return True
+
     def matches(self, other: Space) -> bool:
         """Return whether vectors of another space lie on the same ranks as those of this one."""
         return (

@@ -97,7 +97,7 @@ def mean_diagonal(K: Kernel) -> float:
 
 def is_spread(K: Kernel) -> bool:
     """Whether the rows of a kernel lie on several processes."""
-    return row_space(K).part[1] > 1
+    return row_space(K).is_spread
 
 
 def may_be_dense(K: Kernel) -> bool:

@@ -229,8 +229,9 @@ def projected(scene: Scene) -> Pair:
     found.append((mine.cross(new) @ v[scene.here], whole.cross(new) @ v))
     traces = [ntkops.trace(K, method="exact").value.reshape(1, 1).expand(1, 2) for K in (mine, whole)]
     found.append((traces[0], traces[1]))
+    added, tolerance = (0.1, 1e-11) if scene.dtype == torch.float64 else (5.0, 1e-5)
     solved = [
-        K.add_jitter(0.1).with_solver(tolerance=1e-11, method="cg").solve(b)
+        K.add_jitter(added).with_solver(tolerance=tolerance, method="cg").solve(b)
         for K, b in ((mine, v[scene.here]), (whole, v))
     ]
     found.append((solved[0], solved[1][scene.here]))

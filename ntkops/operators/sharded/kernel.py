@@ -150,15 +150,19 @@ class _ShardedOperator(ProductOperator):
             return self
         device = None if device is None else torch.device(device)
         moved: dict[int, Inputs] = {}
+        built = self._engine.to(dtype=dtype, device=device)
+        engine: Any = built
 
         def move(axis: Axis) -> Axis:
             if not isinstance(axis, ShardedAxis):
                 return axis
-            if id(axis.inputs) not in moved:
-                moved[id(axis.inputs)] = axis.inputs.to(dtype=dtype, device=device)
-            return axis.map_inputs(moved[id(axis.inputs)])
+            inputs = axis.inputs
+            if id(inputs) not in moved and not inputs.num_samples:
+                moved[id(inputs)] = no_samples(built.linearization, inputs.output_shape)
+            elif id(inputs) not in moved:
+                moved[id(inputs)] = inputs.to(dtype=dtype, device=device)
+            return axis.map_inputs(moved[id(inputs)])
 
-        engine: Any = self._engine.to(dtype=dtype, device=device)
         core = dataclasses.replace(self._core.map_axes(move), engine=engine)
         return self._rebuild(core, [arg.to(dtype=dtype, device=device) for arg in self._args])
 
