@@ -248,7 +248,7 @@ def new_directions(space: Space, basis: Tensor, block: Tensor) -> Tensor:
 
 def beside(left: Tensor, right: Tensor) -> Tensor:
     """Return two blocks side by side; a long one is not copied for the sake of an empty one."""
-    return torch.cat([left, right], dim=-1) if left.shape[-1] else right
+    return torch.cat([left, right], dim=-1) if left.shape[-1] else right.contiguous()
 
 
 def by_parts(apply: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
