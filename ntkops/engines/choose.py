@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import DifferentiationError, NtkopsError
 from ..model import Batch, Inputs, Linearization
 from ..model.precision import lowest_dtype
+from .rounding import neighbours
 from .rungs import RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
 from .samples import SampleMode, sample_gradients
 
@@ -32,6 +33,8 @@ _PROBED_SAMPLES = 2
 # not rounding, nor is one above the limit, which holds for half precision.
 _ROUNDING_UNITS = 1e3
 _LARGEST_ROUNDING = 0.1
+# A mismatch is rounding if it is no more than so many times what a step of some rounding units moves it.
+_NOISE_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,27 @@ def _highest_rung(
             reasons.append(f"{rung}: {_first_line(error)}")
             continue
         lowest = partial(lowest_dtype, linearization, batch)
-        _check_adjoint(rung, cotangent, pushed, tangents, pulled, lowest, reasons)
+        again = partial(_gaps, rung, linearization, params, batch, cotangent, tangents)
+        _check_adjoint(rung, cotangent, pushed, tangents, pulled, lowest, again, reasons)
         return rung, pulled
     raise DifferentiationError(
         "the model cannot be differentiated with respect to the selected parameters: " + "; ".join(reasons)
     )
+
+
+def _gaps(
+    rung: Rung,
+    linearization: Linearization,
+    params: Parameters,
+    batch: Batch,
+    cotangent: Tensor,
+    tangents: Parameters,
+) -> Iterator[float]:
+    """Yield <u, J p> - <Jᵀu, p> with parameters, inputs, u and p some rounding units away."""
+    for near, inputs, (u,), p in neighbours(params, batch.tensors, (cotangent,), tangents):
+        linearized = linearize_batch(rung, linearization.function, near, batch.replace(inputs))
+        left, right = _both_sides(u, linearized.push(p), p, linearized.pull(u))
+        yield left - right
 
 
 def _check_adjoint(
@@ -128,10 +147,10 @@ def _check_adjoint(
     tangents: Parameters,
     pulled: Parameters,
     lowest: Callable[[], torch.dtype],
+    again: Callable[[], Iterator[float]],
     reasons: list[str],
 ) -> None:
-    left = float((cotangent.double() * pushed.double()).sum())
-    right = sum(float((t.double() * g.double()).sum()) for t, g in zip(tangents, pulled, strict=True))
+    left, right = _both_sides(cotangent, pushed, tangents, pulled)
     # For normal u and p both lengths are |J|_F up to chance: where a part of J is missing, left and right
     # differ by its length. Against |u||J p| that would vanish in the number of outputs and parameters.
     scale = _length([pushed]) + _length(pulled)
@@ -140,15 +159,38 @@ def _check_adjoint(
     mismatch = abs(left - right) / scale
     if mismatch <= _ROUNDING_UNITS * torch.finfo(pushed.dtype).eps:
         return
-    if mismatch > min(_ROUNDING_UNITS * torch.finfo(lowest()).eps, _LARGEST_ROUNDING):
-        raise DifferentiationError(
-            f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): forward "
-            "and reverse mode differentiate different functions. Look for torch.no_grad() inside the model "
-            "(use .detach() for a constant) or for a custom autograd.Function with a wrong backward or jvp"
+    tolerance = min(_ROUNDING_UNITS * torch.finfo(lowest()).eps, _LARGEST_ROUNDING)
+    cause = "part of the model computes in lower precision"
+    if mismatch > tolerance:
+        cause = "rounding, which the model enlarges"
+        noise = max(abs(gap - (left - right)) for gap in again())
+        is_rounding = abs(left - right) <= _NOISE_FACTOR * noise
+        size = _length([cotangent]) * _length([pushed]) + _length(tangents) * _length(pulled)
+        if not is_rounding or abs(left - right) > tolerance * size:
+            raise DifferentiationError(_disagreement(rung, left, right, is_rounding, pushed.dtype))
+    reasons.append(f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: {cause}")
+
+
+def _disagreement(rung: Rung, left: float, right: float, is_rounding: bool, dtype: torch.dtype) -> str:
+    found = f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): "
+    if not is_rounding:
+        return (
+            f"{found}forward and reverse mode differentiate different functions. Look for torch.no_grad() "
+            "inside the model (use .detach() for a constant) or for a custom autograd.Function with a wrong "
+            "backward or jvp"
         )
-    reasons.append(
-        f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: part of the model computes in lower precision"
+    way_out = "" if dtype == torch.float64 else "use model.double(), or "
+    return (
+        f"{found}rounding alone parts them, since the model enlarges it (a norm of one feature, or of "
+        f"features that nearly agree, divides by almost nothing); {way_out}raise the eps of that norm"
     )
+
+
+def _both_sides(
+    cotangent: Tensor, pushed: Tensor, tangents: Parameters, pulled: Parameters
+) -> tuple[float, float]:
+    left = float((cotangent.double() * pushed.double()).sum())
+    return left, sum(float((t.double() * g.double()).sum()) for t, g in zip(tangents, pulled, strict=True))
 
 
 def _length(blocks: Sequence[Tensor]) -> float:

@@ -1,8 +1,9 @@
 """Batch and instance norms whose backward pass on the CPU is right for every layout of gradients.
 
-The backward pass of torch (2.13 at least) takes gradients for channels-last ones where only an axis of size one
-makes them look so: for a batch of one sample, or images one pixel high, in front of a transpose. What it returns
-is then wrong, in eval mode, too, and nothing says so. Through a flat view of the result they come in plain order.
+The backward pass of torch (2.13 at least) takes gradients for channels-last ones where only an axis of size
+one makes them look so: for a batch of one sample, or images one pixel high, in front of a transpose. What it
+returns is then wrong, in eval mode, too, and nothing says so. A flat view of the result lets gradients come
+in plain order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Forty bad inputs and faults, each with the exception that names it and the way out.
 
-Every row is one call of the public interface. What must work rather than raise is a row, too. Options that
-the messages name are asked of the functions themselves.
+Every row is one call of the public interface. What must work rather than raise is a row, too. Options and
+methods that the messages name are asked of the functions and classes themselves.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ntkops
 from ntkops import checkpoint, errors
+from ntkops.operators.ridge import RidgeOperator
 from tests.cases import BY_NAME
 from tests.faults.memory import short_of_memory
 
@@ -111,6 +113,15 @@ def root_at_zero():
 class Norm(nn.Module):
     def forward(self, x):
         return x.square().sum(-1, keepdim=True).sqrt()
+
+
+def quantised():
+    """A layer with integer weights and one floating scale, as quantised layers have them."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
+    layer.scale = nn.Parameter(torch.ones(2))
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight.float()) * layer.scale
+    return layer
 
 
 def scripted():
@@ -205,6 +216,8 @@ ROWS = [
     (35, "TorchScript", lambda: ntk(scripted()), errors.UnsupportedModelError, TypeError, "is TorchScript"),
     (35, "DataParallel", lambda: ntk(nn.DataParallel(Layer())), errors.UnsupportedModelError, TypeError,
      r"pass its \.module"),
+    (35, "integer weights", lambda: ntk(quantised(), params="*"), errors.UnsupportedModelError, TypeError,
+     r"parameter 'weight' has dtype torch\.int8"),
     (36, "mutated input", lambda: ntk(Mutating()), errors.ModelMutationError, ValueError,
      "changes input in place"),
     (38, "changed since", stale, errors.StaleOperatorError, ValueError,
@@ -239,6 +252,27 @@ def test_bad_input(row):
     with pytest.raises(exception, match=words) as caught:
         call()
     assert isinstance(caught.value, base) and isinstance(caught.value, errors.NtkopsError)
+    require_ways_out(str(caught.value))
+
+
+# Options that messages may name: of our functions, and of the functions of torch that they advise on.
+OPTIONS = {
+    option
+    for function in (ntkops.ntk, ntkops.trace, ntkops.linearize, ntkops.KernelRidge,
+                     ntkops.NTKOperator.add_jitter, RidgeOperator.with_solver, nn.Dropout, nn.BatchNorm1d,
+                     nn.CrossEntropyLoss, nn.Linear, DataLoader)
+    for option in inspect.signature(function).parameters
+}  # fmt: skip
+OWNERS = {"K": ntkops.NTKOperator, "ntkops": ntkops, "model": nn.Module, "torch": torch,
+          "x": torch.Tensor, "v": torch.Tensor, "functional": nn.functional}  # fmt: skip
+
+
+def require_ways_out(message):
+    """Assert that every option and every method that a message names is there."""
+    named = set(re.findall(r"\b([a-z_][a-z_0-9]*)=", message))
+    assert named <= OPTIONS, named - OPTIONS
+    for owner, name in re.findall(r"(?<![\w'])(\w+)\.([a-z_]\w*)", message):
+        assert hasattr(OWNERS[owner], name), f"{owner}.{name}"
 
 
 def test_3_a_submodule_by_two_paths_works_and_the_model_is_intact():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import ntkops
 from ntkops.errors import DifferentiationError
@@ -60,6 +62,17 @@ def check_row(row: Row) -> None:
                 lazy @ V
         else:
             close(lazy @ V, J @ (J.mT @ V.double()), tolerance(row.precision), "K v, nothing dense")
+
+
+def check_row_on_a_device(row: Row) -> None:
+    """Hold a row in float32 on a CUDA device to the same on the CPU."""
+    single = dataclasses.replace(row, dtype=torch.float32)
+    model, x = single.make(), single.draw()
+    expected = ntkops.ntk(model, x, **row.options).to_dense()
+    model.to("cuda")
+    x = tree_map(lambda leaf: leaf.cuda() if isinstance(leaf, Tensor) else leaf, x)
+    actual = ntkops.ntk(model, x, **row.options).to_dense().cpu()
+    close(actual, expected.double(), 1e-4, "K on a device")
 
 
 def agrees(K: Any, J: Tensor, sizes: list[int], limit: float) -> None:

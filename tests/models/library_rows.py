@@ -1,4 +1,4 @@
-"""The rows of the table that transformers, timm and peft build: tiny, from a config, nothing loaded."""
+"""The rows of the table that transformers, peft, timm and torchvision build: tiny, nothing loaded."""
 
 from __future__ import annotations
 
@@ -294,4 +294,64 @@ TIMM = [
     ),
 ]
 
-LIBRARY_ROWS = [*TRANSFORMERS, *PEFT, *TIMM]
+# -------------------------------------------------------------------------------------- torchvision
+
+
+def torchvision_model(name: str, **options: Any) -> nn.Module:
+    """Build a model of torchvision with random weights."""
+    return getattr(library("torchvision.models"), name)(**options)
+
+
+TORCHVISION = [
+    Row(
+        "torchvision ResNet-18 eval(), first stage and head",
+        partial(torchvision_model, "resnet18", num_classes=2),
+        images(32),
+        options={"params": ["conv1.*", "bn1.*", "layer1.*", "fc.*"]},
+        samples_given=2,
+    ),
+    Row(
+        "torchvision ViT",
+        partial(
+            torchvision_model,
+            "VisionTransformer",
+            image_size=8,
+            patch_size=4,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            mlp_dim=8,
+            num_classes=2,
+        ),
+        images(8),
+    ),
+    Row(
+        "torchvision MobileNetV3",
+        partial(torchvision_model, "mobilenet_v3_small", num_classes=2),
+        images(32),
+        samples_given=2,
+    ),
+]
+
+LIBRARY_ROWS = [*TRANSFORMERS, *PEFT, *TIMM, *TORCHVISION]
+
+# One of each kind, quick ones: with every run of the test suite, where the libraries are installed.
+DOZEN = [
+    row
+    for row in LIBRARY_ROWS
+    if row.name
+    in {
+        "GPT-2 sdpa",
+        "BERT classifier, padding mask, eager",
+        "Llama eager, tied embeddings",
+        "ViT eager",
+        "ResNet eval()",
+        "T5 encoder-decoder default",
+        "Mamba, plain formulas",
+        "GPT-2 loss of each token",
+        "GPT-2 with LoRA (peft)",
+        "Llama with DoRA (peft)",
+        "timm ConvNeXt",
+        "torchvision ViT",
+    }
+]

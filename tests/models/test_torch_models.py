@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import ntkops
 from ntkops.errors import DifferentiationError
 
-from .agreement import check_row
+from .agreement import check_row, check_row_on_a_device
 from .rows import Row
 from .torch_rows import TORCH_ROWS
 
@@ -28,13 +25,7 @@ def test_row(row: Row) -> None:
     "row", [row for row in TORCH_ROWS if row.dtype == torch.float64], ids=lambda row: row.name
 )
 def test_row_on_a_device(row: Row) -> None:
-    single = dataclasses.replace(row, dtype=torch.float32)
-    model, x = single.make(), single.draw()
-    expected = ntkops.ntk(model, x, **row.options).to_dense()
-    model.to("cuda")
-    x = tree_map(lambda leaf: leaf.cuda() if isinstance(leaf, torch.Tensor) else leaf, x)
-    actual = ntkops.ntk(model, x, **row.options).to_dense().cpu()
-    assert float((actual - expected).norm()) <= 1e-4 * float(expected.norm())
+    check_row_on_a_device(row)
 
 
 class Sharpened(nn.Module):

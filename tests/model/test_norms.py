@@ -1,0 +1,99 @@
+"""Batch and instance norms in front of a transpose: right for one sample at a time, where torch is not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ntkops
+
+
+class Patches(nn.Module):
+    """A convolution, a norm, and its result as a sequence of positions."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 1), norm
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(2).mT
+
+
+class Functional(nn.Module):
+    """A norm without a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.tensor([0.7, 1.4])),
+            nn.Parameter(torch.tensor([0.1, 0.2])),
+        )
+        self.register_buffer("mean", torch.tensor([0.3, -0.2]))
+        self.register_buffer("variance", torch.tensor([1.1, 0.6]))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias)
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(2),
+    "instance": lambda: nn.InstanceNorm2d(2, affine=True),
+    "functional": Functional,
+}
+
+
+def built(name, dtype, shape=(2, 2, 2)):
+    torch.manual_seed(0)
+    model = Patches(NORMS[name]()).to(dtype).eval()
+    return model, torch.randn(5, *shape, dtype=dtype)
+
+
+def forward_mode(model, x):
+    """J in forward mode, which does not pass through that code."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    blocks = torch.func.jacfwd(lambda p: torch.func.functional_call(model, p, (x,)).flatten())(parameters)
+    return torch.cat([b.flatten(1) for b in blocks.values()], 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 3), (2, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
+@pytest.mark.parametrize("name", NORMS)
+def test_every_number_of_samples_in_a_pass(name, engine, dtype, shape):
+    model, x = built(name, dtype, shape)
+    J = forward_mode(model, x)
+    v = torch.randn(len(J), 2, dtype=dtype)
+    limits = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    for size in (1, 2, 4, "auto"):
+        K = ntkops.ntk(model, x, engine=engine, batch_size=size, max_dense_bytes=0)
+        torch.testing.assert_close(K.left.mT @ v, J.mT @ v, **limits)
+        torch.testing.assert_close(K @ v, J @ (J.mT @ v), **limits)
+        torch.testing.assert_close(K.diagonal(), J.square().sum(1), **limits)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_cross_kernel_with_one_sample(name, engine):
+    model, x = built(name, torch.float64)
+    J = forward_mode(model, x)
+    K = ntkops.ntk(model, x[:4], engine=engine).cross(x[4:])
+    torch.testing.assert_close(K.to_dense(), J[32:] @ J[:32].mT)
+    assert ntkops.ntk(model, x[:1], engine=engine).shape == (8, 8)
+
+
+def test_a_function_that_calls_the_model():
+    model, x = built("batch", torch.float64)
+
+    def function(parameters, inputs):
+        return torch.func.functional_call(model, parameters, (inputs,))
+
+    J = forward_mode(model, x)
+    K = ntkops.ntk(function, x, params=dict(model.named_parameters()), batch_size=4)
+    torch.testing.assert_close(K.to_dense(), J @ J.mT)
+
+
+def test_other_models_run_without_the_mode():
+    K = ntkops.ntk(nn.Linear(3, 2), torch.randn(4, 3))
+    assert not K._core.engine.linearization._plain_gradients
+    model, x = built("batch", torch.float64)
+    assert ntkops.ntk(model, x)._core.engine.linearization._plain_gradients
