@@ -143,11 +143,15 @@ def _noise(
     A wrong rule moves no more than a right one: what it gets wrong is no part of this.
     """
     noise = dict.fromkeys(source.coverage.covered, 0.0)
-    for near, (direction,) in neighbours(params, (cotangents,)):
+    _, _, batch = next(iter(part.batches(part.num_samples)))
+    for near, samples, (direction,) in neighbours(params, batch.tensors, (cotangents,)):
+        # Samples of several shapes come in several batches, and stay.
+        whole = batch.num_samples == part.num_samples
+        moved = Inputs(batch.replace(samples), part.output_shape) if whole else part
         try:
             there = (
-                _differentiated(autograd, near, part, direction),
-                source.written_down(source.of(near, part, direction)).double(),
+                _differentiated(autograd, near, moved, direction),
+                source.written_down(source.of(near, moved, direction)).double(),
             )
         except CoverageChanged:
             continue  # it depends on values, and is asserted on every batch

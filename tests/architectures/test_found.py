@@ -51,6 +51,13 @@ FOUND = {
         samples=1,
         seed=24,
     ),
+    # What a first norm reads are the samples: these have to move, too.
+    "rounding of samples": Network(
+        ("sequence", 1, 1),
+        (("encoder layer", True, False), ("cells", "rnn", 1, False, False)),
+        head=0,
+        samples=1,
+    ),
     # A checkpointed block with fused attention has to run again under the same attention kernel.
     "checkpointed attention": Network(
         ("sequence", 3, 2),
