@@ -141,7 +141,7 @@ def _per_sample_jacobian(function: Function, params: Any, inputs: Any) -> tuple[
         shape.append(output.shape)
         return output.reshape(-1)
 
-    jacobian = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0))(params, inputs)
+    jacobian = torch.func.vmap(torch.func.jacrev(single, chunk_size=1), in_dims=(None, 0))(params, inputs)
     return jacobian, shape[-1]
 
 

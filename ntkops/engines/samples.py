@@ -13,7 +13,7 @@ from .rungs import Columns, Parameters, Rung, linearize_batch
 
 __all__ = ["SampleMode", "sample_gradients"]
 
-SampleMode = Literal["vmap", "loop"]
+SampleMode = Literal["vmap", "rows", "loop"]
 Function = Callable[[Sequence[Tensor], Batch], Tensor]
 
 
@@ -29,7 +29,8 @@ def sample_gradients(
     r"""Return :math:`J_i^\top v_{ir}` for every sample i and its own cotangents r.
 
     Args:
-        mode: "vmap" over samples, or a "loop" over batches of one sample.
+        mode: "vmap" over samples and cotangents, vmap over samples for one of the cotangents ("rows") after
+            the other, or a "loop" over batches of one sample.
         rung: Rung of the ladder for the loop; vmap always goes through torch.func.
         function: Pure ``(params, batch) -> (B, O)``.
         params: The selected parameters.
@@ -40,8 +41,11 @@ def sample_gradients(
     Returns:
         One ``(B, r, *shape)`` for each parameter. Cost: r per-sample passes.
     """
-    if mode == "vmap" and rung in ("forward", "double"):
-        return _vmapped(function, params, batch, cotangents)
+    if mode != "loop" and rung in ("forward", "double"):
+        if mode == "vmap" or cotangents.shape[1] == 1:
+            return _vmapped(function, params, batch, cotangents)
+        single = [_vmapped(function, params, batch, row) for row in cotangents.split(1, dim=1)]
+        return tuple(torch.cat(blocks, dim=1) for blocks in zip(*single, strict=True))
     rows = []
     for index, tensors in enumerate(_single_samples(batch)):
         linearized = linearize_batch(

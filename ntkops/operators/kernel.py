@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines import EngineChoice, build_engine
+from ..engines import EngineChoice, build_engine, tensor_bytes
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
 from .algebra import KernelAlgebra
@@ -110,7 +111,13 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _column_cost(self) -> float:
+        if self._core.engine.ladder.rung == "reverse":
+            return math.inf  # J p does not exist
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
+
+    def _dense_instead(self) -> Tensor | None:
+        fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes
+        return self._dense_built() if fits and self._core.engine.ladder.rung == "reverse" else None
 
     def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
         rows, columns = self._rows, self._columns

@@ -121,6 +121,9 @@ class DenseOperator(DenseFallbacks, ProductOperator):
             core.spending.passes,
             cost,
         )
+        return self._dense_built()
+
+    def _dense_built(self) -> Tensor:
         dense = self._dense_values(self._args)
         self._store_dense(dense)
         return dense

@@ -9,7 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedOperationError
+from ..errors import DeviceError, DifferentiationError, DtypeError, ShapeError, UnsupportedOperationError
 from ..vectors import Space
 from .axes import Axis, ParameterAxis, StateAxis
 from .core import Core
@@ -162,7 +162,12 @@ class ProductOperator(LinearOperator):
         with torch.no_grad():
             dense = self._dense_if_cheaper(rhs.shape[-1])
             if dense is None:
-                return self._lazy_product(self._args, rhs)
+                try:
+                    return self._lazy_product(self._args, rhs)
+                except DifferentiationError:  # J p does not exist, where rows of J do
+                    dense = self._dense_instead()
+                    if dense is None:
+                        raise
             with self._core.engine.linearization.full_precision():
                 return dense @ rhs
 
@@ -182,6 +187,10 @@ class ProductOperator(LinearOperator):
     def _dense_if_cheaper(self, columns: int) -> Tensor | None:
         """Return a dense block that stands in for the products, if there is one."""
         raise NotImplementedError
+
+    def _dense_instead(self) -> Tensor | None:
+        """Return a dense block where products do not exist, None where it would be too large."""
+        return None
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._core.rows, self._core.columns

@@ -47,7 +47,8 @@ class EngineInfo:
         rung: Rung of the differentiation ladder: "forward" (torch.func vjp and jvp), "double"
             (double backward through torch.func), "classic" (torch.autograd.grad, twice) or
             "reverse" (only Jᵀ exists).
-        per_sample: How per-sample Jacobians are made: "vmap" or "loop".
+        per_sample: How per-sample Jacobians are made: "vmap" over samples and outputs, vmap over samples for
+            one output after the other ("rows"), or a "loop" over samples.
         reasons: Why higher rungs were left, one line each.
         dense: Whether products now use a dense block that was built because it is cheaper.
         batch_size: Samples per pass.

@@ -1,0 +1,153 @@
+"""Every layer of torch.nn and the operations of models: all engines against backward passes row by row.
+
+Under vmap, and under vmap inside vmap, torch has other formulas for every operation, and some of them are
+wrong: hence as many samples as outputs, which may hide it, and not as many.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ntkops
+from ntkops import functional
+
+from .layers import HOW, LAYERS, NOT_LAYERS, OPERATIONS, Call, Inside, Part
+
+NAMES = [*LAYERS, *(f"operation: {name}" for name in OPERATIONS)]
+LIMIT = 1e-11
+
+
+def short(name: str) -> str:
+    return name.removeprefix("operation: ")
+
+
+def network(name: str, outputs: int = 2) -> Inside:
+    """Return the network around a layer or an operation; the global random state is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        part = LAYERS.get(name)
+        if part is None:
+            function, shape = OPERATIONS[short(name)]
+            part = Part(lambda: Call(function), shape)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return Inside(part, outputs).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def samples(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(count, 3, generator=generator, dtype=torch.float64)
+
+
+def dense_jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    """Return J, one classic backward pass for each row, with one sample at a time."""
+    model = copy.deepcopy(model)
+    parameters = list(model.parameters())
+    rows = []
+    for sample in x.split(1):
+        for entry in model(sample).flatten():
+            gradients = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
+            parts = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
+            ]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    error = float((actual - expected).norm() / expected.norm())
+    assert error <= LIMIT, error
+
+
+@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_and_products(name: str, count: int, engine: str) -> None:
+    model, x = network(name), samples(count)
+    J = dense_jacobian(model, x)
+    K = ntkops.ntk(model, x, engine=engine)
+    assert (K.engine_info.rung, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
+    close(K.to_dense(), J @ J.T)
+    close(K.diagonal(), J.square().sum(1))
+    lazy = ntkops.jacobian(model, x, engine=engine)
+    V = torch.randn(len(J), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    close(lazy.mT @ V, J.T @ V)
+    close(K @ V, J @ (J.T @ V))
+    if K.engine_info.rung != "reverse":
+        close(lazy @ (J.T @ V), J @ (J.T @ V))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_that_was_tried_on_one_sample(name: str) -> None:
+    model, x, y = network(name), samples(1), samples(2)
+    K = ntkops.ntk(model, x, engine="autograd")
+    close(K.cross(y).to_dense(), dense_jacobian(model, y) @ dense_jacobian(model, x).T)
+    close(K.cross(y).mT.to_dense(), dense_jacobian(model, x) @ dense_jacobian(model, y).T)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other layers")
+def test_no_layer_is_missing() -> None:
+    layers = {
+        name
+        for name, item in vars(nn).items()
+        if inspect.isclass(item)
+        and issubclass(item, nn.Module)
+        and item.__module__.startswith("torch.nn.modules")
+    }
+    assert layers - set(LAYERS) == NOT_LAYERS
+    assert set(HOW) <= {short(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", ["PReLU", "operation: solve", "operation: det", "operation: slogdet"])
+def test_torch_is_wrong_under_vmap_inside_vmap(name: str) -> None:
+    """When this fails torch has mended it, and several outputs of these may go through vmap again."""
+    model, x = network(name), samples(2)
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    vectors = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def gradients(sample: Tensor, vectors: Tensor, pulled: Callable) -> Tensor:
+        def call(values: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, values, (sample[None],))[0]
+
+        return pulled(lambda v: torch.func.vjp(call, parameters)[1](v)[0]["front.weight"], vectors)
+
+    def one_by_one(pull: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        return torch.stack([pull(v) for v in vectors])
+
+    def vmapped(pull: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        return torch.func.vmap(pull)(vectors)
+
+    with torch.no_grad():  # the faults of determinants and solves are there without it alone
+        nested = torch.func.vmap(lambda sample, v: gradients(sample, v, vmapped))(x, vectors)
+    plain = torch.stack([gradients(*pair, one_by_one) for pair in zip(x, vectors, strict=True)])
+    assert float((nested - plain).norm() / plain.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["PReLU", "operation: solve", "operation: det", "operation: slogdet"])
+def test_functional_kernels(name: str) -> None:
+    model, x = network(name), samples(2)
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+
+    def function(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,))
+
+    J = dense_jacobian(model, x)
+    close(functional.ntk_block(function, parameters, x, x).reshape(4, 4), J @ J.T)
+    close(functional.ntk_diagonal(function, parameters, x).flatten(), J.square().sum(1))
+
+    def size(x: Tensor) -> Tensor:
+        return functional.ntk_block(function, parameters, x, x).square().sum()
+
+    direction = torch.ones_like(x)
+    slope = (size(x + 1e-5 * direction) - size(x - 1e-5 * direction)) / 2e-5
+    found = (torch.func.grad(size)(x) * direction).sum()
+    assert abs(float(found - slope)) <= 1e-6 * abs(float(slope))
