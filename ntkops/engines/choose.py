@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DifferentiationError, NtkopsError
+from ..errors import DifferentiationError, NtkopsError, OutputError
 from ..model import Batch, Inputs, Linearization
+from ..model.batches import take
 from ..model.precision import lowest_dtype
-from .rounding import neighbours
+from ..model.rounding import neighbours
 from .rungs import RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
 from .samples import SampleMode, sample_gradients
 
@@ -29,6 +30,7 @@ __all__ = ["Ladder", "climb"]
 logger = logging.getLogger(__name__)
 
 _PROBED_SAMPLES = 2
+_PROBED_ROWS = 3  # not as many as samples
 # An adjoint mismatch above so many rounding units of the coarsest dtype in which the model computes is
 # not rounding, nor is one above the limit, which holds for half precision.
 _ROUNDING_UNITS = 1e3
@@ -45,7 +47,8 @@ class Ladder:
         rung: The highest rung that works.
         columns: Whether several vectors go through one vmapped pass or through a loop.
         pull_columns: The same for Jᵀ alone, where a loop may be faster.
-        per_sample: Whether per-sample Jacobians come from vmap over samples or from a loop.
+        per_sample: Whether per-sample Jacobians come from vmap over samples and outputs, from vmap over
+            samples for one output after the other ("rows"), or from a loop over samples.
         reasons: Why a higher choice was left, one line each.
         activation_bytes: Bytes that one sample's forward pass saves for its backward pass.
     """
@@ -66,7 +69,7 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
         inputs: The samples; only the first two are used.
 
     Returns:
-        What the model allows. Cost: about ten passes over two samples.
+        What the model allows. Cost: about sixteen passes over two samples.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
@@ -78,6 +81,7 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
     reasons: list[str] = []
     with linearization.safe_context(), torch.no_grad():
         params = tuple(p.detach() for p in params)
+        batch = _two_samples(linearization, params, batch)
         activation_bytes = _activation_bytes(linearization, params, batch)
         rung, pulled = _highest_rung(linearization, params, batch, reasons)
         columns = _columns(rung, linearization, params, batch, reasons)
@@ -86,6 +90,18 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
     for reason in reasons:
         logger.info("differentiation ladder: %s", reason)
     return Ladder(rung, columns, pull_columns, per_sample, tuple(reasons), activation_bytes)
+
+
+def _two_samples(linearization: Linearization, params: Parameters, batch: Batch) -> Batch:
+    """Return the batch, doubled if it is one sample, which shows nothing of samples taken for vectors."""
+    if batch.num_samples > 1:
+        return batch
+    double = take(batch, torch.tensor([0, 0]))
+    try:
+        linearization.function(params, double)
+    except (OutputError, RuntimeError, TypeError, ValueError, IndexError):
+        return batch  # a model for single samples only
+    return double
 
 
 def _vectors(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
@@ -254,11 +270,22 @@ def _per_sample(
     shape = _output_shape(linearization, params, batch)
     cotangents = _vectors((1, *shape), params[0], seed=1).movedim(0, 1)  # (B, 1, O): the first probe
 
-    def attempt() -> tuple[Tensor, ...]:
+    def summed() -> Parameters:
         gradients = sample_gradients("vmap", rung, linearization.function, params, batch, cotangents)
         return tuple(g.sum(0) for g in gradients)
 
-    return "vmap" if _vmap_agrees("per sample", attempt, lambda: pulled, reasons) else "loop"
+    if not _vmap_agrees("per sample", summed, lambda: pulled, reasons):
+        return "loop"
+    if rung not in ("forward", "double"):
+        return "vmap"
+    # vmap inside vmap takes other batching rules, and that of PReLU takes samples for cotangents.
+    several = _vectors((shape[0], _PROBED_ROWS, *shape[1:]), params[0], seed=5)
+
+    def rows_of(mode: SampleMode) -> Parameters:
+        return sample_gradients(mode, rung, linearization.function, params, batch, several)
+
+    nested = _vmap_agrees("several outputs", lambda: rows_of("vmap"), lambda: rows_of("rows"), reasons)
+    return "vmap" if nested else "rows"
 
 
 def _vmap_agrees(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
+from ..model.rounding import neighbours
 from .autograd import AutogradEngine
 from .coverage import Coverage, CoverageChanged
 from .factors import Factors
 from .gathering import FactorSource
-from .rounding import neighbours
 from .rungs import Parameters
 from .tail_blocks import Reduction, confirmed
 

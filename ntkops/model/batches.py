@@ -176,8 +176,9 @@ def _require_leaf(leaf: Any, label: str) -> None:
         )
     if isinstance(leaf, Tensor):
         if leaf.layout != torch.strided or leaf.is_nested:
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
             raise InputError(
-                f"{label} is a {leaf.layout} tensor; pass a dense one (to_dense, or padded with a mask)"
+                f"{label} is a {kind} tensor; pass a dense one (to_dense, or padded with a mask)"
             )
     elif isinstance(leaf, np.memmap):
         raise InputError(

@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
@@ -157,6 +157,10 @@ def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
     return nn.functional.embedding(tokens, module.weight)
 
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
+
+
 class _Call:
     """What calls of modules and of functions share.
 
@@ -249,15 +253,16 @@ class ModuleCall(_Call):
             vars(module)["_flat_weights"] = []
             # Without references torch never rebuilds or flattens the list that calls put there.
             vars(module)["_flat_weight_refs"] = [None] * len(module._flat_weights_names)
-        parts = [vars(module) for module in modules]
+        parts: list[dict[str, Any]] = [vars(module) for module in modules]
         parts += [
             vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers", "_modules")
         ]
         self._resting = [(part, dict(part)) for part in parts]
+        self._resting_containers = [(part, part.copy()) for part in _containers(modules)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock and what is made from the rest."""
-        made = ("_lock", "_targets", "_recurrent", "_resting")
+        made = ("_lock", "_targets", "_recurrent", "_resting", "_resting_containers")
         state = {key: value for key, value in vars(self).items() if key not in made}
         if any(map(parametrize.is_parametrized, self.root.modules())):
             return {"pickled": pickle_parametrized(state)}
@@ -299,11 +304,15 @@ class ModuleCall(_Call):
     def _rest(self) -> None:
         """Undo everything that the call did to the private modules, so that calls are independent."""
         for part, resting in self._resting:
+            if resting:
+                part.update(resting)
             if len(part) != len(resting):
                 for key in part.keys() - resting.keys():
                     del part[key]
-            if resting:
-                part.update(resting)
+        for container, contents in self._resting_containers:
+            if container or contents:  # most are empty lists and dictionaries
+                container.clear()
+                container.extend(contents) if isinstance(container, list) else container.update(contents)
 
     def reassigned(self, root: nn.Module | None, tensors: Sequence[Tensor]) -> list[str]:
         """Name the slots that hold other tensors than they were given; to be asked inside a call."""
@@ -316,6 +325,23 @@ class ModuleCall(_Call):
             for path, kind, key, position in named
             if getattr(root.get_submodule(path), kind).get(key) is not tensors[position]
         ]
+
+
+def _containers(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return the lists, dictionaries and sets in which modules may keep something for the next call."""
+    found: dict[int, Any] = {}
+    waiting = [
+        value for module in modules for key, value in vars(module).items() if key not in _OWN_OF_MODULES
+    ]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in found:
+            continue
+        if type(value) in _CONTAINERS:
+            found[id(value)] = value
+        if type(value) in (*_CONTAINERS, tuple):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return list(found.values())
 
 
 def _label(root: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[str, Tensor], ...]:

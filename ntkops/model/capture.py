@@ -104,6 +104,7 @@ class Guard(TorchDispatchMode):
         foreign: Tensors of the user's model that the call is not given: not to be used at all.
 
     Attributes:
+        read: Labels of what was read of the tensors held.
         refusal: The first refusal, kept because a model may swallow exceptions.
     """
 
@@ -111,6 +112,7 @@ class Guard(TorchDispatchMode):
         super().__init__()
         self._held = held
         self._foreign = foreign
+        self.read: set[str] = set()
         self.refusal: NtkopsError | None = None
 
     def __enter__(self) -> Self:
@@ -148,6 +150,8 @@ class Guard(TorchDispatchMode):
             key = storage_key(tensor)
             if key is None:
                 continue
+            if key in self._held:
+                self.read.add(self._held[key])
             if key in self._foreign:
                 self._refuse(foreign_use(self._foreign[key]))
             if is_written and key in self._held:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .batches import Batch
-from .linearization import Linearization
+if TYPE_CHECKING:
+    from .batches import Batch
+    from .linearization import Linearization
 
 __all__ = ["lowest_dtype"]
 

@@ -29,7 +29,9 @@ from .batches import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
 from .freshness import Watch, same_bits
 from .output import require_state
+from .precision import lowest_dtype
 from .randomness import disturb_randomness, random_state_moved, untouched_randomness
+from .rounding import UNITS, neighbours
 
 if TYPE_CHECKING:
     from .linearization import Linearization
@@ -39,6 +41,10 @@ __all__ = ["examine"]
 _PROBED = 4  # samples of the trial run
 _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
+# A difference is rounding if it is no more than so many times what a step of some rounding units makes.
+_NOISE_FACTOR = 10.0
+_COARSE = 1e-4
+_COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
 # Rows that must agree do so up to rounding; anything that couples samples is far larger.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -59,7 +65,7 @@ def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tupl
         ModelMutationError: If the forward pass writes to parameters, buffers or inputs.
         StochasticModelError: If two passes differ.
         UnsupportedModelError: If the original model is used behind our back, or reentrant checkpointing.
-        CoupledSamplesError: If a sample's output depends on other samples.
+        CoupledSamplesError: If a sample's output depends on other samples, or on its place among them.
     """
     rows = _differing_rows(head)
     sample = take(head, rows).map(Tensor.detach)
@@ -96,6 +102,7 @@ class _Trial:
         self.sample = sample
         self.rows = rows
         self._draws = 0
+        self._read: set[str] = set()
         self.axis = linearization.batch_dim
         # Live parameters stay out of the trial, so that a use of the user's own tensors shows.
         self.params = tuple(
@@ -188,11 +195,12 @@ class _Trial:
             raise
         if guard.refusal is not None:
             raise guard.refusal
+        self._read |= guard.read
         return state, reassigned
 
-    def _held(self) -> dict[int, str]:
+    def _held(self, params: Sequence[Tensor] | None = None) -> dict[int, str]:
         lin = self.lin
-        tensors = (*self.params, *lin.constants)
+        tensors = (*(self.params if params is None else params), *lin.constants)
         labels = [f"parameter {name!r}" for name in (*lin.names, *lin.frozen_names)]
         labels += [f"buffer {name!r}" for name in lin.buffer_names]
         named = [*zip(labels, tensors, strict=True), *lin.call.others]
@@ -232,12 +240,18 @@ class _Trial:
     # -- randomness
 
     def require_repeatable(self, state: Tensor) -> None:
-        """Raise if further passes differ from the first one."""
-        with random_state_moved(self.lin.device) as moved:
-            again = [self.state(self.sample)]
+        """Raise if further passes differ from the first one, or no longer read what it read."""
+        # A view of a parameter that was kept shares its memory, and not that of a copy.
+        is_small = sum(p.nbytes for p in self.params) <= _COPIED
+        params = tuple(p.clone() for p in self.params) if is_small else self.params
+        guard = Guard(self._held(params), {})
+        with random_state_moved(self.lin.device) as moved, guard:
+            again = [self.state(self.sample, params).detach()]
         if moved[0]:
             self.lin.call.draws = True
             again += [self._other_draw() for _ in range(_REPEATS)]
+        else:
+            self._require_read(guard.read)
         if all(self._close(state, other) for other in again):
             return
         raise StochasticModelError(
@@ -245,6 +259,17 @@ class _Trial:
             "numbers (functional dropout, drop path, sampling) or keeps a state; call model.eval(), and "
             "give F.dropout training=self.training"
         )
+
+    def _require_read(self, read: set[str]) -> None:
+        """Raise if a parameter or sample is read by the first pass alone."""
+        needed = {f"parameter {name!r}" for name in self.lin.names} | set(self.sample.layout.labels)
+        lost = sorted((self._read - read) & needed)
+        if lost:
+            raise ModelMutationError(
+                f"the forward pass reads {', '.join(lost[:3])} in its first call only, and keeps something "
+                "made of it for the next ones, so that the derivative would be lost; switch that cache off, "
+                "or empty it where forward begins"
+            )
 
     def _other_draw(self) -> Tensor:
         self._draws += 1
@@ -332,6 +357,38 @@ class _Trial:
             other = self.state(take(self.sample, index))
             if self._moved(state.index_select(self.axis, kept), other.index_select(self.axis, kept)):
                 raise self._coupled(changed)
+        self._require_any_place(state, rows[1:])
+
+    def _require_any_place(self, state: Tensor, kept: Tensor) -> None:
+        """Raise if the outputs of samples depend on their place, or on how many samples there are."""
+        try:
+            moved_up = self.state(take(self.sample, kept))
+        except Exception:
+            return  # a model for a fixed number of samples, which fails aloud with another
+        before = state.index_select(self.axis, kept.to(state.device))
+        if moved_up.shape != before.shape:  # said where a batch has other outputs than the first
+            return
+        if self._close(before, moved_up) or self._is_rounding(state, before, moved_up):
+            return
+        raise CoupledSamplesError(
+            "samples are coupled: without the first sample the others have other outputs, so that a kernel "
+            "would depend on how they are put into batches; look for a position in the batch, or a number of "
+            f"samples (len(x), x.shape[{self.axis}]), that enters the output"
+        )
+
+    def _is_rounding(self, state: Tensor, before: Tensor, after: Tensor) -> bool:
+        """Whether coarser arithmetic inside, or enlarged rounding, explains that two states differ."""
+        if self._close(before, after, lowest_dtype(self.lin, self.sample)):
+            return True
+        # In half precision 64 units are half of everything.
+        is_low = torch.finfo(self.lin.dtype).eps > _COARSE
+        noise = 0.0
+        for params, samples in neighbours(
+            self.params, self.sample.tensors, units=UNITS[:1] if is_low else UNITS
+        ):
+            there = self.state(self.sample.replace(samples), params).detach()
+            noise = max(noise, float((there - state).double().norm()))
+        return float((after - before).double().norm()) <= _NOISE_FACTOR * noise
 
     def _require_single(self, state: Tensor) -> None:
         """With one sample (or equal ones), its double must give the same output twice."""
@@ -343,7 +400,8 @@ class _Trial:
         except Exception:
             return  # a model for single samples only
         for row in (0, 1):
-            if self._moved(state, double.narrow(self.axis, row, 1)):
+            again = double.narrow(self.axis, row, 1)
+            if self._moved(state, again) and not self._is_rounding(state, state, again):
                 raise self._coupled(0)
 
     def _coupled(self, changed: int) -> CoupledSamplesError:
@@ -382,12 +440,13 @@ class _Trial:
     def _moved(self, before: Tensor, after: Tensor) -> bool:
         return not self._close(before, after)
 
-    def _close(self, before: Tensor, after: Tensor) -> bool:
-        """Whether two states agree up to rounding, output by output."""
+    def _close(self, before: Tensor, after: Tensor, lowest: torch.dtype | None = None) -> bool:
+        """Whether two states agree up to rounding, of the lowest dtype if one is given, output by output."""
         if before.shape != after.shape:
             return False
-        dtypes = [t.dtype for t in (*self.params, *self.lin.constants, before) if t.dtype in _TOLERANCE]
-        tolerance = max(_TOLERANCE[dtype] for dtype in dtypes)
+        dtypes = {t.dtype for t in (*self.params, *self.lin.constants, before)}
+        dtypes |= set() if lowest is None else {lowest}
+        tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
         left, right = before.movedim(self.axis, 0).double(), after.movedim(self.axis, 0).double()
         size = torch.maximum(left.abs(), right.abs())
         finite = torch.where(size.isinf(), 0.0, size)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["moved", "neighbours"]
+__all__ = ["UNITS", "moved", "neighbours"]
 
 # A step of one unit may leave all roundings as they were, behind a layer that damps it.
-_UNITS = (1, 4, 16, 64)
+UNITS = (1, 4, 16, 64)
 
 
 def moved(tensor: Tensor, units: int, generator: torch.Generator) -> Tensor:
@@ -21,8 +21,10 @@ def moved(tensor: Tensor, units: int, generator: torch.Generator) -> Tensor:
     return tensor * (1 + units * torch.finfo(tensor.dtype).eps * draw).to(tensor)
 
 
-def neighbours(*groups: tuple[Tensor, ...]) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-    """Yield groups of tensors 1, 4, 16 and 64 rounding units away, the same ones every time."""
+def neighbours(
+    *groups: tuple[Tensor, ...], units: Sequence[int] = UNITS
+) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
+    """Yield groups of tensors so many rounding units away, the same ones every time."""
     generator = torch.Generator().manual_seed(17)
-    for units in _UNITS:
-        yield tuple(tuple(moved(tensor, units, generator) for tensor in group) for group in groups)
+    for step in units:
+        yield tuple(tuple(moved(tensor, step, generator) for tensor in group) for group in groups)

@@ -1,6 +1,8 @@
 """What the trial run finds: randomness, writes, coupled samples."""
 
 import contextlib
+import copy
+import pickle
 import random
 
 import numpy as np
@@ -270,6 +272,125 @@ def test_coupled_samples_are_found(kind, dtype):
         pytest.raises(CoupledSamplesError, match="samples are coupled: changing sample"),
     ):
         linearize(model).inputs(x)
+
+
+PLACES = {
+    "position": lambda y: y * torch.arange(1, len(y) + 1)[:, None].to(y),
+    "number of samples": lambda y: y / len(y),
+    "first is another": lambda y: torch.cat([y[:1], 2 * y[1:]]),
+    "noise of one seed": lambda y: y + torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 6])
+def test_outputs_that_depend_on_the_place_in_the_batch_are_found(kind, dtype, count):
+    model, x = Apply(PLACES[kind]).to(dtype), _data(count, 3, dtype=dtype)
+    with (
+        untouched(model, x),
+        pytest.raises(CoupledSamplesError, match="without the first sample the others have other outputs"),
+    ):
+        linearize(model).inputs(x)
+
+
+def test_rounding_that_a_model_enlarges_is_no_dependence_on_the_place():
+    """In a chaotic recurrence the rounding of another batch size grows to the size of the state."""
+
+    class Chaos(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor([3.9]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.sigmoid(x) * (1 - 1e-7 * len(x))
+            for _ in range(300):
+                state = self.rate * state * (1 - state)
+            return state
+
+    model, x = Chaos(), _data(6, 3)
+    assert not torch.allclose(model(x)[1:], model(x[1:]), rtol=1e-2)
+    assert linearize(model).inputs(x).num_samples == 6
+
+
+def test_arithmetic_of_lower_precision_is_no_dependence_on_the_place():
+    model = Apply(lambda y: (y.float() / (1 + 1e-6 * len(y))).double()).double()
+    assert linearize(model).inputs(_data(6, 3, dtype=torch.float64)).num_samples == 6
+
+
+def test_models_for_a_fixed_number_of_samples_and_padding_to_the_longest_work():
+    fixed = Apply(lambda y: y.reshape(3, 3))
+    assert linearize(fixed).inputs(_data(3, 3)).num_samples == 3
+
+    def trimmed(y: Tensor) -> Tensor:
+        return y[:, : len(y)]
+
+    assert linearize(Apply(trimmed)).inputs(_data(3, 3)).num_outputs == 3
+
+
+class Caching(nn.Module):
+    """Keeps what it made of its weight, somewhere."""
+
+    def __init__(self, place) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = self.place
+        kept = place.get("weight") if isinstance(place, dict) else place[0] if place else None
+        if kept is None:
+            kept = 2 * self.layer.weight
+            place.update(weight=kept) if isinstance(place, dict) else place.append(kept)
+        return x @ kept.T
+
+
+@pytest.mark.parametrize("place", [{}, [], {"of": 1}], ids=str)
+def test_what_a_call_leaves_in_containers_is_taken_out_again(place):
+    model, x = Caching(place), _data(4, 3)
+    before = copy.copy(place)
+    with untouched(model, x):
+        lin = linearize(model)
+        inputs = lin.inputs(x)
+        for scale in (1.0, 3.0):
+            values = (scale * lin.parameters[0],)
+            found = lin.function(values, next(iter(inputs.batches(None)))[2])
+            torch.testing.assert_close(found, 2 * scale * x @ model.layer.weight.T)
+    assert place == before
+
+
+def test_containers_inside_of_others_are_emptied_too():
+    model = Caching({})
+    model.places = ([model.place], "name")
+    lin = linearize(model)
+    lin.inputs(_data(4, 3))
+    assert lin.call.root.place == {}
+    assert pickle.loads(pickle.dumps(lin)).inputs(_data(4, 3)).num_samples == 4
+
+
+@pytest.mark.parametrize("make", [lambda weight: 2 * weight, lambda weight: weight[:]], ids=["new", "view"])
+def test_a_cache_outside_of_containers_is_refused(make):
+    class Cache:
+        def __init__(self) -> None:
+            self.kept: Tensor | None = None
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.cache = nn.Linear(3, 3), Cache()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.cache.kept is None:
+                self.cache.kept = make(self.layer.weight)
+            return x @ self.cache.kept.clone().T + self.layer.bias
+
+    model, x = Kept(), _data(4, 3)
+    with (
+        untouched(model, x),
+        pytest.raises(ModelMutationError, match=r"reads parameter 'layer.weight' in its first call only"),
+    ):
+        linearize(model).inputs(x)
+    assert model.cache.kept is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -71,6 +71,31 @@ class _Classes(nn.Module):
         return self.net(x).argmax(-1)
 
 
+class _Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) / len(x)
+
+
+class _Store:
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+
+
+class _Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.store = nn.Linear(3, 2), _Store()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.store.weight is None:
+            self.store.weight = self.net.weight.T
+        return x @ self.store.weight.clone() + self.net.bias
+
+
 class _Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -267,6 +292,24 @@ REFUSALS: list[Refusal] = [
         OutputError,
         ("reduction='none'",),
         note="`reduction='none'`",
+    ),
+    Refusal(
+        "output that depends on the place in the batch, or on len(x)",
+        _Placed,
+        THREE,
+        CoupledSamplesError,
+        ("a position in the batch", "len(x)"),
+        lambda model: model.net,
+        note="take the place, or the number of samples, out of the model",
+    ),
+    Refusal(
+        "cache of a computed weight, kept between calls",
+        _Cached,
+        THREE,
+        ModelMutationError,
+        ("switch that cache off",),
+        lambda model: model.net,
+        note="switch the cache off (one in a list or dict attribute is emptied after every call)",
     ),
     Refusal(
         "recurrent layer with time first, samples taken for time",
