@@ -62,6 +62,14 @@ class Reduction:
         return self
 
     @property
+    def considered(self) -> Tensor:
+        """Which outputs are all of the classes at all of the positions, ``(O,)``, true or false."""
+        columns = self.positions[:, None] * self._classes_total + self.classes
+        found = torch.zeros(self._num_outputs, dtype=torch.bool)
+        found[columns.flatten()] = True
+        return found.to(self._rows.device)
+
+    @property
     def directions(self) -> Tensor:
         """Cotangents ``(positions · k, O)``."""
         count, width = len(self.positions), self.basis.shape[1]
@@ -138,8 +146,7 @@ def confirmed(
         if read_positions(recording, layout, sent, tail.classes) != tail.positions:
             return False
         directions = reduction.directions
-        inside = directions.ne(0).any(0)
-        sent = sent.to(directions.dtype) * inside
+        sent = sent.to(directions.dtype) * reduction.considered
         projected = sent @ directions.mT @ directions
         units = plan_units(recording.calls, source.coverage.covered - tail.parameters)
         numbers = sorted({use.call for unit in units for use in unit.uses})

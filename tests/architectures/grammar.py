@@ -7,7 +7,7 @@ features ``(F,)``, a sequence or a signal ``(T, F)``, or an image ``(C, H, W)``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh in place": lambda: layers.Apply(torch.tanh_),
     "softmax": lambda: nn.Softmax(-1),
     "sine": lambda: layers.Apply(torch.sin),
+    "prelu": nn.PReLU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
 }
 
 
@@ -105,6 +108,16 @@ def raw(shape, form):
 @block(_tuples(WIDTHS, FLAGS))
 def tied_pair(shape, inner, transposed):
     return layers.TiedPair(shape[-1], inner, transposed)
+
+
+@block(_tuples(WIDTHS, st.integers(1, 2), FLAGS))
+def adapter(shape, width, rank, fresh):
+    return layers.Adapter(shape[-1], width, rank, fresh)
+
+
+@block(_tuples(WIDTHS))
+def gate(shape, width):
+    return layers.Gate(shape[-1], width)
 
 
 @block()
@@ -344,6 +357,7 @@ class Network:
         frozen: Numbers (modulo their count) of parameters that do not require grad; one is left.
         samples: Number of samples.
         seed: Of weights and data.
+        zeroed: Numbers (modulo their count) of parameters that are zero, as some are before training.
     """
 
     start: tuple[Any, ...]
@@ -352,6 +366,7 @@ class Network:
     frozen: tuple[int, ...] = ()
     samples: int = 3
     seed: int = 0
+    zeroed: tuple[int, ...] = ()
 
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """Return the network in eval mode; the global random state is put back."""
@@ -369,6 +384,7 @@ class Network:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.3 * torch.randn_like(parameter))
+                self._write_zeros(model)
                 for name, buffer in model.named_buffers():
                     if name.endswith("running_mean"):
                         buffer.normal_()
@@ -376,9 +392,18 @@ class Network:
                         buffer.uniform_(0.5, 2.0)
         parameters = list(model.parameters())
         for number in self.frozen:
-            if parameters and sum(p.requires_grad for p in parameters) > 1:
+            if sum(p.requires_grad for p in parameters) > 1:
                 parameters[number % len(parameters)].requires_grad_(False)
         return model.to(dtype).eval()
+
+    def _write_zeros(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, layers.Adapter) and module.fresh:
+                module.up.zero_()
+        # A weight norm divides by the length of its direction.
+        allowed = [p for name, p in model.named_parameters() if "parametrizations" not in name]
+        for number in self.zeroed if allowed else ():
+            allowed[number % len(allowed)].zero_()
 
     def data(self, dtype: torch.dtype = torch.float64, samples: int | None = None, seed: int = 1) -> Tensor:
         """Return samples of the network's kind."""
@@ -413,7 +438,9 @@ def networks(draw: Any) -> Network:
     small = torch.Size(shape).numel() <= _OUTPUTS
     head = draw(st.integers(0 if small else 1, 3))
     frozen = draw(st.lists(st.integers(0, 12), max_size=3))
-    network = Network(start, recipe, head, tuple(frozen), draw(st.integers(1, 4)), draw(st.integers(0, 99)))
-    if not any(True for _ in network.build().parameters()):
-        return Network(start, recipe, 2, tuple(frozen), network.samples, network.seed)
+    samples, seed = draw(st.integers(1, 4)), draw(st.integers(0, 99))
+    zeroed = tuple(draw(st.lists(st.integers(0, 12), max_size=2)))
+    network = Network(start, recipe, head, tuple(frozen), samples, seed, zeroed)
+    if not any(parameter.requires_grad for parameter in network.build().parameters()):
+        return replace(network, head=2)
     return network

@@ -179,6 +179,31 @@ class TiedPair(nn.Module):
         )
 
 
+class Adapter(nn.Module):
+    """A frozen linear layer with a low-rank correction, which is zero while it is fresh."""
+
+    def __init__(self, features, width, rank, fresh):
+        super().__init__()
+        self.base = nn.Linear(features, width).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, features))
+        self.up = nn.Parameter(torch.randn(width, rank))
+        self.fresh = fresh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.mT @ self.up.mT
+
+
+class Gate(nn.Module):
+    """The product of two linear layers."""
+
+    def __init__(self, features, width):
+        super().__init__()
+        self.value, self.gate = nn.Linear(features, width), nn.Linear(features, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
 class GainIsBias(nn.Module):
     """One vector as the bias of a layer and the gain of a norm."""
 

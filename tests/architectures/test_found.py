@@ -58,6 +58,22 @@ FOUND = {
         head=0,
         samples=1,
     ),
+    # An adapter that is zero at the end took the whole output for a linear function of its low rank.
+    "fresh adapter at the end": Network(
+        ("features", 4),
+        (("adapter", 4, 2, True), ("activation", "tanh"), ("adapter", 4, 2, True)),
+        head=0,
+    ),
+    "zero head beside a way around it": Network(
+        ("features", 4),
+        (("linear", 4, True), ("activation", "tanh"), ("adapter", 4, 1, False)),
+        head=0,
+        zeroed=(2, 3, 4),
+    ),
+    # torch takes samples for cotangents where a layer with this activation is vmapped twice.
+    "prelu with as many samples as outputs": Network(
+        ("features", 3), (("dense", 4, "prelu", False), ("linear", 3, True)), head=0
+    ),
     # A checkpointed block with fused attention has to run again under the same attention kernel.
     "checkpointed attention": Network(
         ("sequence", 3, 2),
@@ -90,6 +106,6 @@ def test_networks_that_were_found(name, engine):
         assert bool(K.engine_info.covered) is (name != "nothing to cover")
         selected = [p for p in model.parameters() if p.requires_grad]
         whole = len(K.engine_info.covered) == len(selected)
-        assert whole is not name.startswith(("checkpointed", "nothing"))
+        assert whole is not name.startswith(("checkpointed", "nothing", "prelu"))
     v = torch.ones(K.shape[0], dtype=torch.float64)
     reference.check(name, K @ v, reference.J @ (reference.J.T @ v))
