@@ -256,7 +256,7 @@ class Raw(nn.Module):
         if form == "einsum":
             return torch.einsum("...i,oi->...o", x, w) * b
         if form == "normed":
-            return F.linear(x, w / w.norm()) + b / (1 + b.norm())
+            return F.linear(x, w / (0.01 + w.square().sum()).sqrt()) + b / (1 + b.square().sum())
         if form == "squared":
             return F.linear(x, w.square()) * w.abs().sum() + b.exp()
         if form == "slices":
