@@ -95,7 +95,7 @@ class _Maker:
         self._buffer: Tensor | None = None
         self._spans: list[tuple[int, int]] = []
         self._zeros = False
-        self._activations = {use.call: self._activation(use) for use in unit.uses}
+        self._activations = {use: self._activation(use) for use in unit.uses}
         self._written = compact and self._is_compact()
         self._shifts: Tensor | None = None  # gradients of the bias of a unit that is written down
 
@@ -119,7 +119,7 @@ class _Maker:
     def _write(self, start: int, use: Use, found: Tensor | None) -> None:
         """Write gradients down instead of their factors."""
         if self._buffer is None:
-            held = self._activations[use.call]
+            held = self._activations[use]
             assert isinstance(held, Tensor)
             shape = (self._count, self._directions, self._size())
             self._buffer = torch.zeros(shape, dtype=self._dtype, device=held.device)
@@ -128,7 +128,7 @@ class _Maker:
                 self._shifts = self._buffer.new_zeros((*shape[:2], height))
         if found is None:
             return
-        activation = self._activations[use.call]
+        activation = self._activations[use]
         assert activation is not None
         piece = self._outer(use, found).to(self._dtype)
         some = slice(start, start + piece.shape[1])
@@ -172,7 +172,7 @@ class _Maker:
         return RULES[call.rule].gradient(call, self._layouts[use.call], self._count, gradients)
 
     def _positions(self, use: Use) -> int:
-        activation = self._activations[use.call]
+        activation = self._activations[use]
         assert activation is not None
         return activation.index.shape[1] if isinstance(activation, OneHot) else activation.shape[-1]
 
@@ -206,7 +206,7 @@ class _Maker:
 
     def _direct(self, use: Use, gradients: Tensor) -> Tensor:
         call, layout = self._calls[use.call], self._layouts[use.call]
-        rule, activation = RULES[call.rule], self._activations[use.call]
+        rule, activation = RULES[call.rule], self._activations[use]
         if rule.kind(use.role) == "direct":
             found = rule.direct(call, use.role, activation, layout, self._count, gradients)
         else:
@@ -231,7 +231,7 @@ class _Maker:
                 written.append(Direct(bias, self._shifts))
             return written
         if unit.kind == "outer":
-            activations = _join([self._activations[use.call] for use in unit.uses])
+            activations = _join([self._activations[use] for use in unit.uses])
             if self._buffer is None:
                 self._buffer = self._empty(activations)
             return [Outer(unit, is_transposed(self._calls, first), activations, self._buffer)]

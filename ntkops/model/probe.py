@@ -64,7 +64,8 @@ def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tupl
         NonFiniteError: If it is NaN.
         ModelMutationError: If the forward pass writes to parameters, buffers or inputs.
         StochasticModelError: If two passes differ.
-        UnsupportedModelError: If the original model is used behind our back, or reentrant checkpointing.
+        UnsupportedModelError: If the original model is used behind our back, reentrant checkpointing, or a
+            model for one number of samples only.
         CoupledSamplesError: If a sample's output depends on other samples, or on its place among them.
     """
     rows = _differing_rows(head)
@@ -363,8 +364,14 @@ class _Trial:
         """Raise if the outputs of samples depend on their place, or on how many samples there are."""
         try:
             moved_up = self.state(take(self.sample, kept))
-        except Exception:
-            return  # a model for a fixed number of samples, which fails aloud with another
+        except Exception as error:
+            if len(kept) == 1:
+                return  # it squeezes a batch of one, and fails aloud where it is given one
+            raise UnsupportedModelError(
+                f"the model works on a batch of {len(kept) + 1} samples and not on {len(kept)} of them "
+                f"({type(error).__name__}: {_first_line(error)}), so that samples cannot be taken apart; let "
+                f"its shapes follow the batch (x.shape[{self.axis}], -1), not a number that is written down"
+            ) from error
         before = state.index_select(self.axis, kept.to(state.device))
         if moved_up.shape != before.shape:  # said where a batch has other outputs than the first
             return

@@ -17,6 +17,7 @@ from ntkops.errors import (
     NonFiniteError,
     StaleOperatorError,
     StochasticModelError,
+    UnsupportedModelError,
 )
 from ntkops.model import linearize
 from tests.model.zoo import LastStep, untouched
@@ -318,10 +319,13 @@ def test_arithmetic_of_lower_precision_is_no_dependence_on_the_place():
     assert linearize(model).inputs(_data(6, 3, dtype=torch.float64)).num_samples == 6
 
 
-def test_models_for_a_fixed_number_of_samples_and_padding_to_the_longest_work():
-    fixed = Apply(lambda y: y.reshape(3, 3))
-    assert linearize(fixed).inputs(_data(3, 3)).num_samples == 3
+def test_models_for_a_fixed_number_of_samples_are_refused():
+    model, x = Apply(lambda y: y.reshape(3, 3)), _data(3, 3)
+    with untouched(model, x), pytest.raises(UnsupportedModelError, match=r"works on a batch of 3 samples"):
+        linearize(model).inputs(x)
 
+
+def test_padding_to_the_longest_works():
     def trimmed(y: Tensor) -> Tensor:
         return y[:, : len(y)]
 

@@ -80,6 +80,11 @@ class _Placed(nn.Module):
         return self.net(x) / len(x)
 
 
+class _Fixed(_Placed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).reshape(3, -1)
+
+
 class _Store:
     def __init__(self) -> None:
         self.weight: Tensor | None = None
@@ -301,6 +306,15 @@ REFUSALS: list[Refusal] = [
         ("a position in the batch", "len(x)"),
         lambda model: model.net,
         note="take the place, or the number of samples, out of the model",
+    ),
+    Refusal(
+        "reshape to a number of samples that is written down",
+        _Fixed,
+        THREE,
+        UnsupportedModelError,
+        ("x.shape[0], -1",),
+        lambda model: model.net,
+        note="`x.shape[0]`, or -1",
     ),
     Refusal(
         "cache of a computed weight, kept between calls",
