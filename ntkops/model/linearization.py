@@ -17,7 +17,7 @@ from .call import FunctionCall, ModuleCall
 from .context import full_precision, one_at_a_time, safe_context
 from .freshness import Watch, require_fresh
 from .inputs import Inputs, read_inputs
-from .norms import PlainGradients
+from .mended import MENDED, Mended
 from .output import OutputSelector, sample_rows
 from .probe import examine
 from .stream import Stream
@@ -69,8 +69,8 @@ class Linearization:
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
         modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-        # Needed until a call has shown that no norm is used.
-        self._plain_gradients = self.device.type == "cpu"
+        self._has_mended = any(isinstance(module, MENDED) for module in modules)
+        self._is_mended = True  # until a call has shown that there is nothing to mend
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
     # -- sizes
@@ -127,11 +127,11 @@ class Linearization:
     def raw_state(self, params: Sequence[Tensor], batch: Batch) -> Any:
         """Call the model once and return the selected state as it is."""
         values = (*params, *self.constants)
-        if not self._plain_gradients:
+        if not self._is_mended:
             return self.call.run(values, batch.inputs, self.selector.read)
-        with PlainGradients() as norms:
+        with Mended() as mended:
             state = self.call.run(values, batch.inputs, self.selector.read)
-        self._plain_gradients = norms.needed
+        self._is_mended = mended.needed or self._has_mended
         return state
 
     # -- the function

@@ -74,6 +74,18 @@ FOUND = {
     "prelu with as many samples as outputs": Network(
         ("features", 3), (("dense", 4, "prelu", False), ("linear", 3, True)), head=0
     ),
+    # At zero its slope is another one in torch's forward mode and in its second backward pass.
+    "prelu at zero": Network(
+        ("features", 1),
+        (
+            ("dense", 1, "elu in place", True),
+            ("halted", (("activation", "elu in place"),), "gate"),
+            ("activation", "prelu"),
+        ),
+        head=1,
+        samples=1,
+        zeroed=(6,),
+    ),
     # A checkpointed block with fused attention has to run again under the same attention kernel.
     "checkpointed attention": Network(
         ("sequence", 3, 2),

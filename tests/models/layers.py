@@ -472,7 +472,7 @@ HOW: dict[str, tuple[str, str]] = {
         ("unfold of a tensor", "interpolate nearest-exact", "derivative inside", "renorm"),
         ("forward", "loop"),
     ),
-    **dict.fromkeys(("PReLU", "PReLU of channels", "solve", "det", "slogdet"), ("forward", "rows")),
+    **dict.fromkeys(("solve", "det", "slogdet"), ("forward", "rows")),
     "grid_sample": ("double", "loop"),
     **dict.fromkeys(("CTCLoss", "MultiLabelMarginLoss", "MultiMarginLoss"), ("reverse", "vmap")),
     **dict.fromkeys(("CrossMapLRN2d", "EmbeddingBag", "cdist", "pdist"), ("reverse", "vmap")),

@@ -1,4 +1,4 @@
-"""Batch and instance norms in front of a transpose: right for one sample at a time, where torch is not."""
+"""Norms in front of a transpose, and PReLU at zero: right where torch is not."""
 
 import pytest
 import torch
@@ -94,6 +94,59 @@ def test_a_function_that_calls_the_model():
 
 def test_other_models_run_without_the_mode():
     K = ntkops.ntk(nn.Linear(3, 2), torch.randn(4, 3))
-    assert not K._core.engine.linearization._plain_gradients
+    assert not K._core.engine.linearization._is_mended
     model, x = built("batch", torch.float64)
-    assert ntkops.ntk(model, x)._core.engine.linearization._plain_gradients
+    assert ntkops.ntk(model, x)._core.engine.linearization._is_mended
+
+
+class Slopes(nn.Module):
+    """A linear layer without bias, and a PReLU of channels behind it, by module or by function."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layer, self.prelu, self.form = nn.Linear(3, 4, bias=False), nn.PReLU(4), form
+        self.prelu.weight.data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+    def forward(self, x):
+        hidden, weight = self.layer(x), self.prelu.weight
+        if self.form == "module":
+            return self.prelu(hidden)
+        if self.form == "function":
+            return F.prelu(weight=weight, input=hidden)
+        if self.form == "method":
+            return hidden.prelu(weight)
+        return F.prelu(hidden.unflatten(1, (2, 2)).unsqueeze(-1), weight[:2]).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
+@pytest.mark.parametrize("form", ["module", "function", "method", "images"])
+def test_prelu_has_one_slope_at_zero(form, engine, dtype):
+    torch.manual_seed(0)
+    model, x = Slopes(form).to(dtype), torch.randn(4, 3, dtype=dtype)
+    x[1] = 0
+    rows = []
+    for entry in model(x).flatten():
+        found = torch.autograd.grad(entry, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([part.flatten() for part in found]).detach())
+    expected = torch.stack(rows)
+    K = ntkops.ntk(model, x, engine=engine, max_dense_bytes=0)
+    eye = torch.eye(expected.shape[1], dtype=dtype)
+    torch.testing.assert_close(K.left @ eye, expected)
+    torch.testing.assert_close(K @ (expected @ eye), expected @ expected.mT @ expected)
+    torch.testing.assert_close(ntkops.ntk(model, x, engine=engine).to_dense(), expected @ expected.mT)
+
+
+def test_torch_has_two_slopes_at_zero():
+    """When this fails torch has mended it."""
+    weight, zero, one = torch.tensor([0.25]), torch.zeros(1), torch.ones(1)
+    reverse = torch.func.vjp(lambda x: F.prelu(x, weight), zero)[1](one)[0]
+    forward = torch.func.jvp(lambda x: F.prelu(x, weight), (zero,), (one,))[1]
+    assert reverse != forward
+
+
+def test_a_prelu_that_does_not_fit_says_so_in_torchs_words():
+    from ntkops.errors import InputError
+
+    with pytest.raises(InputError, match="cannot be called with these samples"):
+        ntkops.ntk(nn.PReLU(5), torch.randn(3, 4))
