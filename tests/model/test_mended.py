@@ -150,3 +150,59 @@ def test_a_prelu_that_does_not_fit_says_so_in_torchs_words():
 
     with pytest.raises(InputError, match="cannot be called with these samples"):
         ntkops.ntk(nn.PReLU(5), torch.randn(3, 4))
+
+
+KINKS = {
+    "relu": (F.relu, 0.0),
+    "relu6 above": (F.relu6, 6.0),
+    "leaky relu": (lambda x: F.leaky_relu(x, 0.2), 0.0),
+    "elu": (F.elu, 0.0),
+    "selu": (F.selu, 0.0),
+    "celu": (F.celu, 0.0),
+    "prelu": (lambda x: F.prelu(x, torch.full((1,), 0.25, dtype=x.dtype)), 0.0),
+    "hardtanh": (F.hardtanh, 1.0),
+    "hardtanh below": (F.hardtanh, -1.0),
+    "hardswish": (F.hardswish, 3.0),
+    "hardswish below": (F.hardswish, -3.0),
+    "hardsigmoid": (F.hardsigmoid, 3.0),
+    "hardshrink": (F.hardshrink, 0.5),
+    "softshrink": (F.softshrink, 0.5),
+    "threshold": (lambda x: F.threshold(x, 1.0, 0.0), 1.0),
+    "abs": (torch.abs, 0.0),
+    "clamp": (lambda x: x.clamp(0, 1), 0.0),
+    "clamp above": (lambda x: x.clamp(0, 1), 1.0),
+    "maximum": (lambda x: torch.maximum(x, torch.zeros_like(x)), 0.0),
+    "norm": (lambda x: x.norm(dim=1, keepdim=True), 0.0),
+    "largest of equals": (lambda x: torch.cat([x, x], 1).max(1, keepdim=True).values, 1.0),
+    "amax of equals": (lambda x: torch.cat([x, x], 1).amax(1, keepdim=True), 1.0),
+    "median of equals": (lambda x: torch.cat([x, x, x], 1).median(1, keepdim=True).values, 1.0),
+    "pool of equals": (lambda x: F.max_pool1d(x.expand(-1, 4).unsqueeze(1), 2).squeeze(1), 1.0),
+    "product with zeros": (lambda x: torch.cat([x, x, x + 1], 1).prod(1, keepdim=True), 0.0),
+    "cumprod with zeros": (lambda x: torch.cat([x, x + 1, x], 1).cumprod(1), 0.0),
+}
+
+
+@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
+@pytest.mark.parametrize("name", KINKS)
+def test_both_modes_agree_at_kinks(name, engine):
+    """A model is often exactly there: with parameters that are zero, or at the edge of an image."""
+    function, place = KINKS[name]
+
+    class Kinked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1).double()
+            nn.init.zeros_(self.layer.weight)
+            nn.init.constant_(self.layer.bias, place)
+
+        def forward(self, x):
+            return function(self.layer(x))
+
+    model, x = Kinked(), torch.randn(3, 2, dtype=torch.float64)
+    state = model(x).flatten()
+    rows = [torch.autograd.grad(entry, list(model.parameters()), retain_graph=True) for entry in state]
+    expected = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    K = ntkops.ntk(model, x, engine=engine, max_dense_bytes=0)
+    torch.testing.assert_close(K.left @ torch.eye(3, dtype=torch.float64), expected)
+    torch.testing.assert_close(K @ torch.eye(len(expected), dtype=torch.float64), expected @ expected.mT)
+    torch.testing.assert_close(ntkops.ntk(model, x, engine=engine).to_dense(), expected @ expected.mT)
