@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .layers import HOW, LAYERS, OPERATIONS
 from .library_rows import LIBRARY_ROWS
 from .refusals import REFUSALS
 from .rows import Refusal, Row
@@ -30,12 +31,35 @@ def _table(head: tuple[str, ...], lines: list[str]) -> str:
     return "\n".join([_cells(*head), "|" + "---|" * len(head), *lines])
 
 
+_BECAUSE = {
+    "rows": "torch is wrong under vmap inside vmap",
+    "loop": "an operation has no batching rule, or one that fails",
+    "double": "no forward mode",
+    "reverse": "neither forward mode nor double backward",
+}
+
+
+def _layers() -> str:
+    """Return which layers and operations are not computed in the usual way, and why."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, how in HOW.items():
+        groups.setdefault(how, []).append(f"`{name}`" if name in LAYERS else name)
+    lines = [
+        _cells(rung, samples, _BECAUSE.get(rung, _BECAUSE.get(samples, "")), ", ".join(names))
+        for (rung, samples), names in groups.items()
+    ]
+    usual = f"the other {len(LAYERS) + len(OPERATIONS) - len(HOW)}"
+    head = ("rung", "samples", "because", "layers of torch.nn, and operations")
+    return _table(head, [_cells("forward", "vmap", "", usual), *lines])
+
+
 def tables() -> dict[str, str]:
     """Return each table of the page under its name."""
     head = ("model", "engine", "rung", "samples", "precision", "way round")
     return {
         "torch": _table(head, [_row(row) for row in TORCH_ROWS]),
         "libraries": _table(head, [_row(row) for row in LIBRARY_ROWS]),
+        "layers": _layers(),
         "refused": _table(("model", "exception", "way out"), [_refusal(r) for r in REFUSALS]),
     }
 
