@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import InputError, ShapeError
+from .model.mended import Mended
 
 __all__ = [
     # products with the Jacobian
@@ -30,10 +31,27 @@ __all__ = [
 ]
 
 Function = Callable[[Any, Any], Tensor]
-Mode = Literal["forward", "double"]
 
 
-def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mode = "forward") -> Tensor:
+def _call(function: Function, params: Any, inputs: Any) -> Tensor:
+    """Call a function of which any derivative is right."""
+    with Mended(recorded=True):
+        return function(params, inputs)
+
+
+Mode = Literal["auto", "forward", "double"]
+
+
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken through a tensor, by autograd or by a transform around us."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mode = "auto") -> Tensor:
     r"""Multiply the Jacobian with a parameter-shaped vector: :math:`J p`.
 
     Args:
@@ -41,14 +59,17 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
         params: Pytree of floating tensors at which to linearise.
         inputs: Whatever the function takes.
         tangent: Pytree like ``params``.
-        mode: "forward" uses forward-mode differentiation; "double" transposes the vjp, for
-            operations that have no forward-mode formula.
+        mode: "forward" uses forward-mode differentiation; "double" transposes the vjp. "auto" takes
+            "double" where the output is recorded for a derivative, or has no forward-mode formula, and
+            "forward" elsewhere: torch differentiates its forward-mode formulas of linear solves, and some
+            more, wrongly, without a word.
 
     Returns:
-        Tensor of the output's shape. Cost: one forward-mode pass (or two reverse passes).
+        Tensor of the output's shape. Cost: one forward-mode pass; two reverse passes for "double", after a
+        forward-mode pass for "auto".
 
     Raises:
-        InputError: If ``mode`` is neither "forward" nor "double".
+        InputError: If ``mode`` is none of these.
 
     Example:
         >>> import torch
@@ -59,12 +80,19 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
     """
 
     def forward(values: Any) -> Tensor:
-        return function(values, inputs)
+        return _call(function, values, inputs)
 
-    if mode == "forward":
-        return torch.func.jvp(forward, (params,), (tangent,))[1]
+    if mode not in ("auto", "forward", "double"):
+        raise InputError(f"mode={mode!r}: choose 'auto', 'forward' or 'double'")
     if mode != "double":
-        raise InputError(f"mode={mode!r}: choose 'forward' or 'double'")
+        try:
+            value, pushed = torch.func.jvp(forward, (params,), (tangent,))[:2]
+        except NotImplementedError:
+            if mode == "forward":
+                raise
+        else:
+            if mode == "forward" or not _is_recorded(value):
+                return pushed
     output, pull = torch.func.vjp(forward, params)[:2]
     # Jᵀu is linear in u, so that the vjp of u -> Jᵀu at any u is the product with J.
     push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(output))[1]
@@ -93,7 +121,7 @@ def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
         >>> functional.vjp(lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0], [4.0]])).tolist()
         [[3.0, 4.0]]
     """
-    output, pull = torch.func.vjp(lambda values: function(values, inputs), params)[:2]
+    output, pull = torch.func.vjp(lambda values: _call(function, values, inputs), params)[:2]
     if output.shape != cotangent.shape:
         raise ShapeError(
             f"the output has shape {tuple(output.shape)}, the cotangent {tuple(cotangent.shape)}: they must "
@@ -103,7 +131,7 @@ def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
 
 
 def ntk_matvec(
-    function: Function, params: Any, left: Any, right: Any, vector: Tensor, *, mode: Mode = "forward"
+    function: Function, params: Any, left: Any, right: Any, vector: Tensor, *, mode: Mode = "auto"
 ) -> Tensor:
     r"""Multiply the kernel with a state vector: :math:`J(x_1) J(x_2)^\top v`.
 
@@ -137,7 +165,7 @@ def _per_sample_jacobian(function: Function, params: Any, inputs: Any) -> tuple[
     shape: list[torch.Size] = []
 
     def single(values: Any, sample: Any) -> Tensor:
-        output = function(values, tree_map(lambda leaf: leaf.unsqueeze(0), sample)).squeeze(0)
+        output = _call(function, values, tree_map(lambda leaf: leaf.unsqueeze(0), sample)).squeeze(0)
         shape.append(output.shape)
         return output.reshape(-1)
 
@@ -216,7 +244,7 @@ def linearized(function: Function, params: Any, inputs: Any, displaced: Any) -> 
         displaced: Pytree θ like ``params``.
 
     Returns:
-        Tensor of the output's shape. Cost: one forward-mode pass.
+        Tensor of the output's shape. Cost: one forward pass, and that of `jvp`.
 
     Example:
         >>> import torch
@@ -228,5 +256,4 @@ def linearized(function: Function, params: Any, inputs: Any, displaced: Any) -> 
     origin, spec = tree_flatten(params)
     target, _ = tree_flatten(displaced)
     step = tree_unflatten([b - a for a, b in zip(origin, target, strict=True)], spec)
-    value, slope = torch.func.jvp(lambda values: function(values, inputs), (params,), (step,))[:2]
-    return value + slope
+    return _call(function, params, inputs) + jvp(function, params, inputs, step)

@@ -122,3 +122,58 @@ def test_bad_arguments_are_named():
         functional.jvp(network, params, x, params, mode="sideways")
     with pytest.raises(ShapeError, match=r"\(4, 2\), the cotangent \(8,\)"):
         functional.vjp(network, params, x, torch.ones(8, dtype=torch.float64))
+
+
+NORMS = {
+    "layer norm": lambda h: torch.nn.functional.layer_norm(h, (4,)),
+    "instance norm": lambda h: torch.nn.functional.instance_norm(h.unsqueeze(1)).squeeze(1),
+    "solve": lambda h: torch.linalg.solve(h.unsqueeze(2) * h.unsqueeze(1) + torch.eye(4).to(h), h.tanh()),
+    "prelu": lambda h: torch.nn.functional.prelu(h, torch.full((1,), 0.3).to(h)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_derivatives_of_products_where_torch_alone_is_wrong(kind):
+    """Against finite differences of the products themselves, which torch has right."""
+    generator = torch.Generator().manual_seed(0)
+    w, x, t, v = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 3), (5, 3), (4, 3), (5, 4))
+    )
+
+    def network(w, x):
+        return NORMS[kind](torch.tanh(x @ w.T)).square()
+
+    for product in (
+        lambda x: functional.jvp(network, w, x, t),
+        lambda x: functional.ntk_matvec(network, w, x, x, v),
+        lambda x: functional.linearized(network, w, x, w + t),
+        lambda x: functional.ntk_block(network, w, x, x),
+        lambda x: functional.vjp(network, w, x, v),
+    ):
+        weights = torch.randn(product(x).shape, generator=torch.Generator().manual_seed(1)).to(x)
+
+        def value(x, product=product, weights=weights):
+            return (product(x) * weights).sum()
+
+        direction, step = torch.ones_like(x), 1e-5
+        wanted = float(value(x + step * direction) - value(x - step * direction)) / (2 * step)
+        by_transform = float((torch.func.grad(value)(x) * direction).sum())
+        live = x.clone().requires_grad_()
+        by_autograd = float((torch.autograd.grad(value(live), live)[0] * direction).sum())
+        assert abs(by_transform - wanted) <= 1e-6 * max(abs(wanted), 1), (by_transform, wanted)
+        assert abs(by_autograd - wanted) <= 1e-6 * max(abs(wanted), 1), (by_autograd, wanted)
+
+
+def test_a_product_without_forward_mode():
+    def network(w, x):
+        return torch.nn.functional.grid_sample(x, w.expand(len(x), *w.shape), align_corners=False).flatten(1)
+
+    generator = torch.Generator().manual_seed(0)
+    w, t = (0.5 * torch.randn(2, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64)
+    step = 1e-6
+    wanted = (network(w + step * t, x) - network(w - step * t, x)) / (2 * step)
+    torch.testing.assert_close(functional.jvp(network, w, x, t), wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(NotImplementedError):
+        functional.jvp(network, w, x, t, mode="forward")

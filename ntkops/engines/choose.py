@@ -22,7 +22,7 @@ from ..model import Batch, Inputs, Linearization
 from ..model.batches import take
 from ..model.precision import lowest_dtype
 from ..model.rounding import neighbours
-from .rungs import RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
+from .rungs import RECORDED_RUNGS, RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
 from .samples import SampleMode, sample_gradients
 
 __all__ = ["Ladder", "climb"]
@@ -37,6 +37,7 @@ _ROUNDING_UNITS = 1e3
 _LARGEST_ROUNDING = 0.1
 # A mismatch is rounding if it is no more than so many times what a step of some rounding units moves it.
 _NOISE_FACTOR = 10.0
+_SLOPE_TOLERANCE = 1e-2  # of finite differences, whose error is that of float32 and of kinks nearby
 
 
 @dataclass(frozen=True)
@@ -120,25 +121,65 @@ def _highest_rung(
     cotangent = _vectors((1, *shape), params[0], seed=1)
     tangents = tuple(_vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
     pulled: Parameters | None = None
-    for rung in RUNGS:
+    live = linearization.differentiable
+    left: tuple[Rung, Parameters] | None = None
+    for rung in RECORDED_RUNGS if live else RUNGS:
         try:
             linearized = linearize_batch(rung, linearization.function, params, batch)
             pulled = linearized.pull(cotangent)
             if rung == "reverse":
-                return rung, pulled
+                return left or (rung, pulled)
             pushed = linearized.push(tangents)
+            if live and rung == "forward":
+                _check_slope(linearization, params, batch, cotangent, tangents)
         except NtkopsError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
             reasons.append(f"{rung}: {_first_line(error)}")
             continue
+        if not bool(pushed.isfinite().all()) and all(bool(g.isfinite().all()) for g in pulled):
+            left = left or (rung, pulled)  # another rung may do better; if none does, products say so
+            reasons.append(f"{rung}: J p is not finite")
+            continue
         lowest = partial(lowest_dtype, linearization, batch)
         again = partial(_gaps, rung, linearization, params, batch, cotangent, tangents)
         _check_adjoint(rung, cotangent, pushed, tangents, pulled, lowest, again, reasons)
         return rung, pulled
+    if left is not None:
+        return left
     raise DifferentiationError(
         "the model cannot be differentiated with respect to the selected parameters: " + "; ".join(reasons)
     )
+
+
+def _check_slope(
+    linearization: Linearization,
+    params: Parameters,
+    batch: Batch,
+    cotangent: Tensor,
+    tangents: Parameters,
+) -> None:
+    """Raise if <u, J p> moves along the parameters otherwise than torch differentiates its forward mode."""
+    step = torch.finfo(params[0].dtype).eps ** (1 / 3)
+    along = tuple(p.abs().clamp(min=0.1) * t[0].sign() for p, t in zip(params, tangents, strict=True))
+
+    def value(*params: Tensor) -> Tensor:
+        pushed = linearize_batch("forward", linearization.function, params, batch).push(tangents)
+        return (pushed * cotangent).sum()
+
+    there, back = (tuple(p + s * d for p, d in zip(params, along, strict=True)) for s in (step, -step))
+    expected = float(value(*there) - value(*back)) / (2 * step)
+    with torch.enable_grad():
+        slopes = torch.func.vjp(value, *params)[1](torch.ones_like(cotangent.sum()))
+    found = sum(float((slope * d).sum()) for slope, d in zip(slopes, along, strict=True))
+    size = sum(float((slope * d).abs().sum()) for slope, d in zip(slopes, along, strict=True))
+    if abs(found - expected) > _SLOPE_TOLERANCE * max(size, abs(expected)):
+        raise DifferentiationError(
+            f"derivatives of J p are wrong on the only rung that this model has (found {found:.6g}, finite "
+            f"differences {expected:.6g}): torch differentiates some of its forward-mode formulas wrongly, "
+            "and another operation has no double backward. Leave out differentiable=True, or write the layer "
+            "norms and solves of the model in plain operations"
+        )
 
 
 def _gaps(

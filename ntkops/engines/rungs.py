@@ -6,6 +6,9 @@ classic   torch.autograd.grad, and J by differentiating it once more (checkpoint
           autograd functions and derivatives inside the model, which torch.func refuses);
 reverse   Jᵀ alone, where neither forward mode nor double backward exists.
 
+Where results are differentiated further the order is another one: torch's forward-mode formulas of linear
+solves, and some more, are right, and their derivatives are not.
+
 Blocks of k vectors are row-major: cotangents ``(k, B, O)``, tangents one ``(k, *shape)`` a parameter.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from ..errors import DifferentiationError
 from ..model import Batch
 
-__all__ = ["RUNGS", "Columns", "LinearizedBatch", "Rung", "linearize_batch"]
+__all__ = ["RECORDED_RUNGS", "RUNGS", "Columns", "LinearizedBatch", "Rung", "linearize_batch"]
 
 Rung = Literal["forward", "double", "classic", "reverse"]
 Columns = Literal["vmap", "loop"]
@@ -28,6 +31,7 @@ Function = Callable[[Sequence[Tensor], Batch], Tensor]
 Parameters = tuple[Tensor, ...]
 
 RUNGS: tuple[Rung, ...] = ("forward", "double", "classic", "reverse")
+RECORDED_RUNGS: tuple[Rung, ...] = ("double", "classic", "forward", "reverse")
 
 
 class LinearizedBatch(Protocol):

@@ -129,9 +129,9 @@ class Linearization:
         values = (*params, *self.constants)
         if not self._is_mended:
             return self.call.run(values, batch.inputs, self.selector.read)
-        with Mended() as mended:
+        with Mended(recorded=self.differentiable) as mended:
             state = self.call.run(values, batch.inputs, self.selector.read)
-        self._is_mended = mended.needed or self._has_mended
+        self._is_mended = mended.needed or self._has_mended or self.differentiable
         return state
 
     # -- the function
