@@ -9,11 +9,11 @@ BIN     := $(VENV)/bin
 PYTEST   = $(BIN)/python -m pytest
 
 # One thread a process: the tests use $(WORKERS) processes already.
-unit doctest notebooks test-models: export OMP_NUM_THREADS ?= 1
+unit long doctest notebooks test-models: export OMP_NUM_THREADS ?= 1
 # A notice about the future of the documentation's theme, which says nothing about this build.
 docs: export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help report test lint types floors unit doctest notebooks docs fuzz test-models bench clean
+.PHONY: help report test lint types floors unit long doctest notebooks docs fuzz test-models bench clean
 .NOTPARALLEL:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make docs       build the documentation into site/"
 	@echo "make doctest    examples in docstrings, README and docs/"
 	@echo "make notebooks  run every notebook"
+	@echo "make long       the tests that take their time: several processes, laws, random networks, benchmarks"
 	@echo "make unit       the test suite"
 	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each of four tests"
 	@echo "make test-models  the whole table of models: transformers, peft, timm, torchvision; none downloaded"
@@ -65,7 +66,7 @@ report: $(DEMO)
 	$(BIN)/python -m ntkops report
 
 # The test suite comes last, so that its summary closes the log.
-test: lint types floors docs doctest notebooks unit
+test: lint types floors docs doctest notebooks long unit
 
 lint: $(TEST)
 	$(BIN)/ruff check .
@@ -89,11 +90,14 @@ notebooks: $(TEST)
 unit: $(TEST) $(OTHERS)
 	$(PYTEST) -n $(WORKERS) --ignore=tests/docs
 
+long: $(TEST) $(OTHERS)
+	$(PYTEST) -n $(WORKERS) -m '(dist or long) and not slow and not models' --ignore=tests/docs
+
 # Four tests, so 10,000 networks unless another number is given.
 fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)
-	$(PYTEST) -n $(WORKERS) --timeout 0 --hypothesis-show-statistics tests/architectures/test_random_networks.py
+	$(PYTEST) -n $(WORKERS) -m long --timeout 0 --hypothesis-show-statistics tests/architectures/test_random_networks.py
 
 # The whole table of models; unit runs what torch alone can build, and a dozen of the others.
 test-models: $(TEST) $(MODELS)

@@ -1,11 +1,14 @@
 """Laws that hold for every kernel: adjoints, linearity, definiteness, order, additivity, sub-kernels."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ntkops
+
+pytestmark = pytest.mark.long
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "softplus": nn.Softplus}
 

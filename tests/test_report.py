@@ -566,6 +566,7 @@ def run(*words: str) -> int:
     return command_line.main(["report", *words])
 
 
+@pytest.mark.long
 def test_digits_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "made" / "here"
     words = ["--samples", "24", "--epochs", "2", "--repeats", "1", "--seed", "3", "--out", str(out)]

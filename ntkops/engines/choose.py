@@ -147,8 +147,11 @@ def _highest_rung(
         return rung, pulled
     if left is not None:
         return left
+    hooks = any("saved tensor hooks" in reason for reason in reasons)
+    way_out = "switch activation checkpointing off (" if hooks else "("
     raise DifferentiationError(
-        "the model cannot be differentiated with respect to the selected parameters: " + "; ".join(reasons)
+        "the model cannot be differentiated with respect to the selected parameters: "
+        f"{way_out}{'; '.join(reasons)})"
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError
+from .mended import prelu
 from .pickles import pickle_parametrized
 from .randomness import untouched_randomness
 
@@ -138,18 +139,26 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _neutralise(module: nn.Module) -> None:
-    """Switch off, on the private copy, what changes reverse-mode gradients but not the forward pass.
+    """Switch off, on the private copy, what changes gradients in one mode but not the forward pass.
 
     The backward pass of an embedding leaves out the padding row, and divides by the counts of tokens if
     asked to; forward mode does neither. J and Jᵀ would disagree.
     """
+    # A checkpointed block runs again where no mode is held.
+    if isinstance(module, nn.PReLU) and _has_own_forward(module, nn.PReLU):
+        vars(module)["forward"] = functools.partial(_prelu, module)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.sparse = module.scale_grad_by_freq = False
     if isinstance(module, nn.Embedding):
-        if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
+        if _has_own_forward(module, nn.Embedding):
             vars(module)["forward"] = functools.partial(_embed, module)  # models read .padding_idx
         else:
             module.padding_idx = None
+
+
+def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes as its class in torch does."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
@@ -159,6 +168,11 @@ def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
+
+
+def _prelu(module: nn.PReLU, input: Tensor) -> Tensor:
+    """Have one slope at zero."""
+    return prelu(input, module.weight)
 
 
 class _Call:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MENDED", "Mended"]
+__all__ = ["MENDED", "Mended", "prelu"]
 
 MENDED = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 
@@ -53,7 +53,7 @@ class Mended(TorchFunctionMode):
         """Call a function, or what stands for it."""
         if function in _PRELU:
             self.needed = True
-            return _prelu(*args, **(kwargs or {}))
+            return prelu(*args, **(kwargs or {}))
         if self._recorded and function in _LAYER:
             return _layer_norm(*args, **(kwargs or {}))
         if self._recorded and function in _INSTANCE:
@@ -75,7 +75,8 @@ def _in_plain_order(result: Tensor) -> Tensor:
     return result.flatten().view(result.shape) if result.is_contiguous() else result
 
 
-def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Return the input where it is positive, and elsewhere the input times the weight of its channel."""
     channels = weight.numel()
     if weight.dim() > 1 or channels not in (1, *input.shape[1:2]) or not input.dim():
         return F.prelu(input, weight)  # which says what is wrong, or takes numbers without axes

@@ -86,6 +86,10 @@ FOUND = {
         samples=1,
         zeroed=(6,),
     ),
+    # What stands for it must stand for it where the block runs again.
+    "checkpointed prelu": Network(
+        ("sequence", 1, 1), (("checkpointed", (("activation", "prelu"),)),), head=0, samples=1
+    ),
     # A checkpointed block with fused attention has to run again under the same attention kernel.
     "checkpointed attention": Network(
         ("sequence", 3, 2),

@@ -10,6 +10,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from ntkops.errors import DifferentiationError, NtkopsWarning
 from .grammar import Network, networks
 from .profiles import RUN
 from .reference import Reference, untouched
+
+pytestmark = pytest.mark.long
 
 ENGINES = ("autograd", "layerwise", "auto")
 CHOICES = ("all", "each", "trace", "one", "some")

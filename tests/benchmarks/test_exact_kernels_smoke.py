@@ -50,6 +50,7 @@ def require_shape(result: dict) -> None:
         assert max(entry["agreement"].values(), default=0.0) <= 1e-5
 
 
+@pytest.mark.long
 def test_the_command_measures_the_smallest_case(
     exact_kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,7 @@ def test_one_thread_is_put_back_after_an_error(measure: ModuleType) -> None:
     assert state() == before
 
 
+@pytest.mark.long
 def test_peak_memory_is_that_of_the_work(measure: ModuleType) -> None:
     for size in (0, 64):
         peak = measure.peak_memory(functools.partial, operator.mul, b"x", size * 1_000_000)

@@ -47,6 +47,7 @@ def test_the_paper_s_estimators_are_unbiased_and_count_their_products(
     assert abs(values.mean() - kernel.trace()) <= 4 * values.std() / 300**0.5 + 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::ntkops.errors.NotConvergedWarning")
 def test_the_command_measures_the_smallest_case(
     trace_paper: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]

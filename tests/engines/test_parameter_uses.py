@@ -260,8 +260,7 @@ def dense_jacobian(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "engine"), [(3, "autograd"), (1, "layerwise"), (3, "layerwise")])
 @pytest.mark.parametrize("name", USES)
 def test_uses_of_parameters(name: str, count: int, engine: str) -> None:
     model = Uses(name)

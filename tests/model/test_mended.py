@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ntkops
+from ntkops.errors import DifferentiationError, InputError
 
 
 class Patches(nn.Module):
@@ -146,8 +148,6 @@ def test_torch_has_two_slopes_at_zero():
 
 
 def test_a_prelu_that_does_not_fit_says_so_in_torchs_words():
-    from ntkops.errors import InputError
-
     with pytest.raises(InputError, match="cannot be called with these samples"):
         ntkops.ntk(nn.PReLU(5), torch.randn(3, 4))
 
@@ -206,3 +206,33 @@ def test_both_modes_agree_at_kinks(name, engine):
     torch.testing.assert_close(K.left @ torch.eye(3, dtype=torch.float64), expected)
     torch.testing.assert_close(K @ torch.eye(len(expected), dtype=torch.float64), expected @ expected.mT)
     torch.testing.assert_close(ntkops.ntk(model, x, engine=engine).to_dense(), expected @ expected.mT)
+
+
+class Block(nn.Module):
+    """A layer in a checkpointed block."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.front, self.layer, self.head = nn.Linear(3, 4), layer, nn.Linear(4, 2)
+
+    def forward(self, x):
+        inner = lambda y: torch.tanh(self.layer(self.front(y)))  # noqa: E731
+        return self.head(checkpoint(inner, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("layer", [nn.PReLU(4), nn.LayerNorm(4), nn.BatchNorm1d(4)], ids=repr)
+def test_checkpointed_blocks(layer):
+    torch.manual_seed(0)
+    model, x = Block(layer).double().eval(), torch.randn(3, 3, dtype=torch.float64)
+    plain = nn.Sequential(model.front, model.layer, nn.Tanh(), model.head)
+    J = ntkops.jacobian(plain, x).to_dense()
+    V = torch.randn(6, 2, dtype=torch.float64)
+    torch.testing.assert_close(ntkops.ntk(model, x, max_dense_bytes=0) @ V, J @ (J.mT @ V))
+
+
+def test_a_checkpointed_layer_norm_has_no_derivative_of_its_kernel():
+    """It runs again in plain torch, whose third derivatives are wrong: loud, and not a number."""
+    torch.manual_seed(0)
+    model, x = Block(nn.LayerNorm(4)).double(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(DifferentiationError, match="switch activation checkpointing off"):
+        ntkops.ntk(model, x, differentiable=True)

@@ -69,8 +69,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert error <= LIMIT, error
 
 
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "engine"), [(2, "autograd"), (3, "layerwise")])
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_and_products(name: str, count: int, engine: str) -> None:
     model, x = network(name), samples(count)

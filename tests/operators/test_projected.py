@@ -394,6 +394,7 @@ def test_estimators_take_it() -> None:
     assert estimate.interval[0] <= float(dense.trace()) <= estimate.interval[1]
 
 
+@pytest.mark.long
 def test_the_sketch_is_unbiased() -> None:
     problem = Problem()
     dense = problem.kernel.to_dense()
