@@ -139,6 +139,7 @@ def test_prelu_has_one_slope_at_zero(form, engine, dtype):
     torch.testing.assert_close(ntkops.ntk(model, x, engine=engine).to_dense(), expected @ expected.mT)
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other faults")
 def test_torch_has_two_slopes_at_zero():
     """When this fails torch has mended it."""
     weight, zero, one = torch.tensor([0.25]), torch.zeros(1), torch.ones(1)
