@@ -131,7 +131,7 @@ def _highest_rung(
                 return left or (rung, pulled)
             pushed = linearized.push(tangents)
             if live and rung == "forward":
-                _check_slope(linearization, params, batch, cotangent, tangents)
+                _check_slope(linearization, params, batch, cotangent, tangents, reasons)
         except NtkopsError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -161,8 +161,15 @@ def _check_slope(
     batch: Batch,
     cotangent: Tensor,
     tangents: Parameters,
+    reasons: list[str],
 ) -> None:
-    """Raise if <u, J p> moves along the parameters otherwise than torch differentiates its forward mode."""
+    """Compare how <u, J p> moves along the parameters with what torch makes of its forward mode.
+
+    Where there is no derivative torch will say so.
+
+    Raises:
+        DifferentiationError: If there is one, and it is wrong.
+    """
     step = torch.finfo(params[0].dtype).eps ** (1 / 3)
     along = tuple(p.abs().clamp(min=0.1) * t[0].sign() for p, t in zip(params, tangents, strict=True))
 
@@ -170,10 +177,14 @@ def _check_slope(
         pushed = linearize_batch("forward", linearization.function, params, batch).push(tangents)
         return (pushed * cotangent).sum()
 
+    try:
+        with torch.enable_grad():
+            slopes = torch.func.vjp(value, *params)[1](torch.ones_like(cotangent.sum()))
+    except (RuntimeError, NotImplementedError) as error:
+        reasons.append(f"forward: derivatives of J p do not exist: {_first_line(error)}")
+        return
     there, back = (tuple(p + s * d for p, d in zip(params, along, strict=True)) for s in (step, -step))
     expected = float(value(*there) - value(*back)) / (2 * step)
-    with torch.enable_grad():
-        slopes = torch.func.vjp(value, *params)[1](torch.ones_like(cotangent.sum()))
     found = sum(float((slope * d).sum()) for slope, d in zip(slopes, along, strict=True))
     size = sum(float((slope * d).abs().sum()) for slope, d in zip(slopes, along, strict=True))
     if abs(found - expected) > _SLOPE_TOLERANCE * max(size, abs(expected)):

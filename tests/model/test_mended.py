@@ -237,3 +237,74 @@ def test_a_checkpointed_layer_norm_has_no_derivative_of_its_kernel():
     model, x = Block(nn.LayerNorm(4)).double(), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(DifferentiationError, match="switch activation checkpointing off"):
         ntkops.ntk(model, x, differentiable=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_without_double_backward(dtype):
+    """Its products are right, and torch says that they have no derivatives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2)).to(dtype)
+    x = torch.randn(3, 3, dtype=dtype, requires_grad=True)
+    K, V = ntkops.ntk(model, x, differentiable=True), torch.randn(6, 2, dtype=dtype)
+    assert K.engine_info.rung == "forward"
+    assert any("derivatives of J p do not exist" in reason for reason in K.engine_info.reasons)
+    found = K @ V
+    torch.testing.assert_close(found.detach(), ntkops.ntk(model, x.detach()).to_dense() @ V)
+    with pytest.raises(RuntimeError, match="hardsigmoid_backward"):
+        torch.autograd.grad(found.sum(), x)
+
+
+class First(torch.autograd.Function):
+    """A derivative that has none itself."""
+
+    @staticmethod
+    def forward(x, gradient):
+        return 2 * x * gradient
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("no second derivative")
+
+
+class Held(torch.autograd.Function):
+    """A square whose forward mode takes its own slope for a constant."""
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return First.apply(ctx.saved_tensors[0], gradient)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * ctx.saved_tensors[0].detach() * tangent
+
+
+class Squared(nn.Module):
+    """A network with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x):
+        return self.head(Held.apply(self.front(x)))
+
+
+def test_wrong_derivatives_of_forward_mode_are_refused_where_there_is_no_other():
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, dtype=torch.float64)
+    assert ntkops.ntk(Squared(), x).engine_info.rung == "forward"
+    with pytest.raises(DifferentiationError, match="derivatives of J p are wrong on the only rung"):
+        ntkops.ntk(Squared(), x.requires_grad_(), differentiable=True)
