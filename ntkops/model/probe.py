@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import (
-    CoupledSamplesError,
     InputError,
     ModelMutationError,
     NonFiniteError,
     NtkopsError,
     NtkopsWarning,
-    OutputError,
     StochasticModelError,
     UnsupportedModelError,
 )
 from .batches import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
+from .coupling import SampleAxis, first_line
 from .freshness import Watch, same_bits
 from .output import require_state
-from .precision import lowest_dtype
 from .randomness import disturb_randomness, random_state_moved, untouched_randomness
-from .rounding import UNITS, neighbours
 
 if TYPE_CHECKING:
     from .linearization import Linearization
@@ -41,12 +37,7 @@ __all__ = ["examine"]
 _PROBED = 4  # samples of the trial run
 _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
-# A difference is rounding if it is no more than so many times what a step of some rounding units makes.
-_NOISE_FACTOR = 10.0
-_COARSE = 1e-4
 _COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
-# Rows that must agree do so up to rounding; anything that couples samples is far larger.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tuple[Watch, ...]]:
@@ -78,7 +69,7 @@ def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tupl
             trial.require_repeatable(state)
         watches = trial.require_derivative()
         with torch.no_grad():
-            trial.require_independent(state)
+            trial.samples.require_independent(state)
     shape = state.movedim(linearization.batch_dim, 0).shape[1:]
     return shape, watches
 
@@ -109,6 +100,7 @@ class _Trial:
         self.params = tuple(
             p.detach().clone() if linearization.differentiable else p for p in linearization.parameters
         )
+        self.samples = SampleAxis(linearization, sample, self.params, self.state)
 
     def state(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
         """Run one pass, with a graph only for the parameters given."""
@@ -145,7 +137,7 @@ class _Trial:
         )
         refusal = InputError(
             f"the model cannot be called with these samples ({shapes}, on the first few of them): "
-            f"{type(error).__name__}: {_first_line(error)}; pass samples of the shape, dtype and values that "
+            f"{type(error).__name__}: {first_line(error)}; pass samples of the shape, dtype and values that "
             "its first layer takes"
         )
         refusal.add_note(self._call_note())
@@ -253,7 +245,7 @@ class _Trial:
             again += [self._other_draw() for _ in range(_REPEATS)]
         else:
             self._require_read(guard.read)
-        if all(self._close(state, other) for other in again):
+        if all(self.samples.close(state, other) for other in again):
             return
         raise StochasticModelError(
             f"two passes over the same samples differ{self._random_module()}: the forward pass draws random "
@@ -340,127 +332,3 @@ class _Trial:
         except Exception:
             return False
         return not any(gradient is not None and gradient.is_meta for gradient in gradients)
-
-    # -- the sample axis
-
-    def require_independent(self, state: Tensor) -> None:
-        """Raise if changing one sample changes the output of another."""
-        count = self.sample.num_samples
-        if count == 1:
-            self._require_single(state)
-            return
-        rows = torch.arange(count)
-        for changed in range(count):
-            # A neighbour's content: samples that must be sorted stay sorted.
-            index = rows.clone()
-            index[changed] = changed - 1 if changed else 1
-            kept = rows[rows != changed].to(state.device)
-            other = self.state(take(self.sample, index))
-            if self._moved(state.index_select(self.axis, kept), other.index_select(self.axis, kept)):
-                raise self._coupled(changed)
-        self._require_any_place(state, rows[1:])
-
-    def _require_any_place(self, state: Tensor, kept: Tensor) -> None:
-        """Raise if the outputs of samples depend on their place, or on how many samples there are."""
-        try:
-            moved_up = self.state(take(self.sample, kept))
-        except Exception as error:
-            if len(kept) == 1:
-                return  # it squeezes a batch of one, and fails aloud where it is given one
-            raise UnsupportedModelError(
-                f"the model works on a batch of {len(kept) + 1} samples and not on {len(kept)} of them "
-                f"({type(error).__name__}: {_first_line(error)}), so that samples cannot be taken apart; let "
-                f"its shapes follow the batch (x.shape[{self.axis}], -1), not a number that is written down"
-            ) from error
-        before = state.index_select(self.axis, kept.to(state.device))
-        if moved_up.shape != before.shape:  # said where a batch has other outputs than the first
-            return
-        if self._close(before, moved_up) or self._is_rounding(state, before, moved_up):
-            return
-        raise CoupledSamplesError(
-            "samples are coupled: without the first sample the others have other outputs, so that a kernel "
-            "would depend on how they are put into batches; look for a position in the batch, or a number of "
-            f"samples (len(x), x.shape[{self.axis}]), that enters the output"
-        )
-
-    def _is_rounding(self, state: Tensor, before: Tensor, after: Tensor) -> bool:
-        """Whether coarser arithmetic inside, or enlarged rounding, explains that two states differ."""
-        if self._close(before, after, lowest_dtype(self.lin, self.sample)):
-            return True
-        # In half precision 64 units are half of everything.
-        is_low = torch.finfo(self.lin.dtype).eps > _COARSE
-        noise = 0.0
-        for params, samples in neighbours(
-            self.params, self.sample.tensors, units=UNITS[:1] if is_low else UNITS
-        ):
-            there = self.state(self.sample.replace(samples), params).detach()
-            noise = max(noise, float((there - state).double().norm()))
-        return float((after - before).double().norm()) <= _NOISE_FACTOR * noise
-
-    def _require_single(self, state: Tensor) -> None:
-        """With one sample (or equal ones), its double must give the same output twice."""
-        twice = take(self.sample, torch.tensor([0, 0]))
-        try:
-            double = self.state(twice)
-        except OutputError:
-            raise
-        except Exception:
-            return  # a model for single samples only
-        for row in (0, 1):
-            again = double.narrow(self.axis, row, 1)
-            if self._moved(state, again) and not self._is_rounding(state, state, again):
-                raise self._coupled(0)
-
-    def _coupled(self, changed: int) -> CoupledSamplesError:
-        for axis in range(2):
-            if axis != self.axis and self._independent_along(axis):
-                return CoupledSamplesError(
-                    f"samples are not on dimension {self.axis}: changing entry {changed} there changes the "
-                    f"output of others, while entries of dimension {axis} are independent; pass "
-                    f"batch_dim={axis} (a recurrent layer without batch_first=True has time first)"
-                )
-        return CoupledSamplesError(
-            f"samples are coupled: changing sample {changed} changes the output of others, so that the "
-            "kernel has no sample structure; look for normalisation, attention, sorting or pooling over the "
-            f"batch axis (dimension {self.axis})"
-        )
-
-    def _independent_along(self, axis: int) -> bool:
-        sizes = {tensor.shape[axis] if tensor.dim() > axis else 0 for tensor in self.sample.tensors}
-        if len(sizes) != 1 or (size := sizes.pop()) < 2:
-            return False
-        rows = torch.arange(min(size, _PROBED), device=self.sample.tensors[0].device)
-        swapped = rows.clone()
-        swapped[0] = 1
-        try:
-            states = [
-                self.lin.raw_state(
-                    self.params, self.sample.map(partial(torch.index_select, dim=axis, index=at))
-                )
-                for at in (rows, swapped)
-            ]
-            kept = [state.narrow(axis, 1, len(rows) - 1) for state in states]
-        except Exception:
-            return False
-        return states[0].shape[axis] == len(rows) and not self._moved(*kept)
-
-    def _moved(self, before: Tensor, after: Tensor) -> bool:
-        return not self._close(before, after)
-
-    def _close(self, before: Tensor, after: Tensor, lowest: torch.dtype | None = None) -> bool:
-        """Whether two states agree up to rounding, of the lowest dtype if one is given, output by output."""
-        if before.shape != after.shape:
-            return False
-        dtypes = {t.dtype for t in (*self.params, *self.lin.constants, before)}
-        dtypes |= set() if lowest is None else {lowest}
-        tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-        left, right = before.movedim(self.axis, 0).double(), after.movedim(self.axis, 0).double()
-        size = torch.maximum(left.abs(), right.abs())
-        finite = torch.where(size.isinf(), 0.0, size)
-        scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))
-        return bool(((left - right).abs() <= tolerance * scale).logical_or(left == right).all())
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"
