@@ -46,10 +46,10 @@ def jacobian(
     return torch.stack(rows).detach()
 
 
-def _nudged(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+def _nudged(model: nn.Module, x: Tensor, seed: int = 3) -> tuple[nn.Module, Tensor]:
     """Return a copy whose parameters are moved by about a rounding unit, and samples that are."""
     moved = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
 
     def units(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
@@ -76,6 +76,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, x: Tensor, low: bool = False) -> None:
         self.J = jacobian(model, x)
+        self._given = (model, x)
         other = (model, x, torch.float32) if low else (*_nudged(model, x), torch.float64)
         lost = self._lost(*other)
         self.is_zero = not self.J.any()
@@ -89,6 +90,13 @@ class Reference:
     def is_sensitive(self) -> bool:
         """Whether rounding alone moves J beyond the usual bound."""
         return self.lost > self.usual
+
+    def is_sensitive_after_all(self) -> bool:
+        """Whether one of eight further steps of a rounding unit moves J, where the first one did not."""
+        if self.is_sensitive:
+            return True
+        steps = (self._lost(*_nudged(*self._given, seed), torch.float64) for seed in range(4, 12))
+        return any(4.0 * lost > self.usual * self.size for lost in steps)
 
     def _lost(self, model: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
         """Return how far J of this model in this dtype is from J, row by row or in random directions."""
