@@ -26,19 +26,16 @@ _SLOPE_TOLERANCE = 1e-2  # of finite differences, whose error is that of float32
 
 def vectors(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
     """Return seeded normal numbers in the dtype, and on the device, of a tensor."""
-    """Return seeded normal numbers in the dtype, and on the device, of a tensor."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
 
 
 def length(blocks: Sequence[Tensor]) -> float:
     """Return the Euclidean length of all blocks together."""
-    """Return the Euclidean length of all blocks together."""
     return sum(float(block.double().square().sum()) for block in blocks) ** 0.5
 
 
 def first_line(error: BaseException) -> str:
-    """Return the kind of an exception and the first line of what it says."""
     """Return the kind of an exception and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
@@ -62,22 +59,6 @@ def check_adjoint(
     further_mismatch: Callable[[], float],
     reasons: list[str],
 ) -> None:
-    """Compare <u, J p> with <Jᵀu, p>, and decide whether a difference is rounding.
-
-    Args:
-        rung: Rung of the ladder.
-        cotangent: u.
-        pushed: J p.
-        tangents: p.
-        pulled: Jᵀu.
-        lowest: Finds the coarsest dtype in which the model computes.
-        again: Yields <u, J p> - <Jᵀu, p> some rounding units away.
-        further_mismatch: Returns the largest relative mismatch of further pairs.
-        reasons: Gets a line where the two agree less well than rounding of this dtype explains.
-
-    Raises:
-        DifferentiationError: If J and Jᵀ disagree.
-    """
     """Compare <u, J p> with <Jᵀu, p>, and decide whether a difference is rounding.
 
     Args:

@@ -63,7 +63,8 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
         inputs: The samples; only the first two are used.
 
     Returns:
-        What the model allows. Cost: about sixteen passes over two samples.
+        What the model allows. Cost: about sixteen passes over two samples; sixteen more where J and Jᵀ agree
+        suspiciously badly.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
