@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..model.record import Call, Recording
+from .adjoint import first_line
 from .cost import LayerShape, written_at_once
 from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import RULES, Activation, Layout, OneHot
+from .retries import is_out_of_memory
 from .units import Unit, Use, is_transposed
+from .verify import CoverageChanged, RowCheck
 
 __all__ = ["backward", "collect"]
+
+Result = TypeVar("Result")
 
 
 def backward(
@@ -45,6 +51,7 @@ def collect(
     chunk: int,
     keep: bool = False,
     compact: bool = False,
+    check: Callable[[Sequence[int], Mapping[int, Layout]], RowCheck] | None = None,
 ) -> Factors:
     """Run the backward passes and return the factors of every unit.
 
@@ -57,24 +64,58 @@ def collect(
         chunk: Directions that go through one batched backward pass; 1 for one after the other.
         keep: Whether the graph is kept for other backward passes.
         compact: Whether gradients are written down at once where they are smaller than their factors.
+        check: Makes the check of rows, given the numbers of the calls and their layouts; None for no check.
 
     Returns:
-        The factors. Cost: C backward passes; memory: theirs.
+        The factors. Cost: C backward passes, one more for the check; memory: theirs.
+
+    Raises:
+        CoverageChanged: If a rule fails, or a row belongs to another sample than it is held to belong to.
     """
     count = cotangents.shape[1]
     calls = recording.calls
     numbers = sorted({use.call for unit in units for use in unit.uses})
     layout = {number: layouts[calls[number].signature] for number in numbers}
-    makers = [_Maker(unit, calls, layout, count, len(cotangents), dtype, compact) for unit in units]
+    rows = None if check is None or not numbers else check(numbers, layout)
+    makers = [
+        _guarded(unit, _Maker, unit, calls, layout, count, len(cotangents), dtype, compact) for unit in units
+    ]
     for start in range(0, len(cotangents), chunk):
         part = cotangents[start : start + chunk]
-        found = backward(recording, part, numbers, chunk > 1, not keep and start + chunk >= len(cotangents))
+        last = not keep and rows is None and start + chunk >= len(cotangents)
+        found = backward(recording, part, numbers, chunk > 1, last)
         gradients = dict(zip(numbers, found, strict=True))
-        for maker in makers:
-            maker.add(start, len(part), gradients)
-    made = [item for maker in makers for item in maker.finish()]
+        if rows is not None:
+            rows.add(start, gradients)
+        for unit, maker in zip(units, makers, strict=True):
+            _guarded(unit, maker.add, start, len(part), gradients)
+    if rows is not None:
+        found = backward(recording, rows.cotangents(cotangents), numbers, False, not keep)
+        differing = set(rows.differing(dict(zip(numbers, found, strict=True))))
+        if differing:
+            reason = "rows of its result belong to other samples, or to several"
+            raise CoverageChanged(
+                {
+                    place.index: f"{calls[number].rule}: {reason}"
+                    for number in differing
+                    for place in calls[number].places.values()
+                }
+            )
+    made = [item for unit, maker in zip(units, makers, strict=True) for item in _guarded(unit, maker.finish)]
     outers = [item for item in made if isinstance(item, Outer)]
     return Factors(count, outers, [item for item in made if isinstance(item, Direct)])
+
+
+def _guarded(unit: Unit, work: Callable[..., Result], *args: object) -> Result:
+    """Do the work of a unit; a rule that fails loses it, and is no error of the user's."""
+    try:
+        return work(*args)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"a layer rule failed: {first_line(error)}"
+        lost = {use.place.index for use in unit.uses} | ({unit.bias.index} if unit.bias else set())
+        raise CoverageChanged(dict.fromkeys(lost, reason)) from error
 
 
 class _Maker:

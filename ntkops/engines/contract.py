@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_diagonal, choose_kernel
-from .factors import Direct, Factors, Outer, outer_gradients
+from .factors import Direct, Factors, Outer, matched, outer_gradients
 from .layer_rules import Activation, OneHot
 from .summing import COLUMNS, Total, Workspace, long_product, slabs
 
@@ -49,6 +49,8 @@ def accumulate_kernel(
         workspace: Memory to use again.
         force: A way to take whatever it costs, where a layer has it.
     """
+    if left is not right:
+        left, right = matched((left, right))
     if left.is_small and right.is_small:
         wide = target.new_zeros(target.shape, dtype=torch.float64)
         rows_of = left.to(torch.float64)

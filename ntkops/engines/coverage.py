@@ -27,7 +27,7 @@ from .summing import COLUMNS
 from .tail import Tail, find_tail
 from .units import plan_units
 
-__all__ = ["Coverage", "CoverageChanged", "HiddenStates", "cover", "record_batch"]
+__all__ = ["Coverage", "HiddenStates", "cover", "record_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,6 @@ Parameters = tuple[Tensor, ...]
 
 _PROBED = 3
 _SMALL_WORK = 2**22  # activations' entries for all directions below which dispatch is what costs
-
-
-class CoverageChanged(NtkopsError):
-    """A batch uses parameters in another way than the samples on which coverage was decided."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +108,10 @@ class Coverage:
         return replace(wanted, rows=tail.rank, columns=tail.rank, terms=1, kernels=1)
 
     def chunk(self, directions: int, count: int) -> int:
-        """Return how many directions go through one backward pass."""
-        if not self.batched or directions * count * self.direction_entries > _SMALL_WORK:
+        """Return how many directions go through one backward pass: as many as stay small."""
+        if not self.batched:
             return 1
-        return max(1, directions)
+        return max(1, min(directions, _SMALL_WORK // max(1, count * self.direction_entries)))
 
 
 def record_batch(linearization: Linearization, params: Sequence[Tensor], batch: object) -> Recording:

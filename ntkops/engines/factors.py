@@ -12,7 +12,19 @@ from .cost import LayerShape
 from .layer_rules import Activation, OneHot
 from .units import Unit
 
-__all__ = ["Direct", "Factors", "Outer", "in_parameter_order", "join_samples", "outer_gradients"]
+__all__ = [
+    "Direct",
+    "Factors",
+    "Outer",
+    "in_parameter_order",
+    "join_samples",
+    "matched",
+    "outer_gradients",
+    "with_positions",
+    "written_pieces",
+]
+
+Piece = tuple[int, int, int, Tensor]  # parameter, first row, the row after the last, (B, C, p)
 
 
 _SMALL_ENTRIES = 2**16
@@ -67,6 +79,12 @@ class Factors:
         held = [layer.gradients.numel() for layer in layers]
         held += [layer.activations.numel() for layer in self.outers if isinstance(layer.activations, Tensor)]
         return sum(held)
+
+    @property
+    def directions(self) -> int:
+        """Number C of directions."""
+        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        return layers[0].gradients.shape[1] if layers else 0
 
     @property
     def is_small(self) -> bool:
@@ -131,3 +149,82 @@ def join_samples(parts: Sequence[Activation]) -> Activation:
     if isinstance(first, OneHot):
         return OneHot(torch.cat([part.index for part in parts if isinstance(part, OneHot)]), first.size)
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def written_pieces(layer: Outer | Direct) -> list[Piece]:
+    """Write the gradients of one layer down, and those of the bias that rides with it."""
+    unit = layer.unit
+    if isinstance(layer, Direct):
+        return [(unit.index, unit.start, unit.stop, layer.gradients)]
+    whole = in_parameter_order(outer_gradients(layer.gradients, layer.activations), layer.transposed)
+    pieces = [(unit.index, unit.start, unit.stop, whole)]
+    if unit.bias is not None:
+        bias = unit.bias
+        pieces.append((bias.index, bias.start, bias.stop, layer.gradients.sum(-1).flatten(2)))
+    return pieces
+
+
+def matched(parts: Sequence[Factors]) -> list[Factors]:
+    """Return the factors of several batches with the same pieces in the same order.
+
+    A model that calls its layers as the batch wants it (loops as long as the longest sample, a branch) gives
+    other pieces in another batch. Those that all batches have stay; what is left of each parameter is written
+    down over one range of rows, with zeros where a batch does not use it.
+    """
+    found = [[_key(layer) for layer in part.outers] for part in parts]
+    ranges = [[_rows(direct.unit) for direct in part.directs] for part in parts]
+    if all(keys == found[0] for keys in found) and all(rows == ranges[0] for rows in ranges):
+        return list(parts)
+    common = [key for key in found[0] if all(keys.count(key) == 1 for keys in found)]
+    pieces = [
+        [
+            piece
+            for layer in (*part.outers, *part.directs)
+            if isinstance(layer, Direct) or _key(layer) not in common
+            for piece in written_pieces(layer)
+        ]
+        for part in parts
+    ]
+    spans: dict[
+        int, tuple[int, int, int]
+    ] = {}  # parameter: first row, the row after the last, entries of a row
+    for index, start, stop, gradients in (piece for some in pieces for piece in some):
+        first, last, _ = spans.get(index, (start, stop, 0))
+        row = gradients.shape[2] // max(1, stop - start)
+        spans[index] = min(first, start), max(last, stop), row
+    results = []
+    for part, keys, some in zip(parts, found, pieces, strict=True):
+        lead, like = (part.count, part.directions), (part.outers or part.directs)[0].gradients
+        directs = []
+        for index, (first, last, row) in spans.items():
+            whole = like.new_zeros((*lead, (last - first) * row))
+            for _, start, stop, gradients in (piece for piece in some if piece[0] == index):
+                whole[..., (start - first) * row : (stop - first) * row] += gradients
+            directs.append(Direct(Unit(index, first, last, "direct", ()), whole))
+        kept = [part.outers[keys.index(key)] for key in common]
+        results.append(replace(part, outers=kept, directs=directs))
+    return results
+
+
+def _rows(unit: Unit) -> tuple[int, int, int]:
+    return unit.index, unit.start, unit.stop
+
+
+def _key(layer: Outer) -> tuple[object, ...]:
+    """What two pieces must have in common to be contracted with each other."""
+    shape = layer.shape
+    sizes = shape.inputs, shape.outputs, shape.groups, shape.one_hot
+    return (*_rows(layer.unit), layer.unit.bias, layer.transposed, sizes)
+
+
+def with_positions(layer: Outer, positions: int) -> Outer:
+    """Return a layer with zeros at further positions, which change no sum over positions."""
+    missing = positions - layer.shape.positions
+    if missing == 0:
+        return layer
+    held = layer.activations
+    if isinstance(held, OneHot):
+        wider: Activation = OneHot(torch.nn.functional.pad(held.index, (0, missing)), held.size)
+    else:
+        wider = torch.nn.functional.pad(held, (0, missing))
+    return replace(layer, activations=wider, gradients=torch.nn.functional.pad(layer.gradients, (0, missing)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,14 +12,15 @@ from torch import Tensor
 from ..model import Batch, Inputs
 from .autograd import AutogradEngine
 from .collecting import collect
-from .coverage import Coverage, CoverageChanged, record_batch
-from .factors import Direct, Factors, Outer, in_parameter_order, join_samples, outer_gradients
+from .coverage import Coverage, record_batch
+from .factors import Factors, join_samples, matched, with_positions, written_pieces
+from .layer_rules import Layout
 from .options import Layerwise
-from .products import unit_spans
 from .retries import Portion
 from .rungs import Parameters
 from .summing import Workspace
 from .units import plan_units
+from .verify import CoverageChanged, RowCheck, limit_of, unattributable
 
 __all__ = ["FactorSource"]
 
@@ -44,6 +47,8 @@ class FactorSource:
         self.dtype: torch.dtype = self.linearization.dtype
         self.device: torch.device = self.linearization.device
         self.workspace = Workspace()
+        self._generator = torch.Generator().manual_seed(20)
+        self._fixed = torch.empty(0, dtype=self.dtype, device=self.device)
         sizes, shapes = self.linearization.sizes, self.linearization.shapes
         self.starts: tuple[int, ...] = (0, *itertools.accumulate(sizes))
         # Start in the flat vector and entries of one row of each parameter.
@@ -121,42 +126,66 @@ class FactorSource:
                 lambda start, stop, batch: self._collect(params, batch, cotangents[:, start:stop], compact),
             )
             parts = [part for _, _, part in found]
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
+        return parts[0] if len(parts) == 1 else self._joined(parts)
 
     def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor, compact: bool) -> Factors:
         recording = record_batch(self.linearization, params, batch)
         layouts, covered = self.coverage.layouts, self.coverage.covered
-        unknown = [call for call in recording.calls if call.signature not in layouts]
-        lost = {place.index for call in unknown for place in call.places.values()}
-        self._require_known((lost | recording.uncovered.keys()) & covered)
+        lost = dict(recording.uncovered)
+        for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
+            lost.update({place.index: reason for place in recording.calls[number].places.values()})
+        lost = {index: reason for index, reason in lost.items() if index in covered}
+        if lost:
+            raise CoverageChanged(lost)
         units = plan_units(recording.calls, covered)
         chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1])
         cotangents = cotangents.to(recording.output)
-        return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact=compact)
 
-    def _require_known(self, lost: set[int]) -> None:
-        if lost:
-            names = ", ".join(repr(self.linearization.names[i]) for i in sorted(lost))
-            raise CoverageChanged(
-                f"a batch uses {names} in another way than the first samples did: the forward pass depends "
-                "on values; use engine='autograd'"
+        def check(numbers: Sequence[int], layout: Mapping[int, Layout]) -> RowCheck:
+            limit = limit_of(self.linearization.dtype)
+            return RowCheck(numbers, layout, cotangents, limit, self._normal, self._vector)
+
+        return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact=compact, check=check)
+
+    def _normal(self, count: int) -> Tensor:
+        """Return fresh normal numbers in float64."""
+        found = torch.randn(count, generator=self._generator, dtype=torch.float64)
+        return found.to(self.device)
+
+    def _vector(self, count: int) -> Tensor:
+        """Return a fixed random vector in the working dtype."""
+        if len(self._fixed) < count:
+            generator = torch.Generator().manual_seed(count)
+            self._fixed = torch.randn(count, generator=generator, dtype=torch.float32).to(
+                self.device, self.dtype
             )
+        return self._fixed[:count]
+
+    @staticmethod
+    def _joined(parts: Sequence[Factors]) -> Factors:
+        """Join the factors of several batches of samples."""
+        parts = matched(parts)
+        outers = []
+        for layers in zip(*(part.outers for part in parts), strict=True):
+            longest = max(layer.shape.positions for layer in layers)
+            layers = tuple(with_positions(layer, longest) for layer in layers)
+            gradients = torch.cat([layer.gradients for layer in layers])
+            activations = join_samples([layer.activations for layer in layers])
+            outers.append(replace(layers[0], activations=activations, gradients=gradients))
+        directs = [
+            replace(pieces[0], gradients=torch.cat([piece.gradients for piece in pieces]))
+            for pieces in zip(*(part.directs for part in parts), strict=True)
+        ]
+        return Factors(sum(part.count for part in parts), outers, directs)
 
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients, zero where a parameter is not covered."""
-        layers: list[Outer | Direct] = [*factors.outers, *factors.directs]
-        directions = layers[0].gradients.shape[1] if layers else 0
-        shape = (factors.count, directions, self.linearization.num_parameters)
+        shape = (factors.count, factors.directions, self.linearization.num_parameters)
         tile = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for layer in layers:
-            weight, bias = unit_spans(layer.unit, self.rows)
-            if isinstance(layer, Direct):
-                tile[..., weight.start : weight.stop] += layer.gradients
-                continue
-            gradients = outer_gradients(layer.gradients, layer.activations)
-            tile[..., weight.start : weight.stop] += in_parameter_order(gradients, layer.transposed)
-            if bias is not None:
-                tile[..., bias.start : bias.stop] += layer.gradients.sum(-1).flatten(2)
+        for layer in (*factors.outers, *factors.directs):
+            for index, start, stop, gradients in written_pieces(layer):
+                first, row = self.rows[index]
+                tile[..., first + start * row : first + stop * row] += gradients
         return tile
 
     def scattered(self, target: Tensor, rest: Tensor) -> Tensor:
@@ -173,21 +202,3 @@ class FactorSource:
         """Take the parameters that are not covered out of ``(k, P)``."""
         starts = self.starts
         return torch.cat([vectors[:, starts[i] : starts[i + 1]] for i in self.uncovered], dim=1)
-
-
-def _concatenate(parts: list[Factors]) -> Factors:
-    """Join the factors of several batches of samples."""
-    outers = [
-        Outer(
-            layers[0].unit,
-            layers[0].transposed,
-            join_samples([layer.activations for layer in layers]),
-            torch.cat([layer.gradients for layer in layers]),
-        )
-        for layers in zip(*(part.outers for part in parts), strict=True)
-    ]
-    directs = [
-        Direct(pieces[0].unit, torch.cat([piece.gradients for piece in pieces]))
-        for pieces in zip(*(part.directs for part in parts), strict=True)
-    ]
-    return Factors(sum(part.count for part in parts), outers, directs)

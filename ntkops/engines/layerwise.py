@@ -15,7 +15,6 @@ from .autograd import AutogradEngine
 from .budget import format_bytes
 from .checks import require_finite_product
 from .cost import KernelShape
-from .coverage import CoverageChanged
 from .factors import Factors
 from .gathering import FactorSource
 from .layer_blocks import layer_gram
@@ -28,6 +27,7 @@ from .retries import if_it_fits
 from .rungs import Parameters
 from .tail_blocks import tail_diagonal, tail_kernel
 from .tiling import sample_slices
+from .verify import CoverageChanged
 
 __all__ = ["LayerwiseEngine"]
 
@@ -140,13 +140,12 @@ class LayerwiseEngine(LayerwiseCore):
 
     def _measure(self, inputs: Inputs) -> list[MeasuredLayer]:
         """Return the layers' sizes, seen on one sample."""
-        if self._measured is None:
+        while self._measured is None and self._coverage.covered:
             try:
                 self._measured = measure_layers(self._source, inputs)
             except CoverageChanged as change:
-                self._give_up(change)
-                return []
-        return self._measured
+                self._demote(change)
+        return self._measured or []
 
     @property
     def over_time(self) -> bool:
@@ -354,21 +353,24 @@ class LayerwiseEngine(LayerwiseCore):
         self, params: Parameters, left: Inputs, right: Inputs, columns: float, operand: Tensor
     ) -> tuple[CachedFactors, CachedFactors] | None:
         """Return cached factors of both sides, or None where automatic differentiation is to be used."""
-        if self._delegates(params, operand, left, right):
-            return None
+        while not self._delegates(params, operand, left, right):
+            try:
+                with torch.no_grad():
+                    return self._cached(params, left, right, columns)
+            except CoverageChanged as change:
+                self._demote(change)
+        return None
 
+    def _cached(
+        self, params: Parameters, left: Inputs, right: Inputs, columns: float
+    ) -> tuple[CachedFactors, CachedFactors] | None:
         def get(inputs: Inputs) -> CachedFactors | None:
             return self._from_factors(lambda: self._cache.get(self._source, params, inputs, columns))
 
-        try:
-            with torch.no_grad():
-                one = get(left)
-                if one is None or left is right:
-                    return None if one is None else (one, one)
-                other = get(right)
-        except CoverageChanged as change:
-            self._give_up(change)
-            return None
+        one = get(left)
+        if one is None or left is right:
+            return None if one is None else (one, one)
+        other = get(right)
         # Sides that were made ready in different ways (sequences of other lengths) do not fit together.
         return None if other is None or one.spans_key != other.spans_key else (one, other)
 

@@ -15,7 +15,7 @@ from ..errors import BackwardLimitError
 from ..model import Inputs, Linearization
 from .autograd import AutogradEngine
 from .choose import Ladder, climb
-from .coverage import Coverage, CoverageChanged, cover
+from .coverage import Coverage, cover
 from .gathering import FactorSource
 from .layer_cache import FactorCache
 from .layer_table import MeasuredLayer
@@ -26,6 +26,7 @@ from .recurrent import trusted_states
 from .rungs import Parameters
 from .settings import EngineSettings
 from .trust import trusted
+from .verify import CoverageChanged
 
 __all__ = ["LayerwiseCore"]
 
@@ -205,21 +206,31 @@ class LayerwiseCore(EngineSettings):
         add: Callable[[Result, Result], Result],
     ) -> Result:
         """Run the rules for what is covered, automatic differentiation for the rest, and add them."""
-        if self._delegates(params, *watched):
-            return autograd(self._autograd, params)
-        with torch.no_grad(), self.linearization.full_precision():
-            try:
-                result = layers(self._source)
-            except CoverageChanged as change:
-                self._give_up(change)
-                return autograd(self._autograd, params)
-            rest = self._rest(params)
-            return result if rest is None else add(result, autograd(*rest))
+        while not self._delegates(params, *watched):
+            with torch.no_grad(), self.linearization.full_precision():
+                try:
+                    result = layers(self._source)
+                except CoverageChanged as change:
+                    self._demote(change)
+                    continue
+                rest = self._rest(params)
+                return result if rest is None else add(result, autograd(*rest))
+        return autograd(self._autograd, params)
 
-    def _give_up(self, change: CoverageChanged) -> None:
-        """Leave the layerwise way for good, loudly."""
-        logger.warning("the layerwise engine gives up: %s", change)
-        everything = range(len(self.linearization.names))
-        reasons = dict.fromkeys(everything, str(change))
-        self._source.coverage = replace(self._coverage, covered=frozenset(), reasons=reasons, states=None)
+    def _demote(self, change: CoverageChanged) -> None:
+        """Leave parameters to automatic differentiation for good, aloud.
+
+        What was made with their factors is made again: a sum in which a parameter counts as covered for some
+        samples and as uncovered for others would hold it twice, or not at all.
+        """
+        coverage = self._coverage
+        for index in change.lost.keys() & coverage.covered:
+            name = self.linearization.names[index]
+            logger.warning("parameter %r goes to automatic differentiation: %s", name, change.lost[index])
+            coverage = coverage.without(index, change.lost[index])
+        if not change.lost:  # the linear layer with which the model ended: one backward pass an output
+            logger.warning("%s", change)
+            coverage = coverage.without_tail()
+        self._source.coverage = replace(coverage, states=None)
+        self._measured = None
         self.free()

@@ -86,7 +86,7 @@ class ProductFactors:
     @property
     def spans_key(self) -> object:
         """What two sides of a kernel must have in common."""
-        return ("layers", tuple(self.dense_spans))
+        return ("layers", tuple(self.spans), tuple(self.dense_spans))
 
     def tensors(self) -> list[Tensor]:
         """Return what takes memory."""

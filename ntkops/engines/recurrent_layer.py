@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..model import Batch, Inputs
-from .coverage import CoverageChanged
 from .gathering import FactorSource
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps
 from .rungs import Parameters
+from .verify import CoverageChanged
 
 __all__ = ["RecurrentLayer", "recurrent_layers", "steps_of"]
 
@@ -70,7 +70,7 @@ class _Catcher(TorchFunctionMode):
 
 def _require(condition: bool, reason: str) -> None:
     if not condition:
-        raise CoverageChanged(f"not all hidden states of one recurrent layer: {reason}")
+        raise CoverageChanged({}, f"not all hidden states of one recurrent layer: {reason}")
 
 
 def _caught(source: FactorSource, params: Parameters, batch: Batch) -> RecurrentLayer:

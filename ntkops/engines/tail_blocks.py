@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model import Inputs
 from .collecting import backward
-from .coverage import CoverageChanged, record_batch
+from .coverage import record_batch
 from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
@@ -18,6 +18,7 @@ from .rungs import Parameters
 from .tail import Tail, read_positions
 from .tiling import over_parts, rows_of_parts
 from .units import plan_units
+from .verify import CoverageChanged
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
 
@@ -110,7 +111,7 @@ class TailSource(FactorSource):
         """Return the factors of all samples for some of the directions, the head's place confirmed."""
         if not confirmed(self, self._tail, self._reduction, params, inputs):
             raise CoverageChanged(
-                "a batch does not end with the linear layer that the first samples ended with"
+                {}, "a batch does not end with the linear layer that the first samples ended with"
             )
         chosen = self._directions[outputs.to(self._directions.device)]
         return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), compact)

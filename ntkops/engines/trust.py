@@ -10,11 +10,12 @@ from torch import Tensor
 from ..model import Inputs
 from ..model.rounding import neighbours
 from .autograd import AutogradEngine
-from .coverage import Coverage, CoverageChanged
+from .coverage import Coverage
 from .factors import Factors
 from .gathering import FactorSource
 from .rungs import Parameters
 from .tail_blocks import Reduction, confirmed
+from .verify import CoverageChanged
 
 __all__ = ["trusted"]
 
@@ -60,9 +61,10 @@ def trusted(source: FactorSource, autograd: AutogradEngine, inputs: Inputs) -> C
         try:
             factors = source.of(params, part, cotangents)
         except CoverageChanged as change:
-            for index in coverage.covered:
-                coverage = coverage.without(index, str(change))
-            return coverage
+            for index, reason in (change.lost or dict.fromkeys(coverage.covered, str(change))).items():
+                coverage = coverage.without(index, reason)
+            source.coverage = coverage
+            return trusted(source, autograd, inputs)
         actual = source.written_down(factors).double()
         for index in _differing(source, autograd, params, part, cotangents, expected, actual):
             wanted, found = (_part(source, index, side) for side in (expected, actual))
