@@ -15,9 +15,9 @@ from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import RULES, Activation, Layout, OneHot
 from .retries import is_out_of_memory
 from .units import Unit, Use, is_transposed
-from .verify import CoverageChanged, RowCheck
+from .attribution import CoverageChanged, RowCheck
 
-__all__ = ["backward", "collect"]
+__all__ = ["Collector", "RowCheckMaker", "backward", "collect", "require_own_rows"]
 
 Result = TypeVar("Result")
 
@@ -42,6 +42,9 @@ def backward(
     return list(found) if batched else [None if g is None else g.unsqueeze(0) for g in found]
 
 
+RowCheckMaker = Callable[[Sequence[int], Mapping[int, Layout]], RowCheck]
+
+
 def collect(
     recording: Recording,
     units: Sequence[Unit],
@@ -49,20 +52,18 @@ def collect(
     cotangents: Tensor,
     dtype: torch.dtype,
     chunk: int,
-    keep: bool = False,
     compact: bool = False,
-    check: Callable[[Sequence[int], Mapping[int, Layout]], RowCheck] | None = None,
+    check: RowCheckMaker | None = None,
 ) -> Factors:
     """Run the backward passes and return the factors of every unit.
 
     Args:
-        recording: A forward pass over B samples.
+        recording: A forward pass over B samples; its graph is used up.
         units: What is wanted.
         layouts: Where the samples are, by signature of the call.
         cotangents: ``(C, B, O)``: C directions for each sample.
         dtype: Dtype of the factors.
         chunk: Directions that go through one batched backward pass; 1 for one after the other.
-        keep: Whether the graph is kept for other backward passes.
         compact: Whether gradients are written down at once where they are smaller than their factors.
         check: Makes the check of rows, given the numbers of the calls and their layouts; None for no check.
 
@@ -72,38 +73,82 @@ def collect(
     Raises:
         CoverageChanged: If a rule fails, or a row belongs to another sample than it is held to belong to.
     """
-    count = cotangents.shape[1]
-    calls = recording.calls
-    numbers = sorted({use.call for unit in units for use in unit.uses})
-    layout = {number: layouts[calls[number].signature] for number in numbers}
-    rows = None if check is None or not numbers else check(numbers, layout)
-    makers = [
-        _guarded(unit, _Maker, unit, calls, layout, count, len(cotangents), dtype, compact) for unit in units
-    ]
-    for start in range(0, len(cotangents), chunk):
+    directions, count = cotangents.shape[:2]
+    collector = Collector(recording, units, layouts, count, directions, dtype, compact)
+    numbers = collector.numbers
+    rows = None if check is None or not numbers else check(numbers, collector.layouts)
+    for start in range(0, directions, chunk):
         part = cotangents[start : start + chunk]
-        last = not keep and rows is None and start + chunk >= len(cotangents)
-        found = backward(recording, part, numbers, chunk > 1, last)
-        gradients = dict(zip(numbers, found, strict=True))
+        last = rows is None and start + chunk >= directions
+        found = dict(zip(numbers, backward(recording, part, numbers, chunk > 1, last), strict=True))
         if rows is not None:
-            rows.add(start, gradients)
-        for unit, maker in zip(units, makers, strict=True):
-            _guarded(unit, maker.add, start, len(part), gradients)
+            rows.add(start, found)
+        collector.add(start, len(part), found)
     if rows is not None:
-        found = backward(recording, rows.cotangents(cotangents), numbers, False, not keep)
-        differing = set(rows.differing(dict(zip(numbers, found, strict=True))))
-        if differing:
-            reason = "rows of its result belong to other samples, or to several"
-            raise CoverageChanged(
-                {
-                    place.index: f"{calls[number].rule}: {reason}"
-                    for number in differing
-                    for place in calls[number].places.values()
-                }
-            )
-    made = [item for unit, maker in zip(units, makers, strict=True) for item in _guarded(unit, maker.finish)]
-    outers = [item for item in made if isinstance(item, Outer)]
-    return Factors(count, outers, [item for item in made if isinstance(item, Direct)])
+        found = dict(
+            zip(numbers, backward(recording, rows.cotangents(cotangents), numbers, False, True), strict=True)
+        )
+        require_own_rows(recording.calls, rows.differing(found))
+    return collector.finish()
+
+
+def require_own_rows(calls: Sequence[Call], differing: Sequence[int]) -> None:
+    """Give up the parameters of calls whose rows are not those of the samples that they were taken for."""
+    if differing:
+        raise CoverageChanged(
+            {
+                place.index: f"{calls[number].rule}: rows of its result belong to other samples, or to several"
+                for number in differing
+                for place in calls[number].places.values()
+            }
+        )
+
+
+class Collector:
+    """Makes the factors of every unit from gradients at the results of calls.
+
+    Args:
+        recording: A forward pass over B samples.
+        units: What is wanted.
+        layouts: Where the samples are, by signature of the call.
+        count: Number B.
+        directions: Number C of directions.
+        dtype: Dtype of the factors.
+        compact: Whether gradients are written down at once where they are smaller than their factors.
+
+    Attributes:
+        numbers: The calls at which gradients are wanted.
+        layouts: Where their samples are.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        units: Sequence[Unit],
+        layouts: Mapping[tuple[object, ...], Layout],
+        count: int,
+        directions: int,
+        dtype: torch.dtype,
+        compact: bool = False,
+    ) -> None:
+        calls = recording.calls
+        self.numbers = sorted({use.call for unit in units for use in unit.uses})
+        self.layouts = {number: layouts[calls[number].signature] for number in self.numbers}
+        self._units, self._count = units, count
+        sizes = count, directions, dtype, compact
+        self._makers = [_guarded(unit, _Maker, unit, calls, self.layouts, *sizes) for unit in units]
+
+    def add(self, start: int, width: int, gradients: Mapping[int, Tensor | None]) -> None:
+        """Take ``(K, *shape)`` gradients of ``width`` directions, from number ``start`` on."""
+        for unit, maker in zip(self._units, self._makers, strict=True):
+            _guarded(unit, maker.add, start, width, gradients)
+
+    def finish(self) -> Factors:
+        """Return the factors."""
+        pairs = zip(self._units, self._makers, strict=True)
+        made = [item for unit, maker in pairs for item in _guarded(unit, maker.finish)]
+        outers = [item for item in made if isinstance(item, Outer)]
+        return Factors(self._count, outers, [item for item in made if isinstance(item, Direct)])
 
 
 def _guarded(unit: Unit, work: Callable[..., Result], *args: object) -> Result:

@@ -20,7 +20,7 @@ from .retries import Portion
 from .rungs import Parameters
 from .summing import Workspace
 from .units import plan_units
-from .verify import CoverageChanged, RowCheck, limit_of, unattributable
+from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 
 __all__ = ["FactorSource"]
 

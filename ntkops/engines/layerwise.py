@@ -27,7 +27,7 @@ from .retries import if_it_fits
 from .rungs import Parameters
 from .tail_blocks import tail_diagonal, tail_kernel
 from .tiling import sample_slices
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = ["LayerwiseEngine"]
 

@@ -26,7 +26,7 @@ from .recurrent import trusted_states
 from .rungs import Parameters
 from .settings import EngineSettings
 from .trust import trusted
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = ["LayerwiseCore"]
 
@@ -95,16 +95,17 @@ class LayerwiseCore(EngineSettings):
             The engine. A covered parameter whose per-sample gradients differ from those of automatic
             differentiation is left to it, with the reason in ``ladder.reasons``.
         """
-        ladder = climb(linearization, inputs)
-        coverage = cover(linearization, inputs)
-        engine = cls(
-            linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size, options=options
-        )
-        with linearization.full_precision():
-            engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
-            states = trusted_states(engine._source, engine._autograd, inputs)
-        engine._source.coverage = replace(engine._source.coverage, states=states)
-        return engine
+        verdict = linearization.verdict
+        if verdict.coverage is None:
+            verdict.coverage = try_rules(linearization, inputs)
+            engine = cls(
+                linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options
+            )
+            with linearization.full_precision():
+                states = trusted_states(engine._source, inputs)
+            verdict.coverage = replace(engine._coverage, states=states)
+            return engine
+        return cls(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Self:
         """Return the same engine for another dtype or device; nothing is tried again."""

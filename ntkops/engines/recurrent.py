@@ -27,7 +27,7 @@ from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
 from .retries import is_out_of_memory
 from .rungs import Parameters
 from .tiling import sample_slices
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = [
     "states_diagonal",

@@ -15,7 +15,7 @@ from .gathering import FactorSource
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps
 from .rungs import Parameters
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = ["RecurrentLayer", "recurrent_layers", "steps_of"]
 

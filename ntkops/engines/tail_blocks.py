@@ -18,7 +18,7 @@ from .rungs import Parameters
 from .tail import Tail, read_positions
 from .tiling import over_parts, rows_of_parts
 from .units import plan_units
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
 

@@ -15,7 +15,7 @@ from .factors import Factors
 from .gathering import FactorSource
 from .rungs import Parameters
 from .tail_blocks import Reduction, confirmed
-from .verify import CoverageChanged
+from .attribution import CoverageChanged
 
 __all__ = ["trusted"]
 

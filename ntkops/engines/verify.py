@@ -1,151 +1,358 @@
-"""Whether the rows of what calls return belong to the samples that they are held to belong to.
+"""The trial of rules, once for a model: where the samples are in each call, and whether its rule holds.
 
-Layer rules read per-sample gradients off the results of calls, where row r is taken for a row of sample n. That
-depends on the data: a model may sort its samples, pack the valid ones, or route them by what they contain.
-So it is asked of every batch that is used, by one backward pass more.
+Two backward passes on a graph that the trial of values has left: for random cotangents w, and for s_n w_n with one
+random factor s_n for each sample. Backward passes are linear: a row of sample n has s_n times its gradient in the
+second, which shows where the samples lie. The gradients of the parameters themselves come with the first, and
+must be what the rules make of the gradients at the calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import NtkopsError
-from ..model.record import Call
-from .layer_rules import Layout
+from ..model import Inputs, Linearization
+from ..model.record import Call, Place, Recording, record
+from ..model.trial import Recordings
+from .adjoint import first_line
+from .attribution import CoverageChanged, RowCheck, limit_of
+from .collecting import Collector, backward
+from .coverage import Coverage, Signature
+from .factors import Direct, Factors, Outer, in_parameter_order
+from .layer_rules import RULES, Layout, OneHot
+from .tail import Tail, find_tail
+from .units import plan_units
 
-__all__ = ["CoverageChanged", "RowCheck", "limit_of", "unattributable"]
+__all__ = ["try_rules"]
 
-# A row differs if it does by so many rounding units of the coarsest dtype in which the model computes; in half
-# precision that would be everything, hence the limit.
-_ROUNDING_UNITS = 1e3
-_LARGEST_ROUNDING = 0.1
+logger = logging.getLogger(__name__)
+
+_TRIED = 4
+_FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError)
 
 
-class CoverageChanged(NtkopsError):
-    """A batch uses parameters in a way that layer rules cannot attribute to samples.
+def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
+    """Decide which parameters the layer rules cover.
 
-    Attributes:
-        lost: The numbers of these parameters, each with the reason; none where it is a matter of the output.
+    Args:
+        linearization: The pure function and its parameters.
+        inputs: The samples; the trial of values has left the passes over a few of them, else two are made.
+
+    Returns:
+        The coverage. Cost: two backward passes over at most four samples, for a small model two more.
+
+    Raises:
+        NtkopsError: What the model floor refuses in a forward pass.
     """
+    names = linearization.names
+    with linearization.safe_context(), linearization.full_precision():
+        try:
+            first, second = inputs.hand_over_recordings() or _recorded(linearization, inputs)
+            coverage = _Trial(linearization, first, second).coverage()
+        except NtkopsError:
+            raise
+        except _FAILURES as error:
+            # Backward passes may fail, too: a checkpointed block runs again without the recorder, and finds other
+            # saved tensors where a fused function was replaced.
+            reason = f"the forward pass cannot be recorded: {first_line(error)[:120]}"
+            coverage = Coverage(frozenset(), dict.fromkeys(range(len(names)), reason), {})
+    for index, reason in coverage.reasons.items():
+        logger.info("layer rules: parameter %r goes to automatic differentiation: %s", names[index], reason)
+    return coverage
 
-    def __init__(self, lost: Mapping[int, str], reason: str = "") -> None:
-        super().__init__(reason or "; ".join(dict.fromkeys(lost.values())))
-        self.lost = dict(lost)
+
+def _recorded(linearization: Linearization, inputs: Inputs) -> Recordings:
+    """Record a pass over a few samples, and one over fewer of them."""
+    count = min(_TRIED, inputs.num_samples)
+    whole = torch.arange(count) if count > 1 else torch.tensor([0, 0])
+    fewer = whole[: len(whole) // 2] if len(whole) > 2 else torch.cat([whole, whole[:1]])
+    recordings = []
+    for index in (whole, fewer):
+        part = inputs.select(index)
+        (_, _, batch), *_ = part.batches(part.num_samples)
+        recordings.append(record(linearization.function, linearization.parameters, batch))
+    return recordings[0], recordings[1]
 
 
-def limit_of(dtype: torch.dtype) -> float:
-    """Return the relative difference up to which two gradients of one row agree."""
-    return min(_ROUNDING_UNITS * torch.finfo(dtype).eps, _LARGEST_ROUNDING)
+class _Trial:
+    """Two backward passes on one small graph."""
+
+    def __init__(self, linearization: Linearization, first: Recording, second: Recording) -> None:
+        self._lin, self._first, self._second = linearization, first, second
+        self._count = len(first.output)
+        self._limit = limit_of(linearization.lowest_dtype)
+        generator = torch.Generator().manual_seed(11)
+        device = linearization.device
+
+        def normal(count: int) -> Tensor:
+            return torch.randn(count, generator=generator, dtype=torch.float64).to(device)
+
+        self._normal = normal
+        output = first.output
+        self._cotangents = normal(output.numel()).view(1, *output.shape).to(output)
+        self._vectors: dict[int, Tensor] = {}
+
+    def coverage(self) -> Coverage:
+        """Return what is covered."""
+        first, names = self._first, self._lin.names
+        self._reasons = {**self._second.uncovered, **first.uncovered}
+        numbers = list(range(len(first.calls)))
+        gradients, own = self._differentiated(numbers)
+        scaled = self._check(numbers, {})
+        sent = scaled.cotangents(self._cotangents)
+        others = dict(zip(numbers, backward(first, sent, numbers, False, False), strict=True))
+        layouts = self._layouts(gradients, others, scaled.factors)
+        coverage = Coverage(frozenset(range(len(names))) - self._reasons.keys(), self._reasons, layouts)
+        while True:
+            units = plan_units(first.calls, coverage.covered)
+            try:
+                collector = Collector(
+                    first, units, layouts, self._count, 1, self._lin.dtype
+                )
+                collector.add(0, 1, gradients)
+                factors = collector.finish()
+                self._require_sums(factors, own, gradients)
+                break
+            except CoverageChanged as change:
+                for index in change.lost.keys() & coverage.covered:
+                    coverage = coverage.without(index, change.lost[index])
+        used = {place.index for unit in units for place in (unit, unit.bias) if place is not None}
+        if not coverage.covered & used:  # the output uses none of them
+            for index in coverage.covered:
+                coverage = coverage.without(index, "the output does not use it")
+            return coverage
+        coverage = coverage.measured(factors)
+        coverage = replace(coverage, batched=self._can_batch(coverage, collector.numbers, gradients, others, sent))
+        return self._with_tail(coverage, factors)
+
+    # -- where the samples are
+
+    def _differentiated(
+        self, numbers: Sequence[int]
+    ) -> tuple[dict[int, Tensor | None], dict[int, Tensor]]:
+        """Return gradients at the calls, ``(1, *shape)``, and of what stands for parameters in them."""
+        first = self._first
+        leaves = {id(leaf): leaf for call in first.calls for leaf in call.leaves.values()}
+        if not numbers or not first.output.requires_grad:
+            return dict.fromkeys(numbers), {}
+        edges = [first.calls[number].edge for number in numbers]
+        found = torch.autograd.grad(
+            [first.output],
+            [*edges, *leaves.values()],
+            [self._cotangents[0]],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        at_calls = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
+        of_leaves = dict(zip(leaves, found[len(edges) :], strict=True))
+        return dict(zip(numbers, at_calls, strict=True)), {k: g for k, g in of_leaves.items() if g is not None}
+
+    def _vector(self, count: int) -> Tensor:
+        if count not in self._vectors:
+            self._vectors[count] = self._normal(count).to(self._lin.dtype)
+        return self._vectors[count]
+
+    def _check(
+        self,
+        numbers: Sequence[int],
+        layouts: dict[int, Layout],
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> RowCheck:
+        sizes = self._cotangents, self._limit, self._normal, self._vector
+        return RowCheck(numbers, layouts, *sizes, factors)
+
+    def _layouts(
+        self,
+        gradients: dict[int, Tensor | None],
+        others: dict[int, Tensor | None],
+        factors: tuple[Tensor, Tensor],
+    ) -> dict[Signature, Layout]:
+        """Find the sample axis of every call; calls without one lose their parameters."""
+        first, second = self._first, self._second
+        twins: dict[Signature, list[Call]] = {}
+        for call in second.calls:
+            twins.setdefault(call.signature, []).append(call)
+        met = dict.fromkeys(twins, 0)
+        layouts: dict[Signature, Layout] = {}
+        for number, call in enumerate(first.calls):
+            if call.signature not in twins:
+                self._lose(call, "which calls are made depends on the batch")
+                continue
+            if not RULES[call.rule].supports(call):
+                self._lose(call, "its arguments are not covered by the rule")
+                continue
+            some = twins[call.signature]
+            other = some[min(met[call.signature], len(some) - 1)]
+            met[call.signature] += 1
+            fitting = []
+            for layout in self._candidates(call, other):
+                check = self._check([number], {number: layout}, factors)
+                check.add(0, {number: gradients[number]})
+                if not check.differing({number: others[number]}):
+                    fitting.append(layout)
+            if len(fitting) > 1:  # no gradient at all: the values tell
+                fitting = [layout for layout in fitting if self._values_agree(layout, call, other)]
+            if len(fitting) != 1:
+                self._lose(call, f"no sample axis in its result of shape {tuple(call.shape)}")
+            elif layouts.setdefault(call.signature, fitting[0]) != fitting[0]:
+                self._lose(call, "its samples lie on different axes in different calls")
+        for call in second.calls:
+            if call.signature not in layouts:
+                self._lose(call, "which calls are made depends on the batch")
+        return layouts
+
+    def _lose(self, call: Call, reason: str) -> None:
+        for place in call.places.values():
+            self._reasons.setdefault(place.index, f"{call.rule}: {reason}")
+
+    def _candidates(self, call: Call, other: Call) -> list[Layout]:
+        """Return the layouts that the sizes of a call allow, in batches of two lengths."""
+        fewer = len(self._second.output)
+        found = []
+        for axis in RULES[call.rule].sample_axes(call):
+            size, small = call.shape[axis], other.shape[axis]
+            if size == small or size % self._count or small % fewer:
+                continue
+            found.append(Layout(axis, True))
+            if size > self._count:
+                found.append(Layout(axis, False))
+        return found
+
+    def _values_agree(self, layout: Layout, call: Call, other: Call) -> bool:
+        """Whether the first sample of the second pass has the activations that it had in the first one."""
+        for name, value in call.arguments.items():
+            twin = other.arguments.get(name)
+            if name in call.places or not isinstance(value, Tensor) or not isinstance(twin, Tensor):
+                continue
+            if value.dim() <= layout.axis or value.shape[layout.axis] != call.shape[layout.axis]:
+                continue
+            one = layout.expose(twin, len(self._second.output))[0]
+            rows = layout.expose(value, self._count)
+            if not any(one.shape == row.shape and _close(one, row) for row in rows):
+                return False
+        return True
+
+    # -- whether the rules hold
+
+    def _require_sums(
+        self, factors: Factors, own: dict[int, Tensor], gradients: dict[int, Tensor | None]
+    ) -> None:
+        """Compare what the rules give for every unit with the gradient of its parameter, one after the other."""
+        places: dict[int, dict[int, Place]] = {}  # parameter: what stands for it, and what that shows of it
+        for call in self._first.calls:
+            for role, place in call.places.items():
+                places.setdefault(place.index, {})[id(call.leaves[role])] = place
+        lost: dict[int, str] = {}
+        for layer in (*factors.outers, *factors.directs):
+            for index, start, total, scale in _sums(layer, gradients):
+                row = self._lin.sizes[index] // max(1, (self._lin.shapes[index] or (1,))[0])
+                expected = torch.zeros_like(total)
+                for leaf, place in places[index].items():
+                    if leaf in own and start <= place.start and (place.stop - start) * row <= len(expected):
+                        found = own[leaf].mT if place.transposed else own[leaf]
+                        expected[(place.start - start) * row : (place.stop - start) * row] += found.flatten()
+                difference = float((total - expected).norm())
+                # Written so that what is not a number passes: it is reported where results are looked at.
+                if difference > self._limit * scale:
+                    share = difference / max(float(expected.norm()), 1e-300)
+                    lost[index] = f"its layer rule and automatic differentiation differ by {share:.1e}"
+                    logger.warning(
+                        "parameter %r goes to automatic differentiation: %s", self._lin.names[index], lost[index]
+                    )
+        if lost:
+            raise CoverageChanged(lost)
+
+    def _can_batch(
+        self,
+        coverage: Coverage,
+        numbers: Sequence[int],
+        one: dict[int, Tensor | None],
+        other: dict[int, Tensor | None],
+        sent: Tensor,
+    ) -> bool:
+        """Whether a batched backward pass works without a hidden loop and gives the same gradients."""
+        if not coverage.is_small(2, self._count):
+            return False
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                both = backward(self._first, torch.cat([self._cotangents, sent]), numbers, True, False)
+            except _FAILURES:
+                return False
+        if any("performance drop" in str(warning.message) for warning in caught):
+            return False
+        tolerance = 1e3 * torch.finfo(self._lin.dtype).eps
+        for number, found in zip(numbers, both, strict=True):
+            a, b = one[number], other[number]
+            if found is None or a is None or b is None:
+                if not found is a is b is None:
+                    return False
+                continue
+            expected = torch.cat([a, b])
+            if not bool((found - expected).norm() <= tolerance * (expected.norm() + 1e-300)):
+                return False
+        return True
+
+    # -- a wide linear layer at the end
+
+    def _with_tail(self, coverage: Coverage, factors: Factors) -> Coverage:
+        """Return the coverage with the linear layer that ends the model, if it is wider than what it reads."""
+        tail = find_tail(self._first, coverage.covered, coverage.layouts, self._lin.shapes)
+        if tail is None:
+            return coverage
+        body = replace(coverage, covered=coverage.covered - tail.parameters).measured(factors)
+        units = plan_units(self._first.calls, body.covered)
+        if not units or not self._reads_through(tail, sorted({use.call for unit in units for use in unit.uses})):
+            logger.info("the last linear layer is not the end of the model: one backward pass an output")
+            return coverage
+        return replace(coverage, tail=tail, body=body)
+
+    def _reads_through(self, tail: Tail, numbers: Sequence[int]) -> bool:
+        """Whether parameters before the last layer move the output within the range of its weight only."""
+        basis, _ = torch.linalg.qr(tail.matrix(self._lin.parameters).double())
+        split = self._cotangents.double().unflatten(2, (-1, tail.classes))
+        projected = (split @ basis @ basis.mT).flatten(2).to(self._cotangents)
+        one = backward(self._first, self._cotangents, numbers, False, False)
+        other = backward(self._first, projected, numbers, False, False)
+        difference = scale = 0.0
+        for a, b in zip(one, other, strict=True):
+            if (a is None) != (b is None):
+                return False
+            if a is not None and b is not None:
+                difference += float((a - b).square().sum(dtype=torch.float64))
+                scale += float(a.square().sum(dtype=torch.float64))
+        return difference <= (1e3 * torch.finfo(self._lin.dtype).eps) ** 2 * scale
 
 
-def unattributable(
-    calls: Sequence[Call], layouts: Mapping[tuple[object, ...], Layout], count: int
-) -> dict[int, str]:
-    """Return the calls whose rows are not one block for each of ``count`` samples, with the reason."""
-    found: dict[int, str] = {}
-    for number, call in enumerate(calls):
-        layout = layouts.get(call.signature)
-        if layout is None:
-            found[number] = f"{call.rule}: a batch uses it in another way than the first samples did"
-        elif call.shape[layout.axis] % count:
-            found[number] = f"{call.rule}: its rows are not as many for every sample"
+def _sums(layer: Outer | Direct, gradients: dict[int, Tensor | None]) -> list[tuple[int, int, Tensor, float]]:
+    """Return the gradients summed over samples: parameter, first row, flat sum, and what rounding goes by."""
+    unit = layer.unit
+    if isinstance(layer, Direct):
+        # Over positions a gradient may cancel; its rounding is that of the terms.
+        terms = [gradients[use.call] for use in unit.uses]
+        scale = float(layer.gradients.norm(dim=2).sum()) + sum(float(g.norm()) for g in terms if g is not None)
+        return [(unit.index, unit.start, layer.gradients.sum((0, 1)), scale)]
+    held, signals = layer.activations, layer.gradients[:, 0]  # (B, groups, d_out, S)
+    flat = signals.permute(1, 2, 0, 3).flatten(2)  # (groups, d_out, B·S)
+    lengths = signals.norm(dim=(1, 2))
+    if isinstance(held, OneHot):
+        total = flat.new_zeros((*flat.shape[:2], held.size)).index_add_(2, held.index.flatten(), flat)
+        scale = float(lengths.sum())
+    else:
+        total = flat @ held.permute(1, 2, 0, 3).flatten(2).mT
+        scale = float((lengths * held.norm(dim=(1, 2))).sum())
+    ordered = in_parameter_order(total[None, None], layer.transposed).flatten()
+    found = [(unit.index, unit.start, ordered, scale)]
+    if unit.bias is not None:
+        found.append((unit.bias.index, unit.bias.start, flat.sum(2).flatten(), float(lengths.sum())))
     return found
 
 
-class RowCheck:
-    r"""Compare one backward pass with the sum of the others, row by row.
-
-    Directions are cotangents :math:`y_{cn}`, one for each sample; the gradients at the result of a call are
-    :math:`G_c`, and backward passes are linear. With random numbers s_n, one a sample, and w_c, one a
-    direction, the cotangents :math:`u_n = s_n \sum_c w_c y_{cn}` therefore give, at a row r of sample n alone,
-
-    .. math:: G_u[r] = s_n \sum_c w_c G_c[r],
-
-    and at a row of sample m, with probability one, something else: :math:`s_m \ne s_n`. A row of several samples
-    gives a sum with several s. Each row is read through its product with one random vector, and compared with
-    what rounding may do to it, a share of :math:`|s_n| \sum_c |w_c| |G_c[r]|`.
-
-    Args:
-        numbers: The calls that are looked at.
-        layouts: Where their samples are.
-        cotangents: ``(C, B, O)``.
-        limit: The share.
-        numbers_of: Gives fresh normal numbers in float64, ``(k,)`` for k.
-        vector_of: Gives a fixed random vector, ``(k,)`` for k.
-    """
-
-    def __init__(
-        self,
-        numbers: Sequence[int],
-        layouts: Mapping[int, Layout],
-        cotangents: Tensor,
-        limit: float,
-        numbers_of: Callable[[int], Tensor],
-        vector_of: Callable[[int], Tensor],
-    ) -> None:
-        self._numbers, self._layouts = numbers, layouts
-        self._count, self._limit, self._vector_of = cotangents.shape[1], limit, vector_of
-        self._factors = numbers_of(self._count)  # s
-        self._weights = numbers_of(len(cotangents))  # w
-        self._sums: dict[int, Tensor] = {}
-        self._scales: dict[int, Tensor] = {}
-
-    def cotangents(self, directions: Tensor) -> Tensor:
-        """Return u, ``(1, B, O)``, for the ``(C, B, O)`` directions."""
-        weights = self._weights.to(directions)
-        # Unit vectors come as one for all samples: (C, 1, O), expanded.
-        shared = directions.stride(1) == 0
-        sent = directions[:, :1] if shared else directions
-        combined = torch.tensordot(weights, sent, dims=1)
-        return (self._factors.to(directions)[:, None] * combined).unsqueeze(0)
-
-    def add(self, start: int, gradients: Mapping[int, Tensor | None]) -> None:
-        """Take the gradients ``(K, *shape)`` of some directions, from number ``start`` on."""
-        for number, found in gradients.items():
-            if found is None:
-                continue
-            rows = self._rows(number, found)  # (K, rows, entries)
-            weights = self._weights[start : start + len(rows)]
-            sums = weights @ self._read(rows).double()
-            scales = weights.abs() @ torch.linalg.vector_norm(rows, dim=2).double()
-            if number in self._sums:
-                self._sums[number] += sums
-                self._scales[number] += scales
-            else:
-                self._sums[number], self._scales[number] = sums, scales
-
-    def differing(self, gradients: Mapping[int, Tensor | None]) -> list[int]:
-        """Return the calls at which the gradients ``(1, *shape)`` of u are others than they must be."""
-        return [number for number in self._numbers if not self._agrees(number, gradients[number])]
-
-    def _agrees(self, number: int, found: Tensor | None) -> bool:
-        sums = self._sums.get(number)
-        if found is None or sums is None:
-            return found is None or not bool(found.any())
-        factors = self._by_row(number, len(sums))
-        scales = self._scales[number]
-        # A row that is all but rounding of the others is compared with that rounding.
-        scales = scales.clamp(min=torch.finfo(found.dtype).eps * float(scales.max()))
-        difference = (self._read(self._rows(number, found))[0].double() - factors * sums).abs()
-        # Written so that what is not a number passes: it is reported where results are looked at.
-        return not bool((difference > self._limit * factors.abs() * scales).any())
-
-    def _rows(self, number: int, gradients: Tensor) -> Tensor:
-        """Return ``(K, rows, entries)``, the axis of the samples in the middle."""
-        axis = self._layouts[number].axis + 1
-        moved = gradients if axis == 1 else gradients.movedim(axis, 1)
-        return moved.reshape(len(moved), moved.shape[1], -1)
-
-    def _read(self, rows: Tensor) -> Tensor:
-        """Return the products of rows with a random vector, ``(K, rows)``."""
-        return rows @ self._vector_of(rows.shape[2]).to(rows)
-
-    def _by_row(self, number: int, rows: int) -> Tensor:
-        """Return s of the sample of each row."""
-        others = rows // self._count
-        if self._layouts[number].major:
-            return self._factors.repeat_interleave(others)
-        return self._factors.repeat(others)
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-6)

@@ -24,6 +24,7 @@ __all__ = [
     "matching",
     "normalise",
     "require_sound",
+    "same_kind",
     "take",
 ]
 
@@ -130,6 +131,18 @@ def matching(left: Batch, right: Batch) -> bool:
     return all(
         a.dtype == b.dtype and a.shape[:axis] == b.shape[:axis] and a.shape[axis + 1 :] == b.shape[axis + 1 :]
         for a, b in zip(left.tensors, right.tensors, strict=True)
+    )
+
+
+def same_kind(left: Batch, right: Batch) -> bool:
+    """Whether two batches differ in numbers and lengths alone: same nesting, dtypes and numbers of axes."""
+    return (
+        len(left.tensors) == len(right.tensors)
+        and all(
+            a.dtype == b.dtype and a.dim() == b.dim()
+            for a, b in zip(left.tensors, right.tensors, strict=True)
+        )
+        and _same_nesting(left.layout.nesting, right.layout.nesting)
     )
 
 

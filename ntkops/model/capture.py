@@ -6,7 +6,7 @@ All of them act on the private copy of the model, and are gone when the call is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -105,6 +105,8 @@ class Guard(TorchDispatchMode):
 
     Attributes:
         read: Labels of what was read of the tensors held.
+        bytes: Bytes of all that was computed.
+        lowest: The coarsest floating dtype of it.
         refusal: The first refusal, kept because a model may swallow exceptions.
     """
 
@@ -113,7 +115,15 @@ class Guard(TorchDispatchMode):
         self._held = held
         self._foreign = foreign
         self.read: set[str] = set()
+        self.bytes, self.lowest = 0, torch.float64
         self.refusal: NtkopsError | None = None
+
+    def hold(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse writes to further tensors."""
+        for label, tensor in named:
+            key = storage_key(tensor)
+            if key is not None:
+                self._held[key] = label
 
     def __enter__(self) -> Self:
         """Take effect; one thread at a time, since torch keeps flags of dispatch modes for all threads."""
@@ -140,7 +150,13 @@ class Guard(TorchDispatchMode):
         # Running statistics are written without the schema saying so.
         if given.get("running_mean") is not None and given.get("training", given.get("train")) is True:
             self._look(operation, given["running_mean"], True)
-        return operation(*args, **kwargs)
+        result = operation(*args, **kwargs)
+        for part in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(part, Tensor) and part.is_floating_point():
+                self.bytes += part.nbytes if part._base is None else 0
+                if part.dtype.itemsize < self.lowest.itemsize or part.dtype == torch.bfloat16:
+                    self.lowest = part.dtype
+        return result
 
     def _look(self, operation: Any, value: Any, is_written: bool) -> None:
         tensors = value if isinstance(value, (list, tuple)) else (value,)

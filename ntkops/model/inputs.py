@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .batches import Batch, concatenate, cut, normalise, require_sound, take
 from .freshness import Watch, hold, require_fresh
 from .parts import StreamReader
 from .stream import Stream, require_matching
+
+if TYPE_CHECKING:
+    from .trial import Recordings
 
 __all__ = ["Batch", "Inputs", "joined", "read_inputs"]
 
@@ -35,7 +38,9 @@ class Inputs:
         index: Tensor | range | None = None,
         watches: tuple[Watch, ...] = (),
         live: bool = False,
+        recordings: Recordings | None = None,
     ) -> None:
+        self._recordings = recordings
         self._source = source
         self._index = index
         self._watches = watches
@@ -51,6 +56,20 @@ class Inputs:
     def num_outputs(self) -> int:
         """Number O of outputs per sample."""
         return self.output_shape.numel()
+
+    def hand_over_recordings(self) -> Recordings | None:
+        """Return the recorded passes of the trial, once: their graphs take memory."""
+        recordings, self._recordings = self._recordings, None
+        return recordings
+
+    def place(self, start: int, stop: int) -> tuple[object, object] | None:
+        """Return what holds some samples, and which of it they are; None where they are read anew each time."""
+        if isinstance(self._source, Stream):
+            return None
+        if isinstance(self._index, Tensor):
+            return self._source, self._index[start:stop].numpy().tobytes()
+        first = 0 if self._index is None else self._index.start
+        return self._source, (first + start, first + stop)
 
     @property
     def is_streamed(self) -> bool:
@@ -214,7 +233,7 @@ class Inputs:
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the samples of this view only, and no versions: they are this process's."""
-        state = dict(vars(self), _watches=())
+        state = dict(vars(self), _watches=(), _recordings=None)
         if isinstance(self._source, Batch):
             whole = self._whole()
             state |= {"_source": whole.map(lambda t: t.detach().clone()), "_index": None}

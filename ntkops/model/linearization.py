@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DtypeError, OutputError, ShapeError
-from .batches import Batch, cut
-from .call import FunctionCall, ModuleCall
+from .batches import Batch, take
+from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .freshness import Watch, require_fresh
 from .inputs import Inputs, read_inputs
 from .mended import MENDED, Mended
-from .output import OutputSelector, sample_rows
-from .probe import examine
+from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
+from .trial import Recordings, differing_rows, examine
+from .verdict import StateFacts, Verdict
 
 __all__ = ["Linearization"]
 
@@ -64,6 +65,7 @@ class Linearization:
         self.constants = (*frozen.values(), *buffers.values())
         self.batch_dim = batch_dim
         self.differentiable = differentiable
+        self.verdict = Verdict()
         self._watches = watches
         # Weak: to recognise the user's tensors in the trial run, without keeping them alive.
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
@@ -124,13 +126,13 @@ class Linearization:
             if tensor is not None:
                 yield label, tensor
 
-    def raw_state(self, params: Sequence[Tensor], batch: Batch) -> Any:
-        """Call the model once and return the selected state as it is."""
-        values = (*params, *self.constants)
+    def raw_state(self, params: Sequence[Tensor], batch: Batch, reader: Reader | None = None) -> Any:
+        """Call the model once and return the selected state as it is, or what a reader returns."""
+        values, read = (*params, *self.constants), reader or self.selector.read
         if not self._is_mended:
-            return self.call.run(values, batch.inputs, self.selector.read)
+            return self.call.run(values, batch.inputs, read)
         with Mended(recorded=self.differentiable) as mended:
-            state = self.call.run(values, batch.inputs, self.selector.read)
+            state = self.call.run(values, batch.inputs, read)
         self._is_mended = mended.needed or self._has_mended or self.differentiable
         return state
 
@@ -173,8 +175,9 @@ class Linearization:
     def inputs(self, x: Any) -> Inputs:
         """Take inputs, look at them, and try the model on a few samples.
 
-        The trial run takes some ten forward passes and one backward pass on at most four samples; a
-        re-iterable of batches is read once in full. Nothing is copied: tensors are held by reference.
+        The trial takes two forward passes on at most four samples, more where they do not decide, and none
+        for inputs of a kind that was tried; a re-iterable of batches is read once in full. Nothing is copied:
+        tensors are held by reference.
 
         Args:
             x: A tensor, a tuple (positional inputs), a mapping (keyword inputs), or a re-iterable of
@@ -202,15 +205,30 @@ class Linearization:
             source, watches = read_inputs(
                 x, self.batch_dim, self._dtypes(), self.device, live=self.differentiable
             )
-            if isinstance(source, Stream):
-                head = next(source.batches(_HEAD))
-            else:
-                head = cut(source, 0, min(_HEAD, source.num_samples))
-            shape, outside = examine(self, head)
+            head = next(source.batches(_HEAD)) if isinstance(source, Stream) else source
+            facts, shape, recordings = self._tried(head)
         if isinstance(source, Stream):
-            return Inputs(source.expecting(shape.numel()), shape, watches=outside, live=self.differentiable)
-        whole = Batch(source.tensors, source.layout, shape.numel())
-        return Inputs(whole, shape, watches=(*watches, *outside), live=self.differentiable)
+            source = source.expecting(shape.numel())
+        else:
+            source = Batch(source.tensors, source.layout, shape.numel())
+        watches = (*watches, *facts.watches)
+        return Inputs(source, shape, watches=watches, live=self.differentiable, recordings=recordings)
+
+    def _tried(self, head: Batch) -> tuple[StateFacts, torch.Size, Recordings | None]:
+        """Return what is known of inputs like these, the output's shape, and the passes made to know it."""
+        facts, rows = self.verdict.facts(head), differing_rows(head)
+        if facts is None or facts.tried < len(rows):
+            facts, recordings = examine(self, head, rows)
+            self.verdict.learn(facts)
+            return facts, next(iter(facts.output_shapes.values())), recordings
+        one = take(head, rows[:1]).map(Tensor.detach)
+        shapes = tuple(tensor.shape for tensor in one.tensors)
+        if shapes not in facts.output_shapes:
+            with torch.no_grad(), self.safe_context():
+                state = self.raw_state(tuple(p.detach() for p in self.parameters), one)
+            state = require_state(state, 1, self.batch_dim, self.output_name)
+            facts.output_shapes[shapes] = state.movedim(self.batch_dim, 0).shape[1:]
+        return facts, facts.output_shapes[shapes], None
 
     def _dtypes(self) -> list[torch.dtype]:
         tensors = itertools.chain(self.parameters, self.frozen.values())

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batches import Batch
 
-__all__ = ["Call", "Entry", "Place", "Recording", "record"]
+__all__ = ["Call", "Entry", "Place", "Recorder", "Recording", "describe_calls", "record"]
 
 Function = Callable[[Sequence[Tensor], Batch], Tensor]
 
@@ -64,6 +64,7 @@ class Call:
         rule: Name of the rule.
         arguments: The arguments by name; tensors are detached.
         places: The parameter in each role.
+        leaves: What stands in the graph for the parameter in each role.
         edge: Where the gradient of the result is found in the graph.
         shape: Shape of the result.
     """
@@ -71,6 +72,7 @@ class Call:
     rule: str
     arguments: dict[str, Any]
     places: dict[str, Place]
+    leaves: dict[str, Tensor]
     edge: GradientEdge
     shape: torch.Size
 
@@ -88,40 +90,49 @@ class Recording:
         output: ``(B, O)`` with its autograd graph.
         calls: The understood uses that the output may depend on, in order.
         uncovered: Numbers of parameters that the output also depends on in other ways, and which.
+        expanded: Names of the fused functions that simple ones stood in for.
     """
 
     output: Tensor
     calls: list[Call]
     uncovered: dict[int, str]
+    expanded: frozenset[str]
 
 
-def record(
-    function: Function,
-    params: Sequence[Tensor],
-    batch: Batch,
-    catalogue: Mapping[Any, Entry],
-    expansions: Mapping[Any, Callable[..., Any]],
-) -> Recording:
+_CATALOGUE: dict[Any, Entry] = {}
+_EXPANSIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def describe_calls(catalogue: Mapping[Any, Entry], expansions: Mapping[Any, Callable[..., Any]]) -> None:
+    """Say which functions are understood.
+
+    The rules that understand them stand above; they say so when they are loaded.
+
+    Args:
+        catalogue: How each of them takes its arguments.
+        expansions: For fused functions, the same in terms of simple ones; one may return NotImplemented for
+            arguments that it does not handle.
+    """
+    _CATALOGUE.update(catalogue)
+    _EXPANSIONS.update(expansions)
+
+
+def record(function: Function, params: Sequence[Tensor], batch: Batch) -> Recording:
     """Run a forward pass in plain autograd and record its uses of parameters.
 
     Args:
         function: Pure ``(params, batch) -> (B, O)``.
         params: The parameters; their values are used, their graphs are not.
         batch: B samples.
-        catalogue: The functions that are understood.
-        expansions: For fused functions, the same in terms of simple ones; one may return
-            NotImplemented for arguments that it does not handle.
 
     Returns:
         The recording. Cost: one forward pass.
     """
-    leaves = tuple(p.detach().requires_grad_() for p in params)
-    recorder = _Recorder(leaves, catalogue, expansions)
+    recorder = Recorder(params)
     with torch.enable_grad():
         with recorder:
-            output = function(leaves, batch)
-        uncovered = recorder.uncovered(output) if output.requires_grad else {}
-    return Recording(output, recorder.calls(), uncovered)
+            output = function(recorder.leaves, batch)
+        return recorder.recording(output)
 
 
 @dataclass(eq=False)
@@ -134,28 +145,41 @@ class _Traced:
     versions: list[tuple[Tensor, int]]
 
 
-class _Recorder(TorchFunctionMode):
-    def __init__(
-        self,
-        leaves: tuple[Tensor, ...],
-        catalogue: Mapping[Any, Entry],
-        expansions: Mapping[Any, Callable[..., Any]],
-    ) -> None:
+class Recorder(TorchFunctionMode):
+    """Sees every function that is handed a parameter, and gives it a fresh leaf where it is understood.
+
+    Args:
+        params: The parameters; their values are used, their graphs are not.
+
+    Attributes:
+        leaves: What the function to be recorded is to be called with.
+        differentiates: Whether the forward pass differentiates, and so needs gradient mode.
+        runs_again: Whether a block runs again in the backward pass.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__()
-        self._catalogue, self._expansions = catalogue, expansions
-        self._leaves = {id(leaf): index for index, leaf in enumerate(leaves)}
+        self.leaves = tuple(p.detach().requires_grad_() for p in params)
+        self.differentiates = self.runs_again = False
+        self._numbers = {id(leaf): index for index, leaf in enumerate(self.leaves)}
         # The tensors are kept, so that no identity is met twice.
         self._tracked: dict[int, tuple[Tensor, Place]] = {
             id(leaf): (leaf, Place(index, False, 0, leaf.shape[0] if leaf.dim() else 1))
-            for index, leaf in enumerate(leaves)
+            for index, leaf in enumerate(self.leaves)
         }
         self._traced: list[_Traced] = []
-        self._aliases: dict[int, int] = {}
-        self._lost: dict[int, str] = {}
+        self._aliases: dict[int, int] = {}  # a leaf of a call: the number of the last one that has it
+        self._fresh: dict[
+            int, Tensor
+        ] = {}  # the leaf that stands for a parameter, or a view of one, in calls
         self._names: dict[int, set[str]] = {}
+        self._expanded: set[str] = set()
 
-    def calls(self) -> list[Call]:
-        return [traced.call for traced in self._traced]
+    def recording(self, output: Tensor) -> Recording:
+        """Return what was seen up to an output ``(B, O)``."""
+        uncovered = self.uncovered(output) if output.requires_grad else {}
+        calls = [traced.call for traced in self._traced]
+        return Recording(output, calls, uncovered, frozenset(self._expanded))
 
     def _found(self, values: Any) -> Iterator[Place]:
         for value in values:
@@ -169,20 +193,26 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Look at the arguments, then call the function or what stands in for it."""
         kwargs = kwargs or {}
+        # Hooks on saved tensors are what blocks that run again are made of.
+        if not self.runs_again:
+            self.runs_again = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.differentiates |= function in _DERIVATIVES
         places = list(self._found((*args, *kwargs.values())))
         if not places:
             return function(*args, **kwargs)
         if function in _VIEWS:
             return self._view(function, args, kwargs)
-        entry = self._catalogue.get(function)
+        entry = _CATALOGUE.get(function)
         if entry is not None and len(args) <= len(entry.arguments):
             return self._run(entry, function, args, kwargs)
-        expansion = self._expansions.get(function)
+        expansion = _EXPANSIONS.get(function)
         if expansion is not None:
             with self:
                 result = expansion(*args, **kwargs)
             if result is not NotImplemented:
+                self._expanded.add(getattr(function, "__name__", str(function)))
                 return result
         result = function(*args, **kwargs)
         if _is_recorded(result):
@@ -218,7 +248,7 @@ class _Recorder(TorchFunctionMode):
                     frontier.append(get_gradient_edge(value).node)
         if not places:
             return function(*args, **kwargs)
-        aliases = {name: given[name].detach().requires_grad_() for name in places}
+        aliases = {name: self._alias(given[name]) for name in places}
         names = entry.arguments[: len(args)]
         result = function(
             *(aliases.get(name, value) for name, value in zip(names, args, strict=True)),
@@ -227,13 +257,20 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
         detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
-        call = Call(entry.name, detached, places, get_gradient_edge(result), result.shape)
+        call = Call(entry.name, detached, places, aliases, get_gradient_edge(result), result.shape)
         number = len(self._traced)
         self._aliases.update({id(alias): number for alias in aliases.values()})
         self._tracked.update({id(alias): (alias, places[name]) for name, alias in aliases.items()})
-        interior, reached = _interior(call.edge.node, set(frontier), {id(a) for a in aliases.values()})
+        interior, reached = _interior(call.edge.node, set(frontier))
         self._traced.append(_Traced(call, interior, reached, versions))
         return result
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """Return a leaf that stands for a tensor, the same one every time."""
+        if id(tensor) not in self._fresh:
+            leaf = tensor.detach().requires_grad_()
+            self._fresh[id(tensor)] = self._fresh[id(leaf)] = leaf
+        return self._fresh[id(tensor)]
 
     def uncovered(self, output: Tensor) -> dict[int, str]:
         """Walk the graph of the output and return the parameters that it reaches past the calls."""
@@ -265,8 +302,8 @@ class _Recorder(TorchFunctionMode):
         variable = getattr(node, "variable", None)
         if variable is None:
             return
-        if id(variable) in self._leaves:
-            index = self._leaves[id(variable)]
+        if id(variable) in self._numbers:
+            index = self._numbers[id(variable)]
             names = sorted(self._names.get(index, ())) or ["a use that is not a torch function"]
             lost.setdefault(index, f"no rule for {', '.join(names)}")
         elif id(variable) in self._aliases:
@@ -284,7 +321,7 @@ def _is_recorded(result: Any) -> bool:
     return isinstance(result, Tensor) and result.requires_grad
 
 
-def _interior(head: Node, frontier: set[Node], aliases: set[int]) -> tuple[set[Node], list[Node]]:
+def _interior(head: Node, frontier: set[Node]) -> tuple[set[Node], list[Node]]:
     """Return the nodes between a call's result and its arguments, and those arguments reached."""
     interior: set[Node] = set()
     reached: list[Node] = []
@@ -337,3 +374,4 @@ _VIEWS = {
     torch.Tensor.unbind,
     torch.unbind,
 }
+_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...model.record import Entry
+from ...model.record import Entry, describe_calls
 from .attention import multi_head_attention
 from .base import Activation, Kind, Layout, OneHot, Rule
 from .broadcast import Add, Expand, Multiply, Subtract
@@ -21,8 +21,6 @@ from .recurrent import RECURRENT
 
 __all__ = [
     # the table
-    "CATALOGUE",
-    "EXPANSIONS",
     "RULES",
     # what rules are made of
     "Activation",
@@ -70,8 +68,9 @@ def _unless_run_again(expansion: Callable[..., Any]) -> Callable[..., Any]:
 
 
 RULES: dict[str, Rule] = {rule.entry.name: rule for rule in _ALL}
-CATALOGUE: dict[Any, Entry] = {function: rule.entry for rule in _ALL for function in rule.functions}
-EXPANSIONS: dict[Any, Callable[..., Any]] = {
+_CATALOGUE: dict[Any, Entry] = {function: rule.entry for rule in _ALL for function in rule.functions}
+_EXPANSIONS: dict[Any, Callable[..., Any]] = {
     function: _unless_run_again(expansion)
     for function, expansion in {F.multi_head_attention_forward: multi_head_attention, **RECURRENT}.items()
 }
+describe_calls(_CATALOGUE, _EXPANSIONS)

@@ -1,7 +1,10 @@
-"""The trial run: a few samples through the private copy, before anything is built on it.
+"""The trial of values: a few samples through the private copy, before anything is built on it.
 
-It looks for what no inspection of modules can see: hidden randomness, writes in place, coupled
-samples, uses of the original model, and modules that are called again in the backward pass.
+It looks for what no inspection of modules can see: hidden randomness, writes in place, coupled samples, uses of
+the original model, and modules that are called again in the backward pass. Two passes are enough for nearly
+every model: one over a few samples, and one over some of them in another order. Both are recorded, so that layer
+rules are tried on the graphs that are there already. Whatever is out of the ordinary in them is no verdict: then
+a search follows, pass by pass, which names the culprit or finds that there is none.
 """
 
 from __future__ import annotations
@@ -26,29 +29,40 @@ from .batches import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
 from .coupling import SampleAxis, first_line
 from .freshness import Watch, same_bits
-from .output import require_state
+from .output import require_state, sample_rows
 from .randomness import disturb_randomness, random_state_moved, untouched_randomness
+from .record import Recorder, Recording
+from .verdict import StateFacts
 
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-__all__ = ["examine"]
+__all__ = ["Recordings", "differing_rows", "examine"]
 
 _PROBED = 4  # samples of the trial run
 _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
 _COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
+# Which samples the second pass takes: another number of them, turned round.
+_OTHER_ORDER = {
+    n: torch.tensor(order) for n, order in {1: (0, 0), 2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}.items()
+}
 
 
-def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tuple[Watch, ...]]:
+Recordings = tuple[Recording, Recording]
+
+
+def examine(linearization: Linearization, batch: Batch, rows: Tensor) -> tuple[StateFacts, Recordings | None]:
     """Run a model on a few samples and raise if products with it could be wrong.
 
     Args:
         linearization: The model.
-        head: Its first samples.
+        batch: Some of its samples.
+        rows: ``(m,)`` which of them are tried, from `differing_rows`.
 
     Returns:
-        The output's shape per sample, and watches of tensors outside the model that the output depends on.
+        What was found, and the two recorded passes if they were enough. Cost: two forward passes over at
+        most four samples; some ten, and a backward pass, where they were not.
 
     Raises:
         OutputError: If the state is not a floating tensor with one row per sample.
@@ -59,31 +73,35 @@ def examine(linearization: Linearization, head: Batch) -> tuple[torch.Size, tupl
             model for one number of samples only.
         CoupledSamplesError: If a sample's output depends on other samples, or on its place among them.
     """
-    rows = _differing_rows(head)
-    sample = take(head, rows).map(Tensor.detach)
+    sample = take(batch, rows).map(Tensor.detach)
     with untouched_randomness(linearization.device), linearization.safe_context():
         trial = _Trial(linearization, sample, rows)
-        with torch.no_grad():
-            state = trial.first_state()
-            trial.require_numbers(state)
-            trial.require_repeatable(state)
-        watches = trial.require_derivative()
-        with torch.no_grad():
-            trial.samples.require_independent(state)
-    shape = state.movedim(linearization.batch_dim, 0).shape[1:]
-    return shape, watches
+        recordings = trial.two_passes()
+        if recordings is None:
+            trial.search()
+    shape = trial.output_shape
+    shapes = {tuple(tensor.shape for tensor in take(sample, torch.tensor([0])).tensors): shape}
+    facts = StateFacts(sample, len(rows), shapes, trial.watches, trial.activation_bytes, trial.lowest_dtype)
+    return facts, recordings
 
 
-def _differing_rows(head: Batch) -> Tensor:
-    """Return up to four positions, each sample differing from the one before; the first if all agree."""
-    chosen = [0]
-    columns = [tensor.detach().movedim(head.batch_dim, 0) for tensor in head.tensors]
-    for row in range(1, min(head.num_samples, _SEARCHED)):
-        if not all(torch.equal(column[row], column[chosen[-1]]) for column in columns):
+def differing_rows(batch: Batch) -> Tensor:
+    """Return up to four positions of samples no two of which agree, in order; the first if all agree."""
+    count = batch.num_samples
+    # Spread over the samples: what is put first is often innocent, sorted or of full length.
+    places = [0, count - 1, count // 3, 2 * count // 3, *range(min(count, _SEARCHED))]
+    chosen: list[int] = []
+    columns = [tensor.detach().movedim(batch.batch_dim, 0) for tensor in batch.tensors]
+    for row in dict.fromkeys(places):
+        if not any(all(torch.equal(column[row], column[other]) for column in columns) for other in chosen):
             chosen.append(row)
         if len(chosen) == _PROBED:
             break
-    return torch.tensor(chosen)
+    return torch.tensor(sorted(chosen))
+
+
+class _Unusual(Exception):
+    """Something that two passes do not decide."""
 
 
 class _Trial:
@@ -101,6 +119,95 @@ class _Trial:
             p.detach().clone() if linearization.differentiable else p for p in linearization.parameters
         )
         self.samples = SampleAxis(linearization, sample, self.params, self.state)
+        self.watches: tuple[Watch, ...] = ()
+        self.activation_bytes, self.lowest_dtype = 1, linearization.dtype
+        self.output_shape = torch.Size()
+
+    # -- two passes
+
+    def two_passes(self) -> Recordings | None:
+        """Try the model on the samples, and on some of them in another order; None for no verdict."""
+        try:
+            first, state = self._first_pass()
+            second = self._second_pass(state.detach())
+        except Exception:
+            return None  # the search runs into it again, and says what it is
+        finally:
+            self._read.clear()
+        return first, second
+
+    def _first_pass(self) -> tuple[Recording, Tensor]:
+        """Record a pass over all samples, every write to what it is given refused."""
+        held = self._held()
+        guard, recorder = Guard(held, self._foreign(held)), Recorder(self.params)
+        # As products see them: with graphs, which reentrant checkpointing needs to be seen.
+        batch = self.sample.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
+        guard.hold(zip(batch.layout.labels, batch.tensors, strict=True))
+        before = [tensor.clone() for tensor in (*self.lin.buffers.values(), *batch.tensors)]
+        with torch.enable_grad():
+            with recorder:
+                state, reassigned = self._run_under(guard, batch, recorder.leaves)
+            state = require_state(state, self.sample.num_samples, self.axis, self.lin.output_name)
+            recording = recorder.recording(sample_rows(state, self.axis, self.params[0].dtype))
+        after = (*self.lin.buffers.values(), *batch.tensors)
+        moved = not all(same_bits(old, new) for old, new in zip(before, after, strict=True))
+        if reassigned or moved or recorder.runs_again or bool(state.isnan().any()):
+            raise _Unusual
+        self.lin.call.differentiates |= recorder.differentiates
+        self.watches = self._outside(state, recorder.leaves, batch)
+        self.activation_bytes = max(1, guard.bytes // self.sample.num_samples)
+        self.lowest_dtype = guard.lowest
+        self.output_shape = state.movedim(self.axis, 0).shape[1:]
+        return recording, state
+
+    def _outside(self, state: Tensor, leaves: Sequence[Tensor], batch: Batch) -> tuple[Watch, ...]:
+        """Return watches of the tensors outside the model that a state depends on."""
+        found, nodes = graph_leaves(state)
+        own = {storage_key(leaf) for leaf in (*leaves, *batch.tensors)}
+        outside = [leaf for leaf in found if storage_key(leaf) not in own]
+        foreign = {id(tensor) for _, tensor in self.lin.origins()}
+        is_empty = len(outside) == len(found)
+        if is_empty or any("CheckpointFunctionBackward" in name for name in nodes):
+            raise _Unusual
+        if any(id(leaf) in foreign for leaf in outside):
+            raise _Unusual
+        return tuple(
+            Watch.of("a tensor outside the model", leaf) for leaf in outside if not leaf.is_inference()
+        )
+
+    def _second_pass(self, state: Tensor) -> Recording:
+        """Record a pass over other samples of the same, and compare their outputs."""
+        order = _OTHER_ORDER[self.sample.num_samples]
+        # A view of a parameter that was kept shares its memory, and not that of a copy.
+        is_small = sum(p.nbytes for p in self.params) <= _COPIED
+        params = tuple(p.clone() for p in self.params) if is_small else self.params
+        guard, recorder = Guard(self._held(params), {}), Recorder(params)
+        with random_state_moved(self.lin.device) as moved, guard, torch.enable_grad():
+            batch = take(self.sample, order)
+            guard.hold(zip(batch.layout.labels, batch.tensors, strict=True))
+            with recorder:
+                other = self.lin.raw_state(recorder.leaves, batch)
+            other = require_state(other, batch.num_samples, self.axis, self.lin.output_name)
+            recording = recorder.recording(sample_rows(other, self.axis, self.params[0].dtype))
+        expected = state.index_select(self.axis, order.to(state.device))
+        self._require_read(guard.read)
+        if moved[0] or not self.samples.close(expected, other.detach()):
+            raise _Unusual
+        return recording
+
+    # -- the search
+
+    def search(self) -> None:
+        """Look for what is wrong, one thing after the other."""
+        self._read.clear()
+        with torch.no_grad():
+            state = self.first_state()
+            self.require_numbers(state)
+            self.require_repeatable(state)
+        self.watches = self.require_derivative()
+        with torch.no_grad():
+            self.samples.require_independent(state)
+        self.output_shape = state.movedim(self.axis, 0).shape[1:]
 
     def state(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
         """Run one pass, with a graph only for the parameters given."""
@@ -151,7 +258,9 @@ class _Trial:
         small = [(f"buffer {name!r}", tensor) for name, tensor in self.lin.buffers.items()]
         small += zip(self.sample.layout.labels, self.sample.tensors, strict=True)
         before = [tensor.clone() for _, tensor in small]
-        state, reassigned = self._run_under(guard)
+        state, reassigned = self._run_under(guard, self.sample, self.params)
+        self.activation_bytes = max(1, guard.bytes // self.sample.num_samples)
+        self.lowest_dtype = guard.lowest
         if reassigned:
             raise ModelMutationError(
                 f"the forward pass assigns new tensors to {', '.join(map(repr, reassigned))}, so that two "
@@ -167,9 +276,9 @@ class _Trial:
                 )
         return require_state(state, self.sample.num_samples, self.axis, self.lin.output_name)
 
-    def _run_under(self, guard: Guard) -> tuple[Any, list[str]]:
+    def _run_under(self, guard: Guard, batch: Batch, params: Sequence[Tensor]) -> tuple[Any, list[str]]:
         """Return the raw state, and the slots that were given other tensors."""
-        tensors = (*self.params, *self.lin.constants)
+        tensors = (*params, *self.lin.constants)
         reassigned: list[str] = []
 
         def read(root: Any, forward: Any) -> Any:
@@ -179,7 +288,7 @@ class _Trial:
 
         try:
             with guard:
-                state = self.lin.call.run(tensors, self.sample.inputs, read)
+                state = self.lin.raw_state(params, batch, read)
         except NtkopsError:
             raise
         except Exception:

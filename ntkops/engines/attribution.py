@@ -1,0 +1,153 @@
+"""Whether the rows of what calls return belong to the samples that they are held to belong to.
+
+Layer rules read per-sample gradients off the results of calls, where row r is taken for a row of sample n. That
+depends on the data: a model may sort its samples, pack the valid ones, or route them by what they contain.
+So it is asked of every batch that is used, by one backward pass more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import NtkopsError
+from ..model.record import Call
+from .layer_rules import Layout
+
+__all__ = ["CoverageChanged", "RowCheck", "limit_of", "unattributable"]
+
+# A row differs if it does by so many rounding units of the coarsest dtype in which the model computes; in half
+# precision that would be everything, hence the limit.
+_ROUNDING_UNITS = 1e3
+_LARGEST_ROUNDING = 0.1
+
+
+class CoverageChanged(NtkopsError):
+    """A batch uses parameters in a way that layer rules cannot attribute to samples.
+
+    Attributes:
+        lost: The numbers of these parameters, each with the reason; none where it is a matter of the output.
+    """
+
+    def __init__(self, lost: Mapping[int, str], reason: str = "") -> None:
+        super().__init__(reason or "; ".join(dict.fromkeys(lost.values())))
+        self.lost = dict(lost)
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """Return the relative difference up to which two gradients of one row agree."""
+    return min(_ROUNDING_UNITS * torch.finfo(dtype).eps, _LARGEST_ROUNDING)
+
+
+def unattributable(
+    calls: Sequence[Call], layouts: Mapping[tuple[object, ...], Layout], count: int
+) -> dict[int, str]:
+    """Return the calls whose rows are not one block for each of ``count`` samples, with the reason."""
+    found: dict[int, str] = {}
+    for number, call in enumerate(calls):
+        layout = layouts.get(call.signature)
+        if layout is None:
+            found[number] = f"{call.rule}: a batch uses it in another way than the first samples did"
+        elif call.shape[layout.axis] % count:
+            found[number] = f"{call.rule}: its rows are not as many for every sample"
+    return found
+
+
+class RowCheck:
+    r"""Compare one backward pass with the sum of the others, row by row.
+
+    Directions are cotangents :math:`y_{cn}`, one for each sample; the gradients at the result of a call are
+    :math:`G_c`, and backward passes are linear. With random numbers s_n, one a sample, and w_c, one a
+    direction, the cotangents :math:`u_n = s_n \sum_c w_c y_{cn}` therefore give, at a row r of sample n alone,
+
+    .. math:: G_u[r] = s_n \sum_c w_c G_c[r],
+
+    and at a row of sample m, with probability one, something else: :math:`s_m \ne s_n`. A row of several samples
+    gives a sum with several s. Each row is read through its product with one random vector, and compared with
+    what rounding may do to it, a share of :math:`|s_n| \sum_c |w_c| |G_c[r]|`.
+
+    Args:
+        numbers: The calls that are looked at.
+        layouts: Where their samples are.
+        cotangents: ``(C, B, O)``.
+        limit: The share.
+        numbers_of: Gives fresh normal numbers in float64, ``(k,)`` for k.
+        vector_of: Gives a fixed random vector, ``(k,)`` for k.
+        factors: s and w; None for fresh ones.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        layouts: Mapping[int, Layout],
+        cotangents: Tensor,
+        limit: float,
+        numbers_of: Callable[[int], Tensor],
+        vector_of: Callable[[int], Tensor],
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._numbers, self._layouts = numbers, layouts
+        self._count, self._limit, self._vector_of = cotangents.shape[1], limit, vector_of
+        self.factors = factors or (numbers_of(self._count), numbers_of(len(cotangents)))
+        self._samples, self._weights = self.factors  # s, w
+        self._sums: dict[int, Tensor] = {}
+        self._scales: dict[int, Tensor] = {}
+
+    def cotangents(self, directions: Tensor) -> Tensor:
+        """Return u, ``(1, B, O)``, for the ``(C, B, O)`` directions."""
+        weights = self._weights.to(directions)
+        # Unit vectors come as one for all samples: (C, 1, O), expanded.
+        shared = directions.stride(1) == 0
+        sent = directions[:, :1] if shared else directions
+        combined = torch.tensordot(weights, sent, dims=1)
+        return (self._samples.to(directions)[:, None] * combined).unsqueeze(0)
+
+    def add(self, start: int, gradients: Mapping[int, Tensor | None]) -> None:
+        """Take the gradients ``(K, *shape)`` of some directions, from number ``start`` on."""
+        for number, found in gradients.items():
+            if found is None:
+                continue
+            rows = self._rows(number, found)  # (K, rows, entries)
+            weights = self._weights[start : start + len(rows)]
+            sums = weights @ self._read(rows).double()
+            scales = weights.abs() @ torch.linalg.vector_norm(rows, dim=2).double()
+            if number in self._sums:
+                self._sums[number] += sums
+                self._scales[number] += scales
+            else:
+                self._sums[number], self._scales[number] = sums, scales
+
+    def differing(self, gradients: Mapping[int, Tensor | None]) -> list[int]:
+        """Return the calls at which the gradients ``(1, *shape)`` of u are others than they must be."""
+        return [number for number in self._numbers if not self._agrees(number, gradients[number])]
+
+    def _agrees(self, number: int, found: Tensor | None) -> bool:
+        sums = self._sums.get(number)
+        if found is None or sums is None:
+            return found is None or not bool(found.any())
+        factors = self._by_row(number, len(sums))
+        scales = self._scales[number]
+        # A row that is all but rounding of the others is compared with that rounding.
+        scales = scales.clamp(min=torch.finfo(found.dtype).eps * float(scales.max()))
+        difference = (self._read(self._rows(number, found))[0].double() - factors * sums).abs()
+        # Written so that what is not a number passes: it is reported where results are looked at.
+        return not bool((difference > self._limit * factors.abs() * scales).any())
+
+    def _rows(self, number: int, gradients: Tensor) -> Tensor:
+        """Return ``(K, rows, entries)``, the axis of the samples in the middle."""
+        axis = self._layouts[number].axis + 1
+        moved = gradients if axis == 1 else gradients.movedim(axis, 1)
+        return moved.reshape(len(moved), moved.shape[1], -1)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Return the products of rows with a random vector, ``(K, rows)``."""
+        return rows @ self._vector_of(rows.shape[2]).to(rows)
+
+    def _by_row(self, number: int, rows: int) -> Tensor:
+        """Return s of the sample of each row."""
+        others = rows // self._count
+        if self._layouts[number].major:
+            return self._samples.repeat_interleave(others)
+        return self._samples.repeat(others)

@@ -1,0 +1,102 @@
+"""What is known of a model, kept on its `Linearization`: nobody asks twice."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, same_kind
+from .freshness import Watch
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
+
+__all__ = ["StateFacts", "Verdict"]
+
+
+@dataclass(eq=False)
+class StateFacts:
+    """What the trial of values found for inputs of one kind.
+
+    Attributes:
+        example: The first samples, for their nesting, dtypes and numbers of axes, which make the kind.
+        tried: Number of differing samples in the trial.
+        output_shapes: Shape of the output of one sample, by the shapes of its inputs.
+        watches: Tensors outside the model that the output depends on.
+        activation_bytes: Bytes of what one sample's forward pass computes.
+        lowest_dtype: The coarsest floating dtype in which the model computes.
+    """
+
+    example: Batch
+    tried: int
+    output_shapes: dict[tuple[torch.Size, ...], torch.Size]
+    watches: tuple[Watch, ...]
+    activation_bytes: int
+    lowest_dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class Verdict:
+    """What is known of a model: its states by kind of input, its derivatives, and the batches looked at.
+
+    Attributes:
+        states: One entry for each kind of input.
+        coverage: What the layer rules cover; None as long as nobody has asked.
+        differentiation: How it is differentiated; None as long as nothing has been.
+    """
+
+    states: list[StateFacts] = field(default_factory=list)
+    coverage: object | None = None
+    differentiation: object | None = None
+    _seen: weakref.WeakKeyDictionary[object, dict[Hashable, Tensor]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+    def facts(self, batch: Batch) -> StateFacts | None:
+        """Return what is known of inputs like these."""
+        return next((facts for facts in self.states if same_kind(facts.example, batch)), None)
+
+    def learn(self, facts: StateFacts) -> None:
+        """Keep what was found, in the place of what was known of inputs like these."""
+        self.states = [other for other in self.states if not same_kind(other.example, facts.example)]
+        self.states.append(facts)
+
+    def seen(
+        self, inputs: Inputs, start: int, stop: int, key: Hashable, size: int, versions: Sequence[int]
+    ) -> Tensor | None:
+        """Return which of ``size`` directions of some samples have been looked at; writing to it says so.
+
+        Args:
+            inputs: A view of N samples.
+            start: The first of those in question.
+            stop: One past the last.
+            key: What else the outcome depends on.
+            size: Number of directions.
+            versions: Version counters of the parameters.
+
+        Returns:
+            ``(size,)`` true or false, kept as long as the samples; None where nothing can be kept, since
+            the samples are read anew in every pass.
+        """
+        place = inputs.place(start, stop)
+        if place is None:
+            return None
+        root, numbers = place
+        held = self._seen.setdefault(root, {})
+        whole = (key, numbers, tuple(versions))
+        if whole not in held:
+            held[whole] = torch.zeros(size, dtype=torch.bool)
+        return held[whole]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what depends on this process: batches, and tensors outside the model."""
+        return {"coverage": self.coverage, "differentiation": self.differentiation}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Start with no kinds of input and no batches."""
+        self.__init__(coverage=state["coverage"], differentiation=state["differentiation"])  # type: ignore[misc]
