@@ -23,7 +23,7 @@ from .contract import LEAST_INPUTS
 from .cost import KernelShape, written_at_once
 from .factors import Factors, Outer
 from .layer_rules import CATALOGUE, EXPANSIONS, RULES, Layout, OneHot
-from .summing import COLUMNS
+from .summation import COLUMNS
 from .tail import Tail, find_tail
 from .units import plan_units
 

@@ -11,12 +11,12 @@ from ..model import Batch, Inputs
 from .autograd import AutogradEngine
 from .collecting import collect
 from .coverage import Coverage, CoverageChanged, record_batch
+from .differentiation import Parameters
 from .factors import Direct, Factors, Outer, in_parameter_order, join_samples, outer_gradients
+from .memory import Share
 from .options import Layerwise
 from .products import unit_spans
-from .retries import Portion
-from .rungs import Parameters
-from .summing import Workspace
+from .summation import Workspace
 from .units import plan_units
 
 __all__ = ["FactorSource"]
@@ -87,10 +87,10 @@ class FactorSource:
         sample = max(1, entries * self.dtype.itemsize)
         return max(1, min(self.tile(directions), max(_LEAST_SAMPLES, _PASSING_BYTES // sample)))
 
-    def tile_portion(self, directions: int, *, passing: bool = False) -> Portion:
+    def tile_share(self, directions: int, *, passing: bool = False) -> Share:
         """Return `tile` samples at a time, or `passing_tile`, and less where memory runs out."""
         size = self.passing_tile if passing else self.tile
-        return self._autograd.tile_portion(directions, lambda: max(1, size(directions)))
+        return self._autograd.tile_share(directions, lambda: max(1, size(directions)))
 
     def of_outputs(
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False

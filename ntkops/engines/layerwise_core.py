@@ -14,8 +14,9 @@ from torch import Tensor
 from ..errors import BackwardLimitError
 from ..model import Inputs, Linearization
 from .autograd import AutogradEngine
-from .choose import Ladder, climb
+from .choose import find_differentiation
 from .coverage import Coverage, CoverageChanged, cover
+from .differentiation import Differentiation, Parameters
 from .gathering import FactorSource
 from .layer_cache import FactorCache
 from .layer_table import MeasuredLayer
@@ -23,7 +24,6 @@ from .options import Layerwise
 from .partial import partial_engine
 from .recorded import is_recorded
 from .recurrent import trusted_states
-from .rungs import Parameters
 from .settings import EngineSettings
 from .trust import trusted
 
@@ -42,7 +42,7 @@ class LayerwiseCore(EngineSettings):
 
     Args:
         linearization: The pure function and its snapshot.
-        ladder: What the model allows.
+        differentiation: What the model allows.
         coverage: Which parameters are covered, and how.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
@@ -54,14 +54,16 @@ class LayerwiseCore(EngineSettings):
     def __init__(
         self,
         linearization: Linearization,
-        ladder: Ladder,
+        differentiation: Differentiation,
         coverage: Coverage,
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
         options: Layerwise | None = None,
     ) -> None:
-        self._autograd = AutogradEngine(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
+        self._autograd = AutogradEngine(
+            linearization, differentiation, batch_size=batch_size, chunk_size=chunk_size
+        )
         self._sizes = batch_size, chunk_size
         self._start(coverage, options)
 
@@ -81,7 +83,7 @@ class LayerwiseCore(EngineSettings):
         chunk_size: int | Auto = "auto",
         options: Layerwise | None = None,
     ) -> Self:
-        """Try the ladder, find what the rules cover, and check every covered parameter.
+        """Find the mode of differentiation, and what the rules cover, and check every covered parameter.
 
         Args:
             linearization: The pure function and its snapshot.
@@ -92,12 +94,17 @@ class LayerwiseCore(EngineSettings):
 
         Returns:
             The engine. A covered parameter whose per-sample gradients differ from those of automatic
-            differentiation is left to it, with the reason in ``ladder.reasons``.
+            differentiation is left to it, with the reason in ``differentiation.reasons``.
         """
-        ladder = climb(linearization, inputs)
+        differentiation = find_differentiation(linearization, inputs)
         coverage = cover(linearization, inputs)
         engine = cls(
-            linearization, ladder, coverage, batch_size=batch_size, chunk_size=chunk_size, options=options
+            linearization,
+            differentiation,
+            coverage,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            options=options,
         )
         with linearization.full_precision():
             engine._source.coverage = trusted(engine._source, engine._autograd, inputs)
@@ -111,7 +118,7 @@ class LayerwiseCore(EngineSettings):
         batch_size, chunk_size = self._sizes
         return type(self)(
             moved,
-            self._autograd.ladder,
+            self._autograd.differentiation,
             self._coverage,
             batch_size=batch_size,
             chunk_size=chunk_size,
@@ -147,14 +154,15 @@ class LayerwiseCore(EngineSettings):
         return self._source.options
 
     @property
-    def ladder(self) -> Ladder:
+    def differentiation(self) -> Differentiation:
         """What the model allows, with a line for every parameter that is not covered."""
         names = self.linearization.names
         reasons = tuple(
             f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
             for i, reason in sorted(self._coverage.reasons.items())
         )
-        return replace(self._autograd.ladder, reasons=(*self._autograd.ladder.reasons, *reasons))
+        found = self._autograd.differentiation
+        return replace(found, reasons=(*found.reasons, *reasons))
 
     @property
     def fallback(self) -> AutogradEngine:

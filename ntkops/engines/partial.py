@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model import Batch, Linearization
 from .autograd import AutogradEngine
-from .rungs import Parameters
+from .differentiation import Parameters
 
 __all__ = ["PartialLinearization", "partial_engine"]
 
@@ -74,6 +74,6 @@ def partial_engine(
     if not chosen:
         return None
     part = PartialLinearization(whole.linearization, chosen, params)
-    engine = AutogradEngine(part, whole.ladder, batch_size=sizes[0], chunk_size=sizes[1])  # type: ignore[arg-type]
-    engine._tally, engine._limits = whole._tally, whole._limits
+    engine = AutogradEngine(part, whole.differentiation, batch_size=sizes[0], chunk_size=sizes[1])  # type: ignore[arg-type]
+    engine._counter, engine._limits = whole._counter, whole._limits
     return engine, part.parameters

@@ -21,11 +21,11 @@ from ..model import Inputs
 from .autograd import AutogradEngine
 from .cost import KernelShape
 from .coverage import CoverageChanged, HiddenStates
+from .differentiation import Parameters
 from .gathering import FactorSource
+from .memory import is_out_of_memory
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
-from .retries import is_out_of_memory
-from .rungs import Parameters
 from .tiling import sample_slices
 
 __all__ = [

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..model import Batch, Inputs
 from .coverage import CoverageChanged
+from .differentiation import Parameters
 from .gathering import FactorSource
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps
-from .rungs import Parameters
 
 __all__ = ["RecurrentLayer", "recurrent_layers", "steps_of"]
 

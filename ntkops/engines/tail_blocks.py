@@ -10,11 +10,11 @@ from torch import Tensor
 from ..model import Inputs
 from .collecting import backward
 from .coverage import CoverageChanged, record_batch
+from .differentiation import Parameters
 from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
-from .rungs import Parameters
 from .tail import Tail, read_positions
 from .tiling import over_parts, rows_of_parts
 from .units import plan_units
@@ -335,8 +335,8 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
         head = read.sum(1, keepdim=True) if traced else read
         return (own.double() + head).to(source.dtype)
 
-    portion = body.tile_portion(reduction.size)
-    lengths = rows_of_parts(inputs.num_samples, over_parts(inputs, portion, lengths_of))
+    share = body.tile_share(reduction.size)
+    lengths = rows_of_parts(inputs.num_samples, over_parts(inputs, share, lengths_of))
     body.count_rows(inputs.num_samples * reduction.size, inputs)
     if traced:
         return lengths.mT

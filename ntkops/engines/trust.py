@@ -11,9 +11,9 @@ from ..model import Inputs
 from ..model.rounding import neighbours
 from .autograd import AutogradEngine
 from .coverage import Coverage, CoverageChanged
+from .differentiation import Parameters
 from .factors import Factors
 from .gathering import FactorSource
-from .rungs import Parameters
 from .tail_blocks import Reduction, confirmed
 
 __all__ = ["trusted"]

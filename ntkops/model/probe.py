@@ -321,7 +321,7 @@ class _Trial:
             call.replicate = True
             retried = self.state(batch, leaves)
             if not self._backward_works(retried, leaves):
-                call.replicate = False  # not the cause: the ladder will find what works
+                call.replicate = False  # not the cause: what works is found when it is differentiated
             return self.state(batch, leaves)
 
     def _backward_works(self, state: Tensor, leaves: Sequence[Tensor]) -> bool:

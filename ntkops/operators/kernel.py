@@ -111,13 +111,13 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _column_cost(self) -> float:
-        if self._core.engine.ladder.rung == "reverse":
+        if self._core.engine.differentiation.mode == "reverse":
             return math.inf  # J p does not exist
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
 
     def _dense_instead(self) -> Tensor | None:
         fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes
-        return self._dense_built() if fits and self._core.engine.ladder.rung == "reverse" else None
+        return self._dense_built() if fits and self._core.engine.differentiation.mode == "reverse" else None
 
     def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
         rows, columns = self._rows, self._columns

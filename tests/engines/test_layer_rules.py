@@ -212,7 +212,7 @@ def test_rule_alone(name, dtype):
     linearization = linearize(cast)
     inputs = linearization.inputs(x)
     engine = LayerwiseEngine.build(linearization, inputs)
-    assert engine.covered == linearization.names, engine.ladder.reasons
+    assert engine.covered == linearization.names, engine.differentiation.reasons
     rounded, exact = reference(model, x, dtype).double(), reference(model, x)
 
     def check(found, make):

@@ -79,14 +79,14 @@ def test_kernels_and_products(name: str, count: int, engine: str) -> None:
     J = dense_jacobian(model, x)
     K = ntkops.ntk(model, x, engine=engine)
     if not THIS_TORCH.args[0]:
-        assert (K.engine_info.rung, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
+        assert (K.engine_info.mode, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
     close(K.to_dense(), J @ J.T)
     close(K.diagonal(), J.square().sum(1))
     lazy = ntkops.jacobian(model, x, engine=engine)
     V = torch.randn(len(J), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     close(lazy.mT @ V, J.T @ V)
     close(K @ V, J @ (J.T @ V))
-    if K.engine_info.rung != "reverse":
+    if K.engine_info.mode != "reverse":
         close(lazy @ (J.T @ V), J @ (J.T @ V))
 
 
