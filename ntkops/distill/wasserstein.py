@@ -13,8 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.context import safe_context
-from ..model.randomness import untouched_randomness
+from ..model.context import safe_context, untouched_randomness
 from ..results import Barycenter, SyntheticData
 from ._descent import Options, Record, descend, resolve_run
 from ._labelled import Labelled

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, NtkopsError, OutputError
 from ..model import Batch, Inputs, Linearization
-from ..model.batches import take
+from ..model.batch import take
 from ..model.precision import lowest_dtype
 from .adjoint import check_adjoint, check_slope, first_line, further, gaps, length, vectors
 from .differentiation import (

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import InputError, NtkopsError, OutOfMemoryError
 from ..model import Batch, Inputs, Linearization
-from ..model.batches import cut
+from ..model.batch import cut
 from .differentiation import Differentiation
 
 __all__ = [

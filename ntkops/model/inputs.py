@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .batches import Batch, concatenate, cut, normalise, require_sound, take
-from .freshness import Watch, hold, require_fresh
-from .parts import StreamReader
-from .stream import Stream, require_matching
+from .batch import Batch, concatenate, cut, normalise, require_sound, take
+from .stream import Stream, StreamReader, require_matching
+from .watch import Watch, hold, require_fresh
 
 __all__ = ["Batch", "Inputs", "joined", "read_inputs"]
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DtypeError, OutputError, ShapeError
-from .batches import Batch, cut
+from .batch import Batch, cut
 from .call import FunctionCall, ModuleCall
 from .context import full_precision, one_at_a_time, safe_context
-from .freshness import Watch, require_fresh
+from .corrections import CORRECTED, Corrected
 from .inputs import Inputs, read_inputs
-from .mended import MENDED, Mended
 from .output import OutputSelector, sample_rows
 from .probe import examine
 from .stream import Stream
+from .watch import Watch, require_fresh
 
 __all__ = ["Linearization"]
 
@@ -69,8 +69,8 @@ class Linearization:
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
         modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._has_mended = any(isinstance(module, MENDED) for module in modules)
-        self._is_mended = True  # until a call has shown that there is nothing to mend
+        self._has_corrected = any(isinstance(module, CORRECTED) for module in modules)
+        self._is_corrected = True  # until a call has shown that nothing needs correction
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
     # -- sizes
@@ -127,11 +127,11 @@ class Linearization:
     def raw_state(self, params: Sequence[Tensor], batch: Batch) -> Any:
         """Call the model once and return the selected state as it is."""
         values = (*params, *self.constants)
-        if not self._is_mended:
+        if not self._is_corrected:
             return self.call.run(values, batch.inputs, self.selector.read)
-        with Mended(recorded=self.differentiable) as mended:
+        with Corrected(recorded=self.differentiable) as corrections:
             state = self.call.run(values, batch.inputs, self.selector.read)
-        self._is_mended = mended.needed or self._has_mended or self.differentiable
+        self._is_corrected = corrections.needed or self._has_corrected or self.differentiable
         return state
 
     # -- the function

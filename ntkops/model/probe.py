@@ -22,12 +22,12 @@ from ..errors import (
     StochasticModelError,
     UnsupportedModelError,
 )
-from .batches import Batch, take
+from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
+from .context import disturb_randomness, random_state_moved, untouched_randomness
 from .coupling import SampleAxis, first_line
-from .freshness import Watch, same_bits
 from .output import require_state
-from .randomness import disturb_randomness, random_state_moved, untouched_randomness
+from .watch import Watch, same_bits
 
 if TYPE_CHECKING:
     from .linearization import Linearization

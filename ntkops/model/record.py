@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .batches import Batch
+from .batch import Batch
 
 __all__ = ["Call", "Entry", "Place", "Recording", "record"]
 

@@ -96,9 +96,9 @@ def test_a_function_that_calls_the_model():
 
 def test_other_models_run_without_the_mode():
     K = ntkops.ntk(nn.Linear(3, 2), torch.randn(4, 3))
-    assert not K._core.engine.linearization._is_mended
+    assert not K._core.engine.linearization._is_corrected
     model, x = built("batch", torch.float64)
-    assert ntkops.ntk(model, x)._core.engine.linearization._is_mended
+    assert ntkops.ntk(model, x)._core.engine.linearization._is_corrected
 
 
 class Slopes(nn.Module):
