@@ -141,7 +141,7 @@ def test_prelu_has_one_slope_at_zero(form, engine, dtype):
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other faults")
 def test_torch_has_two_slopes_at_zero():
-    """When this fails torch has mended it."""
+    """When this fails torch has corrected it."""
     weight, zero, one = torch.tensor([0.25]), torch.zeros(1), torch.ones(1)
     reverse = torch.func.vjp(lambda x: F.prelu(x, weight), zero)[1](one)[0]
     forward = torch.func.jvp(lambda x: F.prelu(x, weight), (zero,), (one,))[1]

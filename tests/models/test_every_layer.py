@@ -152,7 +152,7 @@ def test_no_layer_is_missing() -> None:
 @THIS_TORCH
 @pytest.mark.parametrize("name", ["PReLU", "operation: solve", "operation: det", "operation: slogdet"])
 def test_torch_is_wrong_under_vmap_inside_vmap(name: str) -> None:
-    """When this fails torch has mended it, and several outputs of these may go through vmap again."""
+    """When this fails torch has corrected it, and several outputs of these may go through vmap again."""
     model, x = network(name), samples(2)
     parameters = {key: p.detach() for key, p in model.named_parameters()}
     vectors = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
