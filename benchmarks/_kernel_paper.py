@@ -13,7 +13,7 @@ from _models import PAPER_CASES
 from torch import Tensor
 
 import ntkops
-from ntkops.engines.budget import free_bytes
+from ntkops.engines.memory import free_bytes
 
 __all__ = ["measure_deep", "measure_states"]
 

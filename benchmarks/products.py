@@ -156,7 +156,7 @@ def _described(kernel: ntkops.NTKOperator) -> dict[str, Any]:
     info = kernel.engine_info
     return {
         "engine": info.engine,
-        "rung": info.rung,
+        "rung": info.mode,
         "chunk_size": info.chunk_size,
         "reasons": list(info.reasons),
     }

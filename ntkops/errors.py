@@ -134,7 +134,7 @@ class OutOfRangeError(NtkopsError, IndexError):
 
 
 class DifferentiationError(NtkopsError, TypeError):
-    """No rung of the differentiation ladder can form the requested product."""
+    """No mode of differentiation can form the requested product."""
 
 
 class DenseMemoryError(NtkopsError, MemoryError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import InputError, ShapeError
-from .model.mended import Mended
+from .model.corrections import Corrected
 
 __all__ = [
     # products with the Jacobian
@@ -35,7 +35,7 @@ Function = Callable[[Any, Any], Tensor]
 
 def _call(function: Function, params: Any, inputs: Any) -> Tensor:
     """Call a function of which any derivative is right."""
-    with Mended(recorded=True):
+    with Corrected(recorded=True):
         return function(params, inputs)
 
 

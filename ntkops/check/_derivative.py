@@ -90,7 +90,7 @@ def derivative_checks(operator: Ours, products: Products) -> Iterator[Check]:
         inputs = moved.inputs.select(torch.arange(min(_SAMPLES, axis.inputs.num_samples)))
         linearization = double._core.engine.linearization
         engine = AutogradEngine.build(linearization, inputs)
-        if engine.ladder.rung == "reverse":
+        if engine.differentiation.mode == "reverse":
             yield Check(
                 "true derivative", None, None, _BOUND, "the model has no forward derivative to compare"
             )

@@ -85,7 +85,7 @@ def _adjoint_of_jacobian(operator: Ours, products: Products) -> Check:
     jacobian = operator.left if isinstance(operator, NTKOperator) else operator
     try:
         J = lazily(jacobian.with_engine("autograd"))
-        if J.engine_info.rung == "reverse":
+        if J.engine_info.mode == "reverse":
             return Check("adjoint of J", None, None, products.bound, "the model has no forward derivative")
         probe = Products(J, 2, products.generator)
     except NtkopsError as error:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import InputError, OutputError, UnsupportedModelError
 from ..model.call import uncompiled
 from ..model.capture import inputs_of, outputs_of
-from ..model.checks import require_finite, require_supported
+from ..model.inspection import require_finite, require_supported
 
 __all__ = ["Moments", "Teacher", "View", "class_moments"]
 

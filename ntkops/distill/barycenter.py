@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import InputError, MissingDependencyError, NonFiniteError, ShapeError
@@ -137,6 +136,8 @@ def _uniform(vectors: Any, points: Any) -> tuple[Any, Any, float]:
 
 def _equal_shares(squares: Any) -> Any:
     """Return for each vector its point, at least cost among all shares of n // k or one more vector."""
+    from scipy.optimize import linear_sum_assignment
+
     count, points = squares.shape
     least, spare = divmod(count, points)
     if spare == 0:

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.context import safe_context
-from ..model.randomness import untouched_randomness
+from ..model.context import safe_context, untouched_randomness
 from ..results import Barycenter, SyntheticData
 from ._descent import Options, Record, descend, resolve_run
 from ._labelled import Labelled
@@ -213,6 +211,8 @@ def _centres(
 
 def _medoids(survey: Survey, centres: list[Barycenter]) -> Tensor:
     """Return distinct real samples, class by class, with features nearest to the barycentre points."""
+    from scipy.optimize import linear_sum_assignment
+
     chosen = []
     for number, centre in enumerate(centres):
         members = (survey.labels == number).nonzero().flatten()

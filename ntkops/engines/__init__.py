@@ -1,13 +1,14 @@
 """How a product or a block of J is computed."""
 
 from .autograd import AutogradEngine
-from .budget import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
-from .choose import Ladder, climb
+from .choose import find_differentiation
 from .cost import KernelShape
+from .differentiation import Differentiation
 from .layerwise import LayerwiseEngine
+from .memory import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
 from .options import Layerwise
+from .passes import PassCounter, count_passes, report_passes
 from .select import Engine, EngineChoice, EngineName, build_engine
-from .tally import Tally, count_passes, report_passes
 
 __all__ = [
     # engines
@@ -20,9 +21,9 @@ __all__ = [
     "build_engine",
     # what they cost
     "KernelShape",
-    # the differentiation ladder
-    "Ladder",
-    "climb",
+    # how a model is differentiated
+    "Differentiation",
+    "find_differentiation",
     # memory
     "TensorStore",
     "format_bytes",
@@ -30,7 +31,7 @@ __all__ = [
     "shared_store",
     "tensor_bytes",
     # passes
-    "Tally",
+    "PassCounter",
     "count_passes",
     "report_passes",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import DifferentiationError
 from ..model import Batch, Linearization
 from ..model.rounding import neighbours
-from .rungs import LinearizedBatch, Parameters, Rung, linearize_batch
+from .differentiation import LinearizedBatch, Mode, Parameters, linearize_batch
 
 __all__ = ["check_adjoint", "check_slope", "first_line", "further", "gaps", "length", "vectors"]
 
@@ -49,7 +49,7 @@ def _both_sides(
 
 
 def check_adjoint(
-    rung: Rung,
+    mode: Mode,
     cotangent: Tensor,
     pushed: Tensor,
     tangents: Parameters,
@@ -62,7 +62,7 @@ def check_adjoint(
     """Compare <u, J p> with <Jᵀu, p>, and decide whether a difference is rounding.
 
     Args:
-        rung: Rung of the ladder.
+        mode: Mode of differentiation.
         cotangent: u.
         pushed: J p.
         tangents: p.
@@ -89,7 +89,7 @@ def check_adjoint(
     # One pair may agree by chance where J is all but rounding.
     if further_mismatch() > tolerance:
         is_rounding = max(abs(gap - (left - right)) for gap in again()) * _NOISE_FACTOR >= abs(left - right)
-        raise DifferentiationError(_disagreement(rung, left, right, is_rounding, pushed.dtype))
+        raise DifferentiationError(_disagreement(mode, left, right, is_rounding, pushed.dtype))
     if mismatch <= _ROUNDING_UNITS * eps:
         return
     cause = "part of the model computes in lower precision"
@@ -99,12 +99,12 @@ def check_adjoint(
         is_rounding = abs(left - right) <= _NOISE_FACTOR * noise
         size = length([cotangent]) * length([pushed]) + length(tangents) * length(pulled)
         if not is_rounding or abs(left - right) > tolerance * size:
-            raise DifferentiationError(_disagreement(rung, left, right, is_rounding, pushed.dtype))
-    reasons.append(f"{rung}: J and Jᵀ agree to {mismatch:.0e} only: {cause}")
+            raise DifferentiationError(_disagreement(mode, left, right, is_rounding, pushed.dtype))
+    reasons.append(f"{mode}: J and Jᵀ agree to {mismatch:.0e} only: {cause}")
 
 
 def gaps(
-    rung: Rung,
+    mode: Mode,
     linearization: Linearization,
     params: Parameters,
     batch: Batch,
@@ -113,7 +113,7 @@ def gaps(
 ) -> Iterator[float]:
     """Yield <u, J p> - <Jᵀu, p> with parameters, inputs, u and p some rounding units away."""
     for near, inputs, (u,), p in neighbours(params, batch.tensors, (cotangent,), tangents):
-        linearized = linearize_batch(rung, linearization.function, near, batch.replace(inputs))
+        linearized = linearize_batch(mode, linearization.function, near, batch.replace(inputs))
         left, right = _both_sides(u, linearized.push(p), p, linearized.pull(u))
         yield left - right
 
@@ -131,8 +131,8 @@ def further(linearized: LinearizedBatch, shape: Sequence[int], params: Parameter
     return largest
 
 
-def _disagreement(rung: Rung, left: float, right: float, is_rounding: bool, dtype: torch.dtype) -> str:
-    found = f"J and Jᵀ disagree on rung {rung!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): "
+def _disagreement(mode: Mode, left: float, right: float, is_rounding: bool, dtype: torch.dtype) -> str:
+    found = f"J and Jᵀ disagree in mode {mode!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): "
     if not is_rounding:
         return (
             f"{found}forward and reverse mode differentiate different functions. Look for torch.no_grad() "
@@ -180,7 +180,7 @@ def check_slope(
     size = sum(float((slope * d).abs().sum()) for slope, d in zip(slopes, along, strict=True))
     if abs(found - expected) > _SLOPE_TOLERANCE * max(size, abs(expected)):
         raise DifferentiationError(
-            f"derivatives of J p are wrong on the only rung that this model has (found {found:.6g}, finite "
+            f"derivatives of J p are wrong on the only mode that this model has (found {found:.6g}, finite "
             f"differences {expected:.6g}): torch differentiates some of its forward-mode formulas wrongly, "
             "and another operation has no double backward. Leave out differentiable=True, or write the layer "
             "norms and solves of the model in plain operations"

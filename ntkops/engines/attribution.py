@@ -1,8 +1,8 @@
 """Whether the rows of what calls return belong to the samples that they are held to belong to.
 
-Layer rules read per-sample gradients off the results of calls, where row r is taken for a row of sample n. That
-depends on the data: a model may sort its samples, pack the valid ones, or route them by what they contain.
-So it is asked of every batch that is used, by one backward pass more.
+Layer rules read per-sample gradients off the results of calls, where row r is taken for a row of sample n.
+That depends on the data: a model may sort its samples, pack the valid ones, or route them by what they
+contain. So it is asked of every batch that is used, by one backward pass more.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from .layer_rules import Layout
 
 __all__ = ["CoverageChanged", "RowCheck", "limit_of", "unattributable"]
 
-# A row differs if it does by so many rounding units of the coarsest dtype in which the model computes; in half
-# precision that would be everything, hence the limit.
+# A row differs if it does by so many rounding units of the coarsest dtype in which the model computes; in
+# half precision that would be everything, hence the limit.
 _ROUNDING_UNITS = 1e3
 _LARGEST_ROUNDING = 0.1
+_MULTIPLE = 1.2345  # no power of two, which would round in the same way
+_NOISE_FACTOR = 100.0
 
 
 class CoverageChanged(NtkopsError):
@@ -60,13 +62,13 @@ class RowCheck:
 
     Directions are cotangents :math:`y_{cn}`, one for each sample; the gradients at the result of a call are
     :math:`G_c`, and backward passes are linear. With random numbers s_n, one a sample, and w_c, one a
-    direction, the cotangents :math:`u_n = s_n \sum_c w_c y_{cn}` therefore give, at a row r of sample n alone,
+    direction, the cotangents :math:`u_n = s_n \sum_c w_c y_{cn}` give, at a row r of sample n alone,
 
     .. math:: G_u[r] = s_n \sum_c w_c G_c[r],
 
-    and at a row of sample m, with probability one, something else: :math:`s_m \ne s_n`. A row of several samples
-    gives a sum with several s. Each row is read through its product with one random vector, and compared with
-    what rounding may do to it, a share of :math:`|s_n| \sum_c |w_c| |G_c[r]|`.
+    and at a row of sample m, with probability one, something else: :math:`s_m \ne s_n`. A row of several
+    samples gives a sum with several s. Each row is read through its product with one random vector, and
+    compared with what rounding may do to it, a share of :math:`|s_n| \sum_c |w_c| |G_c[r]|`.
 
     Args:
         numbers: The calls that are looked at.
@@ -94,6 +96,7 @@ class RowCheck:
         self._samples, self._weights = self.factors  # s, w
         self._sums: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
+        self._gaps: dict[int, Tensor] = {}
 
     def cotangents(self, directions: Tensor) -> Tensor:
         """Return u, ``(1, B, O)``, for the ``(C, B, O)`` directions."""
@@ -119,21 +122,55 @@ class RowCheck:
             else:
                 self._sums[number], self._scales[number] = sums, scales
 
-    def differing(self, gradients: Mapping[int, Tensor | None]) -> list[int]:
-        """Return the calls at which the gradients ``(1, *shape)`` of u are others than they must be."""
-        return [number for number in self._numbers if not self._agrees(number, gradients[number])]
+    def differing(
+        self,
+        gradients: Mapping[int, Tensor | None],
+        again: Callable[[float], Mapping[int, Tensor | None]],
+    ) -> list[int]:
+        """Return the calls at which the gradients of u are others than they must be.
 
-    def _agrees(self, number: int, found: Tensor | None) -> bool:
+        Behind a norm of one feature, say, a gradient is all rounding, and belongs to nobody. Rounding is not linear:
+        a row is doubtful no more where a multiple of u moves it by a hundredth of the difference.
+
+        Args:
+            gradients: ``(1, *shape)`` of u.
+            again: Gives the same for a multiple of u; asked only where something differs.
+        """
+        found = {n: mask for n in self._numbers if (mask := self._differs(n, gradients[n])).any()}
+        if not found:
+            return []
+        multiples = again(_MULTIPLE)
+        return [
+            number
+            for number, mask in found.items()
+            if not self._is_rounding(number, mask, gradients, multiples)
+        ]
+
+    def _differs(self, number: int, found: Tensor | None) -> Tensor:
+        """Return which rows are others than they must be."""
         sums = self._sums.get(number)
         if found is None or sums is None:
-            return found is None or not bool(found.any())
-        factors = self._by_row(number, len(sums))
-        scales = self._scales[number]
+            return torch.tensor(found is not None and bool(found.any()))
+        factors, scales = self._by_row(number, len(sums)), self._scales[number]
         # A row that is all but rounding of the others is compared with that rounding.
         scales = scales.clamp(min=torch.finfo(found.dtype).eps * float(scales.max()))
-        difference = (self._read(self._rows(number, found))[0].double() - factors * sums).abs()
-        # Written so that what is not a number passes: it is reported where results are looked at.
-        return not bool((difference > self._limit * factors.abs() * scales).any())
+        self._gaps[number] = (self._read(self._rows(number, found))[0].double() - factors * sums).abs()
+        # What is not a number does not differ: it is reported where results are looked at.
+        return self._gaps[number] > self._limit * factors.abs() * scales
+
+    def _is_rounding(
+        self,
+        number: int,
+        rows: Tensor,
+        gradients: Mapping[int, Tensor | None],
+        multiples: Mapping[int, Tensor | None],
+    ) -> bool:
+        one, other = gradients[number], multiples[number]
+        if one is None or other is None or number not in self._gaps:
+            return False
+        read = [self._read(self._rows(number, g))[0].double() for g in (one, other)]
+        noise = (read[1] - _MULTIPLE * read[0]).abs()
+        return bool((self._gaps[number] <= _NOISE_FACTOR * noise)[rows].all())
 
     def _rows(self, number: int, gradients: Tensor) -> Tensor:
         """Return ``(K, rows, entries)``, the axis of the samples in the middle."""

@@ -13,17 +13,13 @@ from torch import Tensor
 from ..model import Batch, Inputs, Linearization
 from ..results import PassCount
 from .blocks import dense_kernel, kernel_diagonal
-from .budget import shared_store
 from .checks import require_finite_product
-from .choose import Ladder, climb
-from .cost import KernelShape
+from .choose import find_differentiation
+from .cost import KernelShape, autograd_kernel_passes
+from .differentiation import Differentiation, LinearizedBatch, Parameters, linearize_batch, sample_gradients
 from .halves import AutogradHalves
-from .pricing import autograd_kernel_passes
-from .retries import attempt, in_parts
-from .rungs import LinearizedBatch, Parameters, linearize_batch
-from .samples import sample_gradients
-from .sizes import EngineSizes
-from .tally import Tally, report_passes
+from .memory import EngineSizes, parts, retry, shared_store
+from .passes import PassCounter, report_passes
 
 __all__ = ["AutogradEngine"]
 
@@ -42,9 +38,9 @@ class AutogradEngine(EngineSizes):
 
     Args:
         linearization: The pure function and its snapshot.
-        ladder: What the model allows.
-        batch_size: Samples per pass, or "auto" for as many as the memory holds.
-        chunk_size: Columns per pass, or "auto".
+        first: A few samples, on which it is found out how the model is differentiated; None where that is
+        known. batch_size: Samples per pass, or "auto" for as many as the memory holds. chunk_size: Columns
+        per pass, or "auto".
 
     Raises:
         InputError: If a size is neither "auto" nor a positive integer.
@@ -55,13 +51,14 @@ class AutogradEngine(EngineSizes):
     def __init__(
         self,
         linearization: Linearization,
-        ladder: Ladder,
+        first: Inputs | None,
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
     ) -> None:
-        super().__init__(linearization, ladder, batch_size, chunk_size)
-        self._tally = Tally()
+        super().__init__(linearization, batch_size, chunk_size)
+        self._first = first
+        self._counter = PassCounter()
         self.identity = next(_identities)
 
     @classmethod
@@ -73,14 +70,24 @@ class AutogradEngine(EngineSizes):
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
     ) -> AutogradEngine:
-        """Try the ladder on a slice of the inputs and return the engine for what the model allows."""
-        ladder = climb(linearization, inputs)
-        return cls(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
+        """Return the engine for some inputs; how to differentiate is found out with the first product."""
+        inputs.hand_over_recordings()  # nobody needs them
+        return cls(linearization, inputs.head(2), batch_size=batch_size, chunk_size=chunk_size)
+
+    @property
+    def differentiation(self) -> Differentiation:
+        """How the model is differentiated: found once for a linearisation, when something is."""
+        verdict = self.linearization.verdict
+        if not isinstance(verdict.differentiation, Differentiation):
+            assert self._first is not None
+            verdict.differentiation = find_differentiation(self.linearization, self._first)
+        return verdict.differentiation
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> AutogradEngine:
-        """Return the same engine for another dtype or device; nothing is tried again."""
+        """Return the same engine for another dtype or device."""
         moved = self.linearization.to(dtype=dtype, device=device)
-        return AutogradEngine(moved, self.ladder, batch_size=self._batch_size, chunk_size=self._chunk_size)
+        first = None if self._first is None else self._first.to(dtype=dtype, device=device)
+        return AutogradEngine(moved, first, batch_size=self._batch_size, chunk_size=self._chunk_size)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the identity behind: it keys the caches of this process."""
@@ -102,10 +109,10 @@ class AutogradEngine(EngineSizes):
     @property
     def passes(self) -> PassCount:
         """Passes made so far."""
-        return self._tally.count
+        return self._counter.count
 
     def _report(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0) -> None:
-        self._tally.add(vjp=vjp, jvp=jvp, per_sample=per_sample)
+        self._counter.add(vjp=vjp, jvp=jvp, per_sample=per_sample)
         report_passes(vjp=vjp, jvp=jvp, per_sample=per_sample)
 
     @property
@@ -116,8 +123,9 @@ class AutogradEngine(EngineSizes):
     # products
 
     def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
-        function, ladder = self.linearization.function, self.ladder
-        return linearize_batch(ladder.rung, function, params, batch, ladder.columns, ladder.pull_columns)
+        how = self.differentiation
+        function = self.linearization.function
+        return linearize_batch(how.mode, function, params, batch, how.columns, how.pull_columns)
 
     def _each(
         self,
@@ -128,8 +136,8 @@ class AutogradEngine(EngineSizes):
     ) -> Iterator[Result]:
         """Yield work on the linearised samples, batch by batch; all of them in one batch are kept."""
         if kept:
-            portion = self.sample_portion(inputs)
-            done = attempt(portion, inputs.num_samples, lambda: work(0, inputs.num_samples, kept[0]))
+            share = self.sample_share(inputs)
+            done = retry(share, inputs.num_samples, lambda: work(0, inputs.num_samples, kept[0]))
             if done is not None:
                 yield done[0]
                 return
@@ -147,8 +155,8 @@ class AutogradEngine(EngineSizes):
 
     def _in_columns(self, block: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Return the work on every chunk of columns."""
-        parts = in_parts(len(block), self.column_portion(), lambda start, stop: work(block[start:stop]))
-        return [part for _, _, part in parts]
+        found = parts(len(block), self.column_share(), lambda start, stop: work(block[start:stop]))
+        return [part for _, _, part in found]
 
     def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
         """Return Jᵀv, flat, for each row of ``vectors``.
@@ -243,13 +251,13 @@ class AutogradEngine(EngineSizes):
     def _sample_tile(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
         def part(start: int, stop: int, batch: Batch) -> Tensor:
             gradients = sample_gradients(
-                self.ladder.per_sample,
-                self.ladder.rung,
+                self.differentiation.per_sample,
+                self.differentiation.mode,
                 self.linearization.function,
                 params,
                 batch,
                 cotangents[start:stop],
-                self.ladder.columns,
+                self.differentiation.columns,
             )
             return torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1)
 

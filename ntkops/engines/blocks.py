@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
-from .rungs import Parameters
-from .summing import long_product
+from .differentiation import Parameters
+from .summation import long_product
 from .tiling import Part, fill_lower, over_parts, rows_of_parts, sample_slices
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _kernel_by_samples(
     symmetric = left is right and torch.equal(left_outputs, right_outputs)
     left_distinct, left_index = _distinct(left_outputs)
     right_distinct, right_index = _distinct(right_outputs)
-    tile = engine.tile_portion(max(len(left_distinct), len(right_distinct)))
+    tile = engine.tile_share(max(len(left_distinct), len(right_distinct)))
     r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
     shape = (len(left_outputs), left.num_samples, r1, right.num_samples, r2)
     blocks: list[tuple[slice, slice, Tensor]] = []
@@ -183,7 +183,7 @@ def kernel_diagonal(engine: AutogradEngine, params: Parameters, inputs: Inputs, 
         found = [_lengths(engine.jacobian_tile(params, part, chosen)) for chosen in distinct.split(group)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (n, u)
 
-    tiles = over_parts(inputs, engine.tile_portion(group), lengths_of)
+    tiles = over_parts(inputs, engine.tile_share(group), lengths_of)
     lengths = rows_of_parts(inputs.num_samples, tiles)  # (N, u)
     engine.count_rows(inputs.num_samples * len(distinct), inputs)
     gathered = lengths[:, index.to(lengths.device)].sum(2)  # (N, M, R, r) -> (N, M, r)
@@ -218,7 +218,7 @@ def gradient_gram(engine: AutogradEngine, params: Parameters, inputs: Inputs, co
     def clear(rows: slice) -> None:
         blocks[:] = [block for block in blocks if block[0] != rows]
 
-    fill_lower(inputs, engine.tile_portion(count), make, add, clear)
+    fill_lower(inputs, engine.tile_share(count), make, add, clear)
     engine.count_rows(made, inputs)
     shape = (1, inputs.num_samples, count, inputs.num_samples, count)
     return _assemble(blocks, shape, symmetric=True).reshape(shape[1:])

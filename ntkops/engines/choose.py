@@ -1,4 +1,4 @@
-"""Which rung of the ladder a model allows, found by trying it once on a small slice.
+"""Which mode of differentiation a model allows, found by trying it once on a small slice.
 
 The choice is made when an operator is built, reported with its reasons, and never changed silently
 afterwards. The same trial compares J with Jᵀ, so that a model in which they disagree (a hidden
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,22 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, NtkopsError, OutputError
 from ..model import Batch, Inputs, Linearization
-from ..model.batches import take
-from ..model.precision import lowest_dtype
+from ..model.batch import take
 from .adjoint import check_adjoint, check_slope, first_line, further, gaps, length, vectors
-from .rungs import RECORDED_RUNGS, RUNGS, Columns, LinearizedBatch, Parameters, Rung, linearize_batch
-from .samples import SampleMode, sample_gradients
+from .differentiation import (
+    MODES,
+    RECORDED_MODES,
+    Columns,
+    Differentiation,
+    LinearizedBatch,
+    Mode,
+    Parameters,
+    SampleMode,
+    linearize_batch,
+    sample_gradients,
+)
 
-__all__ = ["Ladder", "climb"]
+__all__ = ["find_differentiation"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,30 +41,8 @@ _PROBED_SAMPLES = 2
 _PROBED_ROWS = 3  # not as many as samples
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """What a model allows.
-
-    Attributes:
-        rung: The highest rung that works.
-        columns: Whether several vectors go through one vmapped pass or through a loop.
-        pull_columns: The same for Jᵀ alone, where a loop may be faster.
-        per_sample: Whether per-sample Jacobians come from vmap over samples and outputs, from vmap over
-            samples for one output after the other ("rows"), or from a loop over samples.
-        reasons: Why a higher choice was left, one line each.
-        activation_bytes: Bytes that one sample's forward pass saves for its backward pass.
-    """
-
-    rung: Rung
-    columns: Columns
-    pull_columns: Columns
-    per_sample: SampleMode
-    reasons: tuple[str, ...]
-    activation_bytes: int
-
-
-def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
-    """Try the ladder on the first samples of ``inputs``.
+def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differentiation:
+    """Try the modes on the first samples of ``inputs``.
 
     Args:
         linearization: The pure function and its parameters.
@@ -77,14 +63,13 @@ def climb(linearization: Linearization, inputs: Inputs) -> Ladder:
     with linearization.safe_context(), torch.no_grad():
         params = tuple(p.detach() for p in params)
         batch = _two_samples(linearization, params, batch)
-        activation_bytes = _activation_bytes(linearization, params, batch)
-        rung, pulled = _highest_rung(linearization, params, batch, reasons)
-        columns = _columns(rung, linearization, params, batch, reasons)
+        mode, pulled = _first_mode(linearization, params, batch, reasons)
+        columns = _columns(mode, linearization, params, batch, reasons)
         pull_columns = _pull_columns(columns, linearization, params, batch)
-        per_sample = _per_sample(rung, linearization, params, batch, pulled, reasons)
+        per_sample = _per_sample(mode, linearization, params, batch, pulled, reasons)
     for reason in reasons:
-        logger.info("differentiation ladder: %s", reason)
-    return Ladder(rung, columns, pull_columns, per_sample, tuple(reasons), activation_bytes)
+        logger.info("differentiation: %s", reason)
+    return Differentiation(mode, columns, pull_columns, per_sample, tuple(reasons))
 
 
 def _two_samples(linearization: Linearization, params: Parameters, batch: Batch) -> Batch:
@@ -103,38 +88,38 @@ def _output_shape(linearization: Linearization, params: Parameters, batch: Batch
     return linearization.function(params, batch).shape
 
 
-def _highest_rung(
+def _first_mode(
     linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
-) -> tuple[Rung, Parameters]:
+) -> tuple[Mode, Parameters]:
     shape = _output_shape(linearization, params, batch)
     cotangent = vectors((1, *shape), params[0], seed=1)
     tangents = tuple(vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
     pulled: Parameters | None = None
     live = linearization.differentiable
-    left: tuple[Rung, Parameters] | None = None
-    for rung in RECORDED_RUNGS if live else RUNGS:
+    left: tuple[Mode, Parameters] | None = None
+    for mode in RECORDED_MODES if live else MODES:
         try:
-            linearized = linearize_batch(rung, linearization.function, params, batch)
+            linearized = linearize_batch(mode, linearization.function, params, batch)
             pulled = linearized.pull(cotangent)
-            if rung == "reverse":
-                return left or (rung, pulled)
+            if mode == "reverse":
+                return left or (mode, pulled)
             pushed = linearized.push(tangents)
-            if live and rung == "forward":
+            if live and mode == "forward":
                 check_slope(linearization, params, batch, cotangent, tangents, reasons)
         except NtkopsError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-            reasons.append(f"{rung}: {first_line(error)}")
+            reasons.append(f"{mode}: {first_line(error)}")
             continue
         if not bool(pushed.isfinite().all()) and all(bool(g.isfinite().all()) for g in pulled):
-            left = left or (rung, pulled)  # another rung may do better; if none does, products say so
-            reasons.append(f"{rung}: J p is not finite")
+            left = left or (mode, pulled)  # another mode may do better; if none does, products say so
+            reasons.append(f"{mode}: J p is not finite")
             continue
-        lowest = partial(lowest_dtype, linearization, batch)
-        again = partial(gaps, rung, linearization, params, batch, cotangent, tangents)
+        lowest = partial(getattr, linearization, "lowest_dtype")
+        again = partial(gaps, mode, linearization, params, batch, cotangent, tangents)
         mismatch = partial(further, linearized, shape, params)
-        check_adjoint(rung, cotangent, pushed, tangents, pulled, lowest, again, mismatch, reasons)
-        return rung, pulled
+        check_adjoint(mode, cotangent, pushed, tangents, pulled, lowest, again, mismatch, reasons)
+        return mode, pulled
     if left is not None:
         return left
     hooks = any("saved tensor hooks" in reason for reason in reasons)
@@ -146,17 +131,17 @@ def _highest_rung(
 
 
 def _columns(
-    rung: Rung, linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
+    mode: Mode, linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
 ) -> Columns:
     shape = _output_shape(linearization, params, batch)
     cotangents = vectors((2, *shape), params[0], seed=3)
 
     def both(linearized: LinearizedBatch) -> tuple[Tensor, ...]:
         pulled = linearized.pull(cotangents)
-        return pulled if rung == "reverse" else (*pulled, linearized.push(pulled))
+        return pulled if mode == "reverse" else (*pulled, linearized.push(pulled))
 
     def attempt(columns: Columns) -> tuple[Tensor, ...]:
-        return both(linearize_batch(rung, linearization.function, params, batch, columns))
+        return both(linearize_batch(mode, linearization.function, params, batch, columns))
 
     return (
         "vmap"
@@ -192,7 +177,7 @@ def _has_node(root: Any, name: str) -> bool:
 
 
 def _per_sample(
-    rung: Rung,
+    mode: Mode,
     linearization: Linearization,
     params: Parameters,
     batch: Batch,
@@ -203,18 +188,18 @@ def _per_sample(
     cotangents = vectors((1, *shape), params[0], seed=1).movedim(0, 1)  # (B, 1, O): the first probe
 
     def summed() -> Parameters:
-        gradients = sample_gradients("vmap", rung, linearization.function, params, batch, cotangents)
+        gradients = sample_gradients("vmap", mode, linearization.function, params, batch, cotangents)
         return tuple(g.sum(0) for g in gradients)
 
     if not _vmap_agrees("per sample", summed, lambda: pulled, reasons):
         return "loop"
-    if rung not in ("forward", "double"):
+    if mode not in ("forward", "double"):
         return "vmap"
     # vmap inside vmap takes other batching rules, and that of PReLU takes samples for cotangents.
     several = vectors((shape[0], _PROBED_ROWS, *shape[1:]), params[0], seed=5)
 
-    def rows_of(mode: SampleMode) -> Parameters:
-        return sample_gradients(mode, rung, linearization.function, params, batch, several)
+    def rows_of(samples: SampleMode) -> Parameters:
+        return sample_gradients(samples, mode, linearization.function, params, batch, several)
 
     nested = _vmap_agrees("several outputs", lambda: rows_of("vmap"), lambda: rows_of("rows"), reasons)
     return "vmap" if nested else "rows"
@@ -248,24 +233,3 @@ def _vmap_agrees(
         reasons.append(f"{what}: a loop instead of vmap: the two differ by {difference:.0e}")
         return False
     return True
-
-
-def _activation_bytes(linearization: Linearization, params: Parameters, batch: Batch) -> int:
-    """Return the bytes that a forward pass saves for its backward pass, for each sample."""
-    saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in params}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    samples = 1
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
-            samples = max(len(output), 1)
-    except (RuntimeError, NotImplementedError, TypeError):
-        return max(1, sum(t.nbytes for t in batch.tensors) // samples)
-    return max(1, sum(saved.values()) // samples)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..model.record import Call, Recording
 from .adjoint import first_line
+from .attribution import CoverageChanged, RowCheck
 from .cost import LayerShape, written_at_once
 from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import RULES, Activation, Layout, OneHot
-from .retries import is_out_of_memory
+from .memory import is_out_of_memory
 from .units import Unit, Use, is_transposed
-from .attribution import CoverageChanged, RowCheck
 
 __all__ = ["Collector", "RowCheckMaker", "backward", "collect", "require_own_rows"]
 
@@ -85,19 +85,24 @@ def collect(
             rows.add(start, found)
         collector.add(start, len(part), found)
     if rows is not None:
-        found = dict(
-            zip(numbers, backward(recording, rows.cotangents(cotangents), numbers, False, True), strict=True)
-        )
-        require_own_rows(recording.calls, rows.differing(found))
+        sent = rows.cotangents(cotangents)
+
+        def at_calls(multiple: float = 1.0) -> dict[int, Tensor | None]:
+            return dict(
+                zip(numbers, backward(recording, multiple * sent, numbers, False, False), strict=True)
+            )
+
+        require_own_rows(recording.calls, rows.differing(at_calls(), at_calls))
     return collector.finish()
 
 
 def require_own_rows(calls: Sequence[Call], differing: Sequence[int]) -> None:
     """Give up the parameters of calls whose rows are not those of the samples that they were taken for."""
     if differing:
+        why = "rows of its result belong to other samples, or to several"
         raise CoverageChanged(
             {
-                place.index: f"{calls[number].rule}: rows of its result belong to other samples, or to several"
+                place.index: f"{calls[number].rule}: {why}"
                 for number in differing
                 for place in calls[number].places.values()
             }

@@ -15,7 +15,7 @@ from torch import Tensor
 from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_diagonal, choose_kernel
 from .factors import Direct, Factors, Outer, matched, outer_gradients
 from .layer_rules import Activation, OneHot
-from .summing import COLUMNS, Total, Workspace, long_product, slabs
+from .summation import COLUMNS, Total, Workspace, long_product, slabs
 
 __all__ = ["LEAST_INPUTS", "accumulate_kernel", "factor_lengths"]
 

@@ -1,14 +1,19 @@
-"""What each way through a layer costs, in floating-point operations, and which is the cheapest.
+"""What each way costs: through a layer, in floating-point operations; of a dense kernel, in passes.
 
 A layer's kernel can be made of its per-sample gradients ("gradient": build them, then one matrix
 product) or of Gram matrices ("gram": activations with activations, output gradients with output
 gradients, multiplied entry by entry and summed over positions). Products with cached factors can also
 go through activations and output gradients one after the other ("factors").
+
+Passes are the unit in which products and estimates are counted. A pass over N samples takes some
+6 N S d_in d_out operations in a layer: two in each of the forward pass, the gradients of the activations
+and those of the weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +23,13 @@ __all__ = [
     "KernelShape",
     "LayerShape",
     "ProductRoute",
+    "autograd_kernel_passes",
     "choose_diagonal",
     "choose_kernel",
     "choose_product",
     "diagonal_costs",
     "kernel_costs",
+    "layerwise_kernel_passes",
     "product_costs",
     "written_at_once",
 ]
@@ -35,6 +42,8 @@ ProductRoute = Literal["factors", "dual", "gradient"]
 # matrix product, since it is bound by memory: 140 against 2 billion a second and core.
 _ENTRYWISE = 64
 _SYMMETRIC = 0.6  # share of a product of a matrix with its own transpose that symmetric blocks need
+_PASS = 6.0
+_SPEED = 4.0  # of matrix products against passes, which spend their time on memory and on calls
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,16 @@ class KernelShape:
     kernels: int = 1
     symmetric: bool = False
 
+    @property
+    def entries(self) -> int:
+        """Entries of all kernels."""
+        return self.left * self.rows * self.right * self.columns * self.kernels
+
 
 def written_at_once(layer: LayerShape) -> bool:
     """Return whether gradients are no larger than what they are made of: at least d_in positions.
 
     Then kernels and diagonals from gradients are also the cheapest ones.
-
-    Args:
-        layer: The layer.
     """
     return not layer.one_hot and layer.positions > 1 and layer.inputs <= layer.positions
 
@@ -100,52 +111,44 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
 
     With N samples, C outputs and S positions: per-sample gradients cost
     :math:`2 N C S d_{in} d_{out} + 2 (N C)^2 d_{in} d_{out}`, Gram matrices
-    :math:`2 (N S)^2 d_{in} + 2 (N C S)^2 d_{out}` and an entrywise product.
-
-    Args:
-        layer: The layer.
-        wanted: The kernel.
-
-    Returns:
-        Operations for "gram" (one group only) and "gradient".
+    :math:`2 (N S)^2 d_{in} + 2 (N C S)^2 d_{out}` (one group only) and an entrywise product.
     """
     share = _SYMMETRIC if wanted.symmetric else 1.0
     sides = wanted.left * wanted.rows + (0 if wanted.symmetric else wanted.right * wanted.columns)
     repeats = wanted.kernels * wanted.terms
-    entries = wanted.left * wanted.rows * wanted.right * wanted.columns * wanted.kernels
     build = 2 * layer.positions * (layer.entries // (layer.inputs if layer.one_hot else 1)) * sides * repeats
     costs: dict[KernelRoute, float] = {
         "gradient": build
-        + share * 2 * entries * wanted.terms * layer.entries
+        + share * 2 * wanted.entries * wanted.terms * layer.entries
         + _ENTRYWISE * sides * repeats * layer.entries / 8
     }
     if layer.groups == 1:
         pairs = layer.positions**2
         inner = 1 if layer.one_hot else layer.inputs
         gram = 2 * wanted.left * wanted.right * pairs * inner
-        gram += 2 * entries * wanted.terms * pairs * layer.outputs
+        gram += 2 * wanted.entries * wanted.terms * pairs * layer.outputs
         # With one position the entrywise product is fused into the accumulation.
-        gram += entries * pairs * (4 if layer.positions == 1 else _ENTRYWISE)
+        gram += wanted.entries * pairs * (4 if layer.positions == 1 else _ENTRYWISE)
         costs["gram"] = share * gram
     return costs
 
 
-def choose_kernel(layer: LayerShape, wanted: KernelShape, force: KernelRoute | None = None) -> KernelRoute:
-    """Return the cheaper way to a kernel; without shared weights always Gram matrices.
-
-    Args:
-        layer: The layer.
-        wanted: The kernel.
-        force: A way to take whatever it costs, where the layer has it.
-    """
+def _settled(layer: LayerShape, force: KernelRoute | None) -> KernelRoute | None:
+    """Return the way that needs no comparison of costs, if there is one."""
     if layer.groups > 1:
         return "gradient"
     if force is not None:
         return force
     if layer.positions == 1:
         return "gram"
-    if written_at_once(layer):
-        return "gradient"
+    return "gradient" if written_at_once(layer) else None
+
+
+def choose_kernel(layer: LayerShape, wanted: KernelShape, force: KernelRoute | None = None) -> KernelRoute:
+    """Return the cheaper way to a kernel, or the forced one; without shared weights always Gram matrices."""
+    settled = _settled(layer, force)
+    if settled is not None:
+        return settled
     costs = kernel_costs(layer, wanted)
     return min(costs, key=lambda route: costs[route])
 
@@ -164,20 +167,10 @@ def diagonal_costs(layer: LayerShape) -> dict[DiagonalRoute, float]:
 
 
 def choose_diagonal(layer: LayerShape, force: DiagonalRoute | None = None) -> DiagonalRoute:
-    """Return the cheaper way to the diagonal; without shared weights lengths multiply.
-
-    Args:
-        layer: The layer.
-        force: A way to take whatever it costs, where the layer has it.
-    """
-    if layer.groups > 1:
-        return "gradient"
-    if force is not None:
-        return force
-    if layer.positions == 1:
-        return "gram"
-    if written_at_once(layer):
-        return "gradient"
+    """Return the cheaper way to the diagonal, or the forced one; without shared weights lengths multiply."""
+    settled = _settled(layer, force)
+    if settled is not None:
+        return settled
     costs = diagonal_costs(layer)
     return min(costs, key=lambda route: costs[route])
 
@@ -185,16 +178,9 @@ def choose_diagonal(layer: LayerShape, force: DiagonalRoute | None = None) -> Di
 def product_costs(layer: LayerShape, left: int, right: int, outputs: int) -> dict[ProductRoute, float]:
     r"""Return the cost of one column of K v through one layer, for each way.
 
-    Args:
-        layer: The layer.
-        left: Samples of the rows.
-        right: Samples of the columns.
-        outputs: Outputs C per sample.
-
-    Returns:
-        Operations for "factors", :math:`4 N S d_{in} d_{out} + 4 N S C d_{out}`; "dual" (with the Gram
-        matrix of activations), :math:`2 (N S)^2 d_{out} + 4 N S C d_{out}`; and "gradient" (with the
-        per-sample gradients kept), :math:`4 N C d_{in} d_{out}`.
+    With N samples on each side, C outputs and S positions: :math:`4 N S d_{in} d_{out} + 4 N S C d_{out}`
+    for "factors"; :math:`2 (N S)^2 d_{out} + 4 N S C d_{out}` for "dual" (with the Gram matrix of
+    activations); :math:`4 N C d_{in} d_{out}` for "gradient" (with the per-sample gradients kept).
     """
     both = left + right
     signals = 2.0 * both * layer.positions * outputs * layer.outputs * layer.groups
@@ -211,17 +197,10 @@ def product_costs(layer: LayerShape, left: int, right: int, outputs: int) -> dic
 def choose_product(
     layer: LayerShape, left: int, right: int, outputs: int, force: ProductRoute | None = None
 ) -> ProductRoute:
-    """Return the cheapest way for products with cached factors.
+    """Return the cheapest way for products with cached factors, or the forced one where the layer has it.
 
     Gradients are kept only for layers with shared weights, and whether they are does not depend on the
     number of samples: both sides of a cross kernel are then made ready in the same way.
-
-    Args:
-        layer: The layer.
-        left: Samples of the rows.
-        right: Samples of the columns.
-        outputs: Outputs C per sample.
-        force: A way to take whatever it costs, where the layer has it.
     """
     if force == "dual" and layer.groups > 1:
         return "factors"
@@ -233,3 +212,25 @@ def choose_product(
             return "gradient"
     costs = product_costs(layer, left, right, outputs)
     return "dual" if costs.get("dual", math.inf) < costs["factors"] else "factors"
+
+
+def _sides(wanted: KernelShape, distinct: int) -> float:
+    """Return the gradient passes for the outputs of both sides, in passes over the rows' samples."""
+    return distinct * (1.0 if wanted.symmetric else 1.0 + wanted.right / wanted.left)
+
+
+def autograd_kernel_passes(wanted: KernelShape, distinct: int) -> float:
+    """Return the passes, over the rows' samples, of a kernel from per-sample gradients."""
+    entries = wanted.entries * wanted.terms
+    share = 0.5 if wanted.symmetric else 1.0
+    # Per-sample gradients count twice, as they are slower; their products cost 2 P an entry.
+    return 2.0 * _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * wanted.left)
+
+
+def layerwise_kernel_passes(
+    wanted: KernelShape, distinct: int, layers: Sequence[LayerShape], force: KernelRoute | None = None
+) -> float:
+    """Return the passes, over the rows' samples, of a kernel from layers, each by its cheaper way."""
+    one_pass = sum(_PASS * wanted.left * layer.positions * layer.entries for layer in layers)
+    contractions = sum(kernel_costs(layer, wanted)[choose_kernel(layer, wanted, force)] for layer in layers)
+    return _sides(wanted, distinct) + contractions / max(_SPEED * one_pass, 1.0)

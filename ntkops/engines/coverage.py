@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .contract import LEAST_INPUTS
 from .cost import KernelShape, written_at_once
 from .factors import Factors, Outer
 from .layer_rules import Layout, OneHot
-from .summing import COLUMNS
+from .summation import COLUMNS
 from .tail import Tail
 
 __all__ = ["Coverage", "HiddenStates"]

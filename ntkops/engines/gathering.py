@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ..model import Batch, Inputs
+from ..model.record import record
+from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 from .autograd import AutogradEngine
 from .collecting import collect
-from .coverage import Coverage, record_batch
+from .coverage import Coverage
+from .differentiation import Parameters
 from .factors import Factors, join_samples, matched, with_positions, written_pieces
 from .layer_rules import Layout
+from .memory import Share
 from .options import Layerwise
-from .retries import Portion
-from .rungs import Parameters
-from .summing import Workspace
+from .summation import Workspace
 from .units import plan_units
-from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 
 __all__ = ["FactorSource"]
 
@@ -92,10 +93,10 @@ class FactorSource:
         sample = max(1, entries * self.dtype.itemsize)
         return max(1, min(self.tile(directions), max(_LEAST_SAMPLES, _PASSING_BYTES // sample)))
 
-    def tile_portion(self, directions: int, *, passing: bool = False) -> Portion:
+    def tile_share(self, directions: int, *, passing: bool = False) -> Share:
         """Return `tile` samples at a time, or `passing_tile`, and less where memory runs out."""
         size = self.passing_tile if passing else self.tile
-        return self._autograd.tile_portion(directions, lambda: max(1, size(directions)))
+        return self._autograd.tile_share(directions, lambda: max(1, size(directions)))
 
     def of_outputs(
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
@@ -129,7 +130,7 @@ class FactorSource:
         return parts[0] if len(parts) == 1 else self._joined(parts)
 
     def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor, compact: bool) -> Factors:
-        recording = record_batch(self.linearization, params, batch)
+        recording = record(self.linearization.function, params, batch)
         layouts, covered = self.coverage.layouts, self.coverage.covered
         lost = dict(recording.uncovered)
         for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
@@ -142,7 +143,7 @@ class FactorSource:
         cotangents = cotangents.to(recording.output)
 
         def check(numbers: Sequence[int], layout: Mapping[int, Layout]) -> RowCheck:
-            limit = limit_of(self.linearization.dtype)
+            limit = limit_of(self.linearization.lowest_dtype)
             return RowCheck(numbers, layout, cotangents, limit, self._normal, self._vector)
 
         return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact=compact, check=check)
@@ -154,11 +155,9 @@ class FactorSource:
 
     def _vector(self, count: int) -> Tensor:
         """Return a fixed random vector in the working dtype."""
-        if len(self._fixed) < count:
-            generator = torch.Generator().manual_seed(count)
-            self._fixed = torch.randn(count, generator=generator, dtype=torch.float32).to(
-                self.device, self.dtype
-            )
+        missing = count - len(self._fixed)
+        if missing > 0:  # what is there stays: both sides of a comparison are read with the same numbers
+            self._fixed = torch.cat([self._fixed, self._normal(missing).to(self.dtype)])
         return self._fixed[:count]
 
     @staticmethod

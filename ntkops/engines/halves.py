@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model import Inputs
 from .checks import require_finite_product
-from .rungs import LinearizedBatch, Parameters
+from .differentiation import LinearizedBatch, Parameters
 
 if TYPE_CHECKING:
     from .autograd import AutogradEngine

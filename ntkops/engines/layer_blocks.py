@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..model import Inputs
 from .contract import accumulate_kernel, factor_lengths
+from .differentiation import Parameters
 from .factors import Factors
 from .gathering import FactorSource
 from .recurrent import states_diagonal, states_kernel
-from .rungs import Parameters
 from .tiling import Part, fill_lower, over_parts, sample_slices
 
 __all__ = ["layer_diagonal", "layer_gram", "layer_kernel", "mirror"]
@@ -126,7 +126,7 @@ def _filled(
     right_numbers, right_index = left_numbers, left_index
     if not same:
         right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
-    tile = source.tile_portion(max(len(left_numbers), len(right_numbers)))
+    tile = source.tile_share(max(len(left_numbers), len(right_numbers)))
     shared = left is right and torch.equal(left_numbers, right_numbers)
     made = 0
 
@@ -193,7 +193,7 @@ def layer_diagonal(
                 factors, source.workspace, source.options.diagonal
             )
 
-    for _ in over_parts(inputs, source.tile_portion(min(group, len(distinct)), passing=True), fill):
+    for _ in over_parts(inputs, source.tile_share(min(group, len(distinct)), passing=True), fill):
         pass
     if counted:
         source.count_rows(inputs.num_samples * len(distinct), inputs)
@@ -223,7 +223,7 @@ def layer_gram(source: FactorSource, params: Parameters, inputs: Inputs, cotange
     def clear(rows: slice) -> None:
         result[:, rows.start * width : rows.stop * width].zero_()
 
-    fill_lower(inputs, source.tile_portion(width), make, add, clear)
+    fill_lower(inputs, source.tile_share(width), make, add, clear)
     mirror(result)
     source.count_rows(made, inputs)
     return result.view(count, width, count, width)

@@ -8,10 +8,10 @@ import weakref
 import torch
 
 from ..model import Inputs
-from .budget import free_bytes, shared_store
+from .differentiation import Parameters
 from .gathering import FactorSource
+from .memory import free_bytes, shared_store
 from .products import CachedFactors, prepare_products
-from .rungs import Parameters
 from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]

@@ -11,23 +11,21 @@ from torch import Tensor
 
 from ..model import Inputs
 from ..results import LayerInfo
+from .attribution import CoverageChanged
 from .autograd import AutogradEngine
-from .budget import format_bytes
 from .checks import require_finite_product
-from .cost import KernelShape
+from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
+from .differentiation import Parameters
 from .factors import Factors
 from .gathering import FactorSource
 from .layer_blocks import layer_gram
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
 from .layerwise_core import LayerwiseCore, Result
-from .pricing import autograd_kernel_passes, layerwise_kernel_passes
+from .memory import format_bytes, if_it_fits
 from .products import CachedFactors
 from .recurrent import states_diagonal_passes, states_kernel_passes
-from .retries import if_it_fits
-from .rungs import Parameters
 from .tail_blocks import tail_diagonal, tail_kernel
 from .tiling import sample_slices
-from .attribution import CoverageChanged
 
 __all__ = ["LayerwiseEngine"]
 
@@ -45,7 +43,7 @@ class LayerwiseEngine(LayerwiseCore):
 
     Args:
         linearization: The pure function and its snapshot.
-        ladder: What the model allows.
+        differentiation: What the model allows.
         coverage: Which parameters are covered, and how.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".

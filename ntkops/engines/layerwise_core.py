@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import BackwardLimitError
 from ..model import Inputs, Linearization
+from .attribution import CoverageChanged
 from .autograd import AutogradEngine
-from .choose import Ladder, climb
-from .coverage import Coverage, cover
+from .coverage import Coverage
+from .differentiation import Differentiation, Parameters
 from .gathering import FactorSource
 from .layer_cache import FactorCache
 from .layer_table import MeasuredLayer
@@ -23,10 +24,8 @@ from .options import Layerwise
 from .partial import partial_engine
 from .recorded import is_recorded
 from .recurrent import trusted_states
-from .rungs import Parameters
 from .settings import EngineSettings
-from .trust import trusted
-from .attribution import CoverageChanged
+from .verify import try_rules
 
 __all__ = ["LayerwiseCore"]
 
@@ -43,7 +42,7 @@ class LayerwiseCore(EngineSettings):
 
     Args:
         linearization: The pure function and its snapshot.
-        ladder: What the model allows.
+        first: A few samples, on which it is found out how the model is differentiated.
         coverage: Which parameters are covered, and how.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
@@ -55,14 +54,14 @@ class LayerwiseCore(EngineSettings):
     def __init__(
         self,
         linearization: Linearization,
-        ladder: Ladder,
+        first: Inputs | None,
         coverage: Coverage,
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
         options: Layerwise | None = None,
     ) -> None:
-        self._autograd = AutogradEngine(linearization, ladder, batch_size=batch_size, chunk_size=chunk_size)
+        self._autograd = AutogradEngine(linearization, first, batch_size=batch_size, chunk_size=chunk_size)
         self._sizes = batch_size, chunk_size
         self._start(coverage, options)
 
@@ -82,7 +81,7 @@ class LayerwiseCore(EngineSettings):
         chunk_size: int | Auto = "auto",
         options: Layerwise | None = None,
     ) -> Self:
-        """Try the ladder, find what the rules cover, and check every covered parameter.
+        """Find the mode of differentiation, and what the rules cover, and check every covered parameter.
 
         Args:
             linearization: The pure function and its snapshot.
@@ -93,27 +92,28 @@ class LayerwiseCore(EngineSettings):
 
         Returns:
             The engine. A covered parameter whose per-sample gradients differ from those of automatic
-            differentiation is left to it, with the reason in ``ladder.reasons``.
+            differentiation is left to it, with the reason in ``differentiation.reasons``.
         """
         verdict = linearization.verdict
-        if verdict.coverage is None:
-            verdict.coverage = try_rules(linearization, inputs)
-            engine = cls(
-                linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options
-            )
+        found = verdict.coverage
+        if not isinstance(found, Coverage):
+            found = try_rules(linearization, inputs)
+        inputs.hand_over_recordings()  # of a kind of input that needs no trial of rules
+        sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
+        engine = cls(linearization, inputs.head(2), found, options=options, **sizes)  # type: ignore[arg-type]
+        if found is not verdict.coverage:
             with linearization.full_precision():
-                states = trusted_states(engine._source, inputs)
-            verdict.coverage = replace(engine._coverage, states=states)
-            return engine
-        return cls(linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options)
+                found = replace(found, states=trusted_states(engine._source, inputs))
+            engine._source.coverage = verdict.coverage = found
+        return engine
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Self:
-        """Return the same engine for another dtype or device; nothing is tried again."""
-        moved = self.linearization.to(dtype=dtype, device=device)
+        """Return the same engine for another dtype or device; no rule is tried again."""
+        moved = self._autograd.to(dtype=dtype, device=device)
         batch_size, chunk_size = self._sizes
         return type(self)(
-            moved,
-            self._autograd.ladder,
+            moved.linearization,
+            moved._first,
             self._coverage,
             batch_size=batch_size,
             chunk_size=chunk_size,
@@ -149,14 +149,15 @@ class LayerwiseCore(EngineSettings):
         return self._source.options
 
     @property
-    def ladder(self) -> Ladder:
+    def differentiation(self) -> Differentiation:
         """What the model allows, with a line for every parameter that is not covered."""
         names = self.linearization.names
         reasons = tuple(
             f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
             for i, reason in sorted(self._coverage.reasons.items())
         )
-        return replace(self._autograd.ladder, reasons=(*self._autograd.ladder.reasons, *reasons))
+        found = self._autograd.differentiation
+        return replace(found, reasons=(*found.reasons, *reasons))
 
     @property
     def fallback(self) -> AutogradEngine:
@@ -232,6 +233,6 @@ class LayerwiseCore(EngineSettings):
         if not change.lost:  # the linear layer with which the model ended: one backward pass an output
             logger.warning("%s", change)
             coverage = coverage.without_tail()
-        self._source.coverage = replace(coverage, states=None)
+        self._source.coverage = self.linearization.verdict.coverage = replace(coverage, states=None)
         self._measured = None
         self.free()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..model import Batch, Linearization
+from ..model.verdict import Verdict
 from .autograd import AutogradEngine
-from .rungs import Parameters
+from .differentiation import Parameters
 
 __all__ = ["PartialLinearization", "partial_engine"]
 
@@ -37,6 +38,16 @@ class PartialLinearization:
         self.dtype: torch.dtype = whole.dtype
         self.device: torch.device = whole.device
         self.differentiable = whole.differentiable
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is known of the model; with fewer parameters no less."""
+        return self._whole.verdict
+
+    @property
+    def activation_bytes(self) -> int:
+        """The bytes of the whole linearization."""
+        return self._whole.activation_bytes
 
     def function(self, params: Sequence[Tensor], batch: Batch) -> Tensor:
         """Evaluate the model at the free parameters, ``(B, O)``."""
@@ -74,6 +85,7 @@ def partial_engine(
     if not chosen:
         return None
     part = PartialLinearization(whole.linearization, chosen, params)
-    engine = AutogradEngine(part, whole.ladder, batch_size=sizes[0], chunk_size=sizes[1])  # type: ignore[arg-type]
-    engine._tally, engine._limits = whole._tally, whole._limits
+    whole.differentiation  # noqa: B018 (found with all parameters, and shared)
+    engine = AutogradEngine(part, None, batch_size=sizes[0], chunk_size=sizes[1])  # type: ignore[arg-type]
+    engine._counter, engine._limits = whole._counter, whole._limits
     return engine, part.parameters

@@ -18,7 +18,7 @@ from .contract import gram_of_activations
 from .cost import ProductRoute, choose_product
 from .factors import Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import OneHot
-from .summing import long_product
+from .summation import long_product
 from .units import Unit
 
 __all__ = ["CachedFactors", "ProductFactors", "Span", "prepare_products", "unit_spans"]

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from ..errors import NtkopsError
 from ..model import Inputs
-from .autograd import AutogradEngine
+from .attribution import CoverageChanged
 from .cost import KernelShape
 from .coverage import HiddenStates
+from .differentiation import Parameters
 from .gathering import FactorSource
+from .memory import is_out_of_memory
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
-from .retries import is_out_of_memory
-from .rungs import Parameters
 from .tiling import sample_slices
-from .attribution import CoverageChanged
 
 __all__ = [
     "states_diagonal",
@@ -242,12 +241,11 @@ def _leave(source: FactorSource, change: Exception) -> None:
 # the check at construction
 
 
-def trusted_states(source: FactorSource, autograd: AutogradEngine, inputs: Inputs) -> HiddenStates | None:
+def trusted_states(source: FactorSource, inputs: Inputs) -> HiddenStates | None:
     """Find out whether the output is all hidden states of one recurrent layer, and check this way.
 
     Args:
         source: The layer rules.
-        autograd: What gradients, diagonal and kernel must agree with.
         inputs: The samples; the first three are used.
 
     Returns:
@@ -259,7 +257,7 @@ def trusted_states(source: FactorSource, autograd: AutogradEngine, inputs: Input
         NtkopsError: What the model floor refuses in a forward pass.
     """
     linearization = source.linearization
-    if not source.coverage.covered or source.uncovered:
+    if not source.coverage.covered or source.uncovered or not linearization.is_recurrent:
         return None
     params = tuple(p.detach() for p in linearization.parameters)
     part = inputs.select(torch.arange(min(_CHECKED_SAMPLES, inputs.num_samples)))
@@ -278,15 +276,13 @@ def trusted_states(source: FactorSource, autograd: AutogradEngine, inputs: Input
         if not _fits(source, states, inputs):
             return None
         steps = layer.linearize()
-        if _agree(source, autograd, part, layer, steps):
+        if _agree(source, part, layer, steps):
             return states
     logger.warning("hidden states over time: step Jacobians and automatic differentiation differ")
     return None
 
 
-def _agree(
-    source: FactorSource, autograd: AutogradEngine, part: Inputs, layer: RecurrentLayer, steps: Steps
-) -> bool:
+def _agree(source: FactorSource, part: Inputs, layer: RecurrentLayer, steps: Steps) -> bool:
     """Compare gradients of all states, and the kernel of some early ones."""
     params = tuple(p.detach() for p in source.linearization.parameters)
     generator = torch.Generator().manual_seed(19)
@@ -296,7 +292,7 @@ def _agree(
     cotangents[:, 0] = torch.randn(cotangents[:, 0].shape, generator=generator, dtype=torch.float64)
     cotangents[:, torch.arange(1, 3), picked] = 1
     cotangents = cotangents.to(dtype=source.dtype, device=source.device)
-    expected = autograd._sample_tile(params, part, cotangents).double()  # (B, 3, P)
+    expected = _differentiated(source, params, part, cotangents).double()  # (B, 3, P)
     found = _gradients(source, layer, steps, cotangents).double()
     rows = expected[:, 1:]
     diagonal = same_time_diagonal(early).flatten(1)[:, picked]
@@ -309,6 +305,24 @@ def _agree(
         (block.double(), torch.einsum("bip,jp->bij", rows, rows[0])),
     )
     return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b in compared)
+
+
+def _differentiated(source: FactorSource, params: Parameters, part: Inputs, cotangents: Tensor) -> Tensor:
+    """Return ``(B, C, P)`` gradients, one backward pass for each sample and direction."""
+    (_, _, batch), *_ = part.batches(part.num_samples)
+    leaves = tuple(p.detach().requires_grad_() for p in params)
+    with torch.enable_grad(), source.linearization.safe_context():
+        output = source.linearization.function(leaves, batch)
+        rows = []
+        for number in range(part.num_samples):
+            for sent in cotangents[number]:
+                whole = torch.zeros_like(output)
+                whole[number] = sent.to(whole)
+                rows.append(
+                    torch.autograd.grad(output, leaves, whole, retain_graph=True, materialize_grads=True)
+                )
+    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    return flat.view(part.num_samples, -1, flat.shape[1])
 
 
 def _gradients(source: FactorSource, layer: RecurrentLayer, steps: Steps, cotangents: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..model import Batch, Inputs
+from .attribution import CoverageChanged
+from .differentiation import Parameters
 from .gathering import FactorSource
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps
-from .rungs import Parameters
-from .attribution import CoverageChanged
 
 __all__ = ["RecurrentLayer", "recurrent_layers", "steps_of"]
 

@@ -19,13 +19,12 @@ from ..errors import NonFiniteError
 from ..model import Inputs, Linearization
 from ..ranks import Ranks
 from ..results import PassCount
-from .budget import free_bytes
-from .choose import Ladder
+from .differentiation import Differentiation, Parameters
 from .halves import AutogradHalves, LayerwiseHalves, layerwise_halves, may_cache
 from .layerwise import LayerwiseEngine
-from .rungs import Parameters
+from .memory import free_bytes
+from .passes import report_passes
 from .select import Engine
-from .tally import report_passes
 
 __all__ = ["ShardedEngine"]
 
@@ -45,7 +44,7 @@ class ShardedEngine:
         ranks: The processes.
         local: The engine of this rank's samples; None where it holds none.
         linearization: The model, the same on all ranks.
-        ladder: What the model allows, as a rank with samples has found it.
+        differentiation: What the model allows, as a rank with samples has found it.
         layered: Whether layer structure covers all parameters, on every rank that has samples.
     """
 
@@ -56,11 +55,16 @@ class ShardedEngine:
         ranks: Ranks,
         local: Engine | None,
         linearization: Linearization,
-        ladder: Ladder,
+        differentiation: Differentiation,
         layered: bool = False,
     ) -> None:
         self.layered = layered
-        self.ranks, self.local, self.linearization, self.ladder = ranks, local, linearization, ladder
+        self.ranks, self.local, self.linearization, self.differentiation = (
+            ranks,
+            local,
+            linearization,
+            differentiation,
+        )
         self.num_parameters = linearization.num_parameters
         column = max(1, self.num_parameters * linearization.dtype.itemsize)
         mine = int(free_bytes(linearization.device) * _BLOCK_SHARE) // column
@@ -76,11 +80,11 @@ class ShardedEngine:
         """Return the same engine for another dtype or device."""
         local = None if self.local is None else self.local.to(dtype=dtype, device=device)
         moved = self.linearization.to(dtype=dtype, device=device) if local is None else local.linearization
-        return ShardedEngine(self.ranks, local, moved, self.ladder, self.layered)
+        return ShardedEngine(self.ranks, local, moved, self.differentiation, self.layered)
 
     def with_local(self, local: Engine | None) -> ShardedEngine:
         """Return the same engine with another one of this rank's samples; called by all ranks."""
-        return ShardedEngine(self.ranks, local, self.linearization, self.ladder, self.layered)
+        return ShardedEngine(self.ranks, local, self.linearization, self.differentiation, self.layered)
 
     def free(self) -> int:
         """Drop everything cached on this rank and return the bytes set free."""

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
+from ..model.record import record
+from .attribution import CoverageChanged
 from .collecting import backward
-from .coverage import record_batch
+from .differentiation import Parameters
 from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
-from .rungs import Parameters
 from .tail import Tail, read_positions
 from .tiling import over_parts, rows_of_parts
 from .units import plan_units
-from .attribution import CoverageChanged
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
 
@@ -137,7 +137,7 @@ def confirmed(
     """
     _, _, batch = next(iter(inputs.select(torch.zeros(1, dtype=torch.long)).batches(1)))
     with source.linearization.safe_context():
-        recording = record_batch(source.linearization, params, batch)
+        recording = record(source.linearization.function, params, batch)
         layout = source.coverage.layouts.get(recording.calls[-1].signature) if recording.calls else None
         if layout is None or tail.weight not in {p.index for p in recording.calls[-1].places.values()}:
             return False
@@ -336,8 +336,8 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
         head = read.sum(1, keepdim=True) if traced else read
         return (own.double() + head).to(source.dtype)
 
-    portion = body.tile_portion(reduction.size)
-    lengths = rows_of_parts(inputs.num_samples, over_parts(inputs, portion, lengths_of))
+    share = body.tile_share(reduction.size)
+    lengths = rows_of_parts(inputs.num_samples, over_parts(inputs, share, lengths_of))
     body.count_rows(inputs.num_samples * reduction.size, inputs)
     if traced:
         return lengths.mT

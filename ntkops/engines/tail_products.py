@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
+from .differentiation import Parameters
 from .gathering import FactorSource
 from .products import ProductFactors, Span, prepare_products
-from .rungs import Parameters
-from .summing import long_product
+from .summation import long_product
 from .tail import Tail
 from .tail_blocks import Reduction, TailSource, head_activations
 

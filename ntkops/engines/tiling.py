@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
-from .retries import Portion, attempt, even_size, in_parts
+from .memory import Share, even_size, parts, retry
 
 __all__ = ["Part", "fill_lower", "held_samples", "over_parts", "rows_of_parts", "sample_slices"]
 
@@ -46,13 +46,13 @@ def sample_slices(inputs: Inputs, size: int, first: int = 0) -> Iterator[Part]:
 
 
 def over_parts(
-    inputs: Inputs, portion: Portion, work: Callable[[int, int, Inputs], Result], *, beside: int = 1
+    inputs: Inputs, share: Share, work: Callable[[int, int, Inputs], Result], *, beside: int = 1
 ) -> Iterator[tuple[int, int, Result]]:
     """Do work on consecutive parts of the samples, smaller ones from where memory runs out.
 
     Args:
         inputs: N samples. The parts are in memory; those of a re-iterable are read in one pass.
-        portion: How many samples are taken at a time.
+        share: How many samples are taken at a time.
         work: Given the first sample, one past the last, and the samples.
         beside: Number of other samples of which as many are taken at the same time.
 
@@ -60,12 +60,12 @@ def over_parts(
         First sample, one past the last, and the result.
     """
     between, most = inputs.in_order(), held_samples(inputs)
-    bounded = replace(portion, read=lambda: min(portion.read(), most))
+    bounded = replace(share, read=lambda: min(share.read(), most))
 
     def part(start: int, stop: int) -> Result:
         return work(start, stop, between(start, stop))
 
-    yield from in_parts(inputs.num_samples, bounded, part, even=True, beside=beside)
+    yield from parts(inputs.num_samples, bounded, part, even=True, beside=beside)
 
 
 def rows_of_parts(count: int, found: Iterable[tuple[int, int, Tensor]]) -> Tensor:
@@ -90,7 +90,7 @@ def rows_of_parts(count: int, found: Iterable[tuple[int, int, Tensor]]) -> Tenso
 
 def fill_lower(
     inputs: Inputs,
-    portion: Portion,
+    share: Share,
     make: Callable[[Part], Tile],
     add: Callable[[slice, slice, Tile, Tile], None],
     clear: Callable[[slice], None],
@@ -104,7 +104,7 @@ def fill_lower(
 
     Args:
         inputs: The samples.
-        portion: Samples of a tile.
+        share: Samples of a tile.
         make: Makes the tile of a part.
         add: Given rows, columns, the rows' tile and the columns' tile (the same object on the diagonal).
         clear: Takes back what was added to these rows: they are done again.
@@ -112,7 +112,7 @@ def fill_lower(
     between, most = inputs.in_order(), held_samples(inputs)
     left = inputs.num_samples  # rows that are still to be done: the first ones
     while left:
-        size = even_size(left, min(portion.read(), most))
+        size = even_size(left, min(share.read(), most))
         ends = [(start, min(start + size, left)) for start in range(0, left, size)]
         carried: list[Tile] = []
 
@@ -121,7 +121,7 @@ def fill_lower(
 
         for i in reversed(range(len(ends))):
             row = partial(_fill_row, [slice(*end) for end in ends], i, carried, made, add)
-            if attempt(portion, ends[0][1], row) is None:
+            if retry(share, ends[0][1], row) is None:
                 carried.clear()
                 clear(slice(*ends[i]))
                 break

@@ -1,9 +1,9 @@
 """The trial of rules, once for a model: where the samples are in each call, and whether its rule holds.
 
-Two backward passes on a graph that the trial of values has left: for random cotangents w, and for s_n w_n with one
-random factor s_n for each sample. Backward passes are linear: a row of sample n has s_n times its gradient in the
-second, which shows where the samples lie. The gradients of the parameters themselves come with the first, and
-must be what the rules make of the gradients at the calls.
+Two backward passes on a graph that the trial of values has left: for random cotangents w, and for s_n w_n
+with one random factor s_n for each sample. Backward passes are linear: a row of sample n has s_n times its
+gradient in the second, which shows where the samples lie. The gradients of the parameters themselves come
+with the first, and must be what the rules make of the gradients at the calls.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
         except NtkopsError:
             raise
         except _FAILURES as error:
-            # Backward passes may fail, too: a checkpointed block runs again without the recorder, and finds other
-            # saved tensors where a fused function was replaced.
+            # Backward passes may fail, too: a checkpointed block runs again without the recorder, and finds
+            # other saved tensors where a fused function was replaced.
             reason = f"the forward pass cannot be recorded: {first_line(error)[:120]}"
             coverage = Coverage(frozenset(), dict.fromkeys(range(len(names)), reason), {})
     for index, reason in coverage.reasons.items():
@@ -107,14 +107,12 @@ class _Trial:
         scaled = self._check(numbers, {})
         sent = scaled.cotangents(self._cotangents)
         others = dict(zip(numbers, backward(first, sent, numbers, False, False), strict=True))
-        layouts = self._layouts(gradients, others, scaled.factors)
+        layouts = self._layouts(gradients, others, sent, scaled.factors)
         coverage = Coverage(frozenset(range(len(names))) - self._reasons.keys(), self._reasons, layouts)
         while True:
             units = plan_units(first.calls, coverage.covered)
             try:
-                collector = Collector(
-                    first, units, layouts, self._count, 1, self._lin.dtype
-                )
+                collector = Collector(first, units, layouts, self._count, 1, self._lin.dtype)
                 collector.add(0, 1, gradients)
                 factors = collector.finish()
                 self._require_sums(factors, own, gradients)
@@ -128,14 +126,14 @@ class _Trial:
                 coverage = coverage.without(index, "the output does not use it")
             return coverage
         coverage = coverage.measured(factors)
-        coverage = replace(coverage, batched=self._can_batch(coverage, collector.numbers, gradients, others, sent))
+        coverage = replace(
+            coverage, batched=self._can_batch(coverage, collector.numbers, gradients, others, sent)
+        )
         return self._with_tail(coverage, factors)
 
     # -- where the samples are
 
-    def _differentiated(
-        self, numbers: Sequence[int]
-    ) -> tuple[dict[int, Tensor | None], dict[int, Tensor]]:
+    def _differentiated(self, numbers: Sequence[int]) -> tuple[dict[int, Tensor | None], dict[int, Tensor]]:
         """Return gradients at the calls, ``(1, *shape)``, and of what stands for parameters in them."""
         first = self._first
         leaves = {id(leaf): leaf for call in first.calls for leaf in call.leaves.values()}
@@ -151,7 +149,9 @@ class _Trial:
         )
         at_calls = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
         of_leaves = dict(zip(leaves, found[len(edges) :], strict=True))
-        return dict(zip(numbers, at_calls, strict=True)), {k: g for k, g in of_leaves.items() if g is not None}
+        return dict(zip(numbers, at_calls, strict=True)), {
+            k: g for k, g in of_leaves.items() if g is not None
+        }
 
     def _vector(self, count: int) -> Tensor:
         if count not in self._vectors:
@@ -171,6 +171,7 @@ class _Trial:
         self,
         gradients: dict[int, Tensor | None],
         others: dict[int, Tensor | None],
+        sent: Tensor,
         factors: tuple[Tensor, Tensor],
     ) -> dict[Signature, Layout]:
         """Find the sample axis of every call; calls without one lose their parameters."""
@@ -179,6 +180,15 @@ class _Trial:
         for call in second.calls:
             twins.setdefault(call.signature, []).append(call)
         met = dict.fromkeys(twins, 0)
+        kept: dict[int, Tensor | None] = {}
+
+        def multiples(multiple: float) -> dict[int, Tensor | None]:
+            if not kept:
+                numbers = range(len(first.calls))
+                found = backward(first, multiple * sent, numbers, False, False)
+                kept.update(zip(numbers, found, strict=True))
+            return kept
+
         layouts: dict[Signature, Layout] = {}
         for number, call in enumerate(first.calls):
             if call.signature not in twins:
@@ -194,7 +204,7 @@ class _Trial:
             for layout in self._candidates(call, other):
                 check = self._check([number], {number: layout}, factors)
                 check.add(0, {number: gradients[number]})
-                if not check.differing({number: others[number]}):
+                if not check.differing({number: others[number]}, multiples):
                     fitting.append(layout)
             if len(fitting) > 1:  # no gradient at all: the values tell
                 fitting = [layout for layout in fitting if self._values_agree(layout, call, other)]
@@ -243,7 +253,7 @@ class _Trial:
     def _require_sums(
         self, factors: Factors, own: dict[int, Tensor], gradients: dict[int, Tensor | None]
     ) -> None:
-        """Compare what the rules give for every unit with the gradient of its parameter, one after the other."""
+        """Compare what the rules give for every unit with the gradient of its parameter."""
         places: dict[int, dict[int, Place]] = {}  # parameter: what stands for it, and what that shows of it
         for call in self._first.calls:
             for role, place in call.places.items():
@@ -263,7 +273,9 @@ class _Trial:
                     share = difference / max(float(expected.norm()), 1e-300)
                     lost[index] = f"its layer rule and automatic differentiation differ by {share:.1e}"
                     logger.warning(
-                        "parameter %r goes to automatic differentiation: %s", self._lin.names[index], lost[index]
+                        "parameter %r goes to automatic differentiation: %s",
+                        self._lin.names[index],
+                        lost[index],
                     )
         if lost:
             raise CoverageChanged(lost)
@@ -302,13 +314,15 @@ class _Trial:
     # -- a wide linear layer at the end
 
     def _with_tail(self, coverage: Coverage, factors: Factors) -> Coverage:
-        """Return the coverage with the linear layer that ends the model, if it is wider than what it reads."""
+        """Return the coverage with the linear layer that ends the model, if there is a wide one."""
         tail = find_tail(self._first, coverage.covered, coverage.layouts, self._lin.shapes)
         if tail is None:
             return coverage
         body = replace(coverage, covered=coverage.covered - tail.parameters).measured(factors)
         units = plan_units(self._first.calls, body.covered)
-        if not units or not self._reads_through(tail, sorted({use.call for unit in units for use in unit.uses})):
+        if not units or not self._reads_through(
+            tail, sorted({use.call for unit in units for use in unit.uses})
+        ):
             logger.info("the last linear layer is not the end of the model: one backward pass an output")
             return coverage
         return replace(coverage, tail=tail, body=body)
@@ -336,7 +350,9 @@ def _sums(layer: Outer | Direct, gradients: dict[int, Tensor | None]) -> list[tu
     if isinstance(layer, Direct):
         # Over positions a gradient may cancel; its rounding is that of the terms.
         terms = [gradients[use.call] for use in unit.uses]
-        scale = float(layer.gradients.norm(dim=2).sum()) + sum(float(g.norm()) for g in terms if g is not None)
+        scale = float(layer.gradients.norm(dim=2).sum()) + sum(
+            float(g.norm()) for g in terms if g is not None
+        )
         return [(unit.index, unit.start, layer.gradients.sum((0, 1)), scale)]
     held, signals = layer.activations, layer.gradients[:, 0]  # (B, groups, d_out, S)
     flat = signals.permute(1, 2, 0, 3).flatten(2)  # (groups, d_out, B·S)

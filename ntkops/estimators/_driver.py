@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engines import Tally, count_passes
+from ..engines import PassCounter, count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..results import Estimate
 from ._exact import DEFAULT_EVERY, ExactWork
@@ -230,7 +230,7 @@ class _Account:
 
     def __enter__(self) -> _Account:
         self._counting = count_passes()
-        self._tally: Tally = self._counting.__enter__()
+        self._tally: PassCounter = self._counting.__enter__()
         return self
 
     def __exit__(self, *problem: object) -> None:

@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-import scipy.stats
-
 __all__ = ["extremal_quantile", "student_quantile"]
 
 _LEVELS = (0.05, 0.025, 0.05 / 6, 0.05 / 12, 0.05 / 30, 0.05 / 90)
@@ -82,4 +80,6 @@ def _at_level(level: float, count: int) -> float:
 
 def student_quantile(level: float, freedom: int) -> float:
     """Return the half width, in standard errors, of the interval that errs with probability ``level``."""
+    import scipy.stats  # here: it takes long to load
+
     return float(scipy.stats.t.ppf(1 - level / 2, freedom)) if freedom > 0 else float("inf")

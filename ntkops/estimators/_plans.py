@@ -100,7 +100,7 @@ class ScalarPlan:
         if pays(self.operands):
             return "stratified"
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
-        if any(info is not None and info.rung == "reverse" for info in infos):
+        if any(info is not None and info.mode == "reverse" for info in infos):
             return "reverse" if self.quantity.needs_pairs else "rhutch"
         known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
         return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite

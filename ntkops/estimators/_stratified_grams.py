@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.shared_passes import SharedPasses
+from ..engines.passes import SharedPasses
 from ..errors import InputError, UnsupportedOperationError
 from ..operators.structure import tile_slices
 from ._request import Operand, require_finite

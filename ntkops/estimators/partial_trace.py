@@ -10,7 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines.shared_passes import SharedPasses
+from ..engines.passes import SharedPasses
 from ..errors import UnsupportedOperationError
 from ..operators.structure import dense_from_tiles, structure, tile_count
 from ..results import Estimate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .batches import Batch
+from .batch import Batch
 from .build import linearize
 from .inputs import Inputs
 from .linearization import Linearization

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
 from .call import FunctionCall, ModuleCall, uncompiled
-from .checks import require_finite, require_mode, require_selected, require_supported, require_tensors
-from .freshness import Watch, hold
+from .inspection import require_finite, require_mode, require_selected, require_supported, require_tensors
 from .linearization import Linearization
 from .output import OutputSelector
 from .selection import Selector, select_parameters
+from .watch import Watch, hold
 
 __all__ = ["Output", "linearize"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import pickle
 import sys
 import threading
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError
-from .mended import prelu
-from .pickles import pickle_parametrized
-from .randomness import untouched_randomness
+from .context import untouched_randomness
+from .corrections import prelu
 
-__all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within"]
+__all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within", "uncompiled"]
+
 
 Reader = Callable[[nn.Module | None, Callable[[], Any]], Any]
 Slot = tuple[nn.Module, str, str, int]
@@ -51,6 +52,10 @@ _OPAQUE = (
     torch.dtype,
     torch.device,
 )
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
 
 def tensors_within(root: object) -> list[Tensor]:
@@ -166,13 +171,45 @@ def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
     return nn.functional.embedding(tokens, module.weight)
 
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
-_OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
-
-
 def _prelu(module: nn.PReLU, input: Tensor) -> Tensor:
     """Have one slope at zero."""
     return prelu(input, module.weight)
+
+
+# torch refuses to pickle modules whose class a parametrisation made at run time.
+
+
+def _parametrized_tensor(name: str) -> property:
+    def read(module: Any) -> Tensor:
+        return module.parametrizations[name]()
+
+    return property(read)
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """Return an empty module of the class that a parametrisation would make of ``base``."""
+    attributes = {name: _parametrized_tensor(name) for name in names}
+    made: Any = type(f"Parametrized{base.__name__}", (base,), attributes)
+    return object.__new__(made)
+
+
+class _Pickler(pickle.Pickler):
+    """Takes parametrised modules apart into their original class and their contents."""
+
+    def reducer_override(self, item: Any) -> Any:
+        """Reduce parametrised modules; leave everything else to the usual ways."""
+        if not isinstance(item, nn.Module) or not parametrize.is_parametrized(item):
+            return NotImplemented
+        state = {key: value for key, value in vars(item).items() if key != "_flat_weight_refs"}
+        names = tuple(dict(item.parametrizations.items()))  # type: ignore[union-attr, operator]
+        return _rebuild, (parametrize.type_before_parametrizations(item), names), state
+
+
+def _pickle_parametrized(item: object) -> bytes:
+    """Return the pickle of an object that holds parametrised modules."""
+    target = io.BytesIO()
+    _Pickler(target, protocol=pickle.HIGHEST_PROTOCOL).dump(item)
+    return target.getvalue()
 
 
 class _Call:
@@ -279,7 +316,7 @@ class ModuleCall(_Call):
         made = ("_lock", "_targets", "_recurrent", "_resting", "_resting_containers")
         state = {key: value for key, value in vars(self).items() if key not in made}
         if any(map(parametrize.is_parametrized, self.root.modules())):
-            return {"pickled": pickle_parametrized(state)}
+            return {"pickled": _pickle_parametrized(state)}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

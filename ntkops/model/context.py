@@ -1,4 +1,4 @@
-"""The safe context: global settings under which products of J are right, restored afterwards.
+"""The context of every call: global settings and random state under which products of J are right, put back.
 
 Most of these settings belong to the whole process. Threads that enter and leave at different times
 would restore each other's values, so each setting is a counted switch: the first to enter saves,
@@ -7,25 +7,30 @@ the last to leave restores.
 
 from __future__ import annotations
 
+import functools
 import os
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["full_precision", "one_at_a_time", "safe_context"]
+__all__ = [
+    "disturb_randomness",
+    "full_precision",
+    "one_at_a_time",
+    "random_state_moved",
+    "safe_context",
+    "untouched_randomness",
+]
 
 
 class _Switch:
-    """A process-wide setting that is held at one value while anybody needs it.
-
-    Args:
-        read: Returns the setting.
-        write: Changes it.
-        target: What it must be, given what it is.
-    """
+    """A process-wide setting that is held at ``target(read())`` while anybody needs it."""
 
     def __init__(
         self, read: Callable[[], Any], write: Callable[[Any], Any], target: Callable[[Any], Any]
@@ -166,9 +171,6 @@ def one_at_a_time(settings: AbstractContextManager[None]) -> Iterator[None]:
 
     The level of torch's forward mode belongs to the whole process: products in two threads would end each
     other's, or differentiate along each other's tangents.
-
-    Args:
-        settings: What is held in turn.
     """
     with _COMPUTING, settings:
         yield
@@ -176,11 +178,7 @@ def one_at_a_time(settings: AbstractContextManager[None]) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Hold autocast, TF32 and reduced CPU precision off, for products of tensors without a model.
-
-    Args:
-        device: Where they are multiplied.
-    """
+    """Hold autocast, TF32 and reduced CPU precision off, for products of tensors without a model."""
     with ExitStack() as stack:
         now = _read_matmul()
         if now != (now[0] and "highest", _full(now[1])):  # else there is nothing to hold, and it is cheap
@@ -220,3 +218,62 @@ def safe_context(
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         yield
+
+
+def _states(device: torch.device | None) -> list[tuple[Any, Callable[[Any], None]]]:
+    """Return every global random state, each with what sets it."""
+    states: list[tuple[Any, Callable[[Any], None]]] = [
+        (torch.get_rng_state(), torch.set_rng_state),
+        (random.getstate(), random.setstate),
+    ]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states.append((numpy.random.get_state(), numpy.random.set_state))
+    if device is not None and device.type == "cuda":
+        states.append(
+            (torch.cuda.get_rng_state(device), functools.partial(torch.cuda.set_rng_state, device=device))
+        )
+    return states
+
+
+@contextmanager
+def untouched_randomness(device: torch.device | None = None) -> Iterator[None]:
+    """Restore random states of torch (a CUDA device, too), Python and NumPy, also after an exception."""
+    states = _states(device)
+    try:
+        yield
+    finally:
+        for state, put_back in states:
+            put_back(state)
+
+
+def disturb_randomness(seed: int) -> None:
+    """Put all global generators into another state; only for use inside `untouched_randomness`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+
+
+@contextmanager
+def random_state_moved(device: torch.device | None = None) -> Iterator[list[bool]]:
+    """Tell whether a global random state moved inside the block.
+
+    Yields:
+        A list that holds one flag after the block.
+    """
+    moved: list[bool] = []
+    before = _states(device)
+    yield moved
+    moved.append(
+        any(not _equal(old, new) for (old, _), (new, _) in zip(before, _states(device), strict=False))
+    )
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, tuple):
+        return all(map(_equal, left, right))
+    return bool(left.tobytes() == right.tobytes()) if hasattr(left, "tobytes") else bool(left == right)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoupledSamplesError, OutputError, UnsupportedModelError
-from .batches import Batch, take
+from .batch import Batch, take
 from .precision import lowest_dtype
 from .rounding import UNITS, neighbours
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .batches import Batch, concatenate, cut, normalise, require_sound, take
-from .freshness import Watch, hold, require_fresh
-from .parts import StreamReader
-from .stream import Stream, require_matching
+from .batch import Batch, concatenate, cut, normalise, require_sound, take
+from .stream import Stream, StreamReader, require_matching
+from .watch import Watch, hold, require_fresh
 
 if TYPE_CHECKING:
     from .trial import Recordings
@@ -62,8 +61,13 @@ class Inputs:
         recordings, self._recordings = self._recordings, None
         return recordings
 
+    def head(self, count: int) -> Inputs:
+        """Return copies of the first samples, fewer where there are not so many."""
+        batch = self.select(torch.arange(min(count, self.num_samples)))._whole()
+        return Inputs(batch.map(lambda t: t.detach().clone()), self.output_shape)
+
     def place(self, start: int, stop: int) -> tuple[object, object] | None:
-        """Return what holds some samples, and which of it they are; None where they are read anew each time."""
+        """Return what holds some samples, and which of it they are; None where they are read anew."""
         if isinstance(self._source, Stream):
             return None
         if isinstance(self._index, Tensor):

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DtypeError, OutputError, ShapeError
-from .batches import Batch, take
+from .batch import Batch, take
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
-from .freshness import Watch, require_fresh
+from .corrections import CORRECTED, Corrected
 from .inputs import Inputs, read_inputs
-from .mended import MENDED, Mended
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
 from .trial import Recordings, differing_rows, examine
 from .verdict import StateFacts, Verdict
+from .watch import Watch, require_fresh
 
 __all__ = ["Linearization"]
 
@@ -41,6 +41,8 @@ class Linearization:
         parameters: Their values: detached copies, or the live tensors if ``differentiable``.
         batch_dim: The sample axis of inputs and output.
         differentiable: Whether parameters and inputs keep their autograd graph.
+        is_recurrent: Whether the model has recurrent layers.
+        verdict: What is known of the model.
     """
 
     def __init__(
@@ -70,9 +72,9 @@ class Linearization:
         # Weak: to recognise the user's tensors in the trial run, without keeping them alive.
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
         modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._has_mended = any(isinstance(module, MENDED) for module in modules)
-        self._is_mended = True  # until a call has shown that there is nothing to mend
+        self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+        self._has_corrected = any(isinstance(module, CORRECTED) for module in modules)
+        self._is_corrected = True  # until a call has shown that nothing needs correction
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
     # -- sizes
@@ -102,6 +104,17 @@ class Linearization:
         """Device of the selected parameters, and of all products."""
         return self.parameters[0].device
 
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of what a forward pass over one sample computes, of the largest kind of sample."""
+        return max((facts.activation_bytes for facts in self.verdict.states), default=1)
+
+    @property
+    def lowest_dtype(self) -> torch.dtype:
+        """The coarsest floating dtype in which the model computes, as far as is known."""
+        dtypes = [self.dtype, *(facts.lowest_dtype for facts in self.verdict.states)]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
     # -- what the trial run needs to know
 
     @property
@@ -129,11 +142,11 @@ class Linearization:
     def raw_state(self, params: Sequence[Tensor], batch: Batch, reader: Reader | None = None) -> Any:
         """Call the model once and return the selected state as it is, or what a reader returns."""
         values, read = (*params, *self.constants), reader or self.selector.read
-        if not self._is_mended:
+        if not self._is_corrected:
             return self.call.run(values, batch.inputs, read)
-        with Mended(recorded=self.differentiable) as mended:
+        with Corrected(recorded=self.differentiable) as corrections:
             state = self.call.run(values, batch.inputs, read)
-        self._is_mended = mended.needed or self._has_mended or self.differentiable
+        self._is_corrected = corrections.needed or self._has_corrected or self.differentiable
         return state
 
     # -- the function
@@ -252,7 +265,7 @@ class Linearization:
                 self.device,
                 math_attention=math_attention,
                 no_mkldnn=self._fused_recurrent and low and self.device.type == "cpu",
-                no_cudnn=self._recurrent,
+                no_cudnn=self.is_recurrent,
             )
         )
 
@@ -283,7 +296,7 @@ class Linearization:
         if kept == {id(tensor) for tensor in (*self.parameters, *self.constants)}:
             return self
         others = {id(tensor) for _, tensor in self.call.others}
-        return Linearization(
+        moved = Linearization(
             self.call,
             self.selector,
             parameters,
@@ -294,6 +307,8 @@ class Linearization:
             watches=tuple(watch for watch in self._watches if id(watch.tensor) in kept | others),
             origins=dict(self.origins()),
         )
+        moved.verdict.coverage = self.verdict.coverage
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out references to the user's tensors, and versions: they are this process's."""

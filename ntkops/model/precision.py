@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 if TYPE_CHECKING:
-    from .batches import Batch
+    from .batch import Batch
     from .linearization import Linearization
 
 __all__ = ["lowest_dtype"]

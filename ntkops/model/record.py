@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .batches import Batch
+from .batch import Batch
 
 __all__ = ["Call", "Entry", "Place", "Recorder", "Recording", "describe_calls", "record"]
 
@@ -90,13 +90,11 @@ class Recording:
         output: ``(B, O)`` with its autograd graph.
         calls: The understood uses that the output may depend on, in order.
         uncovered: Numbers of parameters that the output also depends on in other ways, and which.
-        expanded: Names of the fused functions that simple ones stood in for.
     """
 
     output: Tensor
     calls: list[Call]
     uncovered: dict[int, str]
-    expanded: frozenset[str]
 
 
 _CATALOGUE: dict[Any, Entry] = {}
@@ -173,13 +171,12 @@ class Recorder(TorchFunctionMode):
             int, Tensor
         ] = {}  # the leaf that stands for a parameter, or a view of one, in calls
         self._names: dict[int, set[str]] = {}
-        self._expanded: set[str] = set()
 
     def recording(self, output: Tensor) -> Recording:
         """Return what was seen up to an output ``(B, O)``."""
         uncovered = self.uncovered(output) if output.requires_grad else {}
         calls = [traced.call for traced in self._traced]
-        return Recording(output, calls, uncovered, frozenset(self._expanded))
+        return Recording(output, calls, uncovered)
 
     def _found(self, values: Any) -> Iterator[Place]:
         for value in values:
@@ -212,7 +209,6 @@ class Recorder(TorchFunctionMode):
             with self:
                 result = expansion(*args, **kwargs)
             if result is not NotImplemented:
-                self._expanded.add(getattr(function, "__name__", str(function)))
                 return result
         result = function(*args, **kwargs)
         if _is_recorded(result):
@@ -342,6 +338,8 @@ def _place_of(part: Tensor, source: Tensor, place: Place) -> Place | None:
     """Return what a view of a tracked tensor shows, or None if it is not a transpose or a range of rows."""
     if part.dim() != source.dim() or part.dtype != source.dtype or part.device != source.device:
         return None
+    if part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+        return None  # rows that are picked by number are a copy
     offset = part.storage_offset() - source.storage_offset()
     if part.shape == source.shape and part.stride() == source.stride() and offset == 0:
         return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError, NonDeterministicDataError
-from .batches import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
-from .freshness import bits_of
-from .prefetch import moved_ahead
-from .randomness import disturb_randomness, untouched_randomness
+from .batch import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
+from .context import disturb_randomness, untouched_randomness
+from .watch import bits_of
 
-__all__ = ["Stream", "require_matching"]
+__all__ = ["Stream", "StreamReader", "moved_ahead", "require_matching"]
+
 
 _OTHER_SEED = 7238763
 _HASHED = 2**18  # words hashed at a time
@@ -304,3 +305,99 @@ def _require_reiterable(source: Any) -> None:
             f"the inputs are a {kind}; pass a tensor, a tuple or dict of tensors, or a re-iterable of "
             "batches of these"
         )
+
+
+def moved_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device.
+
+    On CUDA the next batch is read, pinned and copied on a side stream while the work on this one is still
+    queued: at most two batches are on the device at a time. Elsewhere each is copied as it is asked for.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.map(lambda tensor: tensor.to(device))
+        return
+    side = torch.cuda.Stream(device)
+    coming: deque[tuple[Batch, Any]] = deque()
+    for batch in batches:
+        coming.append(_sent(batch, device, side))
+        if len(coming) > 1:
+            yield _arrived(*coming.popleft(), device)
+    while coming:
+        yield _arrived(*coming.popleft(), device)
+
+
+def _sent(batch: Batch, device: torch.device, side: Any) -> tuple[Batch, Any]:
+    """Start the copy of a batch, and return it with the event of its arrival."""
+
+    def send(tensor: Tensor) -> Tensor:
+        # The allocator of pinned memory keeps it until the copy is done.
+        pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    with torch.cuda.stream(side):
+        sent = batch.map(send)
+        return sent, side.record_event()
+
+
+def _arrived(batch: Batch, event: Any, device: torch.device) -> Batch:
+    """Let the work that follows wait for the copy, and keep its memory from being used again before that."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(event)
+    for tensor in batch.tensors:
+        tensor.record_stream(current)
+    return batch
+
+
+class StreamReader:
+    """Gives ranges of samples of a stream; ranges that follow each other are read in one pass.
+
+    What was given last, and the rest of the batch after it, is kept: a range may be asked for again, or
+    in smaller pieces. One that begins earlier starts another pass.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._arriving: Iterator[tuple[int, Batch]] | None = None
+        self._held: list[Batch] = []
+        self._start = self._stop = 0  # samples that are held
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return the samples from ``start`` up to ``stop``, in memory of their own.
+
+        Raises:
+            InputError: If they come from batches of different shapes.
+            NonDeterministicDataError: If the source gives other data than at first.
+        """
+        if self._arriving is None or start < self._start or (start > self._stop and self._stream.seeks):
+            self._arriving = self._stream.batches_from(start)
+            self._held, self._start, self._stop = [], start, start
+        self._forget(start)
+        while self._stop < stop:
+            first, batch = next(self._arriving)
+            end = first + batch.num_samples
+            if end > start:  # copied: a source may write its next batch over this one
+                self._held.append(copied(cut(batch, max(0, start - first), batch.num_samples)))
+            self._stop = end
+        if stop == self._stream.num_samples:
+            next(self._arriving, None)  # nothing may follow
+        taken, at = [], self._start
+        for batch in self._held:
+            taken.append(cut(batch, 0, min(batch.num_samples, stop - at)))
+            require_matching(taken[0], taken[-1], start, stop - 1)
+            at += batch.num_samples
+            if at >= stop:
+                break
+        return concatenate(taken)
+
+    def _forget(self, start: int) -> None:
+        """Drop the samples before the first one wanted."""
+        while self._start < start:
+            first = self._held.pop(0) if self._held else None
+            if first is None:
+                self._start = start
+            elif self._start + first.num_samples <= start:
+                self._start += first.num_samples
+            else:
+                self._held.insert(0, cut(first, start - self._start, first.num_samples))
+                self._start = start

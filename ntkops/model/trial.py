@@ -1,10 +1,11 @@
 """The trial of values: a few samples through the private copy, before anything is built on it.
 
-It looks for what no inspection of modules can see: hidden randomness, writes in place, coupled samples, uses of
-the original model, and modules that are called again in the backward pass. Two passes are enough for nearly
-every model: one over a few samples, and one over some of them in another order. Both are recorded, so that layer
-rules are tried on the graphs that are there already. Whatever is out of the ordinary in them is no verdict: then
-a search follows, pass by pass, which names the culprit or finds that there is none.
+It looks for what no inspection of modules can see: hidden randomness, writes in place, coupled samples,
+uses of the original model, and modules that are called again in the backward pass. Two passes are enough
+for nearly every model: one over a few samples, and one over some of them in another order. Both are
+recorded, so that layer rules are tried on the graphs that are there already. Whatever is out of the
+ordinary in them is no verdict: then a search follows, pass by pass, which names the culprit or finds that
+there is none.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from ..errors import (
     StochasticModelError,
     UnsupportedModelError,
 )
-from .batches import Batch, take
+from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
+from .context import disturb_randomness, random_state_moved, untouched_randomness
 from .coupling import SampleAxis, first_line
-from .freshness import Watch, same_bits
 from .output import require_state, sample_rows
-from .randomness import disturb_randomness, random_state_moved, untouched_randomness
 from .record import Recorder, Recording
 from .verdict import StateFacts
+from .watch import Watch, same_bits
 
 if TYPE_CHECKING:
     from .linearization import Linearization
@@ -130,6 +131,8 @@ class _Trial:
         try:
             first, state = self._first_pass()
             second = self._second_pass(state.detach())
+        except ModelMutationError:
+            raise  # another call would find what this one has left behind
         except Exception:
             return None  # the search runs into it again, and says what it is
         finally:
@@ -150,7 +153,10 @@ class _Trial:
             state = require_state(state, self.sample.num_samples, self.axis, self.lin.output_name)
             recording = recorder.recording(sample_rows(state, self.axis, self.params[0].dtype))
         after = (*self.lin.buffers.values(), *batch.tensors)
-        moved = not all(same_bits(old, new) for old, new in zip(before, after, strict=True))
+        moved = [new for old, new in zip(before, after, strict=True) if not same_bits(old, new)]
+        for old, new in zip(before, after, strict=True):
+            if any(new is other for other in moved):  # by a write that torch does not see
+                new.detach().copy_(old)
         if reassigned or moved or recorder.runs_again or bool(state.isnan().any()):
             raise _Unusual
         self.lin.call.differentiates |= recorder.differentiates
@@ -430,7 +436,7 @@ class _Trial:
             call.replicate = True
             retried = self.state(batch, leaves)
             if not self._backward_works(retried, leaves):
-                call.replicate = False  # not the cause: the ladder will find what works
+                call.replicate = False  # not the cause: what works is found when it is differentiated
             return self.state(batch, leaves)
 
     def _backward_works(self, state: Tensor, leaves: Sequence[Tensor]) -> bool:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .batches import Batch, same_kind
-from .freshness import Watch
+from .batch import Batch, same_kind
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -99,4 +99,4 @@ class Verdict:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Start with no kinds of input and no batches."""
-        self.__init__(coverage=state["coverage"], differentiation=state["differentiation"])  # type: ignore[misc]
+        vars(self).update(state, states=[], _seen=weakref.WeakKeyDictionary())

@@ -33,7 +33,7 @@ class EngineOperator(IndexedOperator):
 
     @property
     def engine_info(self) -> EngineInfo:
-        """How products are computed: engine, rung of the ladder, layers, chunk sizes, passes so far.
+        """How products are computed: engine, mode of differentiation, layers, chunk sizes, passes so far.
 
         Cost: for the layerwise engine one forward and one backward pass over one sample, once.
         """
@@ -42,9 +42,9 @@ class EngineOperator(IndexedOperator):
         layers = self._layers()  # first: it may find that the layerwise way has to be left
         return EngineInfo(
             engine=engine.name,
-            rung=engine.ladder.rung,
-            per_sample=engine.ladder.per_sample,
-            reasons=engine.ladder.reasons,
+            mode=engine.differentiation.mode,
+            per_sample=engine.differentiation.per_sample,
+            reasons=engine.differentiation.reasons,
             dense=self._stored_dense() is not None,
             batch_size=min(engine.batch_size(axis.inputs), axis.inputs.num_samples),
             chunk_size=engine.chunk_size(),

@@ -20,7 +20,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..engines import count_passes
-from ..engines.tally import report_passes
+from ..engines.passes import report_passes
 from ..errors import NonFiniteError
 from ..vectors import Space
 from .axes import StateAxis

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from linear_operator.operators import LinearOperator
-from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 from ..errors import DtypeError, ShapeError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 __all__ = ["to_scipy"]
 
@@ -18,6 +20,8 @@ _NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.flo
 
 def to_scipy(operator: LinearOperator) -> ScipyOperator:
     """Return the SciPy view of a two-dimensional operator; see `EngineOperator.to_scipy`."""
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
     if operator.dim() != 2:
         raise ShapeError(
             f"SciPy operators are matrices, this one has shape {tuple(operator.shape)}: index its batch"

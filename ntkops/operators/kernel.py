@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -105,23 +104,28 @@ class NTKOperator(KernelAlgebra, EngineOperator):
     # dense results
 
     def _dense_cost(self) -> float:
-        return min(self._block_cost(), self._column_cost())
+        return self._column_cost() if self._by_columns() else self._block_cost()
 
     def _block_cost(self) -> float:
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _column_cost(self) -> float:
-        if self._core.engine.ladder.rung == "reverse":
-            return math.inf  # J p does not exist
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
+
+    def _by_columns(self) -> bool:
+        """Whether products are the cheaper way to a dense kernel; where J p does not exist they are none."""
+        # In this order: which mode a model allows is found with the first product that needs one.
+        return (
+            self._column_cost() < self._block_cost() and self._core.engine.differentiation.mode != "reverse"
+        )
 
     def _dense_instead(self) -> Tensor | None:
         fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes
-        return self._dense_built() if fits and self._core.engine.ladder.rung == "reverse" else None
+        return self._dense_built() if fits and self._core.engine.differentiation.mode == "reverse" else None
 
     def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
         rows, columns = self._rows, self._columns
-        if self._column_cost() < self._block_cost():
+        if self._by_columns():
             return self._dense_by_columns(params)
         dense = self._core.engine.kernel(
             tuple(params), rows.inputs, columns.inputs, rows.flat_outputs, columns.flat_outputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engines import LayerwiseEngine
-from ..engines.shared_passes import SharedPasses
+from ..engines.passes import SharedPasses
 from ..engines.tiling import sample_slices
 from ..model import Inputs
 from ..model.inputs import joined

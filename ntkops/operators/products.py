@@ -84,7 +84,7 @@ class ProductOperator(LinearOperator):
         size = "x".join(str(s) for s in self.shape)
         return (
             f"{type(self).__name__}({size}, {self.num_parameters} parameters, "
-            f"engine={engine.name!r}, rung={engine.ladder.rung!r}, {self.dtype}, {self.device})"
+            f"engine={engine.name!r}, {self.dtype}, {self.device})"
         )
 
     # products

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..engines.budget import format_bytes
+from ..engines.memory import format_bytes
 from ..errors import InputError, MissingDependencyError, NtkopsWarning
 from .digits import limited_threads
 from .figures import draw_figures

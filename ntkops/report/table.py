@@ -88,7 +88,7 @@ def _sizes(kernel: KernelReport) -> str:
     return (
         f"n = {kernel.size} ({kernel.num_samples} samples x {kernel.num_outputs} outputs), "
         f"P = {kernel.num_parameters}; {kernel.dtype} on {kernel.device}; "
-        f"engine {kernel.engine.engine}, rung {kernel.engine.rung}"
+        f"engine {kernel.engine.engine}, mode {kernel.engine.mode}"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
+from ..errors import NtkopsWarning
 from .passes import PassCount
 
 __all__ = ["EngineInfo", "LayerInfo"]
@@ -44,12 +46,12 @@ class EngineInfo:
 
     Attributes:
         engine: Name of the engine.
-        rung: Rung of the differentiation ladder: "forward" (torch.func vjp and jvp), "double"
+        mode: Mode of differentiation: "forward" (torch.func vjp and jvp), "double"
             (double backward through torch.func), "classic" (torch.autograd.grad, twice) or
             "reverse" (only Jᵀ exists).
         per_sample: How per-sample Jacobians are made: "vmap" over samples and outputs, vmap over samples for
             one output after the other ("rows"), or a "loop" over samples.
-        reasons: Why higher rungs were left, one line each.
+        reasons: Why earlier modes were left, one line each.
         dense: Whether products now use a dense block that was built because it is cheaper.
         batch_size: Samples per pass.
         chunk_size: Columns per pass.
@@ -60,7 +62,7 @@ class EngineInfo:
     """
 
     engine: str
-    rung: str
+    mode: str
     per_sample: str
     reasons: tuple[str, ...] = ()
     dense: bool = False
@@ -70,3 +72,13 @@ class EngineInfo:
     passes: PassCount = field(default_factory=PassCount)
     covered: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
+
+    @property
+    def rung(self) -> str:
+        """The former name of `mode`."""
+        warnings.warn(
+            "EngineInfo.rung is EngineInfo.mode now; the old name goes after two releases",
+            NtkopsWarning,
+            stacklevel=2,
+        )
+        return self.mode

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -52,6 +51,8 @@ def scaled_chi_square(freedom: float, level: float) -> tuple[float, float]:
     """
     if freedom == math.inf:
         return 1.0, 1.0
+    import scipy.stats  # here: it takes long to load
+
     if freedom > _NORMAL:
         width = float(scipy.stats.norm.ppf(1 - level / 2)) * math.sqrt(2 / freedom)
         return 1 / (1 + width), 1 / (1 - width)
@@ -71,6 +72,8 @@ def scaled_chi_squares(means: Tensor, variances: Tensor, probes: int, level: flo
     Returns:
         Low and high ends, ``(g,)``.
     """
+    import scipy.stats
+
     moments = zip(means.tolist(), variances.tolist(), strict=True)
     freedoms = np.array([guarded_freedom(mean, variance, probes) for mean, variance in moments])
     bounded = np.minimum(freedoms, _NORMAL)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..errors import DtypeError, InputError, ParameterShapeError, UnknownParameterError
 from ..model import Linearization
 from ..model.call import ModuleCall
-from ..model.checks import require_finite
-from ..model.freshness import Watch
+from ..model.inspection import require_finite
+from ..model.watch import Watch
 
 __all__ = ["Places", "stored_values"]
 

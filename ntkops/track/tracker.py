@@ -247,7 +247,7 @@ def _route_of(point: Point) -> dict[str, Any]:
     return {
         **{name: getattr(info, name) for name in _PINNED},
         "engine": info.engine,
-        "rung": info.rung,
+        "rung": info.mode,  # as files of earlier releases have it
         "tile": point.kernel.structure.tile_size(),
         "threads": torch.get_num_threads(),
         "device": str(point.linearization.device),

@@ -25,7 +25,7 @@ def jacobian(
     model = copy.deepcopy(model).to(dtype)
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-            # torch's backward pass is wrong for some layouts of gradients, see ntkops/model/mended.py
+            # torch's backward pass is wrong for some layouts of gradients, see ntkops/model/corrections.py
             module.register_forward_hook(lambda _, given, result: result.flatten().view(result.shape))
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # a padding row counts like any other

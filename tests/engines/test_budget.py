@@ -2,7 +2,7 @@
 
 import torch
 
-from ntkops.engines.budget import TensorStore, format_bytes, free_bytes, tensor_bytes
+from ntkops.engines.memory import TensorStore, format_bytes, free_bytes, tensor_bytes
 
 
 def test_free_bytes_is_positive_and_not_more_than_the_machine_has():
@@ -20,7 +20,7 @@ def test_bytes_of_shapes():
 def test_the_least_recently_used_goes_first(monkeypatch):
     store = TensorStore(fraction=1.0)
     # Free memory shrinks as the store fills, so that the sum is what can be held in all.
-    monkeypatch.setattr("ntkops.engines.budget.free_bytes", lambda device: 256 - store.held_bytes())
+    monkeypatch.setattr("ntkops.engines.memory.free_bytes", lambda device: 256 - store.held_bytes())
     first, second, third = (torch.zeros(16, dtype=torch.float64) for _ in range(3))  # 128 bytes each
     assert store.put(0, "a", first) and store.put(1, "b", second)
     assert store.get(0, "a") is first

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ntkops.engines.coverage import record_batch
-from ntkops.engines.layer_rules import CATALOGUE, EXPANSIONS, RULES
+from ntkops.engines.layer_rules import RULES
 from ntkops.engines.layer_rules.attention import multi_head_attention
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.model import linearize
+from ntkops.model.record import _CATALOGUE, _EXPANSIONS, record
 
 
 class Call(nn.Module):
@@ -212,7 +212,7 @@ def test_rule_alone(name, dtype):
     linearization = linearize(cast)
     inputs = linearization.inputs(x)
     engine = LayerwiseEngine.build(linearization, inputs)
-    assert engine.covered == linearization.names, engine.ladder.reasons
+    assert engine.covered == linearization.names, engine.differentiation.reasons
     rounded, exact = reference(model, x, dtype).double(), reference(model, x)
 
     def check(found, make):
@@ -244,7 +244,7 @@ def test_every_rule_is_tested():
         _, model, x = make(name, torch.float64)
         linearization = linearize(model)
         _, _, batch = next(iter(linearization.inputs(x).batches(None)))
-        used |= {call.rule for call in record_batch(linearization, linearization.parameters, batch).calls}
+        used |= {call.rule for call in record(linearization.function, linearization.parameters, batch).calls}
     assert used == set(RULES)
 
 
@@ -270,7 +270,7 @@ def test_unrolled_recurrent_layers_give_the_fused_result(
         type(layer).__name__, torch.rnn_relu if layer.mode == "RNN_RELU" else torch.rnn_tanh
     )
     zeros = torch.zeros_like(state[0] if is_pair else state)
-    found, *ends = EXPANSIONS[name](
+    found, *ends = _EXPANSIONS[name](
         x,
         (zeros, zeros) if is_pair else zeros,
         layer._flat_weights,
@@ -341,11 +341,11 @@ def test_attention_by_matrix_products_gives_the_fused_result(kind, mask, average
 def test_what_unrolling_does_not_handle_is_left_alone():
     layer = nn.LSTM(3, 4, proj_size=2, batch_first=True)
     zeros = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
-    result = EXPANSIONS[torch.lstm](
+    result = _EXPANSIONS[torch.lstm](
         torch.zeros(2, 5, 3), zeros, layer._flat_weights, True, 1, 0.0, False, False, True
     )
     assert result is NotImplemented
-    dropout = EXPANSIONS[torch.gru](
+    dropout = _EXPANSIONS[torch.gru](
         torch.zeros(2, 5, 3), zeros[0], nn.GRU(3, 4)._flat_weights, True, 1, 0.5, True, False, True
     )
     assert dropout is NotImplemented
@@ -355,7 +355,7 @@ def test_catalogue_names_the_arguments_of_its_functions():
     """A wrong order of arguments would bind a weight to another role."""
     import inspect
 
-    for function, entry in CATALOGUE.items():
+    for function, entry in _CATALOGUE.items():
         if inspect.isfunction(function):
             names = tuple(inspect.signature(function).parameters)
             assert entry.arguments == names[: len(entry.arguments)], entry.name

@@ -13,7 +13,7 @@ import ntkops
 from ntkops.engines import count_passes, shared_store
 from ntkops.engines.contract import accumulate_kernel, factor_lengths
 from ntkops.engines.layerwise import LayerwiseEngine
-from ntkops.engines.summing import Workspace
+from ntkops.engines.summation import Workspace
 from ntkops.model import linearize
 from tests.cases import BY_NAME, CASES, REVERSE_ONLY, Case, reference_jacobian
 
@@ -266,7 +266,7 @@ def contractions(J, count):
 def test_blocks(case, dtype):
     engine, linearization, inputs = build(case, dtype)
     names = set(linearization.names)
-    assert set(engine.covered) == names - UNCOVERED.get(case.name, set()), engine.ladder.reasons
+    assert set(engine.covered) == names - UNCOVERED.get(case.name, set()), engine.differentiation.reasons
     reference = Reference(case, dtype, (3, 1), (2, 9))
     count, width = 3, len(reference.exact[0]) // 3
     params = linearization.parameters
@@ -306,7 +306,7 @@ def test_products_from_the_cache(case, dtype):
     jvps = engine.passes.jvp
     reference.check(engine.vjp(params, inputs, v), lambda J, _: flat @ J, "vjp")
     assert engine._cache._held
-    if engine.ladder.rung != "reverse":
+    if engine.differentiation.mode != "reverse":
         reference.check(engine.jvp(params, inputs, p).flatten(1), lambda J, _: p.double() @ J.T, "jvp")
         assert engine.passes.jvp - jvps == columns
         for count in (1, columns):
@@ -327,7 +327,7 @@ def test_products_without_covered_parameters_left_make_no_automatic_differentiat
         raise AssertionError("automatic differentiation was used")
 
     monkeypatch.setattr("ntkops.engines.autograd.linearize_batch", refuse)
-    monkeypatch.setattr("ntkops.engines.gathering.record_batch", refuse)
+    monkeypatch.setattr("ntkops.engines.gathering.record", refuse)
     assert torch.equal(engine.product(params, inputs, inputs, v), expected)
 
 
@@ -495,8 +495,8 @@ def test_a_batch_used_in_another_way_is_left_to_automatic_differentiation(caplog
     with caplog.at_level(logging.WARNING):
         found = engine.kernel(linearization.parameters, far, far, numbers, numbers)[0]
     assert distance(found, J @ J.T) < 1e-12
-    assert "'layer.weight' in another way" in caplog.text
-    assert engine.covered == () and any("another way" in reason for reason in engine.ladder.reasons)
+    assert "'layer.weight' goes to automatic differentiation: no rule for square" in caplog.text
+    assert engine.covered == () and any("another way" in reason for reason in engine.differentiation.reasons)
 
 
 def test_a_wrong_rule_is_found_at_construction(monkeypatch, caplog):
@@ -508,7 +508,7 @@ def test_a_wrong_rule_is_found_at_construction(monkeypatch, caplog):
         engine, linearization, inputs = build(BY_NAME["mlp"])
     assert engine.covered == ("0.bias", "2.bias")
     assert "'0.weight'" in caplog.text
-    assert any("differ by" in reason for reason in engine.ladder.reasons)
+    assert any("differ by" in reason for reason in engine.differentiation.reasons)
     J = jacobian(BY_NAME["mlp"])
     numbers = outputs_of(2)["all"]
     found = engine.kernel(linearization.parameters, inputs, inputs, numbers, numbers)[0]

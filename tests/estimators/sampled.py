@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkops.engines.tally import report_passes
+from ntkops.engines.passes import report_passes
 from ntkops.operators.structure import Tile, tile_slices
 from ntkops.vectors import Space
 from tests.estimators.problems import OnlyProducts

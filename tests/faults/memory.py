@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ntkops.engines.retries import _guarded
+from ntkops.engines.memory import _guarded
 from ntkops.model import Linearization
 
 CPU_TEXT = (

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import ntkops
-from ntkops.engines.retries import _guarded
+from ntkops.engines.memory import _guarded
 from ntkops.model import Linearization
 from ntkops.model.context import _FULL_MATMUL, _MATH_ATTENTION, _NO_FAST_PATH
 from tests.cases import BY_NAME

@@ -8,8 +8,8 @@ import torch
 import ntkops
 from ntkops.engines import LayerwiseEngine
 from ntkops.engines.blocks import dense_kernel
-from ntkops.engines.retries import Portion, attempt, in_parts, is_out_of_memory
-from ntkops.engines.rungs import _TorchFunc
+from ntkops.engines.differentiation import _TorchFunc
+from ntkops.engines.memory import Share, is_out_of_memory, parts, retry
 from ntkops.errors import OutOfMemoryError
 from tests.cases import BY_NAME
 from tests.faults.memory import CPU_TEXT, CUDA_TEXT, short_of_memory
@@ -183,8 +183,8 @@ def test_torch_says_it_in_these_words():
     assert is_out_of_memory(caught.value)
 
 
-def _portion(limits, most=8):
-    return Portion(
+def _share(limits, most=8):
+    return Share(
         "things",
         lambda: limits.get("size", most),
         lambda failed: limits.update(size=failed // 2),
@@ -197,7 +197,7 @@ def test_parts_are_nested_and_the_outer_one_gives_way_first():
     outer, inner, done = {}, {}, []
 
     def work(a, b):
-        for _ in in_parts(6, _portion(inner, 6), lambda c, d: one(b - a, d - c)):
+        for _ in parts(6, _share(inner, 6), lambda c, d: one(b - a, d - c)):
             pass
 
     def one(columns, samples):
@@ -205,7 +205,7 @@ def test_parts_are_nested_and_the_outer_one_gives_way_first():
             raise MemoryError
         done.append((columns, samples))
 
-    for _ in in_parts(8, _portion(outer), work):
+    for _ in parts(8, _share(outer), work):
         pass
     assert outer == {"size": 1} and inner == {"size": 3}
     assert sum(c * s for c, s in done) == 48
@@ -219,13 +219,13 @@ def test_other_exceptions_pass_through():
             raise error
 
         with pytest.raises(type(error)):
-            attempt(_portion(limits), 4, work)
+            retry(_share(limits), 4, work)
     assert limits == {}
 
 
 def test_even_parts_stay_even_and_change_only_with_the_fault():
     limits = {}
-    spans = [(a, b) for a, b, _ in in_parts(10, _portion(limits, 4), lambda a, b: None, even=True)]
+    spans = [(a, b) for a, b, _ in parts(10, _share(limits, 4), lambda a, b: None, even=True)]
     assert spans == [(0, 4), (4, 8), (8, 10)]
 
 

@@ -46,7 +46,7 @@ def check_row(row: Row) -> None:
         K = ntkops.ntk(model, x, **row.options)
         linearization = K._core.engine.linearization
         info = K.engine_info
-        assert (info.engine, info.rung, info.per_sample) == (row.engine, row.rung, row.samples), info.reasons
+        assert (info.engine, info.mode, info.per_sample) == (row.engine, row.mode, row.samples), info.reasons
         _, _, batch = next(iter(linearization.inputs(x).batches(None)))
         lowest = lowest_dtype(linearization, batch)
         assert lowest == row.precision, lowest
@@ -57,7 +57,7 @@ def check_row(row: Row) -> None:
             agrees(operator, J, sizes, tolerance(row.precision))
         lazy = ntkops.ntk(model, x, **row.options, max_dense_bytes=0)
         V = vectors(len(J), 3, seed=5, like=K.left._args[0])
-        if row.rung == "reverse":
+        if row.mode == "reverse":
             with pytest.raises(DifferentiationError, match="method='rhutch'"):
                 lazy @ V
         else:
@@ -82,7 +82,7 @@ def agrees(K: Any, J: Tensor, sizes: list[int], limit: float) -> None:
     scale = 0.01 * float(J.norm())
     for found, wanted in zip(rows.mT.double().split(sizes, 1), J.split(sizes, 1), strict=True):
         assert float((found - wanted).norm()) <= limit * (float(wanted.norm()) + scale)
-    if K.engine_info.rung != "reverse":
+    if K.engine_info.mode != "reverse":
         whole = J.shape[1] <= _WHOLE
         W = torch.eye(J.shape[1], dtype=like.dtype) if whole else vectors(J.shape[1], 3, seed=6, like=like)
         close(left @ W, J @ W.double(), limit, "J p")

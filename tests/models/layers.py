@@ -465,7 +465,7 @@ _LOOPED = """
 MaxUnpool1d MaxUnpool2d MaxUnpool3d Mish RReLU SoftMarginLoss Bilinear FractionalMaxPool2d FractionalMaxPool3d
 RNN GRU LSTM RNNCell GRUCell LSTMCell cumprod cummax quantile
 """
-# Rung and per-sample gradients, where they are not "forward" and "vmap".
+# Mode and per-sample gradients, where they are not "forward" and "vmap".
 HOW: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_LOOPED.split(), ("forward", "loop")),
     **dict.fromkeys(

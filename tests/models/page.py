@@ -20,7 +20,7 @@ def _cells(*cells: str) -> str:
 
 def _row(row: Row) -> str:
     precision = str(row.precision).removeprefix("torch.")
-    return _cells(row.name, row.engine, row.rung, row.samples, precision, row.note)
+    return _cells(row.name, row.engine, row.mode, row.samples, precision, row.note)
 
 
 def _refusal(refusal: Refusal) -> str:
@@ -45,17 +45,17 @@ def _layers() -> str:
     for name, how in HOW.items():
         groups.setdefault(how, []).append(f"`{name}`" if name in LAYERS else name)
     lines = [
-        _cells(rung, samples, _BECAUSE.get(rung, _BECAUSE.get(samples, "")), ", ".join(names))
-        for (rung, samples), names in groups.items()
+        _cells(mode, samples, _BECAUSE.get(mode, _BECAUSE.get(samples, "")), ", ".join(names))
+        for (mode, samples), names in groups.items()
     ]
     usual = f"the other {len(LAYERS) + len(OPERATIONS) - len(HOW)}"
-    head = ("rung", "samples", "because", "layers of torch.nn, and operations")
+    head = ("mode", "samples", "because", "layers of torch.nn, and operations")
     return _table(head, [_cells("forward", "vmap", "", usual), *lines])
 
 
 def tables() -> dict[str, str]:
     """Return each table of the page under its name."""
-    head = ("model", "engine", "rung", "samples", "precision", "way round")
+    head = ("model", "engine", "mode", "samples", "precision", "way round")
     return {
         "torch": _table(head, [_row(row) for row in TORCH_ROWS]),
         "libraries": _table(head, [_row(row) for row in LIBRARY_ROWS]),

@@ -27,7 +27,7 @@ class Row:
         build: Makes the model; the global random state is seeded.
         inputs: Makes N samples.
         engine: Engine that "auto" must choose.
-        rung: Rung of the ladder that must be found.
+        mode: Mode of differentiation that must be found.
         samples: Whether per-sample gradients must come from vmap or from a loop.
         options: Arguments of `ntkops.ntk`: ``output``, ``params``, ``batch_dim``.
         state: The same selection for the reference: from the raw output to ``(N, ...)``.
@@ -43,7 +43,7 @@ class Row:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     engine: str = "layerwise"
-    rung: str = "forward"
+    mode: str = "forward"
     samples: str = "vmap"
     options: dict[str, Any] = field(default_factory=dict)
     state: Callable[[Any], Tensor] = _itself

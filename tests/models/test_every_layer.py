@@ -79,14 +79,14 @@ def test_kernels_and_products(name: str, count: int, engine: str) -> None:
     J = dense_jacobian(model, x)
     K = ntkops.ntk(model, x, engine=engine)
     if not THIS_TORCH.args[0]:
-        assert (K.engine_info.rung, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
+        assert (K.engine_info.mode, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
     close(K.to_dense(), J @ J.T)
     close(K.diagonal(), J.square().sum(1))
     lazy = ntkops.jacobian(model, x, engine=engine)
     V = torch.randn(len(J), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     close(lazy.mT @ V, J.T @ V)
     close(K @ V, J @ (J.T @ V))
-    if K.engine_info.rung != "reverse":
+    if K.engine_info.mode != "reverse":
         close(lazy @ (J.T @ V), J @ (J.T @ V))
 
 
@@ -152,7 +152,7 @@ def test_no_layer_is_missing() -> None:
 @THIS_TORCH
 @pytest.mark.parametrize("name", ["PReLU", "operation: solve", "operation: det", "operation: slogdet"])
 def test_torch_is_wrong_under_vmap_inside_vmap(name: str) -> None:
-    """When this fails torch has mended it, and several outputs of these may go through vmap again."""
+    """When this fails torch has corrected it, and several outputs of these may go through vmap again."""
     model, x = network(name), samples(2)
     parameters = {key: p.detach() for key, p in model.named_parameters()}
     vectors = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -20,4 +20,4 @@ def test_every_row_is_named_once() -> None:
 
 def test_every_exception_has_a_way_round() -> None:
     assert all(refusal.note for refusal in REFUSALS)
-    assert all(row.note for row in (*TORCH_ROWS, *LIBRARY_ROWS) if row.rung == "reverse")
+    assert all(row.note for row in (*TORCH_ROWS, *LIBRARY_ROWS) if row.mode == "reverse")

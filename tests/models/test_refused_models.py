@@ -66,7 +66,7 @@ def test_time_first_works_with_batch_dim() -> None:
 class TestEmbeddingBag:
     """One side of its Jacobian exists; the message says what it is good for, and the way out has both."""
 
-    row = next(row for row in TORCH_ROWS if row.rung == "reverse")
+    row = next(row for row in TORCH_ROWS if row.mode == "reverse")
 
     def test_products_with_j_are_refused(self) -> None:
         model, x = self.row.make(), self.row.draw()
@@ -89,5 +89,5 @@ class TestEmbeddingBag:
         torch.testing.assert_close(model(x), bag(x))
         agrees_after_repair(model, x, {}, state_of({}))
         K = ntkops.ntk(model, x)
-        assert K.engine_info.rung == "forward"
+        assert K.engine_info.mode == "forward"
         torch.testing.assert_close(K.to_dense(), ntkops.ntk(bag, x).to_dense())

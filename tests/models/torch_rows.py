@@ -211,7 +211,7 @@ LAYERS = [
         "nn.EmbeddingBag mean",
         lambda: nn.Sequential(nn.EmbeddingBag(6, 3, mode="mean"), nn.Tanh(), nn.Linear(3, 2)),
         tokens(6, 4),
-        rung="reverse",
+        mode="reverse",
         note="Jᵀ, exact kernels and traces, one-sided estimates; nn.Embedding and .mean(1) for J",
     ),
 ]
@@ -224,7 +224,7 @@ PARAMETERS = [
         "weight_norm parametrization",
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
         THREE,
-        rung="double",
+        mode="double",
         samples="loop",
     ),
     Row(
@@ -272,7 +272,7 @@ CALLS = [
     Row("loss of each token as output", nets.TokenLoss, _token_labels),
     Row("PINN residual by torch.func", nets.FunctionalResidual, normal(1), engine="autograd"),
     Row(
-        "PINN residual by autograd.grad", nets.AutogradResidual, normal(1), engine="autograd", rung="classic"
+        "PINN residual by autograd.grad", nets.AutogradResidual, normal(1), engine="autograd", mode="classic"
     ),
     Row(
         "control flow that looks at values (.item())",
@@ -281,8 +281,8 @@ CALLS = [
         samples="loop",
         note="per-sample gradients by a loop",
     ),
-    Row("checkpointed block (use_reentrant=False)", Checkpointed, THREE, rung="classic"),
-    Row("custom autograd.Function (old style)", OldStyle, THREE, rung="classic"),
+    Row("checkpointed block (use_reentrant=False)", Checkpointed, THREE, mode="classic"),
+    Row("custom autograd.Function (old style)", OldStyle, THREE, mode="classic"),
     Row(
         "torch.compile(model)",
         lambda: torch.compile(mlp(nn.Tanh()), backend="eager"),

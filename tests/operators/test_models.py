@@ -35,7 +35,7 @@ def test_products_match_the_dense_jacobian(case, dtype):
     close(operator @ p[:, 0], J @ p[:, 0].double(), dtype)
     kernel = ntkops.ntk(model, case.data(dtype=dtype), max_dense_bytes=0, **case.options)
     close(kernel @ v, J @ (J.T @ v.double()), dtype)
-    assert kernel.engine_info.rung == EXPECTED_RUNGS.get(case.name, "forward")
+    assert kernel.engine_info.mode == EXPECTED_RUNGS.get(case.name, "forward")
 
 
 @DTYPES
@@ -79,7 +79,7 @@ def test_reverse_only_model_has_transposed_products_and_exact_blocks():
     operator = ntkops.jacobian(model, case.data())
     v = random_block(len(J), 2, torch.float64)
     close(operator.mT @ v, J.T @ v, torch.float64)
-    assert operator.engine_info.rung == "reverse"
+    assert operator.engine_info.mode == "reverse"
     K = ntkops.ntk(model, case.data())
     close(K.to_dense(), J @ J.T, torch.float64)
     close(K.diagonal(), (J @ J.T).diagonal(), torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ntkops
-from ntkops.model.prefetch import moved_ahead
+from ntkops.model.stream import moved_ahead
 from tests.streaming.sources import Counted, made, samples, uneven
 
 N = 41

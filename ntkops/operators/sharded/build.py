@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ...checkpoint import fingerprint
-from ...engines import Engine, EngineChoice, Ladder, LayerwiseEngine, build_engine
+from ...engines import Differentiation, Engine, EngineChoice, LayerwiseEngine, build_engine
 from ...engines.sharded import ShardedEngine
 from ...errors import InputError, ShapeError, ShardingError
 from ...model import Inputs, Linearization, linearize
@@ -91,10 +91,12 @@ def sharded_ntk(
         return _Share(linearization, rows, columns, built)
 
     share = ranks.together(bring, "ntkops.ntk")
-    shape, ladder = _agreed(ranks, share, {**described, "square": x2 is None})
+    shape, differentiation = _agreed(ranks, share, {**described, "square": x2 is None})
     own, names = share.engine, share.linearization.names
     covered = own is None or isinstance(own, LayerwiseEngine) and len(own.covered) == len(names)
-    opened = ShardedEngine(ranks, own, share.linearization, ladder, layered=not ranks.any(not covered))
+    opened = ShardedEngine(
+        ranks, own, share.linearization, differentiation, layered=not ranks.any(not covered)
+    )
 
     def axis(inputs: Inputs | None) -> ShardedAxis:
         held = no_samples(share.linearization, shape) if inputs is None else inputs
@@ -110,7 +112,7 @@ def sharded_ntk(
     return ShardedKernelOperator(*parameters, core=core_of(opened, rows, columns))
 
 
-def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[torch.Size, Ladder]:
+def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[torch.Size, Differentiation]:
     """Compare what the ranks bring.
 
     Args:
@@ -136,9 +138,9 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
         "the options": described,
     }
     outputs = share.shape()
-    ladder = None if share.engine is None else share.engine.ladder
-    rung = None if ladder is None else ladder.rung
-    told = ranks.share((mine, None if outputs is None else tuple(outputs), rung, ladder))
+    differentiation = None if share.engine is None else share.engine.differentiation
+    mode = None if differentiation is None else differentiation.mode
+    told = ranks.share((mine, None if outputs is None else tuple(outputs), mode, differentiation))
     for rank, (theirs, _, _, _) in enumerate(told[1:], 1):
         for what, value in theirs.items():
             if value != told[0][0][what]:
@@ -149,7 +151,7 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
     with_samples = [(rank, found) for rank, found in enumerate(told) if found[1] is not None]
     if not with_samples:
         raise InputError("no rank has a sample; pass at least one on one of them")
-    first, (_, shape, first_rung, first_ladder) = with_samples[0]
+    first, (_, shape, first_rung, first_found) = with_samples[0]
     for rank, (_, other, other_rung, _) in with_samples[1:]:
         if other != shape:
             raise ShardingError(
@@ -161,7 +163,7 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
                 f"the model is differentiated by {other_rung!r} on rank {rank} and by {first_rung!r} on rank "
                 f"{first}: install the same version of torch on all ranks, or choose engine='autograd'"
             )
-    return torch.Size(shape), first_ladder
+    return torch.Size(shape), first_found
 
 
 def _shown(first: Any, other: Any) -> str:

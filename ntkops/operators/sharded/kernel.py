@@ -90,9 +90,9 @@ class _ShardedOperator(ProductOperator):
         sized = local is not None and axis.inputs.num_samples > 0
         return EngineInfo(
             engine="sharded" if local is None else f"sharded {local.name}",
-            rung=engine.ladder.rung,
-            per_sample=engine.ladder.per_sample,
-            reasons=engine.ladder.reasons,
+            mode=engine.differentiation.mode,
+            per_sample=engine.differentiation.per_sample,
+            reasons=engine.differentiation.reasons,
             batch_size=local.batch_size(axis.inputs) if sized and local is not None else None,
             chunk_size=None if local is None else local.chunk_size(),
             max_dense_bytes=0,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...model import Inputs, Linearization
-from ...model.batches import Batch, Layout, Place, normalise
+from ...model.batch import Batch, Layout, Place, normalise
 
 __all__ = ["no_samples", "take_shard"]
 

@@ -208,16 +208,9 @@ def _require_leaf(leaf: Any, label: str) -> None:
 
 
 def normalise(x: Any, batch_dim: int, label: str = "input") -> Batch:
-    """Take one batch apart into its sample tensors and the rest.
+    """Return a tensor, tuple or mapping (nested ones too) as its sample tensors and the rest.
 
-    Args:
-        x: A tensor, tuple or mapping; nested ones too. Leaves that are no tensors, and tensors without
-            axes, pass through to the model as they are.
-        batch_dim: The sample axis of every tensor.
-        label: How messages call it.
-
-    Returns:
-        The batch.
+    Leaves that are no tensors, and tensors without axes, pass through to the model as they are.
 
     Raises:
         InputError: If there is no sample axis, or tensors differ in length along it.
@@ -258,11 +251,7 @@ def require_sound(
 ) -> None:
     """Raise if a batch is empty, not finite, or does not fit the model's dtype or device.
 
-    Args:
-        batch: The samples.
-        dtypes: Floating dtypes of the model, that of the selected parameters first.
-        device: The model's device.
-        offset: Number of samples before this batch, for the row in messages.
+    ``dtypes`` are those of the model, the selected parameters' first; ``offset`` samples came before.
 
     Raises:
         InputError: If there is no sample.

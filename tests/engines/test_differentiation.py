@@ -1,12 +1,11 @@
-"""The differentiation ladder: what is chosen, what is said, what is refused."""
+"""How a model is differentiated: what is chosen, what is said, what is refused."""
 
 import pytest
 import torch
 from torch import nn
 
 import ntkops
-from ntkops.engines.rungs import linearize_batch
-from ntkops.engines.samples import sample_gradients
+from ntkops.engines.differentiation import linearize_batch, sample_gradients
 from ntkops.errors import DifferentiationError, InputError, NonFiniteError
 from tests.cases import BY_NAME, CASES, REVERSE_ONLY, reference_jacobian
 
@@ -36,16 +35,16 @@ class RootAtZero(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["mlp", "gru-time", "attention", "tied"])
-@pytest.mark.parametrize("rung", ["forward", "double", "classic"])
+@pytest.mark.parametrize("mode", ["forward", "double", "classic"])
 @pytest.mark.parametrize("columns", ["vmap", "loop"])
-def test_every_rung_gives_the_same_products(name, rung, columns):
+def test_every_mode_gives_the_same_products(name, mode, columns):
     case = BY_NAME[name]
     model, x = case.make(), case.data()
     J = reference_jacobian(case, model, x)
     linearization = ntkops.linearize(model, output=case.options.get("output"))
     _, _, batch = next(iter(linearization.inputs(x).batches(None)))
     with linearization.safe_context():
-        point = linearize_batch(rung, linearization.function, linearization.parameters, batch, columns)
+        point = linearize_batch(mode, linearization.function, linearization.parameters, batch, columns)
         cotangents = torch.randn(3, 3, len(J) // 3, dtype=torch.float64)
         tangents = tuple(torch.randn(3, *s, dtype=torch.float64) for s in linearization.shapes)
         pulled = torch.cat([g.flatten(1) for g in point.pull(cotangents)], dim=1)
@@ -65,16 +64,16 @@ def test_per_sample_gradients_by_vmap_and_by_loop(case):
     _, _, batch = next(iter(K._core.rows.inputs.batches(None)))
     cotangents = torch.randn(3, 2, outputs, dtype=torch.float64)
     expected = torch.einsum("iro,iop->irp", cotangents, J.reshape(3, outputs, -1))
-    for mode in {"loop", engine.ladder.per_sample}:
+    for mode in {"loop", engine.differentiation.per_sample}:
         with linearization.safe_context():
             gradients = sample_gradients(
                 mode,
-                engine.ladder.rung,
+                engine.differentiation.mode,
                 linearization.function,
                 linearization.parameters,
                 batch,
                 cotangents,
-                engine.ladder.columns,
+                engine.differentiation.columns,
             )
         rows = torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=2)
         torch.testing.assert_close(rows, expected)
@@ -83,16 +82,16 @@ def test_per_sample_gradients_by_vmap_and_by_loop(case):
 def test_reasons_tell_what_was_left():
     case = BY_NAME["old-style"]
     info = ntkops.ntk(case.make(), case.data()).engine_info
-    assert info.rung == "classic"
+    assert info.mode == "classic"
     assert any(r.startswith("forward:") for r in info.reasons)
     assert any(r.startswith("double:") for r in info.reasons)
-    assert "rung='classic'" in repr(ntkops.ntk(case.make(), case.data()))
+    assert "mode='classic'" in repr(ntkops.ntk(case.make(), case.data()))
 
 
 def test_recurrent_layers_take_a_loop_over_samples_and_say_so():
     case = BY_NAME["gru-time"]
     info = ntkops.ntk(case.make(), case.data(), **case.options).engine_info
-    assert info.rung == "forward" and info.per_sample == "loop"
+    assert info.mode == "forward" and info.per_sample == "loop"
     assert any(r.startswith("per sample:") for r in info.reasons)
 
 
@@ -130,3 +129,10 @@ def test_bad_options_are_named(option):
     case = BY_NAME["mlp"]
     with pytest.raises(InputError, match=next(iter(option))):
         ntkops.ntk(case.make(), case.data(), **option)
+
+
+def test_the_former_name_of_the_mode_warns():
+    case = BY_NAME["mlp"]
+    info = ntkops.ntk(case.make(), case.data()).engine_info
+    with pytest.warns(ntkops.NtkopsWarning, match="EngineInfo.mode"):
+        assert info.rung == info.mode == "forward"

@@ -1,4 +1,4 @@
-"""Noticing that a tensor held by reference has changed."""
+"""Whether a tensor that is held by reference has changed."""
 
 from __future__ import annotations
 
@@ -64,11 +64,7 @@ def hold(tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 def require_fresh(watches: Iterable[Watch], what: str) -> None:
-    """Raise if a watched tensor has changed.
-
-    Args:
-        watches: The tensors held by reference.
-        what: "parameters" or "inputs", for the message.
+    """Raise if a watched tensor has changed; ``what`` are "parameters" or "inputs", for the message.
 
     Raises:
         StaleOperatorError: Naming every tensor that changed.

@@ -145,10 +145,7 @@ def require_mode(model: nn.Module) -> None:
 
 
 def require_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise if parameters or buffers have no data, or live on several devices.
-
-    Args:
-        tensors: Every parameter and buffer with its label, such as ``"parameter 'fc.weight'"``.
+    """Raise if parameters or buffers, each with its label, have no data, or live on several devices.
 
     Raises:
         UnsupportedModelError: For a lazy or meta tensor.
@@ -178,9 +175,6 @@ def require_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
 def require_selected(selected: Mapping[str, Tensor]) -> None:
     """Raise if selected parameters cannot be differentiated, or differ in dtype.
 
-    Args:
-        selected: Selected parameters by name.
-
     Raises:
         UnsupportedModelError: For complex, integer and sparse parameters.
         DtypeError: For several dtypes.
@@ -208,9 +202,6 @@ def require_selected(selected: Mapping[str, Tensor]) -> None:
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise if a parameter holds NaN or infinity.
-
-    Args:
-        tensors: Parameters by name.
 
     Raises:
         NonFiniteError: Naming the parameter and how many of its entries.

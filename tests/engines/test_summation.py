@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ntkops.engines.summing import COLUMNS, Total, Workspace, long_product
+from ntkops.engines.summation import COLUMNS, Total, Workspace, long_product
 
 
 def matrix(*shape, seed=0):

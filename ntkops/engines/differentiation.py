@@ -1,4 +1,4 @@
-"""The differentiation ladder: four ways to multiply with J and Jᵀ at one batch.
+"""Differentiation: four modes of multiplying with J and Jᵀ at one batch, and gradients of single samples.
 
 forward   torch.func vjp, and jvp in forward mode;
 double    torch.func vjp, and J as the transpose of u -> Jᵀu (no forward-mode formula needed);
@@ -15,6 +15,7 @@ Blocks of k vectors are row-major: cotangents ``(k, B, O)``, tangents one ``(k, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -23,15 +24,47 @@ from torch import Tensor
 from ..errors import DifferentiationError
 from ..model import Batch
 
-__all__ = ["RECORDED_RUNGS", "RUNGS", "Columns", "LinearizedBatch", "Rung", "linearize_batch"]
+__all__ = [
+    "MODES",
+    "RECORDED_MODES",
+    "Columns",
+    "Differentiation",
+    "LinearizedBatch",
+    "Mode",
+    "Parameters",
+    "SampleMode",
+    "linearize_batch",
+    "sample_gradients",
+]
 
-Rung = Literal["forward", "double", "classic", "reverse"]
+Mode = Literal["forward", "double", "classic", "reverse"]
 Columns = Literal["vmap", "loop"]
+SampleMode = Literal["vmap", "rows", "loop"]
 Function = Callable[[Sequence[Tensor], Batch], Tensor]
 Parameters = tuple[Tensor, ...]
 
-RUNGS: tuple[Rung, ...] = ("forward", "double", "classic", "reverse")
-RECORDED_RUNGS: tuple[Rung, ...] = ("double", "classic", "forward", "reverse")
+MODES: tuple[Mode, ...] = ("forward", "double", "classic", "reverse")
+RECORDED_MODES: tuple[Mode, ...] = ("double", "classic", "forward", "reverse")
+
+
+@dataclass(frozen=True)
+class Differentiation:
+    """How a model is differentiated: what it was found to allow.
+
+    Attributes:
+        mode: The first mode that works.
+        columns: Whether several vectors go through one vmapped pass or through a loop.
+        pull_columns: The same for Jᵀ alone, where a loop may be faster.
+        per_sample: Whether per-sample Jacobians come from vmap over samples and outputs, from vmap over
+            samples for one output after the other ("rows"), or from a loop over samples.
+        reasons: Why a higher choice was left, one line each.
+    """
+
+    mode: Mode
+    columns: Columns
+    pull_columns: Columns
+    per_sample: SampleMode
+    reasons: tuple[str, ...]
 
 
 class LinearizedBatch(Protocol):
@@ -47,7 +80,7 @@ class LinearizedBatch(Protocol):
 
 
 def linearize_batch(
-    rung: Rung,
+    mode: Mode,
     function: Function,
     params: Parameters,
     batch: Batch,
@@ -56,20 +89,11 @@ def linearize_batch(
 ) -> LinearizedBatch:
     """Return the products with J and Jᵀ of ``function`` at ``params`` on one batch, lazily set up.
 
-    Args:
-        rung: Rung of the ladder.
-        function: Pure ``(params, batch) -> (B, O)``.
-        params: The selected parameters.
-        batch: B samples.
-        columns: How several vectors go through one product with J.
-        pull_columns: The same for Jᵀ; None for ``columns``.
-
-    Returns:
-        The two products.
+    ``columns`` says how several vectors go through one product with J, ``pull_columns`` with Jᵀ.
     """
-    if rung in ("classic", "reverse"):
-        return _Classic(function, params, batch, columns, pull_columns, reverse_only=rung == "reverse")
-    return _TorchFunc(function, params, batch, columns, pull_columns, forward_mode=rung == "forward")
+    if mode in ("classic", "reverse"):
+        return _Classic(function, params, batch, columns, pull_columns, reverse_only=mode == "reverse")
+    return _TorchFunc(function, params, batch, columns, pull_columns, forward_mode=mode == "forward")
 
 
 class _TorchFunc:
@@ -205,3 +229,59 @@ def _stack(rows: Sequence[Parameters]) -> Parameters:
     if len(rows) == 1:
         return tuple(block.unsqueeze(0) for block in rows[0])
     return tuple(torch.stack(blocks) for blocks in zip(*rows, strict=True))
+
+
+def sample_gradients(
+    samples: SampleMode,
+    mode: Mode,
+    function: Function,
+    params: Parameters,
+    batch: Batch,
+    cotangents: Tensor,
+    columns: Columns = "vmap",
+) -> Parameters:
+    r"""Return :math:`J_i^\top v_{ir}` for every sample i and its own cotangents r.
+
+    Args:
+        samples: "vmap" over samples and cotangents, vmap over samples for one of the cotangents after the
+            other ("rows"), or a "loop" over batches of one sample.
+        mode: Mode of the loop; vmap always goes through torch.func.
+        function: Pure ``(params, batch) -> (B, O)``.
+        params: The selected parameters.
+        batch: B samples.
+        cotangents: ``(B, r, O)``.
+        columns: Whether the r cotangents of one sample go through vmap.
+
+    Returns:
+        One ``(B, r, *shape)`` for each parameter. Cost: r per-sample passes.
+    """
+    if samples != "loop" and mode in ("forward", "double"):
+        if samples == "vmap" or cotangents.shape[1] == 1:
+            return _vmapped(function, params, batch, cotangents)
+        single = [_vmapped(function, params, batch, row) for row in cotangents.split(1, dim=1)]
+        return tuple(torch.cat(blocks, dim=1) for blocks in zip(*single, strict=True))
+    rows = []
+    for index, tensors in enumerate(_single_samples(batch)):
+        linearized = linearize_batch(
+            "double" if mode == "forward" else mode, function, params, batch.replace(tensors), columns
+        )
+        rows.append(linearized.pull(cotangents[index].unsqueeze(1)))  # (r, 1, O)
+    return tuple(torch.stack(blocks) for blocks in zip(*rows, strict=True))
+
+
+def _single_samples(batch: Batch) -> list[tuple[Tensor, ...]]:
+    axis = batch.batch_dim
+    return list(zip(*(leaf.split(1, dim=axis) for leaf in batch.tensors), strict=True))
+
+
+def _vmapped(function: Function, params: Parameters, batch: Batch, cotangents: Tensor) -> Parameters:
+    axis = batch.batch_dim
+
+    def single(leaves: tuple[Tensor, ...], vectors: Tensor) -> Parameters:
+        sample = batch.replace(tuple(leaf.unsqueeze(axis) for leaf in leaves))
+        pull = torch.func.vjp(lambda *values: function(values, sample)[0], *params)[1]
+        if len(vectors) == 1:
+            return tuple(g.unsqueeze(0) for g in pull(vectors[0]))
+        return torch.func.vmap(pull)(vectors)
+
+    return torch.func.vmap(single, in_dims=((axis,) * len(batch.tensors), 0))(batch.tensors, cotangents)

@@ -96,9 +96,9 @@ def test_a_function_that_calls_the_model():
 
 def test_other_models_run_without_the_mode():
     K = ntkops.ntk(nn.Linear(3, 2), torch.randn(4, 3))
-    assert not K._core.engine.linearization._is_mended
+    assert not K._core.engine.linearization._is_corrected
     model, x = built("batch", torch.float64)
-    assert ntkops.ntk(model, x)._core.engine.linearization._is_mended
+    assert ntkops.ntk(model, x)._core.engine.linearization._is_corrected
 
 
 class Slopes(nn.Module):
@@ -141,7 +141,7 @@ def test_prelu_has_one_slope_at_zero(form, engine, dtype):
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other faults")
 def test_torch_has_two_slopes_at_zero():
-    """When this fails torch has mended it."""
+    """When this fails torch has corrected it."""
     weight, zero, one = torch.tensor([0.25]), torch.zeros(1), torch.ones(1)
     reverse = torch.func.vjp(lambda x: F.prelu(x, weight), zero)[1](one)[0]
     forward = torch.func.jvp(lambda x: F.prelu(x, weight), (zero,), (one,))[1]
@@ -246,7 +246,7 @@ def test_a_model_without_double_backward(dtype):
     model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2)).to(dtype)
     x = torch.randn(3, 3, dtype=dtype, requires_grad=True)
     K, V = ntkops.ntk(model, x, differentiable=True), torch.randn(6, 2, dtype=dtype)
-    assert K.engine_info.rung == "forward"
+    assert K.engine_info.mode == "forward"
     assert any("derivatives of J p do not exist" in reason for reason in K.engine_info.reasons)
     found = K @ V
     torch.testing.assert_close(found.detach(), ntkops.ntk(model, x.detach()).to_dense() @ V)
@@ -305,6 +305,6 @@ class Squared(nn.Module):
 def test_wrong_derivatives_of_forward_mode_are_refused_where_there_is_no_other():
     torch.manual_seed(0)
     x = torch.randn(3, 3, dtype=torch.float64)
-    assert ntkops.ntk(Squared(), x).engine_info.rung == "forward"
-    with pytest.raises(DifferentiationError, match="derivatives of J p are wrong on the only rung"):
+    assert ntkops.ntk(Squared(), x).engine_info.mode == "forward"
+    with pytest.raises(DifferentiationError, match="derivatives of J p are wrong on the only mode"):
         ntkops.ntk(Squared(), x.requires_grad_(), differentiable=True)

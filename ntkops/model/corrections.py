@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MENDED", "Mended", "prelu"]
+__all__ = ["CORRECTED", "Corrected", "prelu"]
 
-MENDED = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+CORRECTED = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 
 _BATCH = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 _INSTANCE = {F.instance_norm, torch.instance_norm}
@@ -34,19 +34,12 @@ _LAYER = {F.layer_norm, torch.layer_norm}
 _PRELU = {F.prelu, torch.prelu, torch.Tensor.prelu}
 
 
-class Mended(TorchFunctionMode):
-    """Call these functions so that their derivatives are right.
-
-    Args:
-        recorded: Whether results are differentiated further.
-
-    Attributes:
-        needed: Whether one of them was met.
-    """
+class Corrected(TorchFunctionMode):
+    """Call these functions so that their derivatives are right; ``needed`` says whether one was met."""
 
     def __init__(self, recorded: bool = False) -> None:
         super().__init__()
-        self._recorded = recorded
+        self._recorded = recorded  # whether results are differentiated further
         self.needed = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
