@@ -129,8 +129,8 @@ class RowCheck:
     ) -> list[int]:
         """Return the calls at which the gradients of u are others than they must be.
 
-        Behind a norm of one feature, say, a gradient is all rounding, and belongs to nobody. Rounding is not linear:
-        a row is doubtful no more where a multiple of u moves it by a hundredth of the difference.
+        Behind a norm of one feature, say, a gradient is all rounding, and belongs to nobody. Rounding is not
+        linear: a row is excused where a multiple of u moves it by a hundredth of the difference.
 
         Args:
             gradients: ``(1, *shape)`` of u.

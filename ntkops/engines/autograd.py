@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -70,9 +70,11 @@ class AutogradEngine(EngineSizes):
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
     ) -> AutogradEngine:
-        """Return the engine for some inputs; how to differentiate is found out with the first product."""
+        """Return the engine for some inputs, the model differentiated once on a few of them."""
         inputs.hand_over_recordings()  # nobody needs them
-        return cls(linearization, inputs.head(2), batch_size=batch_size, chunk_size=chunk_size)
+        engine = cls(linearization, inputs.head(2), batch_size=batch_size, chunk_size=chunk_size)
+        assert engine.differentiation is not None  # a model that cannot be differentiated is refused here
+        return engine
 
     @property
     def differentiation(self) -> Differentiation:
@@ -88,6 +90,15 @@ class AutogradEngine(EngineSizes):
         moved = self.linearization.to(dtype=dtype, device=device)
         first = None if self._first is None else self._first.to(dtype=dtype, device=device)
         return AutogradEngine(moved, first, batch_size=self._batch_size, chunk_size=self._chunk_size)
+
+    def restricted(self, free: Sequence[int], params: Parameters) -> tuple[AutogradEngine, Parameters]:
+        """Return the engine for some parameters, the others held where they are, and those."""
+        found = self.differentiation  # with all of them, and known from now on
+        assert found is not None
+        part = self.linearization.restricted(free, params)
+        engine = AutogradEngine(part, None, batch_size=self._batch_size, chunk_size=self._chunk_size)
+        engine._counter, engine._limits = self._counter, self._limits
+        return engine, part.parameters
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the identity behind: it keys the caches of this process."""
@@ -144,6 +155,8 @@ class AutogradEngine(EngineSizes):
             kept.clear()
 
         def part(start: int, stop: int, batch: Batch) -> Result:
+            if stop - start < inputs.num_samples:
+                self.linearization.require_independent(inputs, start, params, batch)
             point = self._linearize(params, batch)
             result = work(start, stop, point)
             if stop - start == inputs.num_samples:
@@ -250,6 +263,7 @@ class AutogradEngine(EngineSizes):
 
     def _sample_tile(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
         def part(start: int, stop: int, batch: Batch) -> Tensor:
+            self.linearization.require_independent(inputs, start, params, batch)
             gradients = sample_gradients(
                 self.differentiation.per_sample,
                 self.differentiation.mode,

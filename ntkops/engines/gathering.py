@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,21 @@ __all__ = ["FactorSource"]
 
 _PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
+
+
+@dataclass(frozen=True)
+class Known:
+    """Directions out of some that have a name.
+
+    Attributes:
+        name: What they are.
+        numbers: Which of them.
+        count: How many there are.
+    """
+
+    name: Hashable
+    numbers: Tensor
+    count: int
 
 
 class FactorSource:
@@ -104,9 +119,17 @@ class FactorSource:
         """Return the factors of all samples for single outputs, ``(r,)`` numbers."""
         unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=self.dtype, device=self.device)
         unit[torch.arange(len(outputs)), 0, outputs] = 1
-        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1), compact)
+        known = Known("outputs", outputs, inputs.num_outputs)
+        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1), compact, known)
 
-    def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor, compact: bool = False) -> Factors:
+    def of(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        cotangents: Tensor,
+        compact: bool = False,
+        known: Known | None = None,
+    ) -> Factors:
         """Return the factors of all samples for ``(C, N, O)`` cotangents.
 
         Args:
@@ -114,6 +137,7 @@ class FactorSource:
             inputs: N samples.
             cotangents: C directions for each of them.
             compact: Whether gradients that are smaller than their factors are written down instead.
+            known: Which directions these are, among some that have a name; None for others.
 
         Returns:
             The factors.
@@ -124,13 +148,25 @@ class FactorSource:
         with self.linearization.safe_context():
             found = self._autograd.over_samples(
                 inputs,
-                lambda start, stop, batch: self._collect(params, batch, cotangents[:, start:stop], compact),
+                lambda start, stop, batch: self._collect(
+                    params, inputs, start, batch, cotangents[:, start:stop], compact, known
+                ),
             )
             parts = [part for _, _, part in found]
         return parts[0] if len(parts) == 1 else self._joined(parts)
 
-    def _collect(self, params: Parameters, batch: Batch, cotangents: Tensor, compact: bool) -> Factors:
+    def _collect(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        start: int,
+        batch: Batch,
+        cotangents: Tensor,
+        compact: bool,
+        known: Known | None,
+    ) -> Factors:
         recording = record(self.linearization.function, params, batch)
+        self.linearization.require_independent(inputs, start, params, batch, recording.output)
         layouts, covered = self.coverage.layouts, self.coverage.covered
         lost = dict(recording.uncovered)
         for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
@@ -146,7 +182,18 @@ class FactorSource:
             limit = limit_of(self.linearization.lowest_dtype)
             return RowCheck(numbers, layout, cotangents, limit, self._normal, self._vector)
 
-        return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact=compact, check=check)
+        # What holds for all outputs holds for every combination of them.
+        named = known is not None
+        known = known or Known("outputs", torch.arange(inputs.num_outputs), inputs.num_outputs)
+        key = known.name, covered
+        seen = self.linearization.seen(inputs, start, start + batch.num_samples, key, known.count, params)
+        asked = None if seen is not None and bool(seen[known.numbers].all()) else check
+        found = collect(
+            recording, units, layouts, cotangents, self.dtype, chunk, compact=compact, check=asked
+        )
+        if seen is not None and named:
+            seen[known.numbers] = True
+        return found
 
     def _normal(self, count: int) -> Tensor:
         """Return fresh normal numbers in float64."""

@@ -21,7 +21,6 @@ from .gathering import FactorSource
 from .layer_cache import FactorCache
 from .layer_table import MeasuredLayer
 from .options import Layerwise
-from .partial import partial_engine
 from .recorded import is_recorded
 from .recurrent import trusted_states
 from .settings import EngineSettings
@@ -197,7 +196,8 @@ class LayerwiseCore(EngineSettings):
 
     def _rest(self, params: Parameters) -> tuple[AutogradEngine, Parameters] | None:
         """Return the engine for the parameters that are not covered, and these."""
-        return partial_engine(self._autograd, self._sizes, self._source.uncovered, params)
+        rest = self._source.uncovered
+        return self._autograd.restricted(rest, params) if rest else None
 
     def _combined(
         self,

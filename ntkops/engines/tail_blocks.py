@@ -13,7 +13,7 @@ from .attribution import CoverageChanged
 from .collecting import backward
 from .differentiation import Parameters
 from .factors import Factors, Outer, outer_gradients
-from .gathering import FactorSource
+from .gathering import FactorSource, Known
 from .layer_blocks import layer_diagonal, layer_kernel, mirror
 from .layer_rules import OneHot
 from .tail import Tail, read_positions
@@ -50,6 +50,11 @@ class Reduction:
     def pays(self) -> bool:
         """Whether there are fewer directions than outputs."""
         return self.size < self.distinct
+
+    @property
+    def name(self) -> tuple[bytes, bytes]:
+        """What the directions depend on, beside the head."""
+        return self.positions.numpy().tobytes(), self.classes.numpy().tobytes()
 
     @property
     def is_product(self) -> bool:
@@ -114,7 +119,8 @@ class TailSource(FactorSource):
                 {}, "a batch does not end with the linear layer that the first samples ended with"
             )
         chosen = self._directions[outputs.to(self._directions.device)]
-        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), compact)
+        known = Known(self._reduction.name, outputs, len(self._directions))
+        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), compact, known)
 
 
 def confirmed(

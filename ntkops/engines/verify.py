@@ -108,7 +108,8 @@ class _Trial:
         sent = scaled.cotangents(self._cotangents)
         others = dict(zip(numbers, backward(first, sent, numbers, False, False), strict=True))
         layouts = self._layouts(gradients, others, sent, scaled.factors)
-        coverage = Coverage(frozenset(range(len(names))) - self._reasons.keys(), self._reasons, layouts)
+        covered = frozenset(range(len(names))).difference(self._reasons)
+        coverage = Coverage(covered, self._reasons, layouts)
         while True:
             units = plan_units(first.calls, coverage.covered)
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +38,9 @@ class Inputs:
         watches: tuple[Watch, ...] = (),
         live: bool = False,
         recordings: Recordings | None = None,
+        origin: tuple[Stream, int] | None = None,
     ) -> None:
-        self._recordings = recordings
+        self._recordings, self._origin = recordings, origin
         self._source = source
         self._index = index
         self._watches = watches
@@ -66,14 +67,13 @@ class Inputs:
         batch = self.select(torch.arange(min(count, self.num_samples)))._whole()
         return Inputs(batch.map(lambda t: t.detach().clone()), self.output_shape)
 
-    def place(self, start: int, stop: int) -> tuple[object, object] | None:
-        """Return what holds some samples, and which of it they are; None where they are read anew."""
-        if isinstance(self._source, Stream):
-            return None
+    def place(self, start: int, stop: int) -> tuple[object, Hashable]:
+        """Return what holds some samples, and which of it they are; a stream is the same in every pass."""
         if isinstance(self._index, Tensor):
             return self._source, self._index[start:stop].numpy().tobytes()
         first = 0 if self._index is None else self._index.start
-        return self._source, (first + start, first + stop)
+        root, before = (self._source, 0) if self._origin is None else self._origin
+        return root, (before + first + start, before + first + stop)
 
     @property
     def is_streamed(self) -> bool:
@@ -150,8 +150,10 @@ class Inputs:
             pass. Memory: the range, and one batch. All samples in memory are these inputs themselves.
         """
         if isinstance(self._source, Stream):
-            reader = StreamReader(self._source)
-            return lambda start, stop: Inputs(reader.read(start, stop), self.output_shape, live=self._live)
+            stream, reader = self._source, StreamReader(self._source)
+            return lambda start, stop: Inputs(
+                reader.read(start, stop), self.output_shape, live=self._live, origin=(stream, start)
+            )
 
         def between(start: int, stop: int) -> Inputs:
             return self if stop - start == self.num_samples else self.select(torch.arange(start, stop))
@@ -177,7 +179,12 @@ class Inputs:
             picked = self._source.pick(torch.arange(at.start, at.stop) if isinstance(at, range) else at)
             return Inputs(picked, self.output_shape, live=self._live)
         return Inputs(
-            self._source, self.output_shape, index=self._compose(at), watches=self._watches, live=self._live
+            self._source,
+            self.output_shape,
+            index=self._compose(at),
+            watches=self._watches,
+            live=self._live,
+            origin=self._origin,
         )
 
     def _positions(self, index: Tensor) -> Tensor | range:
@@ -237,7 +244,7 @@ class Inputs:
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the samples of this view only, and no versions: they are this process's."""
-        state = dict(vars(self), _watches=(), _recordings=None)
+        state = dict(vars(self), _watches=(), _recordings=None, _origin=None)
         if isinstance(self._source, Batch):
             whole = self._whole()
             state |= {"_source": whole.map(lambda t: t.detach().clone()), "_index": None}

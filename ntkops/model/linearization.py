@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +17,7 @@ from .batch import Batch, take
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
+from .coupling import require_own_row
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
@@ -68,6 +70,7 @@ class Linearization:
         self.batch_dim = batch_dim
         self.differentiable = differentiable
         self.verdict = Verdict()
+        self._held: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None
         self._watches = watches
         # Weak: to recognise the user's tensors in the trial run, without keeping them alive.
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
@@ -170,6 +173,11 @@ class Linearization:
         """
         if len(params) != len(self.names):
             raise ShapeError(f"{len(params)} parameter tensors given, {len(self.names)} are selected")
+        if self._held is not None:
+            free, whole = self._held[0], list(self._held[1])
+            for position, value in zip(free, params, strict=True):
+                whole[position] = value
+            params = whole
         state = self.raw_state(params, batch)
         if not isinstance(state, Tensor) or state.dim() <= self.batch_dim:
             raise OutputError(
@@ -184,6 +192,61 @@ class Linearization:
                 "batches to one length"
             )
         return rows
+
+    def restricted(self, free: Sequence[int], params: Sequence[Tensor]) -> Linearization:
+        """Return the same function of some of its parameters, the others held where they are.
+
+        Args:
+            free: Numbers of the parameters that stay free.
+            params: Values of all selected parameters.
+        """
+        part = copy.copy(self)
+        part.names = tuple(self.names[i] for i in free)
+        part.parameters = tuple(params[i] for i in free)
+        part._held = tuple(free), tuple(params)
+        return part
+
+    def require_independent(
+        self,
+        inputs: Inputs,
+        start: int,
+        params: Sequence[Tensor],
+        batch: Batch,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Raise if a random sample of a batch has another output alone, once for each batch.
+
+        Samples that are coupled among themselves, and that the trial did not see, would make a kernel depend
+        on how it is cut into batches.
+
+        Args:
+            inputs: A view of N samples.
+            start: The first of them in the batch.
+            params: The parameters.
+            batch: B samples.
+            rows: ``(B, O)`` output of the batch if it is known; else one forward pass more is made.
+
+        Raises:
+            CoupledSamplesError: Naming the sample.
+        """
+        seen = self.seen(inputs, start, start + batch.num_samples, "alone", 1, params)
+        if batch.num_samples == 1 or (seen is not None and bool(seen.all())):
+            return
+        require_own_row(self, inputs, start, params, batch, rows)
+        if seen is not None:
+            seen.fill_(True)
+
+    def seen(
+        self, inputs: Inputs, start: int, stop: int, key: Hashable, size: int, params: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Return which directions of some samples have been looked at, see `Verdict.seen`.
+
+        None with parameters other than those of the snapshot, of which nothing is known.
+        """
+        if not all(a is b for a, b in zip(params, self.parameters, strict=True)):
+            return None
+        versions = [p._version for p in self.parameters]
+        return self.verdict.seen(inputs, start, stop, key, size, versions)
 
     def inputs(self, x: Any) -> Inputs:
         """Take inputs, look at them, and try the model on a few samples.
@@ -318,6 +381,12 @@ class Linearization:
         """Watch the new tensors as the old ones were."""
         state["_watches"] = tuple(Watch.of(label, tensor) for label, tensor in state["_watches"])
         vars(self).update(state)
+
+    def __copy__(self) -> Linearization:
+        """Return another one with the same tensors, and what is known of the model."""
+        other = Linearization.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
         """Return itself: nothing in it is ever changed."""

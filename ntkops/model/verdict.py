@@ -68,7 +68,7 @@ class Verdict:
 
     def seen(
         self, inputs: Inputs, start: int, stop: int, key: Hashable, size: int, versions: Sequence[int]
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Return which of ``size`` directions of some samples have been looked at; writing to it says so.
 
         Args:
@@ -80,13 +80,9 @@ class Verdict:
             versions: Version counters of the parameters.
 
         Returns:
-            ``(size,)`` true or false, kept as long as the samples; None where nothing can be kept, since
-            the samples are read anew in every pass.
+            ``(size,)`` true or false, kept as long as the samples.
         """
-        place = inputs.place(start, stop)
-        if place is None:
-            return None
-        root, numbers = place
+        root, numbers = inputs.place(start, stop)
         held = self._seen.setdefault(root, {})
         whole = (key, numbers, tuple(versions))
         if whole not in held:
