@@ -116,7 +116,8 @@ def examine(
             error = float((result.double() - expected).norm())
             if result.shape != expected.shape or not error <= tolerance * scale + 1e-12:
                 raise Wrong(f"{quantity} in batches of {size}: off by {error / max(scale, 1e-300):.2g}")
-        if found and program.is_coupled:
+        # Products of automatic differentiation in one batch are right, whatever depends on whatever.
+        if found and program.is_coupled and not (engine == "autograd" and size == n):
             raise Wrong(f"a kernel in batches of {size}: samples are coupled, unnoticed")
 
 

@@ -182,7 +182,8 @@ def messages(self, h, batch):
     """Edges between the positions of each sample, in one list."""
     sample, place = batch.mask.nonzero(as_tuple=True)
     start = torch.arange(len(sample))
-    end = torch.where(sample == sample.roll(-1), start.roll(-1), start)
+    end = (start + 1).clamp(max=len(start) - 1)
+    end = torch.where(sample == sample[end], end, start)
     rows = h[sample, place]
     sent = self.layer(torch.cat([rows[start], rows[end]])).chunk(2)[0] * torch.sigmoid(
         rows[end] @ self.weight

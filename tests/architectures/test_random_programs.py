@@ -12,32 +12,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from .examined import examine
-from .profiles import RUN
+from .profiles import PROGRAMS
 from .programs import draw_program
 
 pytestmark = pytest.mark.long
 
 # Layers are judged on the first samples as yet, and coupling among later ones is not looked for.
 LAYERS = pytest.mark.skipif("FUZZ_LAYERS" not in os.environ, reason="FUZZ_LAYERS=1 runs what fails today")
-PROGRAMS = st.randoms(use_true_random=False).map(draw_program)
+DRAWN = st.randoms(use_true_random=False).map(draw_program)
 
 
-@RUN
-@given(PROGRAMS)
+@PROGRAMS
+@given(DRAWN)
 def test_automatic_differentiation(program):
     if not program.is_coupled:
         examine(program, "autograd")
 
 
 @LAYERS
-@RUN
-@given(PROGRAMS)
+@PROGRAMS
+@given(DRAWN)
 def test_layer_structure(program):
     examine(program, "auto")
 
 
 @LAYERS
-@RUN
-@given(PROGRAMS, st.sampled_from(["autograd", "auto"]))
+@PROGRAMS
+@given(DRAWN, st.sampled_from(["autograd", "auto"]))
 def test_float32(program, engine):
     examine(program, engine, torch.float32, (2, program.samples))
