@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import random
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -26,6 +27,9 @@ from .programs import COUPLED, ONE_WAY, WRITING, Program, draw_program, shorter
 __all__ = ["Wrong", "examine"]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+_Quantity = tuple[str, bool, Callable[[ntkops.NTKOperator], torch.Tensor], torch.Tensor, float]
 
 
 class Wrong(AssertionError):
@@ -49,9 +53,11 @@ def _reference(program: Program, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def examine(
-    program: Program, engine: str, dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] | None = None
+    program: Program, engine: str, dtype: torch.dtype = torch.float64, *, thorough: bool = False
 ) -> None:
-    """Compare every quantity of one engine, in batches of one, of some and of all samples.
+    """Compare every quantity of one engine, in batches of one, of some and of all samples in turn.
+
+    With ``thorough`` every quantity is compared in batches of each size.
 
     Raises:
         Wrong: At the first that differs or is refused without need.
@@ -59,66 +65,80 @@ def examine(
     if program.kinds & set(WRITING):
         return _must_be_refused(program, engine, dtype)
     J, J2 = _reference(program, dtype, 1), _reference(program, dtype, 2)
-    n, o = program.samples, program.outputs
-    model, x, x2 = program.build(dtype), tuple(program.data(dtype)), tuple(program.data(dtype, 2))
-    tolerance = TOLERANCES[dtype]
-    size_of_K, cross_size = float(J.norm() ** 2), float(J.norm() * J2.norm())
-    v, p, w = normal(n * o, 2, seed=5), normal(J.shape[1], 2, seed=6), normal(n, 2, o, seed=7)
-    low_v, low_p, low_w = v.to(dtype), p.to(dtype), w.to(dtype)
-    g = torch.einsum("nop,nro->nrp", J.unflatten(0, (n, o)), w)
-
-    def quantities(size: int) -> Iterator[tuple[str, object, torch.Tensor, float]]:
-        options = {"engine": engine, "batch_size": size}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if not J.any() else "error", ntkops.NtkopsWarning)
-            K = ntkops.ntk(model, x, max_dense_bytes=0, **options)
-            whole = J @ J.T
-            yield "J' v", lambda: K.left.mT @ low_v, J.T @ v, float(J.norm() * v.norm())
-            yield "J p", lambda: K.left @ low_p, J @ p, float(J.norm() * p.norm())
-            for number in range(3):
-                name = "K v again" if number else "K v"
-                yield name, lambda: K @ low_v, whole @ v, size_of_K * float(v.norm())
-            yield (
-                "gram",
-                lambda: K.sample_gram(low_w),
-                torch.einsum("nrp,msp->nrms", g, g),
-                float(g.norm() ** 2),
-            )
-            yield "diagonal", lambda: K.diagonal(), whole.diagonal(), size_of_K
-            total = whole.trace()
-            yield "trace", lambda: _exact_trace(K), total, size_of_K
-            yield "cross v", lambda: K.cross(x2) @ low_v, J2 @ (J.T @ v), cross_size * float(v.norm())
-            choice = ("all", "each", "trace")[(program.seed + size) % 3]
-            M = ntkops.ntk(model, x, outputs=choice, **options)
-            yield f"dense {choice}", lambda: M.to_dense(), kernel(J, J, o, choice), size_of_K
-            expected = kernel(J2, J, o, choice)
-            yield f"dense cross {choice}", lambda: M.cross(x2).to_dense(), expected, cross_size
-
-    for size in dict.fromkeys(sizes or (1, 2 + program.seed % 2, n)):
-        quantity, found = "making K", False
-        steps = quantities(size)
-        while True:
+    n = program.samples
+    sizes = tuple(dict.fromkeys((1, min(2 + program.seed % 2, n), n)))
+    quantities = _quantities(program, dtype, J, J2)
+    operators = {
+        (size, lazy): functools.cache(functools.partial(_operator, program, engine, dtype, size, lazy, J))
+        for size in sizes
+        for lazy in (True, False)
+    }
+    for number, (quantity, lazy, compute, expected, scale) in enumerate(quantities):
+        for size in sizes if thorough else (sizes[(number // 2 + program.seed) % len(sizes)],):
+            where = f"{quantity} in batches of {size}"
             try:
-                made = next(steps, None)
-                if made is None:
-                    break
-                quantity, compute, expected, scale = made
-                result = compute()
+                result = compute(operators[size, lazy]())
             except NtkopsError as error:
                 if not isinstance(error, _allowed(program, quantity)):
-                    raise Wrong(f"{quantity} in batches of {size}: refused: {_named(error)}") from error
-                if quantity == "making K":
-                    break
+                    raise Wrong(f"{where}: refused: {_named(error)}") from error
                 continue
             except Exception as error:
-                raise Wrong(f"{quantity} in batches of {size}: foreign error: {_named(error)}") from error
-            found = True
+                raise Wrong(f"{where}: foreign error: {_named(error)}") from error
+            # Products of automatic differentiation in one batch are right, whatever depends on whatever.
+            if program.is_coupled and not (engine == "autograd" and size == n):
+                raise Wrong(f"{where}: samples are coupled, unnoticed")
             error = float((result.double() - expected).norm())
-            if result.shape != expected.shape or not error <= tolerance * scale + 1e-12:
-                raise Wrong(f"{quantity} in batches of {size}: off by {error / max(scale, 1e-300):.2g}")
-        # Products of automatic differentiation in one batch are right, whatever depends on whatever.
-        if found and program.is_coupled and not (engine == "autograd" and size == n):
-            raise Wrong(f"a kernel in batches of {size}: samples are coupled, unnoticed")
+            if result.shape != expected.shape or not error <= TOLERANCES[dtype] * scale + 1e-12:
+                raise Wrong(f"{where}: off by {error / max(scale, 1e-300):.2g}")
+
+
+def _choice(program: Program) -> str:
+    return ("all", "each", "trace")[program.seed % 3]
+
+
+def _operator(
+    program: Program, engine: str, dtype: torch.dtype, size: int, lazy: bool, J: torch.Tensor
+) -> ntkops.NTKOperator:
+    """Return K for products, which never becomes dense, or a kernel to be made dense."""
+    with warnings.catch_warnings():
+        if not J.any():
+            warnings.simplefilter("ignore", ntkops.NtkopsWarning)  # a kernel of zeros is said aloud
+        return ntkops.ntk(
+            program.build(dtype),
+            tuple(program.data(dtype)),
+            outputs="all" if lazy else _choice(program),
+            engine=engine,
+            batch_size=size,
+            max_dense_bytes=0 if lazy else "auto",
+        )
+
+
+def _quantities(program: Program, dtype: torch.dtype, J: torch.Tensor, J2: torch.Tensor) -> list[_Quantity]:
+    """Return name, kind of operator, what is computed, what it must be, and what its error is relative to."""
+    n, o, choice = program.samples, program.outputs, _choice(program)
+    v, p, w = normal(n * o, 2, seed=5), normal(J.shape[1], 2, seed=6), normal(n, 2, o, seed=7)
+    low_v, low_p, low_w, x2 = v.to(dtype), p.to(dtype), w.to(dtype), tuple(program.data(dtype, 2))
+    g = torch.einsum("nop,nro->nrp", J.unflatten(0, (n, o)), w)
+    K, size, cross = J @ J.T, float(J.norm() ** 2), float(J.norm() * J2.norm())
+    gram = torch.einsum("nrp,msp->nrms", g, g)
+
+    def again(operator: ntkops.NTKOperator) -> torch.Tensor:
+        for _ in range(3):
+            operator @ low_v
+        return operator @ low_v
+
+    return [
+        ("Jt v", True, lambda A: A.left.mT @ low_v, J.T @ v, float(J.norm() * v.norm())),
+        ("J p", True, lambda A: A.left @ low_p, J @ p, float(J.norm() * p.norm())),
+        ("K v", True, lambda A: A @ low_v, K @ v, size * float(v.norm())),
+        ("K v again", True, again, K @ v, size * float(v.norm())),
+        ("cross v", True, lambda A: A.cross(x2) @ low_v, J2 @ (J.T @ v), cross * float(v.norm())),
+        ("gram", True, lambda A: A.sample_gram(low_w), gram, float(g.norm() ** 2)),
+        ("diagonal", True, lambda A: A.diagonal(), K.diagonal(), size),
+        ("trace", True, _exact_trace, K.trace(), size),
+        ("dense", False, lambda A: A.to_dense(), kernel(J, J, o, choice), size),
+        ("dense cross", False, lambda A: A.cross(x2).to_dense(), kernel(J2, J, o, choice), cross),
+    ]
 
 
 def _must_be_refused(program: Program, engine: str, dtype: torch.dtype) -> None:
@@ -151,9 +171,9 @@ def _kind(error: Wrong) -> str:
     return re.sub(r"[\d.]+", "#", re.sub(r"'[^']*'|\(.*", "", text))[:110]
 
 
-def _failure(program: Program, engine: str, dtype: torch.dtype) -> Wrong | None:
+def _failure(program: Program, engine: str, dtype: torch.dtype, thorough: bool) -> Wrong | None:
     try:
-        examine(program, engine, dtype)
+        examine(program, engine, dtype, thorough=thorough)
     except Wrong as error:
         return error
     return None
@@ -166,22 +186,22 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--float32", action="store_true")
-    parser.add_argument("--whole", action="store_true", help="do not look for the smallest program")
+    parser.add_argument("--thorough", action="store_true", help="every quantity in batches of every size")
+    parser.add_argument("--smallest", action="store_true", help="look for the smallest program of each kind")
     given = parser.parse_args()
     dtype = torch.float32 if given.float32 else torch.float64
+    failure = functools.partial(_failure, engine=given.engine, dtype=dtype, thorough=given.thorough)
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     start = time.process_time()
     for seed in range(given.first, given.first + given.count):
         program = draw_program(random.Random(seed))
-        error = _failure(program, given.engine, dtype)
+        error = failure(program)
         if error is None:
             continue
         kind = _kind(error)
         print(f"seed {seed}: {error}\n    {program}", flush=True)
-        if not kinds[kind] and not given.whole:
-            small = shorter(
-                program, lambda p, kind=kind: (e := _failure(p, given.engine, dtype)) and _kind(e) == kind
-            )
+        if given.smallest and not kinds[kind]:
+            small = shorter(program, lambda p, kind=kind: (e := failure(p)) is not None and _kind(e) == kind)
             print(f"    smallest: {small}", flush=True)
         kinds[kind].append(str(seed))
     failed = sum(map(len, kinds.values()))
