@@ -27,7 +27,7 @@ help:
 	@echo "make notebooks  run every notebook"
 	@echo "make long       the tests that take their time: several processes, laws, random networks, benchmarks"
 	@echo "make unit       the test suite"
-	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each of four tests"
+	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each test"
 	@echo "make test-models  the whole table of models: transformers, peft, timm, torchvision; none downloaded"
 	@echo "make bench      benchmarks, JSON into benchmarks/results/"
 	@echo "make clean      remove build products and caches, keep $(VENV)"
@@ -93,11 +93,12 @@ unit: $(TEST) $(OTHERS)
 long: $(TEST) $(OTHERS)
 	$(PYTEST) -n $(WORKERS) -m '(dist or long) and not slow and not models' --ignore=tests/docs
 
-# Four tests, so 10,000 networks unless another number is given.
+# Two grammars: four tests of random networks and one of random programs, two more with FUZZ_LAYERS=1.
 fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)
-	$(PYTEST) -n $(WORKERS) -m long --timeout 0 --hypothesis-show-statistics tests/architectures/test_random_networks.py
+	$(PYTEST) -n $(WORKERS) -m long --timeout 0 --hypothesis-show-statistics \
+	  tests/architectures/test_random_networks.py tests/architectures/test_random_programs.py
 
 # The whole table of models; unit runs what torch alone can build, and a dozen of the others.
 test-models: $(TEST) $(MODELS)
