@@ -188,9 +188,12 @@ class FactorSource:
         key = known.name, covered
         seen = self.linearization.seen(inputs, start, start + batch.num_samples, key, known.count, params)
         asked = None if seen is not None and bool(seen[known.numbers].all()) else check
-        found = collect(
-            recording, units, layouts, cotangents, self.dtype, chunk, compact=compact, check=asked
-        )
+        output = recording.output.detach()
+        try:
+            found = collect(recording, units, layouts, cotangents, self.dtype, chunk, compact, asked)
+        except CoverageChanged:
+            self.linearization.require_independent(inputs, start, params, batch, output, alone=True)
+            raise
         if seen is not None and named:
             seen[known.numbers] = True
         return found

@@ -53,6 +53,8 @@ def build_engine(
         linearization, inputs, batch_size=batch_size, chunk_size=chunk_size, options=options
     )
     if engine == "auto" and not layerwise.covered:
-        assert layerwise.fallback.differentiation is not None  # refused here where it cannot be differentiated
+        assert (
+            layerwise.fallback.differentiation is not None
+        )  # refused here where it cannot be differentiated
         return layerwise.fallback
     return layerwise

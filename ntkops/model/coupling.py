@@ -15,7 +15,6 @@ from .precision import lowest_dtype
 from .rounding import UNITS, neighbours
 
 if TYPE_CHECKING:
-    from .inputs import Inputs
     from .linearization import Linearization
 
 __all__ = ["SampleAxis", "first_line"]
@@ -168,52 +167,46 @@ class SampleAxis:
         return bool(((left - right).abs() <= tolerance * scale).logical_or(left == right).all())
 
 
-def require_own_row(
+def require_own_rows(
     linearization: Linearization,
-    inputs: Inputs,
     start: int,
     params: Sequence[Tensor],
     batch: Batch,
     rows: Tensor | None,
+    chosen: Tensor,
 ) -> None:
-    """Raise if a random sample of a batch has another output alone."""
-    generator = torch.Generator().manual_seed(start + batch.num_samples)
-    position = int(torch.randint(batch.num_samples, (1,), generator=generator))
+    """Raise if the chosen samples of a batch have other outputs among themselves."""
     params = tuple(p.detach() for p in params)
 
-    def outputs(samples: Batch) -> Tensor:
+    def outputs(samples: Batch, params: Sequence[Tensor] = params) -> Tensor:
         with torch.no_grad(), linearization.safe_context():
             return linearization.function(params, samples).detach()
 
     rows = outputs(batch) if rows is None else rows.detach()
-    alone: Tensor | None = None
-    for again in ([position], [position, position]):  # some models squeeze a batch of one, and fail aloud
-        try:
-            alone = outputs(take(batch, torch.tensor(again)))[:1]
-            break
-        except Exception as error:
-            if "allocate" in str(error):
-                raise
-    if alone is None or alone.shape[1] != rows.shape[1]:
-        return  # said where such a batch is used
-    scale = rows.detach().abs().amax(0, keepdim=True)
-    scale = torch.where(scale.isinf(), 0.0, scale)
-    scale = scale.clamp(min=1e-3 * float(scale.max()))
-    tolerance = _TOLERANCE.get(linearization.lowest_dtype, 0.0)
-    own = rows[position : position + 1]
-    gap = (alone.double() - own.double()).abs()
-    if bool(((gap <= tolerance * scale) | (alone == own)).all()):
+    some = take(batch, chosen)
+    try:
+        again = outputs(some)
+    except Exception as error:
+        if "allocate" in str(error):
+            raise
+        return  # some models squeeze a batch of one: said where such a batch is used
+    if again.shape[1] != rows.shape[1]:
         return
-    near = neighbours(params, take(batch, torch.tensor([position, position])).tensors)
+    scale = torch.where(rows.isinf(), 0.0, rows.abs()).amax(0, keepdim=True)
+    limit = _TOLERANCE.get(linearization.lowest_dtype, 0.0) * scale.clamp(min=1e-3 * float(scale.max()))
+    own = rows.index_select(0, chosen.to(rows.device))
+    gap = (again.double() - own.double()).abs()
+    if bool(((gap <= limit) | (again == own)).all()):
+        return
     noise = 0.0
-    for moved, samples in near:
-        there = linearization.function(moved, batch.replace(samples)).detach()[:1]
-        noise = max(noise, float((there - alone).double().norm()))
+    for moved, samples in neighbours(params, some.tensors):
+        noise = max(noise, float((outputs(some.replace(samples), moved) - again).double().norm()))
     if float(gap.norm()) <= _NOISE_FACTOR * noise:
         return
+    first = start + int(chosen[int(gap.amax(1).argmax())])
     raise CoupledSamplesError(
-        f"samples are coupled: sample {start + position} has another output alone than in a batch of "
-        f"{batch.num_samples}, so that a kernel would depend on how it is cut into batches; look for "
+        f"samples are coupled: sample {first} has another output among {len(chosen)} of a batch than among "
+        f"all {batch.num_samples}, so that a kernel would depend on how it is cut into batches; look for "
         "sorting, normalisation, attention or pooling over samples, or a number of samples that enters"
     )
 

@@ -17,7 +17,7 @@ from .batch import Batch, take
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
-from .coupling import require_own_row
+from .coupling import require_own_rows
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
@@ -213,11 +213,12 @@ class Linearization:
         params: Sequence[Tensor],
         batch: Batch,
         rows: Tensor | None = None,
+        alone: bool = False,
     ) -> None:
-        """Raise if a random sample of a batch has another output alone, once for each batch.
+        """Raise if the samples of a random half of a batch have other outputs among themselves.
 
-        Samples that are coupled among themselves, and that the trial did not see, would make a kernel depend
-        on how it is cut into batches.
+        Samples that are coupled, and that the trial did not see, would make a kernel depend on how it is cut
+        into batches. Each batch is looked at once.
 
         Args:
             inputs: A view of N samples.
@@ -225,14 +226,22 @@ class Linearization:
             params: The parameters.
             batch: B samples.
             rows: ``(B, O)`` output of the batch if it is known; else one forward pass more is made.
+            alone: Compare every sample alone, where there is a reason to.
 
         Raises:
             CoupledSamplesError: Naming the sample.
         """
-        seen = self.seen(inputs, start, start + batch.num_samples, "alone", 1, params)
-        if batch.num_samples == 1 or (seen is not None and bool(seen.all())):
+        count = batch.num_samples
+        if alone:
+            for chosen in torch.arange(count).split(1):
+                require_own_rows(self, start, params, batch, rows, chosen)
             return
-        require_own_row(self, inputs, start, params, batch, rows)
+        seen = self.seen(inputs, start, start + count, "independent", 1, params)
+        if count == 1 or (seen is not None and bool(seen.all())):
+            return
+        generator = torch.Generator().manual_seed(start + count)
+        half = torch.randperm(count, generator=generator)[: count // 2].sort().values
+        require_own_rows(self, start, params, batch, rows, half)
         if seen is not None:
             seen.fill_(True)
 
