@@ -1,4 +1,4 @@
-"""How many random networks: 75 a test, 25 programs, the same every time, unless `make fuzz` asks for more."""
+"""How many random networks: 75 a test, 15 programs, the same every time, unless `make fuzz` asks for more."""
 
 import os
 
@@ -12,4 +12,4 @@ settings.register_profile(
     "fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2500")), print_blob=True, **_COMMON
 )
 RUN = settings(settings.get_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "architectures"))
-PROGRAMS = RUN if "FUZZ_EXAMPLES" in os.environ else settings(RUN, max_examples=25)
+PROGRAMS = RUN if "FUZZ_EXAMPLES" in os.environ else settings(RUN, max_examples=15)
