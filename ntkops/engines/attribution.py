@@ -7,6 +7,7 @@ contain. So it is asked of every batch that is used, by one backward pass more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -153,7 +154,8 @@ class RowCheck:
             return torch.tensor(found is not None and bool(found.any()))
         factors, scales = self._by_row(number, len(sums)), self._scales[number]
         # A row that is all but rounding of the others is compared with that rounding.
-        scales = scales.clamp(min=torch.finfo(found.dtype).eps * float(scales.max()))
+        largest = float(scales.max()) if len(scales) else 0.0
+        scales = scales.clamp(min=torch.finfo(found.dtype).eps * largest)
         self._gaps[number] = (self._read(self._rows(number, found))[0].double() - factors * sums).abs()
         # What is not a number does not differ: it is reported where results are looked at.
         return self._gaps[number] > self._limit * factors.abs() * scales
@@ -176,7 +178,7 @@ class RowCheck:
         """Return ``(K, rows, entries)``, the axis of the samples in the middle."""
         axis = self._layouts[number].axis + 1
         moved = gradients if axis == 1 else gradients.movedim(axis, 1)
-        return moved.reshape(len(moved), moved.shape[1], -1)
+        return moved.reshape(len(moved), moved.shape[1], math.prod(moved.shape[2:]))
 
     def _read(self, rows: Tensor) -> Tensor:
         """Return the products of rows with a random vector, ``(K, rows)``."""

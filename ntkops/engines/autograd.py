@@ -241,6 +241,8 @@ class AutogradEngine(EngineSizes):
     def _split(self, tangents: Tensor) -> Parameters:
         sizes, shapes = self.linearization.sizes, self.linearization.shapes
         pieces = tangents.split(list(sizes), dim=1)
+        if self.linearization.is_complex:  # a view as complex numbers wants even places in memory
+            pieces = tuple(piece.clone() for piece in pieces)
         return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
 
     # per-sample gradients and what is made of them

@@ -186,10 +186,12 @@ class _Classic:
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
         if self._transposable is None:
             point = torch.zeros_like(self._output).requires_grad_()
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(
-                    self._output, self._params, point, create_graph=True, allow_unused=True
-                )
+            gradients: Sequence[Tensor | None] = (None,) * len(self._params)
+            if self._output.requires_grad:
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(
+                        self._output, self._params, point, create_graph=True, allow_unused=True
+                    )
             self._transposable = point, list(gradients)
         return self._transposable
 
@@ -198,6 +200,8 @@ class _Classic:
     ) -> tuple[Tensor, ...]:
         """Return the gradients at ``inputs`` for each of the k rows, zeros where one is unused."""
         count = len(cotangents[0])
+        if not any(output.requires_grad for output in outputs):  # this batch uses none of the parameters
+            return tuple(x.new_zeros((count, *x.shape)) for x in inputs)
 
         def gradient(rows: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
             with torch.enable_grad():

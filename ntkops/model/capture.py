@@ -107,6 +107,7 @@ class Guard(TorchDispatchMode):
         read: Labels of what was read of the tensors held.
         bytes: Bytes of all that was computed.
         lowest: The coarsest floating dtype of it.
+        is_complex: Whether a part of it is complex.
         refusal: The first refusal, kept because a model may swallow exceptions.
     """
 
@@ -115,7 +116,7 @@ class Guard(TorchDispatchMode):
         self._held = held
         self._foreign = foreign
         self.read: set[str] = set()
-        self.bytes, self.lowest = 0, torch.float64
+        self.bytes, self.lowest, self.is_complex = 0, torch.float64, False
         self.refusal: NtkopsError | None = None
 
     def hold(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -152,7 +153,10 @@ class Guard(TorchDispatchMode):
             self._look(operation, given["running_mean"], True)
         result = operation(*args, **kwargs)
         for part in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(part, Tensor) and part.is_floating_point():
+            if not isinstance(part, Tensor):
+                continue
+            self.is_complex |= part.is_complex()
+            if part.is_floating_point():
                 self.bytes += part.nbytes if part._base is None else 0
                 if part.dtype.itemsize < self.lowest.itemsize or part.dtype == torch.bfloat16:
                     self.lowest = part.dtype

@@ -118,6 +118,11 @@ class Linearization:
         dtypes = [self.dtype, *(facts.lowest_dtype for facts in self.verdict.states)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether the model computes with complex numbers."""
+        return any(facts.is_complex for facts in self.verdict.states)
+
     # -- what the trial run needs to know
 
     @property

@@ -45,9 +45,7 @@ _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
 _COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
 # Which samples the second pass takes: another number of them, turned round.
-_OTHER_ORDER = {
-    n: torch.tensor(order) for n, order in {1: (0, 0), 2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}.items()
-}
+_OTHER_ORDER = {count: torch.tensor(order) for count, order in {2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}.items()}
 
 
 Recordings = tuple[Recording, Recording]
@@ -82,7 +80,7 @@ def examine(linearization: Linearization, batch: Batch, rows: Tensor) -> tuple[S
             trial.search()
     shape = trial.output_shape
     shapes = {tuple(tensor.shape for tensor in take(sample, torch.tensor([0])).tensors): shape}
-    facts = StateFacts(sample, len(rows), shapes, trial.watches, trial.activation_bytes, trial.lowest_dtype)
+    facts = StateFacts(sample, len(rows), shapes, trial.watches, *trial.seen)
     return facts, recordings
 
 
@@ -121,7 +119,7 @@ class _Trial:
         )
         self.samples = SampleAxis(linearization, sample, self.params, self.state)
         self.watches: tuple[Watch, ...] = ()
-        self.activation_bytes, self.lowest_dtype = 1, linearization.dtype
+        self.seen = 1, linearization.dtype, False  # what a guard has seen, see `StateFacts`
         self.output_shape = torch.Size()
 
     # -- two passes
@@ -144,13 +142,13 @@ class _Trial:
         held = self._held()
         guard, recorder = Guard(held, self._foreign(held)), Recorder(self.params)
         # As products see them: with graphs, which reentrant checkpointing needs to be seen.
-        batch = self.sample.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
+        batch = self._several().map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
         guard.hold(zip(batch.layout.labels, batch.tensors, strict=True))
         before = [tensor.clone() for tensor in (*self.lin.buffers.values(), *batch.tensors)]
         with torch.enable_grad():
             with recorder:
                 state, reassigned = self._run_under(guard, batch, recorder.leaves)
-            state = require_state(state, self.sample.num_samples, self.axis, self.lin.output_name)
+            state = require_state(state, batch.num_samples, self.axis, self.lin.output_name)
             recording = recorder.recording(sample_rows(state, self.axis, self.params[0].dtype))
         after = (*self.lin.buffers.values(), *batch.tensors)
         moved = [new for old, new in zip(before, after, strict=True) if not same_bits(old, new)]
@@ -161,10 +159,13 @@ class _Trial:
             raise _Unusual
         self.lin.call.differentiates |= recorder.differentiates
         self.watches = self._outside(state, recorder.leaves, batch)
-        self.activation_bytes = max(1, guard.bytes // self.sample.num_samples)
-        self.lowest_dtype = guard.lowest
+        self.seen = max(1, guard.bytes // batch.num_samples), guard.lowest, guard.is_complex
         self.output_shape = state.movedim(self.axis, 0).shape[1:]
         return recording, state
+
+    def _several(self) -> Batch:
+        """Return the samples, one of them twice: alone it does not show where samples lie."""
+        return self.sample if self.sample.num_samples > 1 else take(self.sample, torch.tensor([0, 0]))
 
     def _outside(self, state: Tensor, leaves: Sequence[Tensor], batch: Batch) -> tuple[Watch, ...]:
         """Return watches of the tensors outside the model that a state depends on."""
@@ -183,13 +184,14 @@ class _Trial:
 
     def _second_pass(self, state: Tensor) -> Recording:
         """Record a pass over other samples of the same, and compare their outputs."""
-        order = _OTHER_ORDER[self.sample.num_samples]
+        several = self._several()
+        order = _OTHER_ORDER[several.num_samples]
         # A view of a parameter that was kept shares its memory, and not that of a copy.
         is_small = sum(p.nbytes for p in self.params) <= _COPIED
         params = tuple(p.clone() for p in self.params) if is_small else self.params
         guard, recorder = Guard(self._held(params), {}), Recorder(params)
         with random_state_moved(self.lin.device) as moved, guard, torch.enable_grad():
-            batch = take(self.sample, order)
+            batch = take(several, order)
             guard.hold(zip(batch.layout.labels, batch.tensors, strict=True))
             with recorder:
                 other = self.lin.raw_state(recorder.leaves, batch)
@@ -265,8 +267,7 @@ class _Trial:
         small += zip(self.sample.layout.labels, self.sample.tensors, strict=True)
         before = [tensor.clone() for _, tensor in small]
         state, reassigned = self._run_under(guard, self.sample, self.params)
-        self.activation_bytes = max(1, guard.bytes // self.sample.num_samples)
-        self.lowest_dtype = guard.lowest
+        self.seen = max(1, guard.bytes // self.sample.num_samples), guard.lowest, guard.is_complex
         if reassigned:
             raise ModelMutationError(
                 f"the forward pass assigns new tensors to {', '.join(map(repr, reassigned))}, so that two "

@@ -30,6 +30,7 @@ class StateFacts:
         watches: Tensors outside the model that the output depends on.
         activation_bytes: Bytes of what one sample's forward pass computes.
         lowest_dtype: The coarsest floating dtype in which the model computes.
+        is_complex: Whether it computes with complex numbers.
     """
 
     example: Batch
@@ -38,6 +39,7 @@ class StateFacts:
     watches: tuple[Watch, ...]
     activation_bytes: int
     lowest_dtype: torch.dtype
+    is_complex: bool
 
 
 @dataclass(eq=False)
