@@ -36,10 +36,11 @@ def linearize(
     `StaleOperatorError` (a write through ``.data`` is invisible to torch, and to us).
 
     The model itself is never run, swapped or changed. A private copy of its structure (modules and hooks,
-    no tensors) is called instead; a hook that writes to a list outside the model does so here too. On the
-    copy, ``padding_idx``, ``sparse`` and ``scale_grad_by_freq`` of embeddings are without effect: the forward
-    pass is the same, and every row, the padding row included, has its true derivative, where torch's
-    optimisers see zero or a scaled one.
+    no tensors) is called instead; a hook that writes to a list outside the model does so here too.
+
+    J is what ``backward()`` gives: what is detached has no derivative, nor has the padding row of an
+    embedding (``padding_idx``). ``scale_grad_by_freq`` is the one exception: it divides by the counts of
+    tokens in the whole batch, so that a row of J would depend on the other samples, and is without effect.
 
     Args:
         model: An `torch.nn.Module` (a compiled one is unwrapped), or a function ``(params, inputs) ->

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError
 from .context import untouched_randomness
-from .corrections import prelu
+from .corrections import embedding, prelu
 
 __all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within", "uncompiled"]
 
@@ -144,21 +144,16 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _neutralise(module: nn.Module) -> None:
-    """Switch off, on the private copy, what changes gradients in one mode but not the forward pass.
+    """Give modules of the private copy one derivative in both modes, also in a checkpointed block.
 
-    The backward pass of an embedding leaves out the padding row, and divides by the counts of tokens if
-    asked to; forward mode does neither. J and Jᵀ would disagree.
+    Such a block runs again where no `Mended` is held.
     """
-    # A checkpointed block runs again where no mode is held.
     if isinstance(module, nn.PReLU) and _has_own_forward(module, nn.PReLU):
         vars(module)["forward"] = functools.partial(_prelu, module)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.sparse = module.scale_grad_by_freq = False
-    if isinstance(module, nn.Embedding):
-        if _has_own_forward(module, nn.Embedding):
-            vars(module)["forward"] = functools.partial(_embed, module)  # models read .padding_idx
-        else:
-            module.padding_idx = None
+    if isinstance(module, nn.Embedding) and _has_own_forward(module, nn.Embedding):
+        vars(module)["forward"] = functools.partial(_embed, module)
 
 
 def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -167,8 +162,8 @@ def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
-    """Look up without a padding row."""
-    return nn.functional.embedding(tokens, module.weight)
+    """Look up with constants at the padding row."""
+    return embedding(tokens, module.weight, module.padding_idx)
 
 
 def _prelu(module: nn.PReLU, input: Tensor) -> Tensor:
