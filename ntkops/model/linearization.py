@@ -142,9 +142,16 @@ class Linearization:
             if tensor is not None:
                 yield label, tensor
 
-    def raw_state(self, params: Sequence[Tensor], batch: Batch, reader: Reader | None = None) -> Any:
+    def raw_state(
+        self,
+        params: Sequence[Tensor],
+        batch: Batch,
+        reader: Reader | None = None,
+        constants: Sequence[Tensor] | None = None,
+    ) -> Any:
         """Call the model once and return the selected state as it is, or what a reader returns."""
-        values, read = (*params, *self.constants), reader or self.selector.read
+        values = (*params, *(self.constants if constants is None else constants))
+        read = reader or self.selector.read
         if not self._is_corrected:
             return self.call.run(values, batch.inputs, read)
         with Corrected(recorded=self.differentiable) as corrections:
