@@ -52,9 +52,9 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
         tangent: Pytree like ``params``.
         mode: "double" transposes the vjp, so that :math:`J` is what ``backward()`` gives; "forward" uses
             forward-mode differentiation, at about half the cost and less memory, and trusts it: torch's
-            formulas of some operations (``cholesky_inverse``, a broadcasting ``cholesky_solve``, products
-            by ``scatter_reduce``) are wrong, and their derivatives of more, without a word. "auto" takes
-            "double", and "forward" for operations without a second derivative.
+            formulas of some operations (``cholesky_inverse``, products by ``scatter_reduce``) are wrong, and
+            their derivatives of more, without a word. "auto" takes "double", and "forward" for operations
+            without a second derivative.
 
     Returns:
         Tensor of the output's shape. Cost: one forward and two reverse passes; one forward-mode pass for

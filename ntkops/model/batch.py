@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError
 from .call import tensors_within
+from .watch import tracked
 
 __all__ = [
     "Batch",
@@ -103,7 +104,7 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with every sample tensor changed."""
-        return self.replace([change(tensor) for tensor in self.tensors])
+        return self.replace([tracked(change(tensor)) for tensor in self.tensors])
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
@@ -163,7 +164,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     columns = zip(*(batch.tensors for batch in batches), strict=True)
-    return batches[0].replace([torch.cat(column, dim=batches[0].batch_dim) for column in columns])
+    return batches[0].replace([tracked(torch.cat(column, dim=batches[0].batch_dim)) for column in columns])
 
 
 def _plain(x: Any) -> Any:

@@ -123,7 +123,7 @@ def _of_module(
     return Linearization(
         call,
         OutputSelector(output, call.root),
-        selected if differentiable else _copies(selected),
+        _live(selected) if differentiable else _copies(selected),
         kept,
         _copies(buffers),
         batch_dim=batch_dim,
@@ -169,13 +169,24 @@ def _of_function(
     return Linearization(
         FunctionCall(model, [(name, positions[first[id(value)]]) for name, value in params.items()]),
         OutputSelector(output, None),
-        selected if differentiable else _copies(selected),
+        _live(selected) if differentiable else _copies(selected),
         {},
         {},
         batch_dim=batch_dim,
         differentiable=differentiable,
         origins=origins,
     )
+
+
+def _live(selected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors themselves, to which derivatives flow."""
+    for name, tensor in selected.items():
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"parameter {name!r} was made in inference mode, so that no derivative can flow to it; make the "
+                "model outside (or pass copy.deepcopy(model)), or leave out differentiable=True"
+            )
+    return selected
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

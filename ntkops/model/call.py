@@ -16,6 +16,7 @@ import pickle
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
@@ -61,7 +62,8 @@ _OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight
 def tensors_within(root: object) -> list[Tensor]:
     """Return every tensor that a deep copy of an object would meet, each once.
 
-    Classes, functions and their closures are passed over, as a deep copy does not enter them either.
+    Classes, functions and their closures are passed over, as a deep copy does not enter them either; so are
+    the tensors without data that exported graphs keep beside their operations.
     """
     found: list[Tensor] = []
     seen: dict[int, object] = {}  # keeps what it has seen alive, so that no address is met twice
@@ -71,6 +73,8 @@ def tensors_within(root: object) -> list[Tensor]:
         if item is None or isinstance(item, _OPAQUE) or id(item) in seen:
             continue
         seen[id(item)] = item
+        if type(item).__name__ == "FakeTensor":  # by name: its module is not imported unless needed
+            continue
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, types.MethodType):
@@ -99,7 +103,10 @@ def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     for module in recurrent:
         state = {key: value for key, value in vars(module).items() if key != "_flat_weight_refs"}
         vars(memo[id(module)]).update(copy.deepcopy(state, memo))
-    return copy.deepcopy(model, memo)
+    with warnings.catch_warnings():
+        if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
+            warnings.simplefilter("ignore", FutureWarning)  # of how torch itself describes exported graphs
+        return copy.deepcopy(model, memo)
 
 
 def _culprit(model: nn.Module, tensors: Sequence[Tensor]) -> str:

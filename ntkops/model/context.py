@@ -194,7 +194,7 @@ def safe_context(
 ) -> Iterator[None]:
     """Hold the settings under which products with J and Jᵀ are exact, and restore them afterwards.
 
-    Gradient mode is left as it is, apart from inference mode, in which no derivative exists.
+    Gradient mode is left as it is; inference mode, in which no derivative exists, becomes no_grad.
 
     Args:
         device: Where the model computes.
@@ -217,6 +217,7 @@ def safe_context(
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         yield
 
 

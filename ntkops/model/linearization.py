@@ -23,7 +23,7 @@ from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
 from .trial import Recordings, differing_rows, examine
 from .verdict import StateFacts, Verdict
-from .watch import Watch, require_fresh
+from .watch import Watch, require_fresh, tracked
 
 __all__ = ["Linearization"]
 
@@ -365,7 +365,7 @@ class Linearization:
 
         def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                name: tracked(tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
                 for name, tensor in tensors.items()
             }
 
@@ -395,6 +395,8 @@ class Linearization:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the new tensors as the old ones were."""
+        state["parameters"] = tuple(map(tracked, state["parameters"]))
+        state["constants"] = tuple(map(tracked, state["constants"]))
         state["_watches"] = tuple(Watch.of(label, tensor) for label, tensor in state["_watches"])
         vars(self).update(state)
 
