@@ -62,6 +62,7 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
 
     Raises:
         InputError: If ``mode`` is none of these.
+        RuntimeError: What torch says of an operation that this mode does not have.
 
     Example:
         >>> import torch

@@ -118,8 +118,8 @@ def check_adjoint(
             and _is_wrong(linearization, params, batch, cotangent, tangents, left, gap)
         ):
             reasons.append(
-                f"forward: J p is wrong by {mismatch:.0e} (torch's forward-mode formula of an operation, or the "
-                "jvp of a custom autograd.Function); J is what backward() gives"
+                f"forward: J p is wrong by {mismatch:.0e} (torch's forward-mode formula of an operation, or "
+                "the jvp of a custom autograd.Function); J is what backward() gives"
             )
             return False
         else:

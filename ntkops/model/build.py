@@ -45,8 +45,9 @@ def linearize(
     Args:
         model: An `torch.nn.Module` (a compiled one is unwrapped), or a function ``(params, inputs) ->
             output`` of a dict of tensors and one batch as it was passed.
-        params: The selected parameters: None for all that require grad; a name, a glob pattern, or several
-            of these; a predicate ``(name, parameter) -> bool``; or a dict of values at which to linearise.
+        params: The selected parameters: None for all that require grad; a name, a glob pattern, a module of
+            the model for all of its parameters, or several of these; a predicate ``(name, parameter) ->
+            bool``; or a dict of values at which to linearise.
             A tied parameter is selected once, by any of its names. For a function: the dict of all its
             parameters.
         output: The state: None where the model returns a tensor; a key or position; a callable on the raw
@@ -183,8 +184,8 @@ def _live(selected: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in selected.items():
         if tensor.is_inference():
             raise UnsupportedModelError(
-                f"parameter {name!r} was made in inference mode, so that no derivative can flow to it; make the "
-                "model outside (or pass copy.deepcopy(model)), or leave out differentiable=True"
+                f"parameter {name!r} was made in inference mode, so that no derivative can flow to it; make "
+                "the model outside (or pass copy.deepcopy(model)), or leave out differentiable=True"
             )
     return selected
 

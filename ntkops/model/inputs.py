@@ -320,8 +320,8 @@ def read_inputs(
         for label, tensor in zip(batch.layout.labels, batch.tensors, strict=True):
             if tensor.is_inference():
                 raise InputError(
-                    f"{label} was made in inference mode, so that no derivative can flow to it; make it outside "
-                    "(or pass a .clone()), or leave out differentiable=True"
+                    f"{label} was made in inference mode, so that no derivative can flow to it; make it "
+                    "outside (or pass a .clone()), or leave out differentiable=True"
                 )
         return batch, ()
     held = [hold(tensor) for tensor in batch.tensors]

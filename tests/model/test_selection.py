@@ -1,9 +1,12 @@
 """Which parameters are selected, and what a wrong selection says."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import ntkops
 from ntkops.errors import (
     DeviceError,
     DtypeError,
@@ -53,6 +56,39 @@ def test_none_selects_what_requires_grad_and_names_select_frozen_ones_too():
     assert linearize(model).names == ("lora_a", "lora_b")
     assert linearize(model, params="*lora*").names == ("lora_a", "lora_b")
     assert linearize(model, params=["base.bias", "lora_b"]).names == ("lora_b", "base.bias")
+
+
+def test_modules_select_all_of_their_parameters():
+    model = nn.Sequential(_model(), nn.Linear(2, 2)).requires_grad_(False)
+    model.extra = nn.ModuleList([model[1]])  # reached by two paths
+    assert linearize(model, params=model[1]).names == ("1.weight", "1.bias")
+    assert linearize(model, params=model.extra).names == ("1.weight", "1.bias")
+    assert linearize(model, params=[model[1], "0.0.bias", model[0][2]]).names == (
+        "0.0.bias",
+        "0.2.weight",
+        "0.2.bias",
+        "1.weight",
+        "1.bias",
+    )
+    assert linearize(model, params=model).names == linearize(model, params="*").names
+    tied = TiedAutoencoder()
+    assert linearize(tied, params=tied.decoder).names[0] == "encoder.weight"
+
+
+def test_a_kernel_of_a_module_is_that_of_its_parameters():
+    model, x = _model().double(), torch.randn(4, 3, dtype=torch.float64)
+    by_name = ntkops.ntk(model, x, params="2.*").to_dense()
+    assert torch.equal(ntkops.ntk(model, x, params=model[2]).to_dense(), by_name)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_module_that_is_no_part_of_the_model_is_refused(several):
+    model = _model()
+    other = copy.deepcopy(model[2])
+    with pytest.raises(UnknownParameterError, match="Linear that is no part of the model"):
+        linearize(model, params=[model[0], other] if several else other)
+    with pytest.raises(ParameterSelectionError, match="Tanh, which has no parameters"):
+        linearize(model, params=[model[0], model[1]] if several else model[1])
 
 
 def test_aliases_of_tied_weights_select_one_parameter():
