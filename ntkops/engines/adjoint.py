@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import DifferentiationError
 from ..model import Batch, Linearization
@@ -112,6 +114,12 @@ def check_adjoint(
             cause = "rounding, which the model enlarges"
         elif is_rounding and scale <= tolerance * _reach(linearization, params, batch, cotangent):
             cause = "rounding is all that it is, since these parameters do not move the output"
+        elif mode == "forward" and not is_rounding and _has_hooks(linearization, params, batch):
+            reasons.append(
+                "forward: it does not see the hook on a gradient (Tensor.register_hook) inside the model; J "
+                "is what backward() gives"
+            )
+            return False
         elif (
             mode == "forward"
             and not is_rounding
@@ -141,6 +149,23 @@ def _reach(linearization: Linearization, params: Parameters, batch: Batch, cotan
     along = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(rows, along, cotangent[0], allow_unused=True) if rows.requires_grad else ()
     return length([rows.detach()]) + length([g for g in found if g is not None])
+
+
+class _HookSeen(TorchFunctionMode):
+    """Note whether a hook is put on a gradient."""
+
+    seen = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= function is torch.Tensor.register_hook
+        return function(*args, **(kwargs or {}))
+
+
+def _has_hooks(linearization: Linearization, params: Parameters, batch: Batch) -> bool:
+    """Whether the model puts hooks on gradients in its forward pass."""
+    with torch.enable_grad(), _HookSeen() as mode:
+        linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
+    return mode.seen
 
 
 def _is_wrong(

@@ -143,6 +143,8 @@ def _of_function(
             f"{type(model).__name__}{' and not an instance' if isinstance(model, type) else ''}; pass a "
             "torch.nn.Module or a function (params, inputs) -> output"
         )
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UnsupportedModelError("the model is an ExportedProgram; pass its .module()")
     if isinstance(model, torch.jit.ScriptFunction):
         raise UnsupportedModelError(
             "the model is a TorchScript function; pass the Python function it was made from"

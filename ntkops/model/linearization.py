@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DtypeError, OutputError, ShapeError
+from ..errors import DtypeError, OutputError, ShapeError, UnsupportedModelError
 from .batch import Batch, take
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
-from .coupling import require_own_rows
+from .coupling import first_line, is_fault_of_model, require_own_rows
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
@@ -177,15 +177,16 @@ class Linearization:
         Raises:
             ShapeError: If the number of parameters is wrong.
             OutputError: If this batch gives another number of samples or outputs than the first.
+            UnsupportedModelError: If the model itself fails on this batch.
         """
         if len(params) != len(self.names):
             raise ShapeError(f"{len(params)} parameter tensors given, {len(self.names)} are selected")
-        if self._held is not None:
-            free, whole = self._held[0], list(self._held[1])
-            for position, value in zip(free, params, strict=True):
-                whole[position] = value
-            params = whole
-        state = self.raw_state(params, batch)
+        whole = self.whole(params)
+        try:
+            state = self.raw_state(whole, batch)
+        except Exception as error:
+            self._require_call(batch, error)
+            raise
         if not isinstance(state, Tensor) or state.dim() <= self.batch_dim:
             raise OutputError(
                 f"{self.output_name} has no sample axis on this batch, though it has on the first"
@@ -199,6 +200,15 @@ class Linearization:
                 "batches to one length"
             )
         return rows
+
+    def whole(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return all parameters of the call, given those that are free."""
+        if self._held is None:
+            return params
+        free, values = self._held[0], list(self._held[1])
+        for position, value in zip(free, params, strict=True):
+            values[position] = value
+        return values
 
     def restricted(self, free: Sequence[int], params: Sequence[Tensor]) -> Linearization:
         """Return the same function of some of its parameters, the others held where they are.
@@ -263,6 +273,23 @@ class Linearization:
             return None
         versions = [p._version for p in self.parameters]
         return self.verdict.seen(inputs, start, stop, key, size, versions)
+
+    def _require_call(self, batch: Batch, error: Exception) -> None:
+        """Raise if it is the model itself that fails on a batch, whoever differentiates it."""
+        if not is_fault_of_model(error) or any(
+            map(torch._C._functorch.is_functorch_wrapped_tensor, batch.tensors)
+        ):
+            return
+        try:
+            with torch.no_grad():
+                self.raw_state([p.detach() for p in self.whole(self.parameters)], batch)
+        except Exception as again:
+            if type(again) is type(error):
+                raise UnsupportedModelError(
+                    f"the model fails on a batch of {batch.num_samples} samples ({type(again).__name__}: "
+                    f"{first_line(again)}), though it worked on the first few; let its shapes follow the "
+                    "batch and its inputs be in their range, or pass batch_size= a number of samples that it takes"
+                ) from error
 
     def inputs(self, x: Any) -> Inputs:
         """Take inputs, look at them, and try the model on a few samples.

@@ -65,8 +65,8 @@ def _names(named: Mapping[str, Tensor], selector: Selector) -> list[str]:
         return [name for name, tensor in named.items() if selector(name, tensor)]
     if isinstance(selector, Tensor) or not isinstance(selector, Iterable):
         raise ParameterSelectionError(
-            f"params= is a {type(selector).__name__}; pass None, names, glob patterns, modules of the model, a "
-            "predicate (name, parameter) -> bool, or a dict from names to tensors"
+            f"params= is a {type(selector).__name__}; pass None, names, glob patterns, modules of the model, "
+            "a predicate (name, parameter) -> bool, or a dict from names to tensors"
         )
     patterns = list(selector)
     for pattern in patterns:
