@@ -242,14 +242,15 @@ def normalise(x: Any, batch_dim: int, label: str = "input") -> Batch:
         if length != expected:
             other = next((axis for axis, size in enumerate(tensor.shape[:2]) if size == expected), None)
             if other is None:
-                way_out = "pass tensors of one length, and make what all samples share a buffer of the model"
+                way_out = "pass tensors of one length, and make what all share a buffer of the model"
             else:
                 way_out = (
-                    f"its samples seem to lie on dimension {other} (time first?): transpose it, and the model's "
-                    "use of it"
+                    f"its samples seem to lie on dimension {other} (time first?): transpose it, and what the "
+                    "model makes of it"
                 )
             raise InputError(
-                f"{name} has {length} samples and {labels[0]} has {expected} (dimension {batch_dim}); {way_out}"
+                f"{name} has {length} samples and {labels[0]} has {expected} (dimension {batch_dim}); "
+                f"{way_out}"
             )
     return Batch(tuple(tensors), Layout(nesting, tuple(labels), batch_dim))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import DtypeError, OutputError, ShapeError, UnsupportedModelError
 from .batch import Batch, take
@@ -276,19 +277,19 @@ class Linearization:
 
     def _require_call(self, batch: Batch, error: Exception) -> None:
         """Raise if it is the model itself that fails on a batch, whoever differentiates it."""
-        if not is_fault_of_model(error) or any(
-            map(torch._C._functorch.is_functorch_wrapped_tensor, batch.tensors)
-        ):
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if not is_fault_of_model(error) or any(map(wrapped, batch.tensors)):
             return
         try:
-            with torch.no_grad():
+            with temporarily_clear_interpreter_stack(), torch.no_grad():
                 self.raw_state([p.detach() for p in self.whole(self.parameters)], batch)
         except Exception as again:
             if type(again) is type(error):
                 raise UnsupportedModelError(
                     f"the model fails on a batch of {batch.num_samples} samples ({type(again).__name__}: "
                     f"{first_line(again)}), though it worked on the first few; let its shapes follow the "
-                    "batch and its inputs be in their range, or pass batch_size= a number of samples that it takes"
+                    "batch and its inputs be in their range, or pass batch_size= a number of samples that it "
+                    "takes"
                 ) from error
 
     def inputs(self, x: Any) -> Inputs:
