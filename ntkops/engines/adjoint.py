@@ -144,7 +144,7 @@ def _reach(linearization: Linearization, params: Parameters, batch: Batch, cotan
         for i, t in enumerate((*params, *linearization.constants))
     ]
     with torch.enable_grad():
-        state = linearization.raw_state(leaves[: len(params)], batch, leaves[len(params) :])
+        state = linearization.raw_state(leaves[: len(params)], batch, constants=leaves[len(params) :])
         rows = sample_rows(state, linearization.batch_dim, params[0].dtype)
     along = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(rows, along, cotangent[0], allow_unused=True) if rows.requires_grad else ()

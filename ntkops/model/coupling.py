@@ -218,7 +218,8 @@ def first_line(error: Exception) -> str:
 
 
 def is_fault_of_model(error: Exception) -> bool:
-    """Whether a model may have raised this of itself, rather than one of us or the memory."""
-    if isinstance(error, (NtkopsError, NotImplementedError, MemoryError, torch.OutOfMemoryError)):
+    """Whether a batch's shapes or values may be why a model raised, rather than one of us or the memory."""
+    if isinstance(error, (NtkopsError, NotImplementedError, torch.OutOfMemoryError)):
         return False
-    return not any(word in str(error) for word in ("alloc", "memory"))
+    kinds = (RuntimeError, ValueError, IndexError, AssertionError)
+    return isinstance(error, kinds) and not any(word in str(error) for word in ("alloc", "memory"))

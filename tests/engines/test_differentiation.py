@@ -198,13 +198,13 @@ INDEX = torch.tensor([[0, 1, 2, 3]]).expand(4, 4) % 2
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", WRONG_FORWARD)
-def test_where_forward_mode_is_wrong_the_next_rung_is_taken(name, dtype):
+def test_where_forward_mode_is_wrong_the_next_mode_is_taken(name, dtype):
     torch.manual_seed(0)
     model, x = WrongForwardMode(WRONG_FORWARD[name]).to(dtype), torch.randn(5, 4).to(dtype)
     case = Case(name, lambda dtype: model, lambda count, dtype: x)
     J = reference_jacobian(case, copy.deepcopy(model).double(), x.double())
     K = ntkops.ntk(model, x, max_dense_bytes=0, engine="autograd")
-    assert K.engine_info.rung == "double"
+    assert K.engine_info.mode == "double"
     assert any("J is what backward() gives" in reason for reason in K.engine_info.reasons)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     products = (K @ torch.eye(10, dtype=dtype)).double()
