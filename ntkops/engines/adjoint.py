@@ -138,13 +138,14 @@ def check_adjoint(
 
 def _reach(linearization: Linearization, params: Parameters, batch: Batch, cotangent: Tensor) -> float:
     """Return the length of the derivative of <u, f> along all parameters, selected or not, and that of f."""
-    last = len(params) + len(linearization.frozen_names)
+    selected = linearization.whole(params)
+    last = len(selected) + len(linearization.frozen_names)
     leaves = [
         t.detach().requires_grad_() if i < last and t.is_floating_point() and not t.is_inference() else t
-        for i, t in enumerate((*params, *linearization.constants))
+        for i, t in enumerate((*selected, *linearization.constants))
     ]
     with torch.enable_grad():
-        state = linearization.raw_state(leaves[: len(params)], batch, constants=leaves[len(params) :])
+        state = linearization.raw_state(leaves[: len(selected)], batch, constants=leaves[len(selected) :])
         rows = sample_rows(state, linearization.batch_dim, params[0].dtype)
     along = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(rows, along, cotangent[0], allow_unused=True) if rows.requires_grad else ()

@@ -43,7 +43,7 @@ class ProductOperator(LinearOperator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take tensors that were read in inference mode out of it."""
-        vars(self).update(state)
+        self.__dict__.update(state)
         self._args = tuple(map(tracked, self._args))
 
     # shape and place
