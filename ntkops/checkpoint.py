@@ -28,7 +28,9 @@ from .errors import CheckpointError
 
 __all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save", "threads"]
 
-FORMAT = 1  # of the JSON document; raised when an old reader would misread it
+# Of the JSON document; raised when an old reader would misread it, or what is written means something else:
+# in format 1 the padding row of an embedding had a gradient.
+FORMAT = 2
 _KEY = "ntkops"  # entry of the safetensors header that holds the document
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _HASH_BYTES = 1 << 26  # bytes of a tensor hashed at a time
@@ -308,8 +310,9 @@ def _require_format(document: Mapping[str, Any], kind: str, place: Path) -> None
     version = document.get("format")
     if version != FORMAT:
         raise CheckpointError(
-            f"{place} has format {version!r}, this version of ntkops reads {FORMAT}; use the version that "
-            "wrote it, or start again with another path"
+            f"{place} has format {version!r}, this version of ntkops reads {FORMAT} (up to format 1 padding "
+            "rows of embeddings had a gradient); use the version that wrote it, or start again with another "
+            "path"
         )
     parts: tuple[tuple[str, type], ...] = (
         ("metadata", dict),

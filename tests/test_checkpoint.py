@@ -143,15 +143,18 @@ def test_foreign_files_are_refused(path, tmp_path):
         checkpoint.load(tmp_path / "arrays.npz")
 
 
+RECORD = {"format": checkpoint.FORMAT, "kind": "state", "metadata": {}, "fingerprint": {}}
+
+
 @pytest.mark.parametrize(
     "record",
     [
         "not json",
         "[1, 2]",
         "[" * 100_000,
-        json.dumps({"format": 1}),
-        json.dumps({"format": 1, "kind": "state", "metadata": [], "fingerprint": {}, "checksum": ""}),
-        json.dumps({"format": 1, "kind": "state", "metadata": {}, "fingerprint": {}, "checksum": "0"}),
+        json.dumps({"format": checkpoint.FORMAT}),
+        json.dumps(RECORD | {"metadata": [], "checksum": ""}),
+        json.dumps(RECORD | {"checksum": "0"}),
     ],
 )
 def test_damaged_records_are_refused(path, record):
@@ -164,8 +167,17 @@ def test_another_format_or_kind_is_refused(path, monkeypatch):
     checkpoint.save(path, {}, kind="track")
     with pytest.raises(CheckpointError, match="written by 'track', not by 'state'"):
         checkpoint.load(path)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(CheckpointError, match="format 1, this version of ntkops reads 2"):
+    written = checkpoint.FORMAT
+    monkeypatch.setattr(checkpoint, "FORMAT", written + 1)
+    with pytest.raises(CheckpointError, match=f"format {written}, this version .* reads {written + 1}"):
+        checkpoint.load(path, kind="track")
+
+
+def test_sums_of_before_padding_rows_lost_their_gradient_are_refused_by_name(path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "FORMAT", 1)
+        checkpoint.save(path, {"sum": torch.ones(2)}, kind="track")
+    with pytest.raises(CheckpointError, match="format 1.*padding rows of embeddings had a gradient"):
         checkpoint.load(path, kind="track")
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engines import AutogradEngine
 from ..errors import NtkopsError
@@ -37,6 +37,7 @@ class _Slope:
             torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * _scale(p)
             for p in self.params
         )
+        _leave_out_padding(linearization, self.tangents)
 
     def difference(self, chosen: Sequence[int]) -> list[Tensor]:
         """Return central differences along the chosen parameters' tangents, one for each step."""
@@ -66,6 +67,16 @@ class _Slope:
         """Return how far J p is from the nearest difference quotient."""
         pushed = self.push(chosen, engine, inputs)
         return min(relative(pushed, quotient.flatten()) for quotient in self.difference(chosen))
+
+
+def _leave_out_padding(linearization: Linearization, tangents: Sequence[Tensor]) -> None:
+    """Move no padding row: it moves the output and has no gradient, as in training."""
+    root = getattr(linearization.call, "root", nn.Module())
+    for path, module in root.named_modules(remove_duplicate=False):
+        name = f"{path}.weight".lstrip(".")
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(module, nn.Embedding) and padding is not None and name in linearization.names:
+            tangents[linearization.names.index(name)][padding] = 0.0
 
 
 def _scale(parameter: Tensor) -> float:
@@ -133,6 +144,6 @@ def _blame(names: Sequence[str]) -> str:
     places = ", ".join(repr(module) for module in modules[:4])
     return (
         f"J is not the derivative along {shown} (modules {places}): look there for detach(), no_grad(), "
-        "rounding, a renormalisation of weights, or a custom autograd.Function; what is detached on purpose "
-        "is computed as the model defines it"
+        "padding_idx, rounding, a renormalisation of weights, or a custom autograd.Function; what is "
+        "detached on purpose is computed as the model defines it"
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import DifferentiationError
 from ..model import Batch, Linearization
+from ..model.output import sample_rows
 from ..model.rounding import neighbours
 from .differentiation import LinearizedBatch, Mode, Parameters, linearize_batch
 
-__all__ = ["check_adjoint", "check_slope", "first_line", "further", "gaps", "length", "vectors"]
+__all__ = ["check_adjoint", "check_slope", "first_line", "length", "vectors"]
 
 # An adjoint mismatch above so many rounding units of the coarsest dtype in which the model computes is
 # not rounding, nor is one above the limit, which holds for half precision.
@@ -21,6 +24,7 @@ _LARGEST_ROUNDING = 0.1
 _SUSPICIOUS_UNITS, _FURTHER_PAIRS = 1e2, 8  # from where on further pairs are tried
 # A mismatch is rounding if it is no more than so many times what a step of some rounding units moves it.
 _NOISE_FACTOR = 10.0
+_LEAST_SHARE = 0.05  # of what parts J from its transpose, by which finite differences contradict J
 _SLOPE_TOLERANCE = 1e-2  # of finite differences, whose error is that of float32 and of kinks nearby
 
 
@@ -50,60 +54,142 @@ def _both_sides(
 
 def check_adjoint(
     mode: Mode,
+    linearization: Linearization,
+    params: Parameters,
+    batch: Batch,
+    linearized: LinearizedBatch,
     cotangent: Tensor,
-    pushed: Tensor,
     tangents: Parameters,
+    pushed: Tensor,
     pulled: Parameters,
-    lowest: Callable[[], torch.dtype],
-    again: Callable[[], Iterator[float]],
-    further_mismatch: Callable[[], float],
     reasons: list[str],
-) -> None:
+) -> bool:
     """Compare <u, J p> with <Jᵀu, p>, and decide whether a difference is rounding.
+
+    A difference is judged against J itself. Where J is below the rounding of the derivative along all
+    parameters, selected or not, and of the output, these parameters do not move the output: a key bias under
+    softmax, a shift of what is normalised.
 
     Args:
         mode: Mode of differentiation.
-        cotangent: u.
-        pushed: J p.
+        linearization: The model.
+        params: Its selected parameters.
+        batch: A few samples.
+        linearized: The products that are compared.
+        cotangent: u, (1, B, O).
         tangents: p.
+        pushed: J p.
         pulled: Jᵀu.
-        lowest: Finds the coarsest dtype in which the model computes.
-        again: Yields <u, J p> - <Jᵀu, p> some rounding units away.
-        further_mismatch: Returns the largest relative mismatch of further pairs.
         reasons: Gets a line where the two agree less well than rounding of this dtype explains.
 
+    Returns:
+        Whether they agree; False where finite differences show that forward mode is wrong, so that J is to be
+        had in another way.
+
     Raises:
-        DifferentiationError: If J and Jᵀ disagree.
+        DifferentiationError: If J and Jᵀ disagree for any other reason.
     """
     left, right = _both_sides(cotangent, pushed, tangents, pulled)
+    gap = abs(left - right)
     # For normal u and p both lengths are |J|_F up to chance: where a part of J is missing, left and right
     # differ by its length. Against |u||J p| that would vanish in the number of outputs and parameters.
     scale = length([pushed]) + length(pulled)
     if scale == 0 or not torch.isfinite(torch.tensor([left, right])).all():
-        return  # a zero or non-finite derivative is reported where its values are looked at
-    mismatch = abs(left - right) / scale
+        return True  # a zero or non-finite derivative is reported where its values are looked at
+    mismatch = gap / scale
     eps = torch.finfo(pushed.dtype).eps
     if mismatch <= min(_SUSPICIOUS_UNITS * eps, _LARGEST_ROUNDING / 10):
-        return
-    tolerance = min(_ROUNDING_UNITS * torch.finfo(lowest()).eps, _LARGEST_ROUNDING)
+        return True
+    tolerance = min(_ROUNDING_UNITS * torch.finfo(linearization.lowest_dtype).eps, _LARGEST_ROUNDING)
     # One pair may agree by chance where J is all but rounding.
-    if further_mismatch() > tolerance:
-        is_rounding = max(abs(gap - (left - right)) for gap in again()) * _NOISE_FACTOR >= abs(left - right)
-        raise DifferentiationError(_disagreement(mode, left, right, is_rounding, pushed.dtype))
-    if mismatch <= _ROUNDING_UNITS * eps:
-        return
+    agree = _further(linearized, cotangent.shape[1:], params) <= tolerance
+    if agree and mismatch <= _ROUNDING_UNITS * eps:
+        return True
     cause = "part of the model computes in lower precision"
-    if mismatch > tolerance:
-        cause = "rounding, which the model enlarges"
-        noise = max(abs(gap - (left - right)) for gap in again())
-        is_rounding = abs(left - right) <= _NOISE_FACTOR * noise
+    if not agree or mismatch > tolerance:
+        there = _gaps(mode, linearization, params, batch, cotangent, tangents)
+        is_rounding = gap <= _NOISE_FACTOR * max(abs(other - (left - right)) for other in there)
         size = length([cotangent]) * length([pushed]) + length(tangents) * length(pulled)
-        if not is_rounding or abs(left - right) > tolerance * size:
+        if is_rounding and agree and gap <= tolerance * size:
+            cause = "rounding, which the model enlarges"
+        elif is_rounding and scale <= tolerance * _reach(linearization, params, batch, cotangent):
+            cause = "rounding is all that it is, since these parameters do not move the output"
+        elif mode == "forward" and not is_rounding and _has_hooks(linearization, params, batch):
+            reasons.append(
+                "forward: it does not see the hook on a gradient (Tensor.register_hook) inside the model; J "
+                "is what backward() gives"
+            )
+            return False
+        elif (
+            mode == "forward"
+            and not is_rounding
+            and _is_wrong(linearization, params, batch, cotangent, tangents, left, gap)
+        ):
+            reasons.append(
+                f"forward: J p is wrong by {mismatch:.0e} (torch's forward-mode formula of an operation, or "
+                "the jvp of a custom autograd.Function); J is what backward() gives"
+            )
+            return False
+        else:
             raise DifferentiationError(_disagreement(mode, left, right, is_rounding, pushed.dtype))
     reasons.append(f"{mode}: J and Jᵀ agree to {mismatch:.0e} only: {cause}")
+    return True
 
 
-def gaps(
+def _reach(linearization: Linearization, params: Parameters, batch: Batch, cotangent: Tensor) -> float:
+    """Return the length of the derivative of <u, f> along all parameters, selected or not, and that of f."""
+    selected = linearization.whole(params)
+    last = len(selected) + len(linearization.frozen_names)
+    leaves = [
+        t.detach().requires_grad_() if i < last and t.is_floating_point() and not t.is_inference() else t
+        for i, t in enumerate((*selected, *linearization.constants))
+    ]
+    with torch.enable_grad():
+        state = linearization.raw_state(leaves[: len(selected)], batch, constants=leaves[len(selected) :])
+        rows = sample_rows(state, linearization.batch_dim, params[0].dtype)
+    along = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad(rows, along, cotangent[0], allow_unused=True) if rows.requires_grad else ()
+    return length([rows.detach()]) + length([g for g in found if g is not None])
+
+
+class _HookSeen(TorchFunctionMode):
+    """Note whether a hook is put on a gradient."""
+
+    seen = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= function is torch.Tensor.register_hook
+        return function(*args, **(kwargs or {}))
+
+
+def _has_hooks(linearization: Linearization, params: Parameters, batch: Batch) -> bool:
+    """Whether the model puts hooks on gradients in its forward pass."""
+    with torch.enable_grad(), _HookSeen() as mode:
+        linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
+    return mode.seen
+
+
+def _is_wrong(
+    linearization: Linearization,
+    params: Parameters,
+    batch: Batch,
+    cotangent: Tensor,
+    tangents: Parameters,
+    pushed: float,
+    gap: float,
+) -> bool:
+    """Whether finite differences contradict <u, J p> by more than they are off themselves."""
+    step = torch.finfo(params[0].dtype).eps ** (1 / 3) * max(length(params), 1e-2) / length(tangents)
+
+    def value(distance: float) -> float:
+        moved = tuple(p + distance * t[0] for p, t in zip(params, tangents, strict=True))
+        return float((linearization.function(moved, batch).double() * cotangent[0].double()).sum())
+
+    one, other = ((value(size) - value(-size)) / (2 * size) for size in (step, step / 4))
+    return abs(other - pushed) >= max(_LEAST_SHARE * gap, _NOISE_FACTOR * abs(one - other))
+
+
+def _gaps(
     mode: Mode,
     linearization: Linearization,
     params: Parameters,
@@ -118,7 +204,7 @@ def gaps(
         yield left - right
 
 
-def further(linearized: LinearizedBatch, shape: Sequence[int], params: Parameters) -> float:
+def _further(linearized: LinearizedBatch, shape: Sequence[int], params: Parameters) -> float:
     """Return the largest |<u, J p> - <Jᵀu, p>| of further pairs, over |u||J p| + |Jᵀu||p|."""
     largest = 0.0
     for seed in range(_FURTHER_PAIRS):

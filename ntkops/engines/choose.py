@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..errors import DifferentiationError, NtkopsError, OutputError
 from ..model import Batch, Inputs, Linearization
 from ..model.batch import take
-from .adjoint import check_adjoint, check_slope, first_line, further, gaps, length, vectors
+from .adjoint import check_adjoint, check_slope, first_line, length, vectors
 from .differentiation import (
     MODES,
     RECORDED_MODES,
@@ -115,11 +114,10 @@ def _first_mode(
             left = left or (mode, pulled)  # another mode may do better; if none does, products say so
             reasons.append(f"{mode}: J p is not finite")
             continue
-        lowest = partial(getattr, linearization, "lowest_dtype")
-        again = partial(gaps, mode, linearization, params, batch, cotangent, tangents)
-        mismatch = partial(further, linearized, shape, params)
-        check_adjoint(mode, cotangent, pushed, tangents, pulled, lowest, again, mismatch, reasons)
-        return mode, pulled
+        if check_adjoint(
+            mode, linearization, params, batch, linearized, cotangent, tangents, pushed, pulled, reasons
+        ):
+            return mode, pulled
     if left is not None:
         return left
     hooks = any("saved tensor hooks" in reason for reason in reasons)

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import InputError, NtkopsError, OutOfMemoryError
 from ..model import Batch, Inputs, Linearization
 from ..model.batch import cut
+from ..model.watch import tracked
 
 __all__ = [
     "EngineSizes",
@@ -169,6 +170,7 @@ class TensorStore:
     def put(self, owner: int, key: Hashable, item: Tensor) -> bool:
         """Store a tensor, older ones on its device dropped where needed; False if it exceeds the budget."""
         size = tensor_bytes(item.shape, item.dtype)
+        item = tracked(item)  # also used outside of the inference mode in which it may have been made
         with self._lock:
             limit = self.fraction * (free_bytes(item.device) + self.held_bytes(item.device))
             if size > limit:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError
 from .call import tensors_within
+from .watch import tracked
 
 __all__ = [
     "Batch",
@@ -103,7 +104,7 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with every sample tensor changed."""
-        return self.replace([change(tensor) for tensor in self.tensors])
+        return self.replace([tracked(change(tensor)) for tensor in self.tensors])
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
@@ -163,7 +164,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     columns = zip(*(batch.tensors for batch in batches), strict=True)
-    return batches[0].replace([torch.cat(column, dim=batches[0].batch_dim) for column in columns])
+    return batches[0].replace([tracked(torch.cat(column, dim=batches[0].batch_dim)) for column in columns])
 
 
 def _plain(x: Any) -> Any:
@@ -239,9 +240,17 @@ def normalise(x: Any, batch_dim: int, label: str = "input") -> Batch:
             )
         length, expected = tensor.shape[batch_dim], tensors[0].shape[batch_dim]
         if length != expected:
+            other = next((axis for axis, size in enumerate(tensor.shape[:2]) if size == expected), None)
+            if other is None:
+                way_out = "pass tensors of one length, and make what all share a buffer of the model"
+            else:
+                way_out = (
+                    f"its samples seem to lie on dimension {other} (time first?): transpose it, and what the "
+                    "model makes of it"
+                )
             raise InputError(
-                f"{name} has {length} samples and {labels[0]} has {expected} (dimension {batch_dim}); pass "
-                "tensors of one length, and make what is shared by all samples a buffer of the model"
+                f"{name} has {length} samples and {labels[0]} has {expected} (dimension {batch_dim}); "
+                f"{way_out}"
             )
     return Batch(tuple(tensors), Layout(nesting, tuple(labels), batch_dim))
 

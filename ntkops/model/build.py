@@ -36,16 +36,18 @@ def linearize(
     `StaleOperatorError` (a write through ``.data`` is invisible to torch, and to us).
 
     The model itself is never run, swapped or changed. A private copy of its structure (modules and hooks,
-    no tensors) is called instead; a hook that writes to a list outside the model does so here too. On the
-    copy, ``padding_idx``, ``sparse`` and ``scale_grad_by_freq`` of embeddings are without effect: the forward
-    pass is the same, and every row, the padding row included, has its true derivative, where torch's
-    optimisers see zero or a scaled one.
+    no tensors) is called instead; a hook that writes to a list outside the model does so here too.
+
+    J is what ``backward()`` gives: what is detached has no derivative, nor has the padding row of an
+    embedding (``padding_idx``). ``scale_grad_by_freq`` is the one exception: it divides by the counts of
+    tokens in the whole batch, so that a row of J would depend on the other samples, and is without effect.
 
     Args:
         model: An `torch.nn.Module` (a compiled one is unwrapped), or a function ``(params, inputs) ->
             output`` of a dict of tensors and one batch as it was passed.
-        params: The selected parameters: None for all that require grad; a name, a glob pattern, or several
-            of these; a predicate ``(name, parameter) -> bool``; or a dict of values at which to linearise.
+        params: The selected parameters: None for all that require grad; a name, a glob pattern, a module of
+            the model for all of its parameters, or several of these; a predicate ``(name, parameter) ->
+            bool``; or a dict of values at which to linearise.
             A tied parameter is selected once, by any of its names. For a function: the dict of all its
             parameters.
         output: The state: None where the model returns a tensor; a key or position; a callable on the raw
@@ -122,7 +124,7 @@ def _of_module(
     return Linearization(
         call,
         OutputSelector(output, call.root),
-        selected if differentiable else _copies(selected),
+        _live(selected) if differentiable else _copies(selected),
         kept,
         _copies(buffers),
         batch_dim=batch_dim,
@@ -141,6 +143,8 @@ def _of_function(
             f"{type(model).__name__}{' and not an instance' if isinstance(model, type) else ''}; pass a "
             "torch.nn.Module or a function (params, inputs) -> output"
         )
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UnsupportedModelError("the model is an ExportedProgram; pass its .module()")
     if isinstance(model, torch.jit.ScriptFunction):
         raise UnsupportedModelError(
             "the model is a TorchScript function; pass the Python function it was made from"
@@ -168,13 +172,24 @@ def _of_function(
     return Linearization(
         FunctionCall(model, [(name, positions[first[id(value)]]) for name, value in params.items()]),
         OutputSelector(output, None),
-        selected if differentiable else _copies(selected),
+        _live(selected) if differentiable else _copies(selected),
         {},
         {},
         batch_dim=batch_dim,
         differentiable=differentiable,
         origins=origins,
     )
+
+
+def _live(selected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors themselves, to which derivatives flow."""
+    for name, tensor in selected.items():
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"parameter {name!r} was made in inference mode, so that no derivative can flow to it; make "
+                "the model outside (or pass copy.deepcopy(model)), or leave out differentiable=True"
+            )
+    return selected
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

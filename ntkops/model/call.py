@@ -16,6 +16,7 @@ import pickle
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModelError
 from .context import untouched_randomness
-from .corrections import prelu
+from .corrections import embedding, prelu
 
 __all__ = ["FunctionCall", "ModuleCall", "Reader", "tensors_within", "uncompiled"]
 
@@ -61,7 +62,8 @@ _OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight
 def tensors_within(root: object) -> list[Tensor]:
     """Return every tensor that a deep copy of an object would meet, each once.
 
-    Classes, functions and their closures are passed over, as a deep copy does not enter them either.
+    Classes, functions and their closures are passed over, as a deep copy does not enter them either; so are
+    the tensors without data that exported graphs keep beside their operations.
     """
     found: list[Tensor] = []
     seen: dict[int, object] = {}  # keeps what it has seen alive, so that no address is met twice
@@ -71,6 +73,8 @@ def tensors_within(root: object) -> list[Tensor]:
         if item is None or isinstance(item, _OPAQUE) or id(item) in seen:
             continue
         seen[id(item)] = item
+        if type(item).__name__ == "FakeTensor":  # by name: its module is not imported unless needed
+            continue
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, types.MethodType):
@@ -99,7 +103,10 @@ def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     for module in recurrent:
         state = {key: value for key, value in vars(module).items() if key != "_flat_weight_refs"}
         vars(memo[id(module)]).update(copy.deepcopy(state, memo))
-    return copy.deepcopy(model, memo)
+    with warnings.catch_warnings():
+        if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
+            warnings.simplefilter("ignore", FutureWarning)  # of how torch itself describes exported graphs
+        return copy.deepcopy(model, memo)
 
 
 def _culprit(model: nn.Module, tensors: Sequence[Tensor]) -> str:
@@ -144,21 +151,16 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _neutralise(module: nn.Module) -> None:
-    """Switch off, on the private copy, what changes gradients in one mode but not the forward pass.
+    """Give modules of the private copy one derivative in both modes, also in a checkpointed block.
 
-    The backward pass of an embedding leaves out the padding row, and divides by the counts of tokens if
-    asked to; forward mode does neither. J and Jᵀ would disagree.
+    Such a block runs again where no `Mended` is held.
     """
-    # A checkpointed block runs again where no mode is held.
     if isinstance(module, nn.PReLU) and _has_own_forward(module, nn.PReLU):
         vars(module)["forward"] = functools.partial(_prelu, module)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.sparse = module.scale_grad_by_freq = False
-    if isinstance(module, nn.Embedding):
-        if _has_own_forward(module, nn.Embedding):
-            vars(module)["forward"] = functools.partial(_embed, module)  # models read .padding_idx
-        else:
-            module.padding_idx = None
+    if isinstance(module, nn.Embedding) and _has_own_forward(module, nn.Embedding):
+        vars(module)["forward"] = functools.partial(_embed, module)
 
 
 def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -167,8 +169,8 @@ def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _embed(module: nn.Embedding, tokens: Tensor) -> Tensor:
-    """Look up without a padding row."""
-    return nn.functional.embedding(tokens, module.weight)
+    """Look up with constants at the padding row."""
+    return embedding(tokens, module.weight, module.padding_idx)
 
 
 def _prelu(module: nn.PReLU, input: Tensor) -> Tensor:

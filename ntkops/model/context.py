@@ -176,6 +176,13 @@ def one_at_a_time(settings: AbstractContextManager[None]) -> Iterator[None]:
         yield
 
 
+def _leave_inference(stack: ExitStack) -> None:
+    """Turn inference mode, in which no derivative exists and no tensor has a version, into no_grad."""
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Hold autocast, TF32 and reduced CPU precision off, for products of tensors without a model."""
@@ -185,6 +192,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             stack.enter_context(_FULL_MATMUL)
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
+        _leave_inference(stack)
         yield
 
 
@@ -194,7 +202,7 @@ def safe_context(
 ) -> Iterator[None]:
     """Hold the settings under which products with J and Jᵀ are exact, and restore them afterwards.
 
-    Gradient mode is left as it is, apart from inference mode, in which no derivative exists.
+    Gradient mode is left as it is; inference mode, in which no derivative exists, becomes no_grad.
 
     Args:
         device: Where the model computes.
@@ -215,8 +223,7 @@ def safe_context(
                 stack.enter_context(_NO_CUDNN)
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
+        _leave_inference(stack)
         yield
 
 

@@ -12,11 +12,15 @@ gradients are those of other samples. Written as a choice it has one slope, that
 **Layer and instance norms that are differentiated further.** Derivatives of their forward mode, and third
 derivatives by any mode, take mean and variance for constants, and are wrong. Written in plain operations they
 are right; that is slower, and done where results are differentiable alone.
+
+**Embeddings.** Their backward pass leaves out the padding row, and forward mode does not: what was looked up
+there is made a constant for both. Gradients of a table are dense, and are not divided by the counts of
+tokens, which would let a row of J depend on the other samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CORRECTED", "Corrected", "prelu"]
+__all__ = ["CORRECTED", "Corrected", "embedding", "prelu"]
 
 CORRECTED = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 
-_BATCH = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
-_INSTANCE = {F.instance_norm, torch.instance_norm}
-_LAYER = {F.layer_norm, torch.layer_norm}
-_PRELU = {F.prelu, torch.prelu, torch.Tensor.prelu}
+_ATEN = torch.ops.aten  # whose operators exported graphs call themselves
+_BATCH = {F.batch_norm, torch.batch_norm, torch.native_batch_norm, _ATEN.batch_norm.default}
+_INSTANCE = {F.instance_norm, torch.instance_norm, _ATEN.instance_norm.default}
+_LAYER = {F.layer_norm, torch.layer_norm, _ATEN.layer_norm.default}
+_PRELU = {F.prelu, torch.prelu, torch.Tensor.prelu, _ATEN.prelu.default}
+_EMBEDDING = {torch.embedding, _ATEN.embedding.default}
+_BAG = {torch.embedding_bag, _ATEN.embedding_bag.default, _ATEN.embedding_bag.padding_idx}
 
 
 class Corrected(TorchFunctionMode):
@@ -46,7 +53,11 @@ class Corrected(TorchFunctionMode):
         """Call a function, or what stands for it."""
         if function in _PRELU:
             self.needed = True
-            return prelu(*args, **(kwargs or {}))
+            return (function if _runs_again() else prelu)(*args, **(kwargs or {}))
+        lookup = _LOOKUPS.get(function)
+        if lookup is not None:
+            self.needed = True
+            return lookup(*args, **(kwargs or {}))
         if self._recorded and function in _LAYER:
             return _layer_norm(*args, **(kwargs or {}))
         if self._recorded and function in _INSTANCE:
@@ -75,6 +86,75 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         return F.prelu(input, weight)  # which says what is wrong, or takes numbers without axes
     slope = weight.view(channels, *(1 for _ in input.shape[2:])) if channels > 1 else weight.view(())
     return torch.where(input > 0, input, slope * input)
+
+
+def _runs_again() -> bool:
+    """Whether a checkpointed block computes, which runs again without a mode."""
+    # It must save the same tensors then. No forward mode exists there, so that nothing need be put right.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up, with constants at the padding row and a dense gradient that no count divides."""
+    rows = weight.shape[0]
+    if padding_idx is None or _runs_again() or not -rows <= padding_idx < rows:  # torch says what is wrong
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type)
+    found = F.embedding(input, weight, None, max_norm, norm_type)
+    return torch.where((input == padding_idx % rows).unsqueeze(-1), found.detach(), found)
+
+
+def _aten_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
+
+
+def _bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *more: Any,
+    **named: Any,
+) -> Tensor:
+    return F.embedding_bag(input, weight, offsets, max_norm, norm_type, False, mode, False, *more, **named)
+
+
+def _aten_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    return torch.embedding_bag(weight, indices, offsets, False, mode, False, *more, **named)
+
+
+_LOOKUPS: dict[Any, Callable[..., Any]] = {
+    F.embedding: embedding,
+    **dict.fromkeys(_EMBEDDING, _aten_embedding),
+    F.embedding_bag: _bag,
+    **dict.fromkeys(_BAG, _aten_bag),
+}
 
 
 def _standardised(input: Tensor, axes: int, eps: float) -> Tensor:

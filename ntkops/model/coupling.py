@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import CoupledSamplesError, OutputError, UnsupportedModelError
+from ..errors import CoupledSamplesError, NtkopsError, OutputError, UnsupportedModelError
 from .batch import Batch, take
 from .precision import lowest_dtype
 from .rounding import UNITS, neighbours
@@ -17,7 +17,7 @@ from .rounding import UNITS, neighbours
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-__all__ = ["SampleAxis", "first_line"]
+__all__ = ["SampleAxis", "first_line", "is_fault_of_model"]
 
 _PROBED = 4  # samples that are looked at along another axis
 # A difference is rounding if it is no more than so many times what a step of some rounding units makes.
@@ -215,3 +215,11 @@ def first_line(error: Exception) -> str:
     """Return the first line of what an exception says."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "no message"
+
+
+def is_fault_of_model(error: Exception) -> bool:
+    """Whether a batch's shapes or values may be why a model raised, rather than one of us or the memory."""
+    if isinstance(error, (NtkopsError, NotImplementedError, torch.OutOfMemoryError)):
+        return False
+    kinds = (RuntimeError, ValueError, IndexError, AssertionError)
+    return isinstance(error, kinds) and not any(word in str(error) for word in ("alloc", "memory"))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import InputError, ShapeError
 from .batch import Batch, concatenate, cut, normalise, require_sound, take
 from .stream import Stream, StreamReader, require_matching
-from .watch import Watch, hold, require_fresh
+from .watch import Watch, hold, require_fresh, tracked
 
 if TYPE_CHECKING:
     from .trial import Recordings
@@ -254,6 +254,8 @@ class Inputs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the new tensors if the old ones were watched."""
         watched = state.pop("_watched", False)
+        if isinstance(state["_source"], Batch):
+            state["_source"] = state["_source"].map(tracked)
         vars(self).update(state)
         if watched and isinstance(self._source, Batch):
             self._watches = _watches(self._source)
@@ -306,12 +308,21 @@ def read_inputs(
 
     Returns:
         The samples, and the watches of those tensors that are held by reference.
+
+    Raises:
+        InputError: If they are no such thing, or live and made in inference mode.
     """
     if _is_batches(x):
         return Stream(x, batch_dim, dtypes, device), ()
     batch = normalise(x, batch_dim)
     require_sound(batch, dtypes, device)
     if live:
+        for label, tensor in zip(batch.layout.labels, batch.tensors, strict=True):
+            if tensor.is_inference():
+                raise InputError(
+                    f"{label} was made in inference mode, so that no derivative can flow to it; make it "
+                    "outside (or pass a .clone()), or leave out differentiable=True"
+                )
         return batch, ()
     held = [hold(tensor) for tensor in batch.tensors]
     watches = [

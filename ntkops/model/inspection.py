@@ -40,6 +40,11 @@ def require_supported(model: nn.Module) -> None:
                 f"{kind} at {at} is TorchScript, whose parameters cannot be replaced; pass the eager module "
                 "that it was made from"
             )
+        if _is_quantised(module) and not any(True for _ in model.parameters()):
+            raise UnsupportedModelError(
+                f"{kind} at {at} is quantised, and the model has no parameters beside such modules; pass the "
+                "floating-point model that it was made from"
+            )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(f"{kind} at {at} wraps the model; pass its .module")
         if kind == "FullyShardedDataParallel" or _is_sharded(module):
@@ -94,6 +99,14 @@ def _renormalising(module: nn.Module) -> str | None:
     return None
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    return ".ao.nn.quantized" in type(module).__module__
+
+
+def _batch_range(module: nn.Module) -> str | None:
+    return "dynamic quantisation" if _is_quantised(module) and ".dynamic" in type(module).__module__ else None
+
+
 _Rule = tuple[Callable[[nn.Module], str | None], type[NtkopsError], str, str]
 _RULES: tuple[_Rule, ...] = (
     (
@@ -108,6 +121,12 @@ _RULES: tuple[_Rule, ...] = (
         "batch statistics are used by",
         "they couple the samples; call model.eval() first (with track_running_stats=True), or use another "
         "normalisation",
+    ),
+    (
+        _batch_range,
+        CoupledSamplesError,
+        "activations are rounded to the range of the whole batch by",
+        "they couple the samples, and rounding has no derivative; pass the model before quantize_dynamic",
     ),
     (
         _power_iteration,

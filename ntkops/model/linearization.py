@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ..errors import DtypeError, OutputError, ShapeError
+from ..errors import DtypeError, OutputError, ShapeError, UnsupportedModelError
 from .batch import Batch, take
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
-from .coupling import require_own_rows
+from .coupling import first_line, is_fault_of_model, require_own_rows
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
 from .trial import Recordings, differing_rows, examine
 from .verdict import StateFacts, Verdict
-from .watch import Watch, require_fresh
+from .watch import Watch, require_fresh, tracked
 
 __all__ = ["Linearization"]
 
@@ -147,9 +148,16 @@ class Linearization:
             if tensor is not None:
                 yield label, tensor
 
-    def raw_state(self, params: Sequence[Tensor], batch: Batch, reader: Reader | None = None) -> Any:
+    def raw_state(
+        self,
+        params: Sequence[Tensor],
+        batch: Batch,
+        reader: Reader | None = None,
+        constants: Sequence[Tensor] | None = None,
+    ) -> Any:
         """Call the model once and return the selected state as it is, or what a reader returns."""
-        values, read = (*params, *self.constants), reader or self.selector.read
+        values = (*params, *(self.constants if constants is None else constants))
+        read = reader or self.selector.read
         if not self._is_corrected:
             return self.call.run(values, batch.inputs, read)
         with Corrected(recorded=self.differentiable) as corrections:
@@ -175,15 +183,16 @@ class Linearization:
         Raises:
             ShapeError: If the number of parameters is wrong.
             OutputError: If this batch gives another number of samples or outputs than the first.
+            UnsupportedModelError: If the model itself fails on this batch.
         """
         if len(params) != len(self.names):
             raise ShapeError(f"{len(params)} parameter tensors given, {len(self.names)} are selected")
-        if self._held is not None:
-            free, whole = self._held[0], list(self._held[1])
-            for position, value in zip(free, params, strict=True):
-                whole[position] = value
-            params = whole
-        state = self.raw_state(params, batch)
+        whole = self.whole(params)
+        try:
+            state = self.raw_state(whole, batch)
+        except Exception as error:
+            self._require_call(batch, error)
+            raise
         if not isinstance(state, Tensor) or state.dim() <= self.batch_dim:
             raise OutputError(
                 f"{self.output_name} has no sample axis on this batch, though it has on the first"
@@ -197,6 +206,15 @@ class Linearization:
                 "batches to one length"
             )
         return rows
+
+    def whole(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return all parameters of the call, given those that are free."""
+        if self._held is None:
+            return params
+        free, values = self._held[0], list(self._held[1])
+        for position, value in zip(free, params, strict=True):
+            values[position] = value
+        return values
 
     def restricted(self, free: Sequence[int], params: Sequence[Tensor]) -> Linearization:
         """Return the same function of some of its parameters, the others held where they are.
@@ -261,6 +279,23 @@ class Linearization:
             return None
         versions = [p._version for p in self.parameters]
         return self.verdict.seen(inputs, start, stop, key, size, versions)
+
+    def _require_call(self, batch: Batch, error: Exception) -> None:
+        """Raise if it is the model itself that fails on a batch, whoever differentiates it."""
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if not is_fault_of_model(error) or any(map(wrapped, batch.tensors)):
+            return
+        try:
+            with temporarily_clear_interpreter_stack(), torch.no_grad():
+                self.raw_state([p.detach() for p in self.whole(self.parameters)], batch)
+        except Exception as again:
+            if type(again) is type(error):
+                raise UnsupportedModelError(
+                    f"the model fails on a batch of {batch.num_samples} samples ({type(again).__name__}: "
+                    f"{first_line(again)}), though it worked on the first few; let its shapes follow the "
+                    "batch and its inputs be in their range, or pass batch_size= a number of samples that it "
+                    "takes"
+                ) from error
 
     def inputs(self, x: Any) -> Inputs:
         """Take inputs, look at them, and try the model on a few samples.
@@ -363,7 +398,7 @@ class Linearization:
 
         def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                name: tracked(tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
                 for name, tensor in tensors.items()
             }
 
@@ -393,6 +428,8 @@ class Linearization:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the new tensors as the old ones were."""
+        state["parameters"] = tuple(map(tracked, state["parameters"]))
+        state["constants"] = tuple(map(tracked, state["constants"]))
         state["_watches"] = tuple(Watch.of(label, tensor) for label, tensor in state["_watches"])
         vars(self).update(state)
 

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import (
     DeviceError,
@@ -19,7 +19,9 @@ from ..errors import (
 
 __all__ = ["Selector", "select_parameters"]
 
-Selector = str | Iterable[str] | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | None
+Selector = (
+    str | nn.Module | Iterable[str | nn.Module] | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | None
+)
 
 
 def select_parameters(named: Mapping[str, Tensor], selector: Selector) -> dict[str, Tensor]:
@@ -28,14 +30,15 @@ def select_parameters(named: Mapping[str, Tensor], selector: Selector) -> dict[s
     Args:
         named: Every parameter by name, aliases of tied ones included, in the model's order. The first
             name of a tensor is its canonical one.
-        selector: None for all that require grad; a name, a glob pattern, or several of these; a predicate
-            ``(name, parameter) -> bool``; or a dict of the values at which to linearise.
+        selector: None for all that require grad; a name, a glob pattern, a module of the model for all of its
+            parameters, or several of these; a predicate ``(name, parameter) -> bool``; or a dict of the
+            values at which to linearise.
 
     Returns:
         Canonical name to value: the model's own tensor, or the dict's.
 
     Raises:
-        UnknownParameterError: If a name or pattern matches nothing.
+        UnknownParameterError: If a name or pattern matches nothing, or a module is no part of the model.
         ParameterSelectionError: If nothing is selected, or two names of one parameter get two values.
         ParameterShapeError: If a value does not have its parameter's shape.
         DtypeError: If a value does not have its parameter's dtype.
@@ -56,32 +59,50 @@ def select_parameters(named: Mapping[str, Tensor], selector: Selector) -> dict[s
 def _names(named: Mapping[str, Tensor], selector: Selector) -> list[str]:
     if selector is None:
         return [name for name, tensor in named.items() if tensor.requires_grad]
-    if isinstance(selector, str):
+    if isinstance(selector, (str, nn.Module)):
         return _matches(named, selector)
     if callable(selector):
         return [name for name, tensor in named.items() if selector(name, tensor)]
     if isinstance(selector, Tensor) or not isinstance(selector, Iterable):
         raise ParameterSelectionError(
-            f"params= is a {type(selector).__name__}; pass None, names, glob patterns, a predicate "
-            "(name, parameter) -> bool, or a dict from names to tensors"
+            f"params= is a {type(selector).__name__}; pass None, names, glob patterns, modules of the model, "
+            "a predicate (name, parameter) -> bool, or a dict from names to tensors"
         )
     patterns = list(selector)
     for pattern in patterns:
-        if not isinstance(pattern, str):
+        if not isinstance(pattern, (str, nn.Module)):
             raise ParameterSelectionError(
                 f"params= holds a {type(pattern).__name__} where a name is due; pass names or patterns, as "
-                "model.named_parameters() gives them"
+                "model.named_parameters() gives them, or modules of the model"
             )
     return [name for pattern in patterns for name in _matches(named, pattern)]
 
 
-def _matches(named: Mapping[str, Tensor], pattern: str) -> list[str]:
+def _matches(named: Mapping[str, Tensor], pattern: str | nn.Module) -> list[str]:
+    if isinstance(pattern, nn.Module):
+        return _within(named, pattern)
     if pattern in named:
         return [pattern]
     matches = [name for name in named if fnmatch.fnmatchcase(name, pattern)]
     if not matches:
         raise _unknown(named, pattern)
     return matches
+
+
+def _within(named: Mapping[str, Tensor], module: nn.Module) -> list[str]:
+    """Return the names of a module's parameters, frozen ones included."""
+    names = {id(tensor): name for name, tensor in reversed(list(named.items()))}  # the first of each
+    wanted = list(module.parameters())
+    strange = sum(id(tensor) not in names for tensor in wanted)
+    if strange:
+        raise UnknownParameterError(
+            f"params= holds a {type(module).__name__} that is no part of the model ({strange} of its "
+            f"{len(wanted)} parameters are not the model's); pass a submodule of this very model, as in "
+            "params=model.head, not a copy of it"
+        )
+    if not wanted:
+        raise ParameterSelectionError(f"params= holds a {type(module).__name__}, which has no parameters")
+    return [names[id(tensor)] for tensor in wanted]
 
 
 def _unknown(named: Mapping[str, Tensor], pattern: str) -> UnknownParameterError:

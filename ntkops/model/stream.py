@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import InputError, NonDeterministicDataError
 from .batch import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
 from .context import disturb_randomness, untouched_randomness
-from .watch import bits_of
+from .watch import bits_of, tracked
 
 __all__ = ["Stream", "StreamReader", "moved_ahead", "require_matching"]
 
@@ -144,9 +144,8 @@ class Stream:
                 f"the {type(self._source).__name__} yields nothing in a second pass; pass an iterable that "
                 "can be read again"
             )
-        return normalise(
-            tuple(item) if isinstance(item, list) else item, self._batch_dim, label=f"batch {position}"
-        )
+        items = tuple(item) if isinstance(item, list) else item
+        return normalise(items, self._batch_dim, label=f"batch {position}").map(tracked)
 
     def _compare(self, position: int, batch: Batch) -> None:
         if position >= len(self._prints) or _fingerprint(batch) != self._prints[position]:

@@ -29,7 +29,7 @@ from ..errors import (
 from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
 from .context import disturb_randomness, random_state_moved, untouched_randomness
-from .coupling import SampleAxis, first_line
+from .coupling import SampleAxis, first_line, is_fault_of_model
 from .output import require_state, sample_rows
 from .record import Recorder, Recording
 from .verdict import StateFacts
@@ -74,7 +74,7 @@ def examine(linearization: Linearization, batch: Batch, rows: Tensor) -> tuple[S
     """
     sample = take(batch, rows).map(Tensor.detach)
     with untouched_randomness(linearization.device), linearization.safe_context():
-        trial = _Trial(linearization, sample, rows)
+        trial = _Trial(linearization, sample, rows, batch)
         recordings = trial.two_passes()
         if recordings is None:
             trial.search()
@@ -106,9 +106,9 @@ class _Unusual(Exception):
 class _Trial:
     """One model on one small batch."""
 
-    def __init__(self, linearization: Linearization, sample: Batch, rows: Tensor) -> None:
+    def __init__(self, linearization: Linearization, sample: Batch, rows: Tensor, whole: Batch) -> None:
         self.lin = linearization
-        self.sample = sample
+        self.sample, self.whole = sample, whole
         self.rows = rows
         self._draws = 0
         self._read: set[str] = set()
@@ -239,10 +239,29 @@ class _Trial:
                 raise
             except Exception:
                 self.lin.call.differentiates = False
+            if is_fault_of_model(error):
+                self._refuse_number(error)
             if isinstance(error, (RuntimeError, IndexError)) and "allocate" not in str(error):
                 self._refuse_call(error)
             error.add_note(self._call_note())
             raise
+
+    def _refuse_number(self, error: Exception) -> None:
+        """Raise if it is the number of samples that the model does not take."""
+        whole = self.whole.map(Tensor.detach)
+        try:
+            if whole.num_samples == self.sample.num_samples:
+                return
+            self.lin.raw_state(self.params, whole)
+        except Exception:
+            return
+        raise UnsupportedModelError(
+            f"the model works on {whole.num_samples} samples and not on {self.sample.num_samples} of them "
+            f"({type(error).__name__}: {first_line(error)}), so that samples cannot be taken apart. If rows "
+            "are the nodes of one graph they are coupled: make the graph one sample, with its nodes on a "
+            "further axis. If an input has time first, transpose it. Else let shapes follow the batch (of an "
+            "exported module: dynamic_shapes= with a Dim for the samples)"
+        ) from error
 
     def _refuse_call(self, error: Exception) -> NoReturn:
         """Say what the model was given, where torch's own words are about matrices inside of it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import StaleOperatorError
 
-__all__ = ["Watch", "bits_of", "hold", "require_fresh", "same_bits"]
+__all__ = ["Watch", "bits_of", "hold", "require_fresh", "same_bits", "tracked"]
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,6 +24,14 @@ def bits_of(tensor: Tensor) -> Tensor:
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype agree bit for bit."""
     return torch.equal(bits_of(left), bits_of(right))
+
+
+def tracked(tensor: Tensor) -> Tensor:
+    """Return a tensor that has versions and can be differentiated: a copy of one made in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +66,7 @@ def hold(tensor: Tensor) -> tuple[Tensor, bool]:
 
     The alias shares the version counter. Tensors made in inference mode have none, hence the copy.
     """
-    if tensor.is_inference():
-        return tensor.clone(), False
-    return tensor.detach(), True
+    return (tracked(tensor), False) if tensor.is_inference() else (tensor.detach(), True)
 
 
 def require_fresh(watches: Iterable[Watch], what: str) -> None:

@@ -15,6 +15,7 @@ from linear_operator.utils.generic import _to_helper
 
 from ..engines import EngineChoice, KernelShape, LayerwiseEngine, build_engine
 from ..errors import UnsupportedOperationError
+from ..model.watch import tracked
 from ..results import EngineInfo, LayerInfo
 from .axes import Axis, ParameterAxis, StateAxis
 from .export import to_scipy
@@ -149,7 +150,7 @@ class EngineOperator(IndexedOperator):
         core = dataclasses.replace(
             self._core.map_axes(move), engine=self._core.engine.to(dtype=dtype, device=device)
         )
-        return self._rebuild(core, [arg.to(dtype=dtype, device=device) for arg in self._args])
+        return self._rebuild(core, [tracked(arg.to(dtype=dtype, device=device)) for arg in self._args])
 
     def type(self, dtype: torch.dtype) -> Self:
         """Return the operator in another floating dtype."""

@@ -138,8 +138,8 @@ def jacobian(
             It is never run or changed itself: the operator works on a private copy.
         x: N samples: a tensor, a tuple (positional arguments), a dict (keyword arguments), or a
             re-iterable of batches of these.
-        params: Selects parameters: None (all that require grad), names, glob patterns, a predicate
-            ``(name, parameter) -> bool``, or a dict of tensors.
+        params: Selects parameters: None (all that require grad), names, glob patterns, modules of the model,
+            a predicate ``(name, parameter) -> bool``, or a dict of values at which to linearise.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
         engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a

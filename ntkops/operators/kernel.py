@@ -249,8 +249,8 @@ def ntk(
         outputs: "all" for all outputs, ``(N·O, M·O)``, sample-major; "each" for the batch of O kernels
             of single outputs, ``(O, N, M)``; "trace" for their sum, ``(N, M)``; a number for one of
             them; a list for a kernel over some, ``(N·len, M·len)``.
-        params: Selects parameters: None (all that require grad), names, glob patterns, a predicate
-            ``(name, parameter) -> bool``, or a dict of tensors.
+        params: Selects parameters: None (all that require grad), names, glob patterns, modules of the model,
+            a predicate ``(name, parameter) -> bool``, or a dict of values at which to linearise.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
         engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a

@@ -10,6 +10,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import DeviceError, DifferentiationError, DtypeError, ShapeError, UnsupportedOperationError
+from ..model.watch import tracked
 from ..vectors import Space
 from .axes import Axis, ParameterAxis, StateAxis
 from .core import Core
@@ -39,6 +40,11 @@ class ProductOperator(LinearOperator):
         state = dict(self.__dict__)
         state.pop("_memoize_cache", None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take tensors that were read in inference mode out of it."""
+        self.__dict__.update(state)
+        self._args = tuple(map(tracked, self._args))
 
     # shape and place
 
@@ -114,6 +120,8 @@ class ProductOperator(LinearOperator):
                 "torch.as_tensor(v), or use .to_scipy() for NumPy arrays"
             )
         self._check_operand(other)
+        if not torch.is_inference_mode_enabled():
+            other = tracked(other)
         recorded = torch.is_grad_enabled() and (other.requires_grad or self.requires_grad)
         if recorded and not self._inputs_are_live():
             return super().matmul(other)

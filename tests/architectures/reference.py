@@ -27,8 +27,6 @@ def jacobian(
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
             # torch's backward pass is wrong for some layouts of gradients, see ntkops/model/corrections.py
             module.register_forward_hook(lambda _, given, result: result.flatten().view(result.shape))
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # a padding row counts like any other
     x = x.to(dtype) if x.is_floating_point() else x
     leaves = [p for p in model.parameters() if p.requires_grad]
     rows = []

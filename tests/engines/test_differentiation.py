@@ -1,13 +1,16 @@
 """How a model is differentiated: what is chosen, what is said, what is refused."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ntkops
 from ntkops.engines.differentiation import linearize_batch, sample_gradients
 from ntkops.errors import DifferentiationError, InputError, NonFiniteError
-from tests.cases import BY_NAME, CASES, REVERSE_ONLY, reference_jacobian
+from tests.cases import BY_NAME, CASES, REVERSE_ONLY, Case, reference_jacobian
 
 
 class HiddenNoGrad(nn.Module):
@@ -100,6 +103,122 @@ def test_a_hidden_no_grad_is_refused_not_mistaken_for_a_kernel():
         model = HiddenNoGrad()
     with pytest.raises(DifferentiationError, match=r"torch\.no_grad\(\) inside the model"):
         _ = ntkops.ntk(model, torch.ones(3, 3)).engine_info
+
+
+class Unmoved(nn.Module):
+    """Parameters that do not move the output: a key bias, one before a norm, a shift of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+        self.before, self.head = nn.Conv1d(4, 6, 1), nn.Linear(6, 3)
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        x = torch.softmax(self.query(x) @ self.key(x).mT / 2, -1) @ self.value(x) + x
+        x = F.instance_norm(self.before(x.mT))
+        return torch.log_softmax(self.head(torch.tanh(x).mean(-1)) + self.shift, -1)
+
+
+class Difference(nn.Module):
+    """The same model minus itself: its output is zero, its derivative is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = Unmoved()
+        self.other = copy.deepcopy(self.one)
+
+    def forward(self, x):
+        return self.one(x) - self.other(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("name", ["key.bias", "before.bias", "shift", "one.key.bias"])
+def test_a_parameter_that_does_not_move_the_output_has_a_kernel_of_zeros(name, engine, dtype):
+    torch.manual_seed(0)
+    model = (Difference() if name.startswith("one") else Unmoved()).to(dtype)
+    x = torch.randn(5, 6, 4).to(dtype)
+    whole = ntkops.ntk(model, x, engine=engine).to_dense()
+    K = ntkops.ntk(model, x, params=name, engine=engine)
+    eps = torch.finfo(dtype).eps
+    assert float(K.to_dense().norm()) <= (1e2 * eps) ** 2 * float(whole.norm())
+    assert float((K @ torch.ones(K.shape[0], dtype=K.dtype)).norm()) <= (1e2 * eps) ** 2 * 15 * float(
+        whole.norm()
+    )
+    assert abs(float(ntkops.trace(K))) <= (1e2 * eps) ** 2 * 15 * float(whole.norm())
+
+
+class WrongForwardMode(nn.Module):
+    """Operations of which torch's forward mode is wrong, and backward right."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.weight, self.head, self.apply_ = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2), apply
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.apply_(self.weight, x)))
+
+
+def _factor(weight):
+    return torch.linalg.cholesky(weight @ weight.mT + torch.eye(4).to(weight))
+
+
+class WrongTangent(torch.autograd.Function):
+    """A sine with a wrong jvp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * ctx.saved_tensors[0].sin()
+
+
+WRONG_FORWARD = {
+    "cholesky_inverse": lambda w, x: x @ torch.cholesky_inverse(_factor(w)),
+    "scatter_reduce": lambda w, x: x @ torch.ones(4, 4).to(w).scatter_reduce(0, INDEX, w, "prod"),
+    "a triangle is read": lambda w, x: x @ torch.linalg.cholesky(w + 9 * torch.eye(4).to(w)),
+    "wrong jvp": lambda w, x: WrongTangent.apply(x @ w),
+}
+INDEX = torch.tensor([[0, 1, 2, 3]]).expand(4, 4) % 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WRONG_FORWARD)
+def test_where_forward_mode_is_wrong_the_next_mode_is_taken(name, dtype):
+    torch.manual_seed(0)
+    model, x = WrongForwardMode(WRONG_FORWARD[name]).to(dtype), torch.randn(5, 4).to(dtype)
+    case = Case(name, lambda dtype: model, lambda count, dtype: x)
+    J = reference_jacobian(case, copy.deepcopy(model).double(), x.double())
+    K = ntkops.ntk(model, x, max_dense_bytes=0, engine="autograd")
+    assert K.engine_info.mode == "double"
+    assert any("J is what backward() gives" in reason for reason in K.engine_info.reasons)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    products = (K @ torch.eye(10, dtype=dtype)).double()
+    torch.testing.assert_close(products, J @ J.mT, rtol=tolerance, atol=tolerance)
+
+    def function(params, x):
+        return torch.func.functional_call(model, params, (x,))
+
+    params = {key: p.detach() for key, p in model.named_parameters()}
+    sizes = [p.numel() for p in params.values()]
+    z = torch.randn(sum(sizes), dtype=torch.float64)
+    tangent = {k: t.view_as(p).to(p) for (k, p), t in zip(params.items(), z.split(sizes), strict=True)}
+    pushed = ntkops.functional.jvp(function, params, x, tangent).double().flatten()
+    torch.testing.assert_close(pushed, J @ z, rtol=tolerance, atol=tolerance)
 
 
 def test_an_infinite_derivative_is_named():

@@ -1,16 +1,19 @@
 """The private call: right for every kind of model, and invisible to the user's."""
 
 import copy
-import functools
 import pickle
 import threading
 import types
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
+import ntkops
 from ntkops.errors import UnsupportedModelError
 from ntkops.model import linearize
 from tests.model.zoo import BY_NAME, ZOO, LastStep, SharedSubmodule, TiedAutoencoder, untouched
@@ -53,7 +56,7 @@ def test_value_and_gradient_agree_with_the_model_itself_which_stays_untouched(sp
     for name, got, wanted in zip(lin.names, mine, gradients, strict=True):
         if wanted is None:
             assert got is None or not bool(got.any()), name
-        elif not (specimen.name == "padded" and name == "embed.weight"):  # see its own test
+        else:
             torch.testing.assert_close(got, wanted, rtol=10 * tolerance, atol=10 * tolerance)
 
 
@@ -108,21 +111,14 @@ def test_tied_weights_get_the_sum_of_both_uses():
     torch.testing.assert_close(got, wanted)
 
 
-def test_the_padding_row_has_its_true_derivative():
-    """torch zeroes it in reverse mode and not in forward mode; here both are the true derivative."""
-    specimen = BY_NAME["padded"]
-    model = specimen.make()
-    tokens = torch.tensor([[0, 1, 0, 2], [3, 0, 4, 1]])
-    lin = linearize(model, params="embed.weight")
-    ((_, _, batch),) = lin.inputs(tokens).batches(None)
-    function = lambda w: lin.function((w,), batch)  # noqa: E731
-    reverse = torch.func.jacrev(function)(lin.parameters[0])
-    forward = torch.func.jacfwd(function)(lin.parameters[0])
-    torch.testing.assert_close(reverse, forward)
-    step = 1e-6 * torch.eye(5, dtype=torch.float64)[0][:, None].expand(5, 3)
-    difference = (function(lin.parameters[0] + step) - function(lin.parameters[0] - step)) / 2e-6
-    torch.testing.assert_close(reverse[:, :, 0].sum(-1), difference, rtol=1e-6, atol=1e-8)
-    assert bool(reverse[:, :, 0].any())
+def rows_by_backward(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return J, one backward() of the untouched model for each row."""
+    rows = []
+    for entry in model(tokens).flatten():
+        model.zero_grad()
+        entry.backward(retain_graph=True)
+        rows.append(torch.cat([p.grad.to_dense().flatten() for p in model.parameters()]))
+    return torch.stack(rows)
 
 
 class ReadsPadding(nn.Module):
@@ -142,31 +138,110 @@ class Scaled(nn.Embedding):
         return 2 * super().forward(tokens)
 
 
-@pytest.mark.parametrize(
-    "embed",
-    [
-        lambda: nn.Embedding(5, 3, padding_idx=2),
-        lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
-        lambda: nn.Embedding(5, 3, padding_idx=2, sparse=True),
-        lambda: Scaled(5, 3, padding_idx=0),
-    ],
-    ids=["padding", "by frequency", "sparse", "subclass"],
-)
-def test_reverse_and_forward_mode_of_embeddings_agree_and_models_may_read_the_padding_index(embed):
-    model = ReadsPadding(embed()).double()
+class Functional(nn.Module):
+    """Looks up by a function, and uses the table once more."""
+
+    def __init__(self, look_up, checkpointed=False) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 2)
+        self.look_up, self.checkpointed = look_up, checkpointed
+
+    def block(self, tokens: Tensor) -> Tensor:
+        return torch.tanh(self.look_up(tokens, self.table)).mean(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        block = partial(checkpoint, self.block, use_reentrant=False) if self.checkpointed else self.block
+        hidden = block(tokens)
+        return torch.cat([self.head(hidden), hidden @ self.table.mT], -1)
+
+
+EMBEDDINGS = {
+    "padding": lambda: ReadsPadding(nn.Embedding(5, 3, padding_idx=2)),
+    "padding counted from the end": lambda: ReadsPadding(nn.Embedding(5, 3, padding_idx=-3)),
+    "sparse": lambda: ReadsPadding(nn.Embedding(5, 3, padding_idx=2, sparse=True)),
+    "subclass": lambda: ReadsPadding(Scaled(5, 3, padding_idx=0)),
+    "function": lambda: Functional(partial(F.embedding, padding_idx=2)),
+    "function, counted from the end": lambda: Functional(partial(F.embedding, padding_idx=-3)),
+    "sparse function": lambda: Functional(partial(F.embedding, padding_idx=2, sparse=True)),
+    "transposed table": lambda: Functional(lambda t, w: F.embedding(t, w.mT.contiguous().mT, padding_idx=2)),
+    "torch.embedding": lambda: Functional(lambda t, w: torch.embedding(w, t, 2)),
+    "torch.embedding, sparse": lambda: Functional(lambda t, w: torch.embedding(w, t, 2, sparse=True)),
+    "operator": lambda: Functional(lambda t, w: torch.ops.aten.embedding.default(w, t, 2)),
+    "sparse bag": lambda: Functional(lambda t, w: F.embedding_bag(t, w, sparse=True).unsqueeze(1)),
+}
+
+
+# The padding row is 2, in the first three.
+TOKENS = torch.tensor([[2, 1, 2, 0], [3, 0, 4, 2], [2, 2, 2, 2], [1, 3, 4, 3], [4, 3, 1, 1], [3, 1, 4, 4]])
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+@pytest.mark.parametrize("first", ["with padding", "without"])
+def test_rows_of_embeddings_are_those_of_backward_in_both_modes(name, first):
+    torch.manual_seed(0)
+    model = EMBEDDINGS[name]().double()
     with torch.no_grad():
-        model.embed.weight.add_(1.0)
-    tokens = torch.tensor([[2, 1, 2, 0], [3, 0, 4, 2], [2, 2, 2, 2]])
+        next(model.parameters()).add_(1.0)  # no padding row is zero
+    tokens = TOKENS if first == "with padding" else TOKENS.flip(0)
     with untouched(model):
         lin = linearize(model)
         ((_, _, batch),) = lin.inputs(tokens).batches(None)
-    loaded = pickle.loads(pickle.dumps(lin))
-    for used in (lin, loaded):
-        function = lambda w, used=used: used.function((w,), batch)  # noqa: E731
-        torch.testing.assert_close(function(lin.parameters[0]), model(tokens).detach())
-        reverse = torch.func.jacrev(function)(lin.parameters[0])
-        torch.testing.assert_close(reverse, torch.func.jacfwd(function)(lin.parameters[0]))
-        assert bool(reverse[:, :, 2].any())
+    expected = rows_by_backward(model, tokens)
+    for used in (lin, pickle.loads(pickle.dumps(lin))) if isinstance(model, ReadsPadding) else (lin,):
+        function = lambda *p, used=used: used.function(p, batch).flatten()  # noqa: E731
+        torch.testing.assert_close(function(*lin.parameters), model(tokens).detach().flatten())
+        reverse = partial(torch.func.jacrev, chunk_size=1)
+        for transform in (reverse, torch.func.jacfwd) if "bag" not in name else (reverse,):
+            found = transform(function, argnums=tuple(range(len(lin.names))))(*lin.parameters)
+            torch.testing.assert_close(torch.cat([part.flatten(1) for part in found], 1), expected)
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_kernels_and_products_of_embeddings_are_those_of_backward(name, engine):
+    torch.manual_seed(0)
+    model = EMBEDDINGS[name]().double()
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    tokens = TOKENS.flip(0)
+    J = rows_by_backward(model, tokens)
+    K = ntkops.ntk(model, tokens, engine=engine)
+    torch.testing.assert_close(K.to_dense(), J @ J.mT)
+    v = torch.randn(len(J), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    J_ = ntkops.jacobian(model, tokens, engine=engine)
+    torch.testing.assert_close(J_.mT @ v, J.mT @ v)
+    if "bag" not in name:  # which has no forward mode nor a second derivative
+        torch.testing.assert_close(J_ @ (J.mT @ v), J @ (J.mT @ v))
+
+
+def test_a_checkpointed_look_up_is_that_of_backward():
+    torch.manual_seed(0)
+    model = Functional(partial(F.embedding, padding_idx=2), checkpointed=True).double()
+    tokens = torch.tensor([[1, 3, 4, 3], [2, 1, 2, 0], [3, 0, 4, 2]])
+    J = rows_by_backward(model, tokens)
+    K = ntkops.ntk(model, tokens)
+    torch.testing.assert_close(K.to_dense(), J @ J.mT)
+    torch.testing.assert_close(K @ J, J @ J.mT @ J)
+
+
+def test_counts_of_tokens_are_without_effect():
+    """They are over the whole batch: rows of J would depend on other samples."""
+    model = ReadsPadding(nn.Embedding(5, 3, scale_grad_by_freq=True)).double()
+    tokens = torch.tensor([[2, 1, 2, 0], [3, 0, 4, 2]])
+    scaled = Functional(partial(F.embedding, scale_grad_by_freq=True)).double()
+    for one, plain in ((model, ReadsPadding(nn.Embedding(5, 3))), (scaled, Functional(F.embedding))):
+        plain.double().load_state_dict(one.state_dict())
+        J = rows_by_backward(plain, tokens)
+        torch.testing.assert_close(ntkops.ntk(one, tokens).to_dense(), J @ J.mT)
+        torch.testing.assert_close(ntkops.ntk(one, tokens, max_dense_bytes=0) @ J, J @ J.mT @ J)
+
+
+def test_padding_is_no_fault_of_the_derivative():
+    torch.manual_seed(0)
+    model = ReadsPadding(nn.Embedding(5, 3, padding_idx=2)).double()
+    with torch.no_grad():
+        model.embed.weight.add_(1.0)
+    ntkops.check_operator(ntkops.ntk(model, TOKENS)).raise_if_failed()
 
 
 def test_sparse_gradients_are_dense_on_the_private_copy():
@@ -365,7 +440,7 @@ def test_layers_that_compute_their_weight(change):
 def test_replaced_forward_methods_follow_the_copy():
     """The way in which libraries hook into modules: a partial, or a method of another function."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
-    model[0].forward = functools.partial(_doubled, model[0])
+    model[0].forward = partial(_doubled, model[0])
     model[1].forward = types.MethodType(_doubled, model[1])
     x = torch.randn(4, 3, dtype=torch.float64)
     with untouched(model, x):

@@ -1,9 +1,12 @@
 """Which parameters are selected, and what a wrong selection says."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import ntkops
 from ntkops.errors import (
     DeviceError,
     DtypeError,
@@ -55,6 +58,39 @@ def test_none_selects_what_requires_grad_and_names_select_frozen_ones_too():
     assert linearize(model, params=["base.bias", "lora_b"]).names == ("lora_b", "base.bias")
 
 
+def test_modules_select_all_of_their_parameters():
+    model = nn.Sequential(_model(), nn.Linear(2, 2)).requires_grad_(False)
+    model.extra = nn.ModuleList([model[1]])  # reached by two paths
+    assert linearize(model, params=model[1]).names == ("1.weight", "1.bias")
+    assert linearize(model, params=model.extra).names == ("1.weight", "1.bias")
+    assert linearize(model, params=[model[1], "0.0.bias", model[0][2]]).names == (
+        "0.0.bias",
+        "0.2.weight",
+        "0.2.bias",
+        "1.weight",
+        "1.bias",
+    )
+    assert linearize(model, params=model).names == linearize(model, params="*").names
+    tied = TiedAutoencoder()
+    assert linearize(tied, params=tied.decoder).names[0] == "encoder.weight"
+
+
+def test_a_kernel_of_a_module_is_that_of_its_parameters():
+    model, x = _model().double(), torch.randn(4, 3, dtype=torch.float64)
+    by_name = ntkops.ntk(model, x, params="2.*").to_dense()
+    assert torch.equal(ntkops.ntk(model, x, params=model[2]).to_dense(), by_name)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_module_that_is_no_part_of_the_model_is_refused(several):
+    model = _model()
+    other = copy.deepcopy(model[2])
+    with pytest.raises(UnknownParameterError, match="Linear that is no part of the model"):
+        linearize(model, params=[model[0], other] if several else other)
+    with pytest.raises(ParameterSelectionError, match="Tanh, which has no parameters"):
+        linearize(model, params=[model[0], model[1]] if several else model[1])
+
+
 def test_aliases_of_tied_weights_select_one_parameter():
     model = TiedAutoencoder()
     for selector in ("decoder.weight", "encoder.weight", "*.weight", ["decoder.weight", "encoder.weight"]):
@@ -95,7 +131,7 @@ def test_values_are_those_at_which_the_model_is_linearised():
         (lambda n, p: False, ParameterSelectionError, "the predicate is true for none of 4"),
         (3, ParameterSelectionError, "params= is a int"),
         (torch.zeros(3), ParameterSelectionError, "params= is a Tensor"),
-        ([nn.Linear(1, 1)], ParameterSelectionError, "holds a Linear where a name is due"),
+        ([3], ParameterSelectionError, "holds a int where a name is due"),
         ({}, ParameterSelectionError, "no parameter is selected"),
         ({"nope": torch.zeros(2)}, UnknownParameterError, "unknown parameter 'nope'"),
         ({"2.bias": [0.0, 0.0]}, ParameterSelectionError, r"params\['2\.bias'\] is a list, not a tensor"),
