@@ -95,7 +95,8 @@ def tensor_bytes(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> int
 
 def _read_integer(path: Path) -> int | None:
     try:
-        return int(path.read_text().strip())
+        with path.open() as file:
+            return int(file.read().strip())
     except (OSError, ValueError):  # "max" means no limit
         return None
 
@@ -103,9 +104,11 @@ def _read_integer(path: Path) -> int | None:
 def _free_host_bytes() -> int:
     free = None
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    free = int(line.split()[1]) * 1024
+                    break
     except OSError:
         pass
     if free is None:

@@ -156,7 +156,7 @@ class Guard(TorchDispatchMode):
             if not isinstance(part, Tensor):
                 continue
             self.is_complex |= part.is_complex()
-            if part.is_floating_point():
+            if part.is_floating_point() and part.layout == torch.strided:
                 self.bytes += part.nbytes if part._base is None else 0
                 if part.dtype.itemsize < self.lowest.itemsize or part.dtype == torch.bfloat16:
                     self.lowest = part.dtype

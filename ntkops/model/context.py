@@ -282,5 +282,8 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return torch.equal(left, right)
     if isinstance(left, tuple):
-        return all(map(_equal, left, right))
+        try:
+            return bool(left == right)  # Python's own: hundreds of numbers
+        except ValueError:  # NumPy's holds an array
+            return all(map(_equal, left, right))
     return bool(left.tobytes() == right.tobytes()) if hasattr(left, "tobytes") else bool(left == right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -22,7 +23,16 @@ from ..errors import (
     UnsupportedModelError,
 )
 
-__all__ = ["require_finite", "require_mode", "require_selected", "require_supported", "require_tensors"]
+__all__ = [
+    "fingerprint",
+    "require_finite",
+    "require_mode",
+    "require_selected",
+    "require_supported",
+    "require_tensors",
+]
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -217,6 +227,27 @@ def require_selected(selected: Mapping[str, Tensor]) -> None:
                 f"selected parameters differ in dtype: {names[0]!r} is {selected[names[0]].dtype}, {name!r} "
                 f"{tensor.dtype}; select those of one dtype, or cast the model with model.to(dtype)"
             )
+
+
+def fingerprint(model: nn.Module) -> tuple[object, ...] | None:
+    """Return all of a module but the values of its tensors; None where an attribute is opaque."""
+    found: list[object] = []
+    for path, module in model.named_modules():
+        found.append((path, type(module)))
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                for name, tensor in value.items():
+                    if tensor is not None:
+                        found.append((name, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
+            elif key == "_modules" or isinstance(value, (dict, set, list)) and not value:
+                continue
+            elif isinstance(value, (*_PLAIN, types.FunctionType, types.BuiltinFunctionType)):
+                found.append((key, value))
+            elif isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
+                found.append((key, tuple(value)))
+            else:
+                return None
+    return tuple(found)
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -77,7 +77,11 @@ class Linearization:
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
         modules = list(call.root.modules()) if isinstance(call, ModuleCall) else []
         self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._has_corrected = any(isinstance(module, CORRECTED) for module in modules)
+        # One call shows nothing of a forward pass that may branch, as code that is not torch's own may.
+        self._has_corrected = not modules or any(
+            isinstance(module, CORRECTED) or not type(module).__module__.startswith("torch.nn.")
+            for module in modules
+        )
         self._is_corrected = True  # until a call has shown that nothing needs correction
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
@@ -349,9 +353,14 @@ class Linearization:
         one = take(head, rows[:1]).map(Tensor.detach)
         shapes = tuple(tensor.shape for tensor in one.tensors)
         if shapes not in facts.output_shapes:
-            with torch.no_grad(), self.safe_context():
-                state = self.raw_state(tuple(p.detach() for p in self.parameters), one)
-            state = require_state(state, 1, self.batch_dim, self.output_name)
+            try:
+                with torch.no_grad(), self.safe_context():
+                    state = self.raw_state(tuple(p.detach() for p in self.parameters), one)
+                state = require_state(state, 1, self.batch_dim, self.output_name)
+            except Exception:  # the trial says what it is
+                found, recordings = examine(self, head, rows)
+                facts.output_shapes.update(found.output_shapes)
+                return facts, facts.output_shapes[shapes], recordings
             facts.output_shapes[shapes] = state.movedim(self.batch_dim, 0).shape[1:]
         return facts, facts.output_shapes[shapes], None
 

@@ -28,7 +28,7 @@ from ..errors import (
 )
 from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
-from .context import disturb_randomness, random_state_moved, untouched_randomness
+from .context import random_state_moved, untouched_randomness
 from .coupling import SampleAxis, first_line, is_fault_of_model
 from .output import require_state, sample_rows
 from .record import Recorder, Recording
@@ -110,7 +110,6 @@ class _Trial:
         self.lin = linearization
         self.sample, self.whole = sample, whole
         self.rows = rows
-        self._draws = 0
         self._read: set[str] = set()
         self.axis = linearization.batch_dim
         # Live parameters stay out of the trial, so that a use of the user's own tensors shows.
@@ -170,10 +169,11 @@ class _Trial:
     def _outside(self, state: Tensor, leaves: Sequence[Tensor], batch: Batch) -> tuple[Watch, ...]:
         """Return watches of the tensors outside the model that a state depends on."""
         found, nodes = graph_leaves(state)
-        own = {storage_key(leaf) for leaf in (*leaves, *batch.tensors)}
+        of_parameters = {storage_key(leaf) for leaf in leaves}
+        own = of_parameters | {storage_key(tensor) for tensor in batch.tensors}
         outside = [leaf for leaf in found if storage_key(leaf) not in own]
         foreign = {id(tensor) for _, tensor in self.lin.origins()}
-        is_empty = len(outside) == len(found)
+        is_empty = not any(storage_key(leaf) in of_parameters for leaf in found)
         if is_empty or any("CheckpointFunctionBackward" in name for name in nodes):
             raise _Unusual
         if any(id(leaf) in foreign for leaf in outside):
@@ -376,8 +376,8 @@ class _Trial:
         with random_state_moved(self.lin.device) as moved, guard:
             again = [self.state(self.sample, params).detach()]
         if moved[0]:
-            self.lin.call.draws = True
-            again += [self._other_draw() for _ in range(_REPEATS)]
+            again += [self.state(self.sample) for _ in range(_REPEATS)]  # each with numbers of its own
+            self.lin.call.draws = True  # from now on, calls leave the global state as they find it
         else:
             self._require_read(guard.read)
         if all(self.samples.close(state, other) for other in again):
@@ -398,11 +398,6 @@ class _Trial:
                 "made of it for the next ones, so that the derivative would be lost; switch that cache off, "
                 "or empty it where forward begins"
             )
-
-    def _other_draw(self) -> Tensor:
-        self._draws += 1
-        disturb_randomness(self._draws)  # the call restores the state that it finds
-        return self.state(self.sample)
 
     def _random_module(self) -> str:
         path: list[str | None] = []

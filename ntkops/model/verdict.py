@@ -59,6 +59,11 @@ class Verdict:
         default_factory=weakref.WeakKeyDictionary
     )
 
+    def copied(self) -> Verdict:
+        """Return what is known for the same model at other values; which batches were looked at is not."""
+        states = [facts for facts in self.states if not facts.watches]
+        return Verdict(states, self.coverage, self.differentiation)
+
     def facts(self, batch: Batch) -> StateFacts | None:
         """Return what is known of inputs like these."""
         return next((facts for facts in self.states if same_kind(facts.example, batch)), None)
