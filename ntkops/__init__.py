@@ -39,6 +39,7 @@ from .operators import (
     ntk,
     nystrom_ntk,
     projected_ntk,
+    sandwich,
 )
 from .regression import KernelRidge
 from .results import (
@@ -62,6 +63,7 @@ __all__ = [
     "ntk",
     "projected_ntk",
     "nystrom_ntk",
+    "sandwich",
     "linearize",
     "Batches",
     "Layerwise",

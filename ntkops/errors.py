@@ -51,7 +51,9 @@ __all__ = [
     "EstimateError",
     "ZeroKernelError",
     "NotConvergedError",
+    "NotFittedError",
     "NotConvergedWarning",
+    "RoundingWarning",
     # projections
     "InterpolationWarning",
 ]
@@ -185,6 +187,10 @@ class ZeroKernelError(NtkopsError, ValueError):
     """A ratio (alignment, effective rank) is undefined because the kernel is zero."""
 
 
+class NotFittedError(InputError, AttributeError):
+    """An estimator was asked for what only a fit gives."""
+
+
 class NotConvergedError(NtkopsError, ArithmeticError):
     """An iteration ended before its tolerance was met.
 
@@ -200,6 +206,10 @@ class NotConvergedError(NtkopsError, ArithmeticError):
 
 class NotConvergedWarning(NtkopsWarning):
     """An estimate ended at its pass limit before its tolerance was met."""
+
+
+class RoundingWarning(NtkopsWarning):
+    """The rounding of a kernel or of its products may decide digits of the answer that are asked for."""
 
 
 class InterpolationWarning(NtkopsWarning):

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import DtypeError, SingularKernelError
 from ..operators.counting import multiply
 from ..regression import KernelRidge
-from ..regression._fits import product
 from ..regression._layout import Layout, read_labels
 from ..regression._operands import mean_diagonal, require_finite
 from ..regression._options import read_ridges
+from ..regression._rounding import added_share, precise_product
 from ..regression._snapshots import require_same_snapshot
 from ..regression.metrics import accuracy, r2_score
 from ..results import RidgePath, SolveInfo
@@ -46,7 +46,8 @@ class DistilledRidge:
 
     Attributes:
         coef_: β, ``(s, ...)`` with the targets of Y behind, float64.
-        dual_coef_: U β in the shape of Y, the kernel's dtype.
+        dual_coef_: U β in the shape of Y, float64.
+        rounding_: As `ntkops.KernelRidge.rounding_`, of the last `predict`.
         ridge_: The absolute ridge in use.
         scale_: The mean diagonal that ridges are multiples of; 1 for absolute ones.
         ridge_path_: `RidgePath` of the ridges that were compared, or None.
@@ -56,6 +57,7 @@ class DistilledRidge:
 
     coef_: Tensor
     dual_coef_: Tensor
+    rounding_: float
     ridge_: float
     scale_: float
     ridge_path_: RidgePath | None
@@ -101,7 +103,7 @@ class DistilledRidge:
         path = self._inner.ridge_path_
         self.ridge_path_ = path and RidgePath(path.ridges, path.errors, self.scale_, path.best)
         self.coef_ = _labels_of(layout, beta)
-        self.dual_coef_ = layout.restore(self._dual).to(K.dtype)
+        self.dual_coef_ = layout.restore(self._dual)
         return self
 
     def _products(self, K: LinearOperator) -> Tensor:
@@ -129,13 +131,17 @@ class DistilledRidge:
             DtypeError: If its dtype is not that of the fit.
             StaleOperatorError: If it belongs to another snapshot of the network.
             NonFiniteError: If it holds NaN or infinity.
+
+        Warns:
+            RoundingWarning: If ``rounding_`` is above 1e-2.
         """
         kernel = self._read_cross(K_cross)
         dual = self._dual
         if self.indices is not None:
             kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
-        dense = kernel.tensor if isinstance(kernel, DenseLinearOperator) else kernel
-        return self._layout.restore(product(dense, dual))
+        columns, added = precise_product(kernel, dual)
+        self.rounding_ = added_share(kernel, columns, added)
+        return self._layout.restore(columns).to(kernel.dtype)
 
     def variance(self, K_cross: Kernels, K_diag: Tensor) -> Tensor:
         r"""Return the posterior variance of the noiseless function, given what was fitted.

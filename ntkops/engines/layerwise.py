@@ -347,6 +347,10 @@ class LayerwiseEngine(LayerwiseCore):
         require_finite_product(result, "K v", self.linearization, vectors)
         return result
 
+    def settle(self, params: Parameters, inputs: Inputs) -> None:
+        """Make the factors for products with some samples now, where they fit: a product later makes none."""
+        self._ready(params, inputs, inputs, float(inputs.num_outputs), params[0])
+
     def _ready(
         self, params: Parameters, left: Inputs, right: Inputs, columns: float, operand: Tensor
     ) -> tuple[CachedFactors, CachedFactors] | None:

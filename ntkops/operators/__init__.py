@@ -6,6 +6,7 @@ from .kernel import NTKOperator, ntk
 from .nystrom import NystromOperator, nystrom_ntk
 from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
 from .ridge import RidgeOperator
+from .sandwich import Sandwich, sandwich
 from .sharded import ShardedKernelOperator
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "NTKOperator",
     "NystromOperator",
     "RidgeOperator",
+    "Sandwich",
     "ProjectedNTKOperator",
     "FeatureOperator",
     "ProjectionOperator",
@@ -23,6 +25,7 @@ __all__ = [
     "ntk",
     "nystrom_ntk",
     "projected_ntk",
+    "sandwich",
     # what an approximation leaves out
     "energy_gap",
 ]

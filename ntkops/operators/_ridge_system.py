@@ -35,6 +35,7 @@ __all__ = [
     "SolveMethod",
     "SolverOptions",
     "batch_position",
+    "checked",
     "kernel_columns",
     "kernel_entries",
 ]
@@ -139,23 +140,6 @@ class RidgeSystem:
             **common,
         )
 
-    def checked(self, rhs: Tensor, solution: Tensor, start: float) -> SolveInfo:
-        """Return what a factorisation has reached, its residual computed by products of its own."""
-        norms = self.space.sum_squares(rhs).sqrt()
-        rest = self.space.sum_squares(rhs - self.product(solution)).sqrt()
-        residuals = torch.where(norms > 0, rest / torch.where(norms > 0, norms, 1.0), 0.0)
-        met = bool((residuals <= self.options.tolerance).all())
-        return SolveInfo(
-            converged=met,
-            residuals=residuals,
-            tolerance=self.options.tolerance,
-            iterations=0,
-            products=residuals.numel(),
-            reason="converged" if met else "stagnated",
-            method="cholesky",
-            seconds=time.perf_counter() - start,
-        )
-
     # the preconditioner
 
     def preconditioner(self) -> Preconditioner | None:
@@ -238,6 +222,24 @@ class RidgeSystem:
             products=sum(made.products for made in found),
             seed=found[0].seed,
         )
+
+
+def checked(rhs: Tensor, image: Tensor, tolerance: float, start: float) -> SolveInfo:
+    """Return what a factorisation has reached: ``image`` is the product with its solution."""
+    norms = torch.linalg.vector_norm(rhs, dim=-2)
+    rest = torch.linalg.vector_norm(rhs - image, dim=-2)
+    residuals = torch.where(norms > 0, rest / torch.where(norms > 0, norms, 1.0), 0.0)
+    met = bool((residuals <= tolerance).all())
+    return SolveInfo(
+        converged=met,
+        residuals=residuals,
+        tolerance=tolerance,
+        iterations=0,
+        products=residuals.numel(),
+        reason="converged" if met else "stagnated",
+        method="cholesky",
+        seconds=time.perf_counter() - start,
+    )
 
 
 def batch_position(number: int, batch: torch.Size) -> tuple[int, ...]:

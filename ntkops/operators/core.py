@@ -31,9 +31,15 @@ def dense_limit(max_dense_bytes: int | Literal["auto"], device: torch.device) ->
 
 @dataclass
 class Spending:
-    """Passes spent on products so far: what decides when a dense block is the cheaper way."""
+    """Passes spent on products so far: what decides when a dense block is the cheaper way.
+
+    Attributes:
+        passes: Their number.
+        settled: Whether factors that pay for many products have been made.
+    """
 
     passes: float = 0.0
+    settled: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import ShapeError, SingularKernelError, UnsupportedOperationError
+from ..errors import NotConvergedError, ShapeError, SingularKernelError, UnsupportedOperationError
+from .rounding import ends, require_resolved, symmetric
 
 __all__ = ["DenseFallbacks"]
 
@@ -70,48 +71,94 @@ class DenseFallbacks(LinearOperator):
                 f"torch's {name} has no form for a {cls.__name__}: {way_out}"
             ) from error
 
-    def _factor(self) -> Tensor:
-        """Return the lower Cholesky factor, without any hidden jitter."""
+    # One checked way for whatever inverts: factors are made in float64, of a matrix whose eigenvalues are
+    # above its rounding, and solutions meet their tolerance on the residual of this matrix.
+
+    def _tolerance(self) -> float:
+        """Relative residual asked of a solve."""
+        return 1e-6
+
+    def _least_ridge(self) -> float:
+        """Smallest entry of a diagonal that was added; 0 where none was."""
+        return 0.0
+
+    def _matrix(self) -> Tensor:
+        """Return the dense matrix in float64, square and symmetric."""
         if self.shape[-1] != self.shape[-2]:
             raise ShapeError(
                 f"a {self.shape[-2]} x {self.shape[-1]} operator has no inverse or Cholesky factor"
             )
-        factor, info = torch.linalg.cholesky_ex(self.to_dense())
-        if bool((info > 0).any()):
-            raise SingularKernelError(
-                f"the {self.shape[-2]} x {self.shape[-1]} kernel is numerically singular (Cholesky stops at "
-                f"row {int(info.max())}); add a ridge with K.add_jitter(ridge)"
-            )
+        return symmetric(self.to_dense().double())
+
+    def _factor(self, matrix: Tensor | None = None) -> Tensor:
+        """Return the lower Cholesky factor in float64, without any hidden jitter."""
+        matrix = self._matrix() if matrix is None else matrix
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        ridge, size = self._least_ridge(), self.shape[-1]
+        with torch.no_grad():
+            if bool((info > 0).any()):
+                values = torch.linalg.eigvalsh(matrix)
+                self._require_resolved(values[..., 0], values[..., -1])
+                raise SingularKernelError(
+                    f"the {size} x {size} kernel is numerically singular (Cholesky stops at row "
+                    f"{int(info.max())}); add a ridge with K.add_jitter(ridge), larger than {ridge:.2g}"
+                )
+            self._require_resolved(*ends(matrix, factor))
         return factor
 
+    def _require_resolved(self, least: Tensor, largest: Tensor) -> None:
+        ridge = self._least_ridge()
+        way_out = "add a ridge with K.add_jitter(ridge)"
+        require_resolved(least - ridge, largest, ridge, self.dtype, self.shape[-1], way_out=way_out)
+
+    def _solved(self, right: Tensor) -> Tensor:
+        """Return K⁻¹ B in float64, ``(*batch, n, k)``, its residual checked."""
+        matrix = self._matrix()
+        solution = torch.cholesky_solve(right.double(), self._factor(matrix))
+        self._require_solved(matrix, solution.detach(), right)
+        return solution
+
+    def _require_solved(self, matrix: Tensor, solution: Tensor, right: Tensor) -> None:
+        rest = torch.linalg.vector_norm(right.detach().double() - matrix.detach() @ solution, dim=-2)
+        norms = torch.linalg.vector_norm(right.detach().double(), dim=-2)
+        worst = float(torch.where(norms > 0, rest / norms, 0.0).max())
+        if not worst <= self._tolerance():
+            raise NotConvergedError(
+                f"the Cholesky solution has a relative residual of {worst:.2g}, the tolerance is "
+                f"{self._tolerance():.2g}: the matrix is too badly conditioned for float64; use a larger "
+                "ridge, or a larger tolerance (K.add_jitter(ridge).with_solver(tolerance=...)); the solution "
+                "is in .result",
+                solution,
+            )
+
     def _cholesky(self, upper: bool = False) -> TriangularLinearOperator:
-        factor = self._factor()
+        factor = self._factor().to(self.dtype)
         return TriangularLinearOperator(factor.mT if upper else factor, upper=upper)
 
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int = 0) -> Tensor:
-        return torch.cholesky_solve(rhs, self._factor())
+        return self._solved(rhs).to(self.dtype)
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        """Solve K x = b, or return L K⁻¹ b, by a dense Cholesky factorisation.
+        """Solve K x = b, or return L K⁻¹ b, by a dense Cholesky factorisation in float64.
 
         Args:
             right_tensor: ``(n,)`` or ``(*batch, n, k)``.
             left_tensor: ``(*batch, m, n)``, or None.
 
         Returns:
-            ``(n,)``, ``(*batch, n, k)`` or ``(*batch, m, k)``.
+            ``(n,)``, ``(*batch, n, k)`` or ``(*batch, m, k)``, rounded to the operator's dtype.
 
         Raises:
             DenseMemoryError: If the dense matrix exceeds ``max_dense_bytes``.
-            SingularKernelError: If the matrix is numerically singular.
+            InputError: If the matrix is not symmetric.
+            SingularKernelError: If it is singular, or its smallest eigenvalue is lost in its rounding.
+            NotConvergedError: If a column misses its tolerance.
         """
-        factor = self._factor()
         vector = right_tensor.dim() == 1
-        right = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = torch.cholesky_solve(right, factor)
+        solution = self._solved(right_tensor.unsqueeze(-1) if vector else right_tensor)
         if left_tensor is not None:
-            solution = left_tensor @ solution
-        return solution.squeeze(-1) if vector else solution
+            solution = left_tensor.double() @ solution
+        return (solution.squeeze(-1) if vector else solution).to(self.dtype)
 
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
         """Return bᵀ K⁻¹ b for each column, summed over columns by default."""
@@ -121,17 +168,19 @@ class DenseFallbacks(LinearOperator):
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return bᵀ K⁻¹ b and log det K, both exact, from one Cholesky factor."""
-        factor = self._factor()
+        matrix = self._matrix()
+        factor = self._factor(matrix)
         quadratic = factor.new_zeros(self.batch_shape)
         if inv_quad_rhs is not None:
-            right = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
+            right = (inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs).double()
             half = torch.linalg.solve_triangular(factor, right, upper=False)
+            self._require_solved(matrix, torch.cholesky_solve(right, factor).detach(), right)
             quadratic = half.square().sum(-2)
             quadratic = quadratic.sum(-1) if reduce_inv_quad else quadratic
         determinant = factor.new_zeros(self.batch_shape)
         if logdet:
             determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return quadratic, determinant
+        return quadratic.to(self.dtype), determinant.to(self.dtype)
 
     def logdet(self) -> Tensor:
         """Return log det K, exact."""
@@ -139,21 +188,18 @@ class DenseFallbacks(LinearOperator):
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return K^{-1/2} R, or L K^{-1/2} R with the diagonal of L K⁻¹ Lᵀ, by an eigendecomposition."""
-        values, vectors = torch.linalg.eigh(self.to_dense())
-        if bool((values <= 0).any()):
-            raise SingularKernelError(
-                f"the smallest eigenvalue is {float(values.min()):.3g}: K has no inverse square root; add a "
-                "ridge with K.add_jitter(ridge)"
-            )
-        right = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
+        values, vectors = torch.linalg.eigh(self._matrix())
+        with torch.no_grad():
+            self._require_resolved(values[..., 0], values[..., -1])
+        right = (rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs).double()
         result = vectors @ (values.rsqrt().unsqueeze(-1) * (vectors.mT @ right))
         if lhs is None:
-            return result.squeeze(-1) if rhs.dim() == 1 else result
-        rotated = lhs @ vectors
-        product = lhs @ result
+            return (result.squeeze(-1) if rhs.dim() == 1 else result).to(self.dtype)
+        rotated = lhs.double() @ vectors
+        product = lhs.double() @ result
         return (
-            product.squeeze(-1) if rhs.dim() == 1 else product,
-            (rotated.square() / values.unsqueeze(-2)).sum(-1),
+            (product.squeeze(-1) if rhs.dim() == 1 else product).to(self.dtype),
+            (rotated.square() / values.unsqueeze(-2)).sum(-1).to(self.dtype),
         )
 
     def _symeig(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..engines import Engine, EngineChoice, build_engine
 from ..engines.tiling import sample_slices
 from ..model import Linearization, linearize
+from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core, dense_limit
@@ -68,6 +69,9 @@ class JacobianOperator(EngineOperator):
         return axis
 
     def _dense_if_cheaper(self, columns: int) -> Tensor | None:
+        if products_are_steady():
+            self._settle()
+            return None
         return self._stored_dense()  # N·O x P is never built behind the user's back
 
     def _dense_values(self, params: Sequence[Tensor]) -> Tensor:

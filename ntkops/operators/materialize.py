@@ -9,14 +9,18 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..engines import format_bytes, shared_store, tensor_bytes
+from ..engines import LayerwiseEngine, format_bytes, shared_store, tensor_bytes
 from ..errors import DenseMemoryError
+from ..solvers import products_are_steady
+from .axes import StateAxis
 from .dense import DenseFallbacks
 from .products import ProductOperator
 
 __all__ = ["DenseOperator"]
 
 logger = logging.getLogger(__name__)
+
+_MANY = 50  # columns that an iteration takes as a rule
 
 
 class DenseOperator(DenseFallbacks, ProductOperator):
@@ -104,6 +108,8 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         Building when the passes spent equal the cost of building is the classical rent-or-buy rule:
         never more than twice the cost of the best decision in hindsight.
         """
+        if products_are_steady():
+            return self._steady_dense()
         stored = self._stored_dense()
         if stored is not None:
             return stored
@@ -122,6 +128,26 @@ class DenseOperator(DenseFallbacks, ProductOperator):
             cost,
         )
         return self._dense_built()
+
+    def _steady_dense(self) -> Tensor | None:
+        """Return the dense block if it pays for an iteration, whatever was multiplied so far."""
+        fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes
+        if fits and self._dense_key() is not None and self._dense_cost() <= _MANY * self.passes_per_column:
+            stored = self._stored_dense()
+            return self._dense_built() if stored is None else stored
+        self._settle()
+        return None
+
+    def _settle(self) -> None:
+        """Let a layerwise engine make its factors now, where they fit."""
+        core = self._core
+        if core.spending.settled:
+            return
+        core.spending.settled = True
+        if isinstance(core.engine, LayerwiseEngine):
+            for axis in {core.rows, core.columns}:
+                if isinstance(axis, StateAxis) and axis.inputs.num_samples:
+                    core.engine.settle(tuple(self._args), axis.inputs)
 
     def _dense_built(self) -> Tensor:
         dense = self._dense_values(self._args)

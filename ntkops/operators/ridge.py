@@ -25,7 +25,14 @@ from ..errors import (
 )
 from ..results import Estimate, Solution
 from ._diagonal_part import DiagonalPart
-from ._ridge_system import RidgeSystem, SolverOptions, batch_position, dense_bytes_allowed, log_determinant
+from ._ridge_system import (
+    RidgeSystem,
+    SolverOptions,
+    batch_position,
+    checked,
+    dense_bytes_allowed,
+    log_determinant,
+)
 from .dense import DenseFallbacks
 from .indexing import _same_index
 
@@ -149,7 +156,8 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
         Raises:
             DenseMemoryError: If method="cholesky" and the dense matrix exceeds ``max_dense_bytes``.
-            SingularKernelError: If a factorisation finds the matrix numerically singular.
+            InputError: If a factorisation finds the matrix not symmetric.
+            SingularKernelError: If it finds the smallest eigenvalue of K + D lost in the rounding of K.
             NotConvergedError: If a column misses its tolerance; ``result`` is the partial `Solution`.
         """
         self._check_right(right_tensor)
@@ -179,33 +187,43 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
         Returns:
             `Solution`, which unpacks as ``x, info``. The residuals are those of this x, by products of
-            their own. Where float32 systems are refined, x is float64: rounded to float32 it would lose
-            what the refinement has gained, up to the condition number times 6e-8.
+            their own. Except by float32 conjugate gradients, x is float64: rounded to float32 it would lose
+            up to the condition number times 6e-8.
 
         Raises:
             DenseMemoryError: If method="cholesky" and the dense matrix exceeds ``max_dense_bytes``.
-            SingularKernelError: If a factorisation finds the matrix numerically singular.
+            InputError: If a factorisation finds the matrix not symmetric.
+            SingularKernelError: If it finds the smallest eigenvalue of K + D lost in the rounding of K.
             NotConvergedError: If a column misses its tolerance; ``result`` is the partial `Solution`.
         """
         self._check_right(rhs)
         start = time.perf_counter()
         block = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
         with torch.no_grad():
-            system = self._system()
             if not self._factorises:
-                found = system.solve(block, raise_on_failure)
+                found = self._system().solve(block, raise_on_failure)
                 return Solution(found.solution.squeeze(-1) if rhs.dim() == 1 else found.solution, found.info)
-            solution = super().solve(block)
-            info = system.checked(block, solution, start)
+            matrix = self._matrix()
+            solution = torch.cholesky_solve(block.double(), self._factor(matrix))
+            info = checked(block.double(), matrix @ solution, self._tolerance(), start)
         result = Solution(solution.squeeze(-1) if rhs.dim() == 1 else solution, info)
         if raise_on_failure and not info.converged:
             raise NotConvergedError(
-                f"the Cholesky solution in {self.dtype} has a relative residual of "
-                f"{float(info.residuals.max()):.2g}, the tolerance is {info.tolerance:.2g}: use "
-                "with_solver(method='refinement'), a larger ridge or tolerance; the solution is in .result",
+                f"the Cholesky solution has a relative residual of {float(info.residuals.max()):.2g}, the "
+                f"tolerance is {info.tolerance:.2g}: use a larger ridge or tolerance; the solution is in "
+                ".result",
                 result,
             )
         return result
+
+    def _tolerance(self) -> float:
+        return self._options.tolerance
+
+    def _least_ridge(self) -> float:
+        # A diagonal that is zero in places may be what makes K + D regular: it is a ridge all the same.
+        entries = self.ridge.detach()
+        positive = entries[entries > 0]
+        return float(positive.min()) if positive.numel() else 0.0
 
     def _check_right(self, rhs: Any) -> None:
         if not isinstance(rhs, Tensor) or rhs.dtype != self.dtype:

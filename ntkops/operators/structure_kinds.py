@@ -22,7 +22,10 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..vectors import Space
+from .axes import StateAxis
+from .chain import Chain, is_symmetric_chain, multiplied, product_factors, same_operator
 from .counting import multiply, product_cost, row_space
+from .jacobian import JacobianOperator
 from .structure import Factors, Structure, Tile, dense_from_tiles, structure, tile_slices
 
 __all__ = ["wrap"]
@@ -38,7 +41,18 @@ def wrap(operator: LinearOperator | Tensor, whole: bool) -> Structure:
     for kinds, kind in _KINDS:
         if isinstance(operator, kinds):
             return kind(operator, whole)
-    return _ProductStructure(operator, whole)
+    if isinstance(operator, MatmulLinearOperator | RootLinearOperator):
+        return _of_product(operator, product_factors(operator), whole)
+    return _ColumnStructure(operator, whole)
+
+
+def _of_product(operator: LinearOperator, chain: Chain, whole: bool) -> Structure:
+    """Return the structure of a product by its factors: diagonals at the ends scale what is between them."""
+    if len(chain) == 1:
+        return structure(chain[0], whole=whole)
+    if isinstance(chain[0], DiagLinearOperator) or isinstance(chain[-1], DiagLinearOperator):
+        return _WeightedStructure(operator, chain, whole)
+    return _ProductStructure(operator, chain, whole)
 
 
 class _Base:
@@ -221,13 +235,8 @@ class _BlockDiagonalStructure(_Base):
             yield Tile(rows, cols, block)
 
 
-class _ProductStructure(_Base):
+class _ColumnStructure(_Base):
     """Any other operator: products with blocks of the identity, nothing assumed."""
-
-    def __init__(self, operator: LinearOperator, whole: bool) -> None:
-        super().__init__(operator, whole)
-        # A square root that is written out is symmetric by what it is; nothing else is taken on trust.
-        self.symmetric = isinstance(operator, RootLinearOperator) and not whole
 
     def diagonal(self) -> Tensor:
         self._require_square()
@@ -261,13 +270,193 @@ class _ProductStructure(_Base):
         narrow = quantity == "diagonal" or self.shape[-1] <= self.tile_size()
         return self.shape[-1 if narrow else -2] * product_cost(self._operator)
 
+
+class _ProductStructure(_ColumnStructure):
+    """A product: by dense rows of its two ends where these are known, by columns where they are not.
+
+    Args:
+        operator: The product.
+        chain: Its factors, two or more.
+        whole: Whether all tiles are wanted.
+    """
+
+    def __init__(self, operator: LinearOperator, chain: Chain, whole: bool) -> None:
+        super().__init__(operator, whole)
+        self._chain = chain
+        half = len(chain) // 2
+        self._middle = structure(chain[half]) if len(chain) % 2 else None
+        self._even = is_symmetric_chain(chain, self._middle is not None and self._middle.symmetric)
+        self.symmetric = self._even and not whole
+        left, right = Rows.of(chain[0]), Rows.of(chain[-1].mT)
+        self._ends = None if left is None or right is None else (left, right)
+
+    def diagonal(self) -> Tensor:
+        if self._ends is None:
+            return super().diagonal()
+        self._require_square()
+        parts = []
+        for rows in tile_slices(self.shape[-2], self.tile_size()):
+            left = self._ends[0].take(rows)
+            right = left if self._even else self._ends[1].take(rows)
+            parts.append((left * self._inside(right).mT).sum(-1))
+        return torch.cat(parts, dim=-1)
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        if self._ends is None:
+            yield from super().tiles(size)
+            return
+        size = size or self.tile_size()
+        for rows in tile_slices(self.shape[-2], size):
+            left = self._ends[0].take(rows)
+            for cols in tile_slices(self.shape[-1], size):
+                if cols.start >= rows.start or not self.symmetric:
+                    right = left if self._even and rows == cols else self._ends[1].take(cols)
+                    yield Tile(rows, cols, left @ self._inside(right))
+
+    def _inside(self, right: Tensor) -> Tensor:
+        """Return the factors between the ends times Rᵀ, for rows R of the right end: ``(*batch, p, c)``."""
+        block = right.mT
+        for factor in reversed(self._chain[1:-1]):
+            block = multiply(factor, block)
+        return block
+
+    def tile_size(self) -> int:
+        if self._ends is None:
+            return super().tile_size()
+        return max(1, min(*(end.fit for end in self._ends), max(self.shape[-2:])))
+
+    def exact_cost(self, quantity: str) -> float:
+        if self._ends is None:
+            return super().exact_cost(quantity)
+        left, right = (end.passes for end in self._ends)
+        inside = sum(product_cost(factor) for factor in self._chain[1:-1])
+        if quantity == "diagonal":
+            return left + (0 if self._even else right) + self.shape[-1] * inside
+        slabs = -(-self.shape[-2] // self.tile_size())
+        share = (slabs + 1) / 2 if self.symmetric else slabs
+        # Of a symmetric one the tile on the diagonal takes the rows that are there.
+        return left + (share - 1 if self._even else share) * right + share * self.shape[-1] * inside
+
     def factors(self) -> Factors | None:
+        # A symmetric product has equal factors or none: where its middle has no known root, there are none.
+        chain, half = self._chain, len(self._chain) // 2
+        if not self._even:
+            return multiplied(chain[:1]), multiplied(chain[1:]).mT
+        if self._middle is None:
+            root = multiplied(chain[:half])
+            return root, root
+        inner = _root_of(chain[half], self._middle)
+        if inner is None:
+            return None
+        root = multiplied((*chain[:half], inner))
+        return root, root
+
+
+def _root_of(operator: LinearOperator, known: Structure) -> LinearOperator | None:
+    """Return L with L Lᵀ the operator, or None where none is known."""
+    if isinstance(operator, DiagLinearOperator):
+        entries = operator._diagonal()
+        return DiagLinearOperator(entries.sqrt()) if bool((entries >= 0).all()) else None
+    found = known.factors()
+    return None if found is None else found[0]
+
+
+class Rows:
+    """Dense rows of an operator that has them: stored ones, and per-sample gradients.
+
+    Args:
+        operator: A dense operator, or a Jacobian.
+
+    Attributes:
+        passes: Passes that all rows take.
+        fit: Rows that one tile may have.
+    """
+
+    def __init__(self, operator: DenseLinearOperator | JacobianOperator) -> None:
+        self._operator = operator
+        self.passes, self.fit = 0.0, _TILE
+        if isinstance(operator, JacobianOperator):
+            axis, engine = operator._state_axis(), operator._core.engine
+            self.passes = float(len(axis.distinct_outputs))
+            entries = operator.batch_shape.numel() * axis.terms * operator.num_parameters
+            width = axis.outputs.shape[-1]
+            fit = max(1, engine.workspace_bytes() // (entries * operator.dtype.itemsize))
+            self.fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
+
+    @classmethod
+    def of(cls, operator: LinearOperator) -> Rows | None:
+        """Return the rows of an operator, or None where only products give them."""
+        jacobian = isinstance(operator, JacobianOperator) and isinstance(operator._core.rows, StateAxis)
+        return cls(operator) if jacobian or isinstance(operator, DenseLinearOperator) else None
+
+    def take(self, rows: slice) -> Tensor:
+        """Return some rows, ``(*batch, r, p)``."""
         operator = self._operator
-        if isinstance(operator, RootLinearOperator):
-            return operator.root, operator.root
-        if isinstance(operator, MatmulLinearOperator):
-            return operator.left_linear_op, operator.right_linear_op.mT
-        return None
+        if isinstance(operator, DenseLinearOperator):
+            return operator.tensor[..., rows, :].detach()
+        part = operator[..., rows, :]
+        part._check_fresh()
+        return part._dense_values(part._args).detach()
+
+
+class _WeightedStructure(_Base):
+    """Diagonal factors at the ends of a product: rows and columns of what is between them, scaled.
+
+    Args:
+        operator: The product.
+        chain: Its factors, two or more, of which the first or the last is diagonal.
+        whole: Whether all tiles are wanted.
+    """
+
+    def __init__(self, operator: LinearOperator, chain: Chain, whole: bool) -> None:
+        super().__init__(operator, whole)
+        first, last = (isinstance(end, DiagLinearOperator) for end in (chain[0], chain[-1]))
+        last = last and len(chain) > 1 + first
+        self._inner_chain = chain[int(first) : len(chain) - int(last)]
+        self._rows: Tensor | None = chain[0]._diagonal().detach() if first else None
+        self._cols: Tensor | None = chain[-1]._diagonal().detach() if last else None
+        inner = multiplied(self._inner_chain)
+        middle = structure(inner)
+        both = self._rows is not None and self._cols is not None
+        self._even = both and middle.symmetric and same_operator(self._rows, self._cols)
+        self.symmetric = self._even and not whole
+        self._inner = middle if self.symmetric or not middle.symmetric else structure(inner, whole=True)
+        self._chain = chain
+
+    def tile_size(self) -> int:
+        return self._inner.tile_size()
+
+    def exact_cost(self, quantity: str) -> float:
+        return self._inner.exact_cost(quantity)
+
+    def _scaled(self, block: Tensor, rows: slice, cols: slice) -> Tensor:
+        if self._rows is not None:
+            block = self._rows[..., rows].unsqueeze(-1) * block
+        return block if self._cols is None else block * self._cols[..., cols].unsqueeze(-2)
+
+    def diagonal(self) -> Tensor:
+        self._require_square()
+        values = self._inner.diagonal()
+        for entries in (self._rows, self._cols):
+            values = values if entries is None else entries * values
+        return values
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        for tile in self._inner.tiles(size):
+            yield Tile(tile.rows, tile.cols, self._scaled(tile.block, tile.rows, tile.cols))
+
+    def factors(self) -> Factors | None:
+        found = self._inner.factors()
+        if found is None:
+            return None if self._inner.symmetric else (self._chain[0], multiplied(self._chain[1:]).mT)
+        left, right = found
+        if self._rows is not None:
+            left = MatmulLinearOperator(DiagLinearOperator(self._rows), left)
+        if self._even:
+            return left, left
+        if self._cols is not None:
+            right = MatmulLinearOperator(DiagLinearOperator(self._cols), right)
+        return left, right
 
 
 class _RowSlabs(_Base):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SingularKernelError
+from ..operators.rounding import ends, require_resolved, resolved
 
 __all__ = ["CholeskyFactor", "Factorization", "SpectralFactor", "require_regular", "truncate"]
 
@@ -38,22 +39,33 @@ class CholeskyFactor:
         matrix: ``(*batch, n, n)`` kernel, float64; it is not changed.
         ridge: Absolute ridge.
         dtype: Dtype in which the kernel was computed, which says how far its entries are rounded.
+        scale: What a relative ridge is relative to, or None.
+
+    Attributes:
+        largest: Largest eigenvalue of K, up to some per cent, of the batch shape.
 
     Raises:
         SingularKernelError: If K + ridge is numerically singular or indefinite.
     """
 
-    def __init__(self, matrix: Tensor, ridge: float, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Tensor, ridge: float, dtype: torch.dtype, scale: float | None) -> None:
         shifted = matrix.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
         factor, info = torch.linalg.cholesky_ex(shifted)
-        if bool((info > 0).any()):
-            require_regular(torch.linalg.eigvalsh(matrix), ridge, dtype, failed=True)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-        limit = _limit(ridge, matrix.shape[-1], dtype) * shifted.diagonal(dim1=-2, dim2=-1).amax(-1)
-        if bool((pivots.amin(-1) <= limit).any()):
-            require_regular(torch.linalg.eigvalsh(matrix), ridge, dtype, failed=True)
-        self._factor = factor
+        failed = bool((info > 0).any())
+        if not failed:
+            least, largest = (end - ridge for end in ends(shifted, factor))
+            failed = not resolved(least, largest, ridge, dtype, matrix.shape[-1])
+        if failed:
+            values = torch.linalg.eigvalsh(matrix)
+            require_regular(values, ridge, dtype, scale)
+            if bool((info > 0).any()):
+                raise SingularKernelError(
+                    f"K + {ridge:.2g} has no Cholesky factor: its smallest eigenvalue is rounding; raise the "
+                    "ridge"
+                )
+            largest = values.amax(-1)
+        self._factor, self.largest = factor, largest
 
     def dual(self, rhs: Tensor) -> Tensor:
         return torch.cholesky_solve(rhs, self._factor)
@@ -82,12 +94,16 @@ class SpectralFactor:
         rest: What K does outside their span: "none" (they are a basis), "cut" (the span is all that may
             be used: spectral cut-off), or "zero" (K is zero there: thin factors of features).
         kept: ``(*batch, r)`` pairs in use; None for all.
+
+    Attributes:
+        largest: Largest eigenvalue, of the batch shape.
     """
 
     def __init__(
         self, values: Tensor, vectors: Tensor, ridge: float, rest: str = "none", kept: Tensor | None = None
     ) -> None:
         self.values, self.vectors, self.ridge, self.rest = values, vectors, ridge, rest
+        self.largest = values.amax(-1)
         self.kept = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
         # (*batch, r): the inverse on the span
         self.inverse = torch.where(self.kept, 1 / (values + ridge), torch.zeros_like(values))
@@ -138,50 +154,31 @@ def truncate(values: Tensor, cutoff: int | float | None) -> Tensor | None:
     return torch.arange(size, device=values.device) >= size - rank.unsqueeze(-1)
 
 
-def _limit(ridge: float, size: int, dtype: torch.dtype) -> float:
-    """Return the largest eigenvalue, relative to the largest of all, that counts as a rounding error."""
-    # A rank is decided at n eps. With a ridge the matrix is regular by construction, and only a ridge that
-    # is lost in the rounding of the largest eigenvalue is refused.
-    eps = torch.finfo(dtype).eps
-    return size * eps if ridge == 0 else eps
-
-
 def require_regular(
-    values: Tensor, ridge: float, dtype: torch.dtype, kept: Tensor | None = None, *, failed: bool = False
+    values: Tensor, ridge: float, dtype: torch.dtype, scale: float | None, kept: Tensor | None = None
 ) -> None:
-    """Raise unless K + ridge is numerically positive definite, on the span that is used.
+    """Raise unless K + ridge is regular beside the rounding of K, on the span that is used.
 
     Args:
         values: ``(*batch, n)`` eigenvalues of K.
         ridge: Absolute ridge.
         dtype: Dtype in which K was computed.
+        scale: What a relative ridge is relative to, or None.
         kept: ``(*batch, n)`` eigenvalues that a cut-off keeps; None for all.
-        failed: Whether a factorisation has failed already.
 
     Raises:
-        SingularKernelError: With the rank, and the ways out.
+        SingularKernelError: With the rank, and the ways out; see `ntkops.operators.rounding`.
     """
     size, largest = values.shape[-1], values.amax(-1)
     used = values if kept is None else torch.where(kept, values, torch.inf)
-    smallest = used.amin(-1)
-    if not failed and bool((smallest + ridge > _limit(ridge, size, dtype) * largest).all()):
-        return
-    worst = int((smallest / largest.clamp(min=torch.finfo(torch.float64).tiny)).argmin())
-    low, high = float(smallest.reshape(-1)[worst]), float(largest.reshape(-1)[worst])
-    spectrum = values.reshape(-1, size)[worst]
-    rank = int((spectrum > size * torch.finfo(dtype).eps * high).sum())
-    if ridge == 0 and kept is not None:
-        raise SingularKernelError(
-            f"the cut-off keeps eigenvalues that are rounding errors; keep at most {rank}, or add a ridge"
-        )
-    if ridge == 0:
-        raise SingularKernelError(
-            f"the kernel is rank-deficient (rank {rank} of {size}, smallest eigenvalue {low:.2g}, largest "
-            f"{high:.2g}), so without a ridge it has no inverse: pass ridge=1e-6 or more, or "
-            f"cutoff={rank} for the pseudo-inverse"
-        )
-    raise SingularKernelError(
-        f"the ridge {ridge:.2g} is below the rounding of this {dtype} kernel (smallest eigenvalue {low:.2g}, "
-        f"largest {high:.2g}): pass a ridge well above {abs(low):.2g}, or compute the kernel in float64 "
-        "(model.double(), inputs too)"
+    rank = (values > size * torch.finfo(dtype).eps * largest.unsqueeze(-1)).sum(-1)
+    require_resolved(
+        used.amin(-1),
+        largest,
+        ridge,
+        dtype,
+        size,
+        scale=scale,
+        kept=None if kept is None else int(kept.sum(-1).max()),
+        rank=rank,
     )

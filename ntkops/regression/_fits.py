@@ -15,19 +15,20 @@ from ..operators.structure import structure
 from ..results import SolveInfo
 from ._factorizations import CholeskyFactor, Factorization, SpectralFactor
 from ._operands import Kernel, dense_rows
+from ._rounding import precise_product
 
 __all__ = [
     "DenseFit",
     "FeatureFit",
     "Fit",
     "NystromFit",
+    "Prediction",
     "left_out",
-    "product",
     "relative_residuals",
     "solve_info",
 ]
 
-_SAME = 1e-2  # relative difference of weights from one set of features, mere rounding included
+Prediction = tuple[Tensor, Tensor]
 
 
 class Fit(Protocol):
@@ -41,8 +42,8 @@ class Fit(Protocol):
     dual: Tensor
     info: SolveInfo
 
-    def predict(self, K_cross: Kernel) -> Tensor:
-        """Return K_* α, ``(*batch, m, k)``."""
+    def predict(self, K_cross: Kernel) -> Prediction:
+        """Return K_* α, ``(*batch, m, k)``, and lengths ``(*batch, k)`` of what rounding added."""
 
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         """Return the prior variance that the samples explain, for some rows: ``(*batch, stop - start)``."""
@@ -87,7 +88,14 @@ def relative_residuals(rest: Tensor, rhs: Tensor) -> Tensor:
 
 
 def solve_info(
-    method: str, residuals: Tensor, tol: float, started: float, *, products: int = 0, seed: int | None = None
+    method: str,
+    residuals: Tensor,
+    tol: float,
+    started: float,
+    *,
+    products: int = 0,
+    seed: int | None = None,
+    aloud: bool = True,
 ) -> SolveInfo:
     """Return the info of a direct method.
 
@@ -95,7 +103,7 @@ def solve_info(
         NotConvergedWarning: If rounding left a residual above the tolerance.
     """
     met = bool((residuals <= tol).all())
-    if not met:
+    if not met and aloud:
         warnings.warn(
             f"method={method!r} left a relative residual of {float(residuals.max()):.2g}, above {tol:.2g}: "
             "the labels ask for coefficients that float64 does not resolve with so small a ridge; raise it",
@@ -115,13 +123,6 @@ def solve_info(
     )
 
 
-def product(K_cross: Kernel, dual: Tensor) -> Tensor:
-    """Return K_* α in the dtype of K_*; a dense matrix is multiplied in float64."""
-    if isinstance(K_cross, Tensor):
-        return (K_cross.double() @ dual).to(K_cross.dtype)
-    return multiply(K_cross, dual.to(K_cross.dtype))
-
-
 class DenseFit:
     """A fit by a dense factorisation of K + ridge, or of the features of K.
 
@@ -137,8 +138,8 @@ class DenseFit:
         # For features α has a part that no sample sees; what predicts is the other, which does not cancel.
         self._active = factor.within(rhs) if isinstance(factor, SpectralFactor) else self.dual
 
-    def predict(self, K_cross: Kernel) -> Tensor:
-        return product(K_cross, self._active)
+    def predict(self, K_cross: Kernel) -> Prediction:
+        return precise_product(K_cross, self._active)
 
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         return self._factor.quadratic(dense_rows(K_cross, start, stop))
@@ -159,9 +160,10 @@ class FeatureFit(DenseFit):
 
     def __init__(self, factor: SpectralFactor, features: Tensor, rhs: Tensor, info: SolveInfo) -> None:
         super().__init__(factor, rhs, info)
+        self._features = features
         self.weights = features.mT @ self._active  # (*batch, p, k)
 
-    def predict(self, K_cross: Kernel) -> Tensor:
+    def predict(self, K_cross: Kernel) -> Prediction:
         """Return φ(x*)ᵀ w where the cross kernel has these features, else K_* α.
 
         The weights are at most |y| / (2 √ridge), the dual coefficients |y| / ridge: products with the weights
@@ -171,11 +173,14 @@ class FeatureFit(DenseFit):
         if factors is None or factors[1].shape[-1] != self.weights.shape[-2]:
             return super().predict(K_cross)
         left, right = factors
-        pulled = multiply(right.mT, self._active.to(right.dtype)).double()
-        error, size = (pulled - self.weights).norm(), self.weights.norm()
-        if not bool(error <= _SAME * size):
+        # Whether they are the same features is tried on a random vector. The weights are no such trial:
+        # those of nearly the same features are nearly the same, and predict what another kernel does.
+        trial = torch.randn(self._features.shape[-2], 1, generator=torch.Generator().manual_seed(0))
+        trial = trial.to(right.device, right.dtype).expand(*right.shape[:-2], -1, 1)
+        pulled, expected = multiply(right.mT, trial).double(), self._features.mT @ trial.double()
+        if not bool((pulled - expected).norm() <= torch.finfo(right.dtype).eps ** 0.5 * expected.norm()):
             return super().predict(K_cross)
-        return multiply(left, self.weights.to(left.dtype))
+        return precise_product(left, self.weights)
 
 
 class NystromFit:
@@ -208,8 +213,8 @@ class NystromFit:
         self._coefficients = whitening @ weights  # (*batch, m, k)
         self.dual = torch.zeros_like(rhs).index_copy(-2, chosen, self._coefficients)
 
-    def predict(self, K_cross: Kernel) -> Tensor:
-        return product(_columns(K_cross, self._chosen), self._coefficients)
+    def predict(self, K_cross: Kernel) -> Prediction:
+        return precise_product(_columns(K_cross, self._chosen), self._coefficients)
 
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         rows = dense_rows(_columns(K_cross, self._chosen), start, stop) @ self._whitening  # (*batch, b, r)

@@ -13,8 +13,9 @@ from ..operators._ridge_system import RidgeSystem, SolverOptions
 from ..operators.counting import row_space
 from ..results import Solution, SolveInfo
 from ..vectors import resolve_generator
-from ._fits import product
+from ._fits import Prediction
 from ._operands import Kernel, dense_rows
+from ._rounding import is_stored, precise_product
 
 __all__ = ["IterativeFit", "kernel_solver"]
 Solver = Callable[[Tensor], Solution]
@@ -36,8 +37,8 @@ class IterativeFit:
         self.dual: Tensor = solution.solution
         self.info: SolveInfo = solution.info
 
-    def predict(self, K_cross: Kernel) -> Tensor:
-        return product(K_cross, self.dual)
+    def predict(self, K_cross: Kernel) -> Prediction:
+        return precise_product(K_cross, self.dual)
 
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         rows = dense_rows(K_cross, start, stop)
@@ -66,10 +67,13 @@ def kernel_solver(
     """Return a solver of (K + ridge) X = B by conjugate gradients, its preconditioner made once.
 
     Products of a float32 operator carry corrections whose residuals are float64 products of the same
-    network, so that the tolerance is met where float32 alone would stagnate.
+    network, so that the tolerance is met where float32 alone would stagnate. Stored entries are multiplied in
+    float64.
     """
     kernel = to_linear_operator(K)
-    entries = torch.full(K.shape[:-1], ridge, dtype=K.dtype, device=K.device)
+    if is_stored(K):  # then float32 products save little, and round
+        kernel = kernel.to(dtype=torch.float64)
+    entries = torch.full(kernel.shape[:-1], ridge, dtype=kernel.dtype, device=kernel.device)
     drawn = row_space(K).common(resolve_generator(generator)[0])
     seed = int(torch.randint(2**31, (), generator=drawn))
     made = SolverOptions(tolerance=tol, seed=seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
 from ..vectors import Space
+from ._operands import read_array
 
 __all__ = ["Layout", "read_labels"]
 
@@ -38,7 +39,7 @@ class Layout:
     def columns(self, labels: Tensor) -> Tensor:
         """Return labels ``(N, *tail)`` as right-hand sides ``(*batch, n, k)``."""
         if self.kind == "each":
-            return labels.mT.unsqueeze(-1)
+            return labels.reshape(len(labels), -1).mT.unsqueeze(-1)
         if self.kind == "flat":
             return labels.reshape(-1, 1)
         return labels.reshape(len(labels), math.prod(self.tail))
@@ -50,7 +51,7 @@ class Layout:
     def restore_rows(self, rows: Tensor) -> Tensor:
         """Return one number for each row of the kernels, ``(*batch, n)``, sample by sample."""
         if self.kind == "each":
-            return rows.mT
+            return rows.mT.reshape(-1, *self.tail)
         return self._reshape(rows) if self.kind == "flat" else rows
 
     def _reshape(self, values: Tensor) -> Tensor:
@@ -63,14 +64,16 @@ class Layout:
         Raises:
             ShapeError: If it is not.
         """
-        batch = (self.tail[0],) if self.kind == "each" else ()
+        batch = (math.prod(self.tail),) if self.kind == "each" else ()
         fits = tuple(shape[:-2]) == batch and shape[-1] == columns and shape[-2] % self.group == 0
         if len(shape) < 2 or not fits:
             due = (*batch, f"M*{self.group}" if self.kind == "flat" else "M", columns)
             raise ShapeError(
                 f"the cross kernel has shape {tuple(shape)}, due is ({', '.join(map(str, due))}): "
                 "rows are the "
-                "new samples, columns those of the fit, as K.cross(x_new) returns it"
+                "new samples, columns those of the fit, as K.cross(x_new) returns it (X has "
+                f"{shape[-1] if shape else 0} features, but KernelRidge is expecting {columns} features as "
+                "input)"
             )
 
 
@@ -80,7 +83,7 @@ def read_labels(
     """Check labels against the kernel that they are to be fitted with.
 
     Args:
-        labels: ``(N,)`` or ``(N, ...)``: a tensor or an array.
+        labels: ``(N,)`` or ``(N, ...)``: a tensor in the kernel's dtype, or an array or list of numbers.
         shape: Shape of the kernel, ``(*batch, n, n)``.
         dtype: Dtype of the kernel.
         device: Device of the kernel.
@@ -90,13 +93,15 @@ def read_labels(
         The layout, and the labels as a tensor.
 
     Raises:
-        InputError: If they are integers: classes are no numbers to regress on.
+        InputError: If they are missing, or integers: classes are no numbers to regress on.
         DtypeError: If their dtype is not the kernel's.
         DeviceError: If they live elsewhere.
         ShapeError: If they do not fit the kernel.
         NonFiniteError: If one of them is NaN or infinite.
     """
-    values = labels.detach() if isinstance(labels, Tensor) else torch.as_tensor(labels)
+    if labels is None:
+        raise InputError("a regression requires y to be passed, but the target y is None: pass the labels")
+    values = labels.detach() if isinstance(labels, Tensor) else read_array(labels, "the labels", dtype)
     if not values.dtype.is_floating_point:
         raise InputError(
             f"the labels have dtype {values.dtype}: a regression on class numbers would call class 2 twice "
@@ -126,7 +131,7 @@ def _layout(labels: torch.Size, kernel: torch.Size) -> Layout:
         raise ShapeError("labels need one row for each sample, got a single number")
     tail = tuple(labels[1:])
     if batch:
-        if len(batch) == 1 and tuple(labels) == (size, batch[0]):
+        if len(batch) == 1 and tuple(labels) in ((size, batch[0]), (size,) * (batch[0] == 1)):
             return Layout("each", tail)
         raise ShapeError(
             f"a batch of kernels {tuple(kernel)} needs one column of labels for each, shape "

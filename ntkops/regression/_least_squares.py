@@ -31,13 +31,14 @@ def least_squares_solver(
     """
     if ridge == 0:
         raise InputError("method='lsmr' finds α = (y - J w) / ridge and needs a positive ridge")
-    factors = structure(K.to(dtype=torch.float64)).factors()
+    known = structure(K)
+    factors = known.factors() if known.symmetric else None
     if factors is None:
         raise InputError(
             "method='lsmr' needs an operator that knows its Jacobian, K = J Jᵀ; "
             f"{type(K).__name__} does not: take 'cg'"
         )
-    jacobian = factors[0]
+    jacobian = factors[0].to(dtype=torch.float64)
 
     def solver(rhs: Tensor) -> Solution:
         started = time.perf_counter()

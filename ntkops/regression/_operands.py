@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -23,11 +24,13 @@ from ..operators.counting import column_space, multiply, row_space
 
 __all__ = [
     "Kernel",
+    "dense_of",
     "dense_rows",
     "fits_dense",
     "is_spread",
     "may_be_dense",
     "mean_diagonal",
+    "read_array",
     "read_kernel",
     "to_float64",
 ]
@@ -35,29 +38,75 @@ __all__ = [
 Kernel: TypeAlias = LinearOperator | Tensor
 
 
-def read_kernel(K: Any, what: str = "the kernel") -> Kernel:
-    """Return an operator or a tensor, arrays turned into tensors, its entries checked where they are stored.
+def read_kernel(K: Any, what: str = "the kernel", dtype: torch.dtype | None = None) -> Kernel:
+    """Return an operator or a tensor, its entries checked where they are stored.
+
+    Args:
+        K: An operator, a tensor, or an array or list of numbers.
+        what: Its name in messages.
+        dtype: Dtype that arrays and lists are cast to; None for their own.
 
     Raises:
-        InputError: If it is neither an operator, a tensor nor an array.
+        InputError: If it is neither an operator, a tensor nor a dense array of real numbers.
         ShapeError: If it is not a matrix with entries.
         DtypeError: If it is neither float32 nor float64 (or bfloat16 of an operator).
         NonFiniteError: If a stored entry is NaN or infinite.
     """
     if not isinstance(K, LinearOperator | Tensor):
-        if not hasattr(K, "__array__"):
-            raise InputError(
-                f"{what}: expected a LinearOperator, a torch.Tensor or an array, got {type(K).__name__}"
-            )
-        K = torch.as_tensor(K)
-    if K.dim() < 2 or 0 in (*K.shape[:-2], row_space(K).size, column_space(K).size):
-        raise ShapeError(f"{what} needs shape (*batch, n, m) with entries, got {tuple(K.shape)}")
+        K = read_array(K, what, dtype)
+        K = K if K.dtype.is_floating_point else K.double()
+    if K.dim() < 2:
+        raise ShapeError(
+            f"{what} needs shape (*batch, n, m), got {tuple(K.shape)}. Reshape your data: one row for each "
+            "sample, one column for each that the fit has seen"
+        )
+    if 0 in (*K.shape[:-2], row_space(K).size, column_space(K).size):
+        raise ShapeError(
+            f"{what} needs entries: {K.shape[-1]} feature(s) (shape={tuple(K.shape)}) while a minimum of 1 "
+            "is required."
+        )
     if not K.dtype.is_floating_point:
         raise DtypeError(f"{what} has dtype {K.dtype}; cast it to a floating dtype")
     if isinstance(K, Tensor):
         require_finite(K, what)
         return K.detach()
     return K
+
+
+def read_array(given: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what is no tensor as one: arrays, lists and what turns into arrays, integers as float64.
+
+    Args:
+        given: What a user passed.
+        what: Its name in messages.
+        dtype: Dtype to cast floating numbers to, as scikit-learn does; None for that of the array.
+
+    Raises:
+        InputError: If it is sparse, complex, or nothing that turns into an array.
+        DtypeError: If it holds strings or objects that are no numbers.
+        ShapeError: If its rows are of unlike length.
+    """
+    if hasattr(given, "tocsr"):
+        raise InputError(f"{what}: sparse input is not supported; pass its dense array, .toarray()")
+    if not hasattr(given, "__array__") and not isinstance(given, list | tuple):
+        raise InputError(
+            f"{what}: expected a LinearOperator, a torch.Tensor or an array, got {type(given).__name__}"
+        )
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # rows of unlike length
+        raise ShapeError(f"{what} is no array: {error}") from error
+    if array.dtype.kind == "c":
+        raise InputError(f"{what}: Complex data not supported, got {array.dtype}")
+    if array.dtype.kind not in "fiub":
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise DtypeError(
+                f"{what} has dtype {array.dtype} and holds what is no number: {error}"
+            ) from error
+    tensor = torch.from_numpy(np.array(array))  # a copy: an array may be read-only, a tensor may not
+    return tensor if dtype is None or not tensor.dtype.is_floating_point else tensor.to(dtype)
 
 
 def require_finite(values: Tensor, what: str) -> Tensor:
@@ -80,11 +129,16 @@ def mean_diagonal(K: Kernel) -> float:
     """Return the mean of the diagonal over rows and classes, exact.
 
     Raises:
+        InputError: If an entry is negative, so that no kernel is positive semidefinite with it.
         ZeroKernelError: If it is not positive, so that nothing is relative to it.
     """
     entries = K.diagonal(dim1=-2, dim2=-1) if isinstance(K, Tensor) else diagonal(K, method="exact").value
     space = row_space(K)
     entries = require_finite(entries.double(), "the diagonal of the kernel")
+    if space.any(bool((entries < 0).any())):
+        raise InputError(
+            f"the kernel is not positive semidefinite: its diagonal has an entry {float(entries.min()):.3g}"
+        )
     mean = float(space.sum(entries).mean()) / space.size
     if not mean > 0:
         raise ZeroKernelError(
@@ -118,9 +172,13 @@ def to_float64(K: Kernel, method: str) -> Tensor:
             f"method={method!r} needs the dense {'x'.join(map(str, K.shape))} kernel, which its "
             "max_dense_bytes forbids; raise it, or take method='cg', 'lsmr' or 'nystrom'"
         )
+    return require_finite(dense_of(K), "the kernel").double()
+
+
+def dense_of(K: LinearOperator) -> Tensor:
+    """Return the dense matrix of an operator, without a graph."""
     with torch.no_grad():
-        dense = K.to_dense()
-    return require_finite(dense, "the kernel").double()
+        return K.to_dense()
 
 
 def dense_rows(K: Kernel, start: int, stop: int) -> Tensor:

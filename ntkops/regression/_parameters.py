@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Self
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, NotFittedError
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "not_fitted"]
+
+
+def not_fitted(message: str) -> NotFittedError:
+    """Return the error of an estimator that is not fitted: scikit-learn's as well, where that is in use."""
+    theirs = getattr(sys.modules.get("sklearn.exceptions"), "NotFittedError", None)
+    if theirs is None:
+        return NotFittedError(message)
+    both: type[NotFittedError] = type("NotFittedError", (NotFittedError, theirs), {})
+    return both(message)
 
 
 class Parameters:

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, OutOfRangeError, SingularKernelError
+from ..errors import InputError, NotConvergedError, OutOfRangeError, SingularKernelError
 from ..operators.counting import multiply
+from ..operators.rounding import require_resolved, symmetric
 from ..operators.structure import structure
 from ..vectors import resolve_generator
 from ._factorizations import CholeskyFactor, SpectralFactor, require_regular, truncate
 from ._fits import DenseFit, FeatureFit, Fit, NystromFit, left_out, relative_residuals, solve_info
 from ._iterative import IterativeFit, kernel_solver
 from ._least_squares import least_squares_solver
-from ._operands import Kernel, is_spread, may_be_dense, require_finite, to_float64
+from ._operands import Kernel, dense_of, is_spread, may_be_dense, require_finite, to_float64
+from ._rounding import is_stored, largest_eigenvalue, raise_by_name, warn_of_rounding
 
 __all__ = ["METHODS", "Problem", "choose", "solve"]
 
 METHODS = ("cg", "eigh", "cholesky", "lsmr", "nystrom", "features")
 _DIRECT = 5000  # rows or features up to which a factorisation is a matter of seconds
+_INDEFINITE = 10  # times the rounding, below which a negative eigenvalue is one
 _ENTRIES = 10**8  # of a dense matrix, all classes together: 0.8 GB in float64
 
 
@@ -34,6 +37,7 @@ class Problem:
     Attributes:
         K: ``(*batch, n, n)``.
         rhs: ``(*batch, n, k)`` right-hand sides, float64.
+        scale: What relative ridges are relative to; None for absolute ones.
         group: Rows that leave together when a sample is left out.
         ridges: Absolute ridges to choose from; a single one is taken as it is.
         cutoff: Number of eigenpairs, share ε of the trace to lose, or None.
@@ -45,6 +49,7 @@ class Problem:
 
     K: Kernel
     rhs: Tensor
+    scale: float | None
     group: int
     ridges: tuple[float, ...]
     cutoff: int | float | None
@@ -120,7 +125,8 @@ def _automatic(problem: Problem, many: bool) -> str:
 
 def _few_features(K: Kernel) -> bool:
     """Whether K knows features that are fewer than its rows and may be dense."""
-    factors = structure(K).factors()
+    known = structure(K)
+    factors = known.factors() if known.symmetric else None
     if factors is None or factors[0].shape[-1] >= min(K.shape[-1], _DIRECT):
         return False
     return factors[0].shape.numel() <= _ENTRIES and may_be_dense(factors[0])
@@ -135,23 +141,24 @@ def _cholesky(problem: Problem) -> Solved:
     if len(problem.ridges) > 1:
         return _eigh(problem)
     started, (ridge,) = time.perf_counter(), problem.ridges
-    matrix = to_float64(problem.K, "cholesky")
-    factor = CholeskyFactor(matrix, ridge, problem.K.dtype)
+    matrix = symmetric(to_float64(problem.K, "cholesky"))
+    factor = CholeskyFactor(matrix, ridge, problem.K.dtype, problem.scale)
     dual = factor.dual(problem.rhs)
     residuals = relative_residuals(problem.rhs - matrix @ dual - ridge * dual, problem.rhs)
     info = solve_info("cholesky", residuals, problem.tol, started)
+    warn_of_rounding(factor.largest, dual, problem.rhs, ridge, problem.K.dtype)
     return Solved(DenseFit(factor, problem.rhs, info), ridge)
 
 
 def _eigh(problem: Problem) -> Solved:
     started = time.perf_counter()
-    matrix = to_float64(problem.K, "eigh")
+    matrix = symmetric(to_float64(problem.K, "eigh"))
     values, vectors = torch.linalg.eigh(matrix)
     kept = truncate(values, problem.cutoff)
     rest = "none" if kept is None else "cut"
 
     def factor(ridge: float) -> SpectralFactor:
-        require_regular(values, ridge, problem.K.dtype, kept)
+        require_regular(values, ridge, problem.K.dtype, problem.scale, kept)
         return SpectralFactor(values, vectors, ridge, rest, kept)
 
     chosen, ridge, errors = _select(problem, factor)
@@ -160,12 +167,14 @@ def _eigh(problem: Problem) -> Solved:
     if kept is not None:  # what the cut-off leaves out is no error of the solution
         missed = vectors @ (kept.unsqueeze(-1) * (vectors.mT @ missed))
     info = solve_info("eigh", relative_residuals(missed, problem.rhs), problem.tol, started)
+    warn_of_rounding(chosen.largest, dual, problem.rhs, ridge, problem.K.dtype)
     return Solved(DenseFit(chosen, problem.rhs, info), ridge, errors)
 
 
 def _features(problem: Problem) -> Solved:
     started = time.perf_counter()
-    found = structure(problem.K).factors()
+    known = structure(problem.K)
+    found = known.factors() if known.symmetric else None
     if found is None:
         raise InputError(
             "method='features' needs an operator that knows its features, K = F Fᵀ; "
@@ -173,9 +182,14 @@ def _features(problem: Problem) -> Solved:
             "does not: take a projected kernel, a RootLinearOperator(F), or another method"
         )
     with torch.no_grad():
-        features = require_finite(found[0].to_dense(), "the features").double()
+        features = require_finite(dense_of(found[0]), "the features").double()
     factor, ridge, errors = _thin(problem, features, exact=True)
-    info = solve_info("features", _primal_residuals(features, factor, problem.rhs), problem.tol, started)
+    dual = factor.dual(problem.rhs)
+    rest = problem.rhs - features @ (features.mT @ dual) - ridge * dual
+    # Small ridges make coefficients that float64 does not resolve, beside weights that it does.
+    resolved = bool((_primal_residuals(features, factor, problem.rhs) <= problem.tol).all())
+    residuals = relative_residuals(rest, problem.rhs)
+    info = solve_info("features", residuals, problem.tol, started, aloud=not resolved)
     return Solved(FeatureFit(factor, features, problem.rhs, info), ridge, errors)
 
 
@@ -196,7 +210,8 @@ def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralF
 
     def factor(ridge: float) -> SpectralFactor:
         if full:
-            require_regular(values, ridge, problem.K.dtype)
+            # Of F Fᵀ no entry is computed: singular values of F are rounded, by eps σmax.
+            require_regular(values, ridge, torch.float64, problem.scale)
         elif ridge == 0:
             raise SingularKernelError(
                 f"a kernel of {features.shape[-1]} features has rank {features.shape[-1]} at most, and "
@@ -218,6 +233,11 @@ def _nystrom(problem: Problem) -> Solved:
     block = columns[..., chosen, :]
     values, vectors = torch.linalg.eigh((block + block.mT) / 2)
     noise = len(chosen) * torch.finfo(problem.K.dtype).eps * values.amax(-1, keepdim=True)
+    if bool((values < -_INDEFINITE * noise).any()):
+        raise SingularKernelError(
+            f"the kernel is not positive semidefinite: that of the inducing rows has an eigenvalue "
+            f"{float(values.min()):.2g}, beside a largest one of {float(values.max()):.2g}"
+        )
     used = values > noise
     if not bool(used.any(-1).all()):
         raise SingularKernelError("the kernel of the inducing rows is zero; choose other rows")
@@ -322,7 +342,19 @@ def _cg(problem: Problem) -> Solved:
         max_products=problem.max_products,
         generator=problem.generator,
     )
-    return Solved(IterativeFit(solver, problem.rhs), ridge)
+    try:
+        fit = IterativeFit(solver, problem.rhs)
+    except NotConvergedError as error:
+        raise_by_name(problem.K, error)
+    if is_stored(problem.K):  # products of others are made anew in float64
+        largest, dtype = largest_eigenvalue(problem.K), problem.K.dtype
+        # The least eigenvalue of K + r is |Y| / |α| at most: long solutions prove that rounding decides.
+        lengths = (torch.linalg.vector_norm(part, dim=-2) for part in (problem.rhs, fit.dual))
+        least = torch.where(problem.rhs.abs().amax(-2) > 0, torch.div(*lengths), torch.inf).amin(-1)
+        if ridge > 0:
+            require_resolved(least - ridge, largest, ridge, dtype, problem.size, scale=problem.scale)
+        warn_of_rounding(largest, fit.dual, problem.rhs, ridge, dtype)
+    return Solved(fit, ridge)
 
 
 def _lsmr(problem: Problem) -> Solved:

@@ -1,5 +1,6 @@
 """Linear systems from products alone."""
 
+from ._steady import products_are_steady, steady_products
 from .conjugate_gradient import conjugate_gradient
 from .iteration import ConjugateGradient, Preconditioner
 from .lsmr import lsmr
@@ -24,6 +25,9 @@ __all__ = [
     "factor_preconditioner",
     "nystrom_factor",
     "nystrom_preconditioner",
+    # how operators multiply meanwhile
+    "products_are_steady",
+    "steady_products",
     # partial Cholesky factors
     "PivotedFactor",
     "pivoted_cholesky",

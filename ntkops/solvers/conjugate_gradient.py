@@ -16,6 +16,7 @@ from ..vectors import Space
 from ._columns import Product, as_block
 from ._outcome import check_options, described, finished
 from ._resume import SolverFile
+from ._steady import steady_products
 from .iteration import ConjugateGradient, Preconditioner
 
 __all__ = ["conjugate_gradient", "iterate"]
@@ -80,9 +81,8 @@ def conjugate_gradient(
         state: Where an earlier iteration stopped (`ConjugateGradient.state`), to go on from.
         callback: Called with the `ConjugateGradient` after each step.
         checkpoint: File that the iteration is written to, and goes on from where it is there; with vectors
-            over several processes, one for each of them beside it. What goes on has the same bits, if
-            ``multiply`` has: kernels over a process group have, those of one process with
-            ``engine="autograd", max_dense_bytes=0``. Takes one more product.
+            over several processes, one for each of them beside it. What goes on has the same bits: operators
+            of ours go one way from their first product here to the last. Takes one more product.
         checkpoint_every: Steps from one write to the next.
         progress: Show a bar of steps.
         raise_on_failure: Raise where a column fails; False returns what there is, with
@@ -118,7 +118,7 @@ def conjugate_gradient(
     if initial is not None and initial.shape != rhs.shape:
         raise ShapeError(f"initial has shape {tuple(initial.shape)}, the right-hand side {tuple(rhs.shape)}")
     most = max(1000, space.size) if max_iterations is None else max_iterations
-    with torch.no_grad():
+    with torch.no_grad(), steady_products():
         iteration = ConjugateGradient(
             multiply,
             block.detach(),

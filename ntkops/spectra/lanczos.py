@@ -87,6 +87,11 @@ class Lanczos:
         self._rotation = torch.zeros((0, 0), dtype=space.dtype, device=space.device)
 
     @property
+    def scale(self) -> float:
+        """The largest |Ritz value| of the last look."""
+        return self._scale
+
+    @property
     def _size(self) -> int:
         return self._projected.shape[-1]
 

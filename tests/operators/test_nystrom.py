@@ -240,6 +240,7 @@ class _NystromSingle(_Nystrom):
     """In float32 derivatives of its inverse with respect to the root of K_ZZ⁺ are rounding: κ(K_ZZ)^1.5."""
 
     test_solve_vector = test_solve_matrix = test_solve_matrix_broadcast = None
+    test_solve_vector_with_left_cholesky = None
     test_solve_matrix_cholesky = test_sqrt_inv_matmul = None
 
 

@@ -252,3 +252,51 @@ for _case in (_Ridge, _RidgeBatch):
         _class = _concrete(_case, _dtype)
         globals()[_class.__name__] = _class
 del _class, _case, _dtype, _Square, _SquareBatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8, 1e12, 1e16])
+def test_whatever_inverts_is_right_or_refused(condition, dtype):
+    """Solve, quadratic form, determinant and square root are checked in one way."""
+    q = torch.linalg.qr(columns(30, 30))[0]
+    matrix = (q * torch.logspace(0, -torch.tensor(condition).log10(), 30, dtype=torch.float64) @ q.mT).to(
+        dtype
+    )
+    A = RidgeOperator(DenseLinearOperator((matrix + matrix.mT) / 2), 1e-20)
+    exact, b = A.to_dense().double(), columns(30, 2, dtype=dtype)
+    x = torch.linalg.solve(exact, b.double())
+    values, vectors = torch.linalg.eigh(exact)
+    work = {
+        "solve": (lambda: A.solve(b), x),
+        "solve_with_info": (lambda: A.solve_with_info(b)[0], x),
+        "left": (lambda: A.solve(b, b.mT), b.mT.double() @ x),
+        "inv_quad": (lambda: A.inv_quad(b), (b.double() * x).sum()),
+        "logdet": (lambda: A.logdet(), values.log().sum()),
+        "both": (lambda: A.inv_quad_logdet(b, True)[1], values.log().sum()),
+        "sqrt": (
+            lambda: A.sqrt_inv_matmul(b),
+            vectors @ (values.rsqrt()[:, None] * (vectors.mT @ b.double())),
+        ),
+    }
+    refused = set()
+    for name, (made, expected) in work.items():
+        try:
+            found = made().double()
+        except (SingularKernelError, NotConvergedError):
+            refused.add(name)
+            continue
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-4
+        assert float((found - expected).norm() / expected.norm()) <= tolerance, name
+    lost = condition * torch.finfo(dtype).eps > 1
+    assert refused == (set(work) if lost else set()) or condition * torch.finfo(dtype).eps > 1e-5
+
+
+def test_a_matrix_that_is_not_symmetric_is_not_solved():
+    skew = torch.eye(5, dtype=torch.float64) + torch.diag(torch.ones(4, dtype=torch.float64), 1)
+    A, b = RidgeOperator(DenseLinearOperator(skew), 0.1), columns(5, 1)
+    for work in (A.solve, A.solve_with_info, A.inv_quad, lambda b: A.logdet(), A.sqrt_inv_matmul):
+        with pytest.raises(InputError, match="not symmetric"):
+            work(b)
+    K = kernel(lazy=False)
+    with pytest.raises(InputError, match="not symmetric"):
+        K.cross(CASE.data(6).flip(0)).solve(columns(K.shape[-1], 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ntkops
-from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
+from ntkops.solvers import conjugate_gradient, nystrom_preconditioner, products_are_steady
 from ntkops.vectors import Space
 
 N = 60
@@ -106,3 +106,54 @@ def test_the_interval_is_a_number_of_steps(system, tmp_path, every):
 def test_a_folder_that_is_missing_is_named(system, tmp_path):
     with pytest.raises(ntkops.errors.CheckpointError, match="could not be written|no folder|missing"):
         solve(system, tmp_path / "missing" / "state")
+
+
+@pytest.mark.parametrize("limit", [0, "auto"])
+@pytest.mark.parametrize("outputs", [1, 8])
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_products_of_kernels_go_one_way(tmp_path, engine, outputs, limit):
+    """A kernel goes over to factors or a dense block as it is used: not within an iteration."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 12), torch.nn.Tanh(), torch.nn.Linear(12, outputs))
+        x, rhs = torch.randn(16, 5), torch.randn(16 * outputs, 2)
+
+    def run(path, stop=None, before=0):
+        K = ntkops.ntk(model, x, engine=engine, max_dense_bytes=limit)  # as in a new process
+        for _ in range(before):
+            K @ rhs
+
+        def interrupt(iteration):
+            if iteration.iterations == stop:
+                raise KeyboardInterrupt
+
+        return conjugate_gradient(
+            lambda V: K @ V + V,
+            rhs,
+            K.space,
+            tolerance=1e-4,
+            checkpoint=path,
+            checkpoint_every=1,
+            callback=interrupt,
+        )
+
+    whole = run(None)
+    for stop in (1, 4):
+        path = tmp_path / f"state{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            run(path, stop)
+        again = run(path, before=2 * (stop == 4))  # what was multiplied before is no matter either
+        assert torch.equal(whole.solution, again.solution)
+        assert torch.equal(whole.info.history, again.info.history)
+
+
+def test_products_outside_an_iteration_are_as_they_were():
+    assert not products_are_steady()
+    seen = []
+
+    def multiply(V):
+        seen.append(products_are_steady())
+        return 2 * V
+
+    conjugate_gradient(multiply, torch.ones(3), Space(3, torch.float32))
+    assert all(seen) and not products_are_steady()
