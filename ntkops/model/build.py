@@ -157,11 +157,10 @@ def _recall(linearization: Linearization, model: nn.Module, choices: Hashable) -
         return
     known = _KNOWN.setdefault(model, {})
     before = known.get((look, choices))
-    if before is not None:
+    if before is not None and not before[1].draws:  # random numbers without effect are looked at again
         verdict, call = before
         linearization.verdict = verdict.copied()
-        linearization.call.draws, linearization.call.replicate = call.draws, call.replicate
-        linearization.call.differentiates = call.differentiates
+        linearization.call.replicate, linearization.call.differentiates = call.replicate, call.differentiates
     known.pop((look, choices), None)
     known[look, choices] = linearization.verdict, linearization.call
     while len(known) > _CHOICES:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import (
+    CoupledSamplesError,
     InputError,
     ModelMutationError,
     NonFiniteError,
@@ -214,7 +215,12 @@ class _Trial:
             self.require_repeatable(state)
         self.watches = self.require_derivative()
         with torch.no_grad():
-            self.samples.require_independent(state)
+            try:
+                self.samples.require_independent(state)
+            except CoupledSamplesError as error:
+                if self.lin.call.draws:  # passes differ by what was drawn, and not by the samples
+                    raise self._stochastic() from error
+                raise
         self.output_shape = state.movedim(self.axis, 0).shape[1:]
 
     def state(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
@@ -382,7 +388,10 @@ class _Trial:
             self._require_read(guard.read)
         if all(self.samples.close(state, other) for other in again):
             return
-        raise StochasticModelError(
+        raise self._stochastic()
+
+    def _stochastic(self) -> StochasticModelError:
+        return StochasticModelError(
             f"two passes over the same samples differ{self._random_module()}: the forward pass draws random "
             "numbers (functional dropout, drop path, sampling) or keeps a state; call model.eval(), and "
             "give F.dropout training=self.training"

@@ -104,7 +104,7 @@ def test_samples_go_on_from_the_finished_batches(monkeypatch):
     expected = K @ v
     with short_of_memory(monkeypatch, samples=3) as passed:
         torch.testing.assert_close(K @ v, expected)
-    # One way back and one forward, no batch twice; and one over each batch and its half, whose outputs must agree.
+    # One way back and one forward, no batch twice; and one over each batch and its half, which must agree.
     assert passed.count(2) == 4 + 4 + 4 and passed.count(1) == 4 and set(passed) == {1, 2}
     assert K.engine_info.batch_size == 2
 
