@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..vectors import Space
 from ._exact import ExactWork
-from ._moments import Moment, Summary, summarize
+from ._moments import Moment, Summary, summarize, summarize_product
 from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
-from ._quantities import Quantity, exact_cost, exact_moments
+from ._quantities import INNER, Quantity, exact_cost, exact_moments
 from ._request import Operand
 from ._sketch import SketchCore
 from ._stratified import Stratified, pays
@@ -132,6 +132,9 @@ class ScalarPlan:
         assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
         moments: Sequence[Moment] = sampler.moments()
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
+        if isinstance(sampler, OneSidedPairs) and self.quantity is INNER:
+            (pairs,) = sampler.moments()
+            return summarize_product(pairs)
         if self.quantity.free is None:
             return summarize(moments, self.quantity.combine)
         free = summarize(moments, self.quantity.free)

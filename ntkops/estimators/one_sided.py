@@ -13,7 +13,7 @@ from ..results import Estimate
 from ..vectors import Space
 from ._driver import run
 from ._exact import ExactWork
-from ._moments import Pairs, Summary, summarize
+from ._moments import Pairs, Summary, summarize_product
 from ._request import DEFAULT_RTOL, Operand, Request
 
 __all__ = ["one_sided_product_trace"]
@@ -135,7 +135,7 @@ class _Plan:
 
     def summary(self, sampler: object) -> Summary:
         assert isinstance(sampler, _FourFactors)
-        return summarize([sampler.pairs()], lambda moments: moments[..., 0])
+        return summarize_product(sampler.pairs())
 
 
 class _FourFactors:
