@@ -7,7 +7,7 @@ from .cost import KernelShape
 from .layerwise import LayerwiseEngine
 from .options import Layerwise
 from .select import Engine, EngineChoice, EngineName, build_engine
-from .tally import Tally, count_passes, report_passes
+from .tally import Tally, count_passes, report_passes, spare_passes
 
 __all__ = [
     # engines
@@ -33,4 +33,5 @@ __all__ = [
     "Tally",
     "count_passes",
     "report_passes",
+    "spare_passes",
 ]

@@ -12,6 +12,7 @@ from .budget import free_bytes, shared_store
 from .gathering import FactorSource
 from .products import CachedFactors, prepare_products
 from .rungs import Parameters
+from .tally import take_spare
 from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]
@@ -67,6 +68,8 @@ class FactorCache:
         self._spent[inputs] = spent
         backwards = source.coverage.backwards(inputs.num_outputs)
         if backwards > min(spent, source.options.max_backwards) or not self.fits(source, inputs):
+            return None
+        if not take_spare(backwards):
             return None
         return self._make(source, params, inputs, number, state)
 

@@ -6,8 +6,10 @@ import math
 import os
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from ..engines import Tally, count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..results import Estimate
 from ._exact import DEFAULT_EVERY, ExactWork
-from ._intervals import student_quantile
 from ._moments import LEVEL, Summary, interval_of
 from ._plans import Plan, Sampler, ScalarPlan
 from ._quantities import Quantity
@@ -90,16 +91,49 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         The exact value where that was asked or pays, else an estimate.
     """
     request = request.shared(plan.space)
-    with torch.no_grad(), _Account(plan, request, work) as account:
+    reserve = request.reserve(plan.operands)
+    with torch.no_grad(), request.capped(reserve), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
         if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):
             return account.exact(cost)
-        method = plan.preferred() if request.method == "auto" else request.method
-        sampler = plan.sampler(method, request.generator)
+        method, sampler, limit = _affordable(plan, request, reserve)
         _require_within_reach(request, sampler, method)
         if request.rtol is None:
-            return _spend(plan, request, account, sampler, method, cost)
-        return _reach(plan, request, account, sampler, method, cost)
+            return _spend(plan, request, account, sampler, method, cost, limit)
+        return _reach(plan, request, account, sampler, method, cost, limit)
+
+
+def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sampler, int | None]:
+    """Return the method, its source of probes, and the columns that the cap pays for, if there is one.
+
+    Raises:
+        InputError: If it does not pay for the fewest columns of a method, or of any that there is.
+    """
+    least: dict[str, int] = {}
+    for method in plan.choices() if request.method == "auto" else (request.method,):
+        sampler = plan.sampler(method, request.generator)
+        if request.num_passes is None:
+            return method, sampler, None
+        left = request.num_passes - reserve
+        highest = left // max(sampler.unit, 1)
+        prices = range(min(highest, _enough(plan, sampler)) + 1)
+        limit = bisect_right(prices, left, key=partial(_price, sampler)) - 1
+        if limit == prices[-1]:
+            limit = highest
+        if limit >= sampler.least:
+            return method, sampler, limit
+        least[method] = _price(sampler, sampler.least)
+    method = min(least, key=least.__getitem__)
+    raise InputError(
+        f"num_passes={request.num_passes} does not pay for {plan.name} by {method!r}, which takes at least "
+        f"{least[method]} passes: that is num_passes={least[method]}"
+    )
+
+
+def _price(sampler: Sampler, columns: int) -> int:
+    """Return the passes of going on to so many columns in all, none of them made before."""
+    price = getattr(sampler, "price", None)
+    return sampler.unit * columns if price is None else price(columns)
 
 
 def _require_within_reach(request: Request, sampler: Sampler, method: str) -> None:
@@ -126,7 +160,7 @@ def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
         return False
     if request.rtol is None:
         return True
-    sampler = plan.sampler(plan.preferred(), request.generator)
+    sampler = plan.sampler(plan.choices()[0], request.generator)
     wanted = sampler.columns_for(request.rtol) if isinstance(sampler, Stratified) else None
     return cost <= sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
 
@@ -137,30 +171,35 @@ def _enough(plan: Plan, sampler: Sampler) -> int:
 
 
 def _spend(
-    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
+    plan: Plan,
+    request: Request,
+    account: _Account,
+    sampler: Sampler,
+    method: str,
+    cost: float,
+    columns: int | None,
 ) -> Estimate:
     """Spend the passes that were given."""
-    assert request.num_passes is not None
-    columns = request.num_passes // max(sampler.unit, 1)
+    assert columns is not None
     if columns >= _enough(plan, sampler) and not sampler.one_sided and request.allows(cost):
         return account.exact(cost)  # as many columns as directions: nothing is left to chance
-    if columns < 1:
-        raise InputError(
-            f"num_passes={request.num_passes} does not pay for one column of {method!r}, which takes "
-            f"{sampler.unit} passes"
-        )
     sampler.grow(columns)
     return account.wrap(plan.summary(sampler), method, LEVEL, converged=True)
 
 
 def _reach(
-    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
+    plan: Plan,
+    request: Request,
+    account: _Account,
+    sampler: Sampler,
+    method: str,
+    cost: float,
+    limit: int | None,
 ) -> Estimate:
     """Go on until the tolerance is met, exactness is cheaper, or the passes are spent."""
     assert request.rtol is not None
-    unit = max(sampler.unit, 1)
-    cap = _ONE_SIDED_CAP if request.num_passes is None and sampler.one_sided else request.num_passes
-    limit = None if cap is None else cap // unit
+    if limit is None and sampler.one_sided:
+        limit = _ONE_SIDED_CAP // max(sampler.unit, 1)
     columns = getattr(sampler, "first", max(_FIRST, 4 * sampler.least))
     seen: tuple[int, float] | None = None
     for look in range(1, 1000):
@@ -170,8 +209,6 @@ def _reach(
             columns = limit
         if not sampler.one_sided and _exact_is_next(plan, request, account, columns, sampler, cost):
             return account.exact(cost)
-        if columns < 1:
-            raise InputError(f"num_passes={request.num_passes} does not pay for a column of {unit} passes")
         sampler.grow(columns)
         account.show()
         summary = plan.summary(sampler)
@@ -278,9 +315,7 @@ class _Account:
 
     def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
         """Return the interval: what chance may have done, and what rounding may have."""
-        plan = self._plan
-        quantile = student_quantile(level, summary.freedom) if plan.vector else None
-        return interval_of(summary, level, eps=plan.eps, bounds=plan.bounds, quantile=quantile)
+        return interval_of(summary, level, eps=self._plan.eps, bounds=self._plan.bounds)
 
     def reach(self, summary: Summary, level: float) -> Tensor:
         """Return how far the interval reaches from the value."""

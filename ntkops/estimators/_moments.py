@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..operators.structure import tile_slices
-from ._intervals import extremal_quantile, student_quantile
+from ._intervals import extremal_quantile
 
 __all__ = [
     "LEVEL",
@@ -27,7 +27,6 @@ __all__ = [
     "Summary",
     "PairMoment",
     "interval_of",
-    "student_quantile",
     "summarize",
     "summarize_product",
 ]
@@ -295,7 +294,6 @@ def interval_of(
     *,
     eps: float,
     bounds: tuple[float, float] = (-torch.inf, torch.inf),
-    quantile: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the interval that misses with a probability of at most ``level``.
 
@@ -304,13 +302,11 @@ def interval_of(
         level: Probability of a miss.
         eps: Rounding unit of the products.
         bounds: Least and greatest value that there is.
-        quantile: Half width in standard errors, if not that of quadratic forms.
 
     Returns:
         Both ends, ``(*batch)``: chance, curvature and rounding about the centre, the value included.
     """
-    if quantile is None:
-        quantile = extremal_quantile(level, summary.freedom + 1)
+    quantile = extremal_quantile(level, summary.freedom + 1)
     spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
     if summary.bend is not None:
         spread = spread + torch.where(summary.bend > 0, quantile**2 * summary.bend, 0.0)

@@ -44,13 +44,17 @@ class Sampler(Protocol):
         """Whether one direction of differentiation is all there may be, so that exactness is no way out."""
 
     def grow(self, columns: int) -> None:
-        """Go on to so many columns in all."""
+        """Go on to so many columns in all.
+
+        A sampler whose columns do not all cost a unit says with ``price(columns)`` what growing so far takes.
+        """
 
 
 class Plan(Protocol):
     """What the driver needs to know of a quantity: exactly, and by sampling."""
 
     name: str
+    operands: Sequence[Operand]
     space: Space
     size: int
     eps: float
@@ -69,8 +73,8 @@ class Plan(Protocol):
     def summary(self, sampler: Sampler) -> Summary:
         """Return the estimate as it stands."""
 
-    def preferred(self) -> str:
-        """Return the method of "auto" where exact is too dear."""
+    def choices(self) -> tuple[str, ...]:
+        """Return the methods of "auto" where exact is too dear: the first, or the next that passes pay for."""
 
 
 class ScalarPlan:
@@ -96,14 +100,14 @@ class ScalarPlan:
         self.quantity.require_defined(moments)
         return self.quantity.combine(moments)
 
-    def preferred(self) -> str:
-        if pays(self.operands):
-            return "stratified"
+    def choices(self) -> tuple[str, ...]:
+        first = ("stratified",) if pays(self.operands) else ()
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
         if any(info is not None and info.rung == "reverse" for info in infos):
-            return "reverse" if self.quantity.needs_pairs else "rhutch"
+            return (*first, "reverse" if self.quantity.needs_pairs else "rhutch")
         known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
-        return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite
+        # K = J Jᵀ is known to be positive semidefinite
+        return (*first, "sketch" if all(known) else "hutch++", "hutchinson")
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
         if method == "stratified":

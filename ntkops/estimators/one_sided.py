@@ -109,6 +109,7 @@ class _Plan:
 
     def __init__(self, factors: Sequence[Operand], *, forward: bool) -> None:
         self._factors, self._forward = factors, forward
+        self.operands = list(dict.fromkeys(factors))
         self.space = factors[0].rows
         self.size = 2**62  # no number of probes makes it exact
         self.eps = max(torch.finfo(factor.dtype).eps for factor in factors)
@@ -126,8 +127,8 @@ class _Plan:
     def exact(self, work: ExactWork) -> Tensor:
         raise AssertionError("never chosen: its cost is infinite")
 
-    def preferred(self) -> str:
-        return "forward" if self._forward else "reverse"
+    def choices(self) -> tuple[str, ...]:
+        return ("forward" if self._forward else "reverse",)
 
     def sampler(self, method: str, generator: torch.Generator) -> _FourFactors:
         spaces = self._space(0), self._space(1)
