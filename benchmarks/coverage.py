@@ -5,8 +5,9 @@ Run it with ``python benchmarks/coverage.py``; docs/coverage.md explains and sho
 Probes are uniform on spheres, so that an estimate of the trace, the norm or the effective rank depends on the
 eigenvalues of a kernel alone: diagonal kernels stand for all with their spectrum. Two kernels of an alignment
 or an inner product are a diagonal one and one with turned eigenvectors. Of a partial trace each run looks at
-one entry, the next one each time, so that runs stay independent. Runs that a number of passes ends are made as one batch
-of equal kernels, each with its own probes; runs that a tolerance ends, and those on networks, one by one.
+one entry, the next one each time, so that runs stay independent. Runs that a number of
+passes ends are made as one batch of equal kernels, each with its own probes; runs that a tolerance ends, and
+those on networks, one by one.
 """
 
 from __future__ import annotations
@@ -361,7 +362,7 @@ def _of_spectral_sums(size: int, repetitions: int, say: Callable[[str], None]) -
 
 
 def _failures(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the cells that are rejected, by Holm's procedure: the smallest p-value against all cells first."""
+    """Return the cells that are rejected, by Holm's procedure: the smallest p-value first."""
     values = [min(entry["p_covered"], entry.get("p_held", 1.0)) for entry in entries]
     failed = []
     for rank, position in enumerate(sorted(range(len(values)), key=values.__getitem__)):
@@ -386,9 +387,9 @@ def markdown(result: dict[str, Any]) -> str:
     )
     rows = [
         f"Simulated on {result['date']} with torch {place['torch']}, ntkops {place['ntkops']}: "
-        f"{options['repetitions']} repetitions ({_MORE * options['repetitions']} where in doubt) on each of "
-        f"{len({e['spectrum'] for e in result['entries']})} spectra with {options['passes']} passes. Coverage of "
-        f"{_LEAST} is rejected (1 % after Holm's correction) in {len(result['failures'])} of "
+        f"{options['repetitions']} repetitions ({_MORE * options['repetitions']} in doubt) on each of "
+        f"{len({e['spectrum'] for e in result['entries']})} spectra, {options['passes']} passes. Coverage "
+        f"of {_LEAST} is rejected (1 % after Holm's correction) in {len(result['failures'])} of "
         f"{len(result['entries'])} cells.",
         "",
         f"| {' | '.join(header)} |",

@@ -12,8 +12,8 @@ from .budget import free_bytes, shared_store
 from .gathering import FactorSource
 from .products import CachedFactors, prepare_products
 from .rungs import Parameters
-from .tally import take_spare
 from .tail_products import prepare_tail
+from .tally import take_spare
 
 __all__ = ["FactorCache"]
 
