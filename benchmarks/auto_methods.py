@@ -2,10 +2,10 @@
 
 Run it with ``python benchmarks/auto_methods.py``; docs/coverage.md shows the result.
 
-Each cell is a network, trained or not, a quantity and a tolerance. Every method runs with each seed on a kernel
-of its own, so that no cache is shared; its time is the median of its CPU times. The best method is the fastest
-of those that met the tolerance in 19 of 20 seeds (with fewer seeds: in all of them); methods are given up
-beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more.
+Each cell is a network, trained or not, a quantity and a tolerance. Every method runs with each seed on a
+kernel of its own, so that no cache is shared; its time is the median of its CPU times. The best method is the
+fastest of those that met the tolerance in 19 of 20 seeds (with fewer seeds: in all of them); methods are given
+up beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _trained(model: nn.Module, x: Tensor) -> nn.Module:
 def _time(
     estimate: Callable[..., Any], models: Sequence[nn.Module], x: Tensor, seed: int, **options: Any
 ) -> tuple[float, Any]:
-    """Return the CPU seconds of one estimate on fresh kernels, and what it gave; None where it was refused."""
+    """Return the CPU seconds of one estimate on fresh kernels, and what it gave: None if it was refused."""
     kernels = [ntkops.ntk(model, x, max_dense_bytes=0) for model in models]
     generator = torch.Generator().manual_seed(seed)
     start = time.process_time()
@@ -151,7 +151,7 @@ def run(
         Environment, options, one entry for each cell, and the cells that were left out.
     """
     entries, left_out, started = [], [], time.process_time()
-    tolerances = tuple(tolerances)
+    tolerances, limit = tuple(tolerances), None if seconds == float("inf") else seconds
     with one_thread():
         place = environment()
         for name, (model, x) in _networks(quick).items():
@@ -194,8 +194,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table of all cells in Markdown."""
     rows = [
         f"Measured on {result['date']}, one thread, {result['options']['seeds']} seeds: the median ratio is "
-        f"{result['median_ratio']:.2f}; {len(result['failures'])} of {len(result['entries'])} cells take more than "
-        f"twice the best method and 20 ms more; {len(result['left_out'])} cells were left out for lack of time.",
+        f"{result['median_ratio']:.2f}; {len(result['failures'])} of {len(result['entries'])} cells take more "
+        f"than twice the best and 20 ms more; {len(result['left_out'])} were left out for lack of time.",
         "",
         "| Network | Quantity | rtol | auto, ms | best, ms | Best | Ratio |",
         "| :-- | :-- | --: | --: | --: | :-- | --: |",

@@ -257,6 +257,12 @@ def _reach(
 
     Of several methods the one goes on that its error so far says has least work ahead. All of them
     together do not work more than the exact value would have taken: then that is computed.
+
+    Returns:
+        The estimate, or the exact value.
+
+    Raises:
+        AssertionError: Never: columns grow until nothing is left to chance.
     """
     assert request.rtol is not None
     auto, spent = request.method == "auto", 0.0
