@@ -4,8 +4,8 @@ Run it with ``python benchmarks/auto_methods.py``; docs/coverage.md shows the re
 
 Each cell is a network, trained or not, a quantity and a tolerance. Every method runs with each seed on a
 kernel of its own, so that no cache is shared; its time is the median of its CPU times. The best method is the
-fastest of those that met the tolerance in 19 of 20 seeds (with fewer seeds: in all of them); methods are given
-up beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more.
+fastest of those that met the tolerance in 19 of 20 seeds (with fewer: in all of them); methods are given up
+beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def run(
         "options": {
             "seeds": seeds,
             "tolerances": list(tolerances),
-            "seconds": seconds if seconds < 1e9 else None,
+            "seconds": limit,
         },
         "entries": entries,
         "left_out": left_out,
@@ -192,10 +192,11 @@ def run(
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of all cells in Markdown."""
+    count, failed, left = (len(result[part]) for part in ("entries", "failures", "left_out"))
     rows = [
         f"Measured on {result['date']}, one thread, {result['options']['seeds']} seeds: the median ratio is "
-        f"{result['median_ratio']:.2f}; {len(result['failures'])} of {len(result['entries'])} cells take more "
-        f"than twice the best and 20 ms more; {len(result['left_out'])} were left out for lack of time.",
+        f"{result['median_ratio']:.2f}; {failed} of {count} cells take more than twice the best and 20 ms more; "
+        f"{left} were left out for lack of time.",
         "",
         "| Network | Quantity | rtol | auto, ms | best, ms | Best | Ratio |",
         "| :-- | :-- | --: | --: | --: | :-- | --: |",
@@ -203,8 +204,8 @@ def markdown(result: dict[str, Any]) -> str:
     for entry in result["entries"]:
         auto, best = (1e3 * entry["seconds"][name] for name in ("auto", entry["best"]))
         rows.append(
-            f"| {entry['network']}, {entry['state']} | {entry['quantity']} | {entry['rtol']:g} | {auto:.3g} | "
-            f"{best:.3g} | {entry['best']} | {entry['ratio']:.2f} |"
+            f"| {entry['network']}, {entry['state']} | {entry['quantity']} | {entry['rtol']:g} | "
+            f"{auto:.3g} | {best:.3g} | {entry['best']} | {entry['ratio']:.2f} |"
         )
     return "\n".join(rows)
 
