@@ -195,7 +195,7 @@ def markdown(result: dict[str, Any]) -> str:
     count, failed, left = (len(result[part]) for part in ("entries", "failures", "left_out"))
     rows = [
         f"Measured on {result['date']}, one thread, {result['options']['seeds']} seeds: the median ratio is "
-        f"{result['median_ratio']:.2f}; {failed} of {count} cells take more than twice the best and 20 ms more; "
+        f"{result['median_ratio']:.2f}; {failed} of {count} cells take more than twice the best and 20 ms; "
         f"{left} were left out for lack of time.",
         "",
         "| Network | Quantity | rtol | auto, ms | best, ms | Best | Ratio |",

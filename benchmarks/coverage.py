@@ -374,7 +374,8 @@ def _failures(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the least coverage of each quantity and method, over all spectra, in Markdown."""
-    place, options = result["environment"], result["options"]
+    place = result["environment"]
+    least, most = (pick(e["repetitions"] for e in result["entries"]) for pick in (min, max))
     header = (
         "Quantity",
         "Method",
@@ -387,8 +388,8 @@ def markdown(result: dict[str, Any]) -> str:
     )
     rows = [
         f"Simulated on {result['date']} with torch {place['torch']}, ntkops {place['ntkops']}: "
-        f"{options['repetitions']} repetitions ({_MORE * options['repetitions']} in doubt) on each of "
-        f"{len({e['spectrum'] for e in result['entries']})} spectra, {options['passes']} passes. Coverage "
+        f"{least} to {most} repetitions of a cell on "
+        f"{len({e['spectrum'] for e in result['entries']})} spectra. Coverage "
         f"of {_LEAST} is rejected (1 % after Holm's correction) in {len(result['failures'])} of "
         f"{len(result['entries'])} cells.",
         "",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..vectors import Space
 from ._exact import ExactWork
-from ._moments import Moment, Summary, summarize, summarize_product
+from ._invariants import Invariants
+from ._moments import Moment, Pairs, Summary, summarize, summarize_product
 from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
 from ._quantities import INNER, Quantity, exact_cost, exact_moments
@@ -54,12 +55,15 @@ class Plan(Protocol):
     """What the driver needs to know of a quantity: exactly, and by sampling."""
 
     name: str
-    operands: Sequence[Operand]
     space: Space
     size: int
     eps: float
     bounds: tuple[float, float]
     vector: bool
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """What is multiplied."""
 
     def exact_cost(self) -> float:
         """Return the passes of the exact value."""
@@ -138,6 +142,7 @@ class ScalarPlan:
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
         if isinstance(sampler, OneSidedPairs) and self.quantity is INNER:
             (pairs,) = sampler.moments()
+            assert isinstance(pairs, Pairs | Invariants)
             return summarize_product(pairs)
         if self.quantity.free is None:
             return summarize(moments, self.quantity.combine)

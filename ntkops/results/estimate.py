@@ -157,7 +157,8 @@ class Estimate:
                 return -other + self
             if not other.exact:
                 raise self._refusal(symbol)
-            number, passes, seconds = other.value, other.passes, other.seconds
+            number: Any = other.value
+            passes, seconds = other.passes, other.seconds
         elif isinstance(other, Real) or isinstance(other, Tensor) and other.dim() == 0:
             number, passes, seconds = other, 0, 0.0
         else:
@@ -170,15 +171,19 @@ class Estimate:
             raise ShapeError(
                 f"estimates of shapes {tuple(self.value.shape)} and {tuple(number.shape)} do not fit together"
             ) from error
-        total = {"passes": self.passes + passes, "seconds": self.seconds + seconds}
+        passes, seconds = self.passes + passes, self.seconds + seconds
         if self.exact:
-            error, interval = torch.zeros_like(value), (value, value)
-            return dataclasses.replace(self, value=value, stderr=error, interval=interval, **total)
+            return Estimate.of_exact(value, passes=passes, seconds=seconds, method=self.method)
         one, two = (function(end, number) for end in self.interval)
         slope = torch.ones_like(value) if symbol in ("+", "-") else function(torch.ones_like(value), number)
         interval = torch.minimum(one, two), torch.maximum(one, two)
         return dataclasses.replace(
-            self, value=value, stderr=self.stderr * slope.abs(), interval=interval, **total
+            self,
+            value=value,
+            stderr=self.stderr * slope.abs(),
+            interval=interval,
+            passes=passes,
+            seconds=seconds,
         )
 
     def _refusal(self, symbol: str) -> EstimateError:
