@@ -35,8 +35,8 @@ NORM_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "reverse", "forward")
 PAIR_METHODS = (*_FIRST_CHOICES, *_PRODUCTS, "reverse", "forward")
 
 _FIRST = 24  # columns before the error is looked at for the first time
-_PRODUCT_WORK = 0.5  # of a pass of a product against one of exact work, which also multiplies tiles
 _PARTS_WORK = 2.0  # of a per-sample pass where the Gram matrix is made of pairs of parts
+_DOUBT = 4.0  # by how much what is ahead may be overestimated: the first looks do
 _FARTHEST = 1e6  # times the columns so far that is planned ahead
 _GROWTH = (1.3, 4.0)  # least and greatest factor from one look to the next
 _ONE_SIDED_CAP = 20_000  # passes of one direction where only a tolerance is given
@@ -106,10 +106,13 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         _require_within_reach(request, sampler, method)
         if request.rtol is None:
             return _spend(plan, request, account, sampler, method, cost, limit)
-        courses = [_Course.begin(method, sampler)]
+        weight = getattr(plan, "product_work", 1.0)
+        courses = [_Course.begin(method, sampler, weight)]
         if request.method == "auto" and request.num_passes is None:
             others = plan.choices()[1:2] if method == "stratified" else ()
-            courses += [_Course.begin(other, plan.sampler(other, request.generator)) for other in others]
+            courses += [
+                _Course.begin(other, plan.sampler(other, request.generator), weight) for other in others
+            ]
         return _reach(plan, request, account, courses, cost, limit)
 
 
@@ -209,6 +212,7 @@ class _Course:
         sampler: Its source of probes.
         columns: The next number of columns.
         goal: The number that the error so far says will be enough; that of the first look before it.
+        product_work: What a pass of a product costs, in passes of exact work.
         held: The number so far.
         seen: Columns and relative error of the last look.
     """
@@ -217,21 +221,22 @@ class _Course:
     sampler: Sampler
     columns: int
     goal: int
+    product_work: float
     held: int = 0
     seen: tuple[int, float] | None = None
 
     @classmethod
-    def begin(cls, method: str, sampler: Sampler) -> _Course:
+    def begin(cls, method: str, sampler: Sampler, product_work: float) -> _Course:
         """Return a course before its first look."""
         first = getattr(sampler, "first", max(_FIRST, 4 * sampler.least))
-        return cls(method, sampler, first, first)
+        return cls(method, sampler, first, first, product_work)
 
     def work(self, columns: int) -> float:
         """Return what going on to so many columns costs, in passes of exact work."""
         plain = self.sampler.unit * (columns - self.held)
         price = getattr(self.sampler, "price", None)
         if price is None:
-            return _PRODUCT_WORK * plain
+            return self.product_work * plain
         found: float = price(columns)
         return found if found <= plain else _PARTS_WORK * found
 
@@ -276,7 +281,7 @@ def _reach(
             course.columns = limit
         step = course.work(course.columns)
         full = course.columns >= _enough(plan, sampler)
-        dear = auto and cost <= max(course.work(course.goal), spent + step)
+        dear = auto and cost <= max(course.work(course.goal) / _DOUBT, spent + step)
         possible = not sampler.one_sided and math.isfinite(cost) and request.allows(account.passes + cost)
         if possible and (full or dear):
             found = account.exact(cost, needed=not auto)

@@ -104,6 +104,13 @@ class ScalarPlan:
         self.quantity.require_defined(moments)
         return self.quantity.combine(moments)
 
+    @property
+    def product_work(self) -> float:
+        """What a pass of a product costs in passes of exact work, which also multiplies tiles; measured."""
+        if not self.quantity.needs_pairs:
+            return 1.0
+        return 0.25 if all(operand.cache_cost for operand in self.operands) else 0.5
+
     def choices(self) -> tuple[str, ...]:
         first = ("stratified",) if pays(self.operands) else ()
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
