@@ -4,8 +4,10 @@ Run it with ``python benchmarks/coverage.py``; docs/coverage.md explains and sho
 
 Probes are uniform on spheres, so that an estimate of the trace, the norm or the effective rank depends on the
 eigenvalues of a kernel alone: diagonal kernels stand for all with their spectrum. Two kernels of an alignment
-are a diagonal one and one with turned eigenvectors. Runs that a number of passes ends are made as one batch
-of equal kernels, each with its own probes; runs that a tolerance ends, and those on networks, one by one.
+or an inner product are a diagonal one and one with turned eigenvectors. Of a partial trace each run looks at
+one entry, the next one each time, so that runs stay independent. Runs that a number of
+passes ends are made as one batch of equal kernels, each with its own probes; runs that a tolerance ends, and
+those on networks, one by one.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from _tables import fill
 from torch import Tensor
 
 import ntkops
-from ntkops.errors import NotConvergedWarning
+from ntkops.errors import InputError, NotConvergedWarning
 
 __all__ = ["QUANTITIES", "markdown", "measure", "run"]
 
 Truth = Callable[[Tensor], float]
 
-_SIGNIFICANCE = 1e-3
+_LEAST = 0.93  # coverage that no cell may be significantly below
+_SIGNIFICANCE = 0.01  # after Holm's correction over all cells
+_DOUBT = 0.05  # p-value below which a cell is run again with more repetitions
+_MORE = 4
 _SINGLE = ("sketch", "xtrace", "ntk-hutch++", "hutch++", "hutchinson")
 QUANTITIES: dict[str, tuple[Callable[..., Any], Truth, tuple[str, ...]]] = {
     "trace": (ntkops.trace, lambda v: float(v.sum()), (*_SINGLE, "rhutch", "fhutch")),
@@ -47,45 +52,54 @@ QUANTITIES: dict[str, tuple[Callable[..., Any], Truth, tuple[str, ...]]] = {
         (*_SINGLE, "reverse", "forward"),
     ),
 }
-_ALIGNED = ("sketch", "ntk-hutch++", "hutch++", "hutchinson", "reverse", "forward")
+_PAIRED = ("sketch", "ntk-hutch++", "hutch++", "hutchinson", "reverse", "forward")
 _TOLERANCES = {"sketch": 0.03}  # where a tolerance ends it: what "auto" takes without layer structure
 _ON_NETWORKS = {"passes": 2, "rtol": 0.05}  # stratified probes, whose blocks a spectrum does not show
 _RIDGE = 1e-2  # of spectral sums, relative to the mean diagonal
 _SPECTRAL = ("power law 1", "exponential", "step", "clusters", "spike")
 _SPECTRAL_PASSES = 400
+_PARTIAL_PASSES = 3
 _ROUNDING = 1e-12
 
 
 def measure(
-    estimate: Callable[..., Any], operators: Sequence[Any], truth: float, repetitions: int, **options: Any
+    estimate: Callable[..., Any],
+    operators: Sequence[Any],
+    truth: float | Tensor,
+    repetitions: int,
+    **options: Any,
 ) -> dict[str, Any]:
     """Return how often the interval covered and the error was within the tolerance.
 
     Args:
         estimate: An estimator of ntkops.
         operators: What it is given.
-        truth: The exact value.
+        truth: The exact value, or all entries of one.
         repetitions: Times that it runs, each with its own seed.
         options: Further arguments: method, num_passes or rtol.
 
     Returns:
-        Counts, the p-values of one-sided binomial tests of .95, the median error, width and passes.
+        Counts, the p-values of one-sided binomial tests, the median error, width and passes.
     """
-    errors, widths, passes, covered, held = [], [], [], 0, 0
-    slack = _ROUNDING * abs(truth)
+    entries = torch.as_tensor(truth, dtype=torch.float64).reshape(-1)
+    scale = float(entries.abs().max())
+    values, widths, passes, covered, held = [], [], [], 0, 0
+    slack = _ROUNDING * scale
     for seed in range(repetitions):
         generator = torch.Generator().manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             result = estimate(*operators, generator=generator, **options)
-        low, high = (float(end) for end in result.interval)
-        error = abs(float(result) - truth)
-        covered += low - slack <= truth <= high + slack
-        held += not result.converged or error <= options.get("rtol", 1.0) * abs(float(result)) + slack
-        errors.append(error)
+        found = result.value.reshape(-1)
+        position = seed % len(entries)
+        low, high = (float(end.reshape(-1)[position]) for end in result.interval)
+        covered += low - slack <= float(entries[position]) <= high + slack
+        error = float((found - entries).norm())
+        held += not result.converged or error <= options.get("rtol", 1.0) * float(found.norm()) + slack
+        values.append(float(found[position] - entries[position]))
         widths.append((high - low) / 2)
         passes.append(float(result.passes))
-    entry = _entry(repetitions, covered, torch.tensor(errors), torch.tensor(widths), truth)
+    entry = _entry(repetitions, covered, torch.tensor(values), torch.tensor(widths), scale)
     entry["passes"] = float(torch.tensor(passes).median())
     if "rtol" in options:
         entry |= {"held": held, "p_held": float(scipy.stats.binom.cdf(held, repetitions, 0.95))}
@@ -105,7 +119,8 @@ def measure_at_once(
         options: Further arguments: method and num_passes.
 
     Returns:
-        Counts, the p-value of the one-sided binomial test of .95, the median error and width.
+        Counts, the p-value of the one-sided binomial test, the median error and width, and the ratio of the
+        width to that of the interval which the true quantiles of the estimate give.
     """
     spent = options["num_passes"]
     batch = [operator.times(repetitions) for operator in operators]
@@ -114,16 +129,29 @@ def measure_at_once(
     low, high = result.interval
     slack = _ROUNDING * abs(truth)
     covered = int(((low - slack <= truth) & (truth <= high + slack)).sum())
-    errors, widths = (result.value - truth).abs(), (high - low) / 2
-    return _entry(repetitions, covered, errors, widths, truth) | {"passes": float(spent)}
+    entry = _entry(repetitions, covered, result.value - truth, (high - low) / 2, truth)
+    return entry | {"passes": float(spent), "width_ratio": _width_ratio(result.value, high - low, truth)}
+
+
+def _width_ratio(values: Tensor, widths: Tensor, truth: float) -> float | None:
+    """Return the median width over that of the interval by true quantiles; None where that has no end.
+
+    The estimates are taken as multiples of the truth: the interval holds all truths for which the estimate
+    lies between the 2.5 and the 97.5 % quantile.
+    """
+    low, high = (values / truth).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if not low > 0:
+        return None
+    inverted = float(values.abs().median()) * (1 / low - 1 / high)
+    return float(f"{float(widths.median()) / inverted:.3g}") if inverted > _ROUNDING * abs(truth) else None
 
 
 def _entry(repetitions: int, covered: int, errors: Tensor, widths: Tensor, truth: float) -> dict[str, Any]:
     return {
         "repetitions": repetitions,
         "covered": covered,
-        "p_covered": float(scipy.stats.binom.cdf(covered, repetitions, 0.95)),
-        "error": float(f"{float(errors.median()) / abs(truth):.4g}"),
+        "p_covered": float(scipy.stats.binom.cdf(covered, repetitions, _LEAST)),
+        "error": float(f"{float(errors.abs().median()) / abs(truth):.4g}"),
         "half_width": float(f"{float(widths.median()) / abs(truth):.4g}"),
     }
 
@@ -137,11 +165,12 @@ def run(
     *,
     size: int = 120,
     repetitions: int = 500,
-    passes: Sequence[int] = (30, 96),
+    passes: Sequence[int] = (8, 24, 60),
     spectra: Iterable[str] | None = None,
     methods: Iterable[str] | None = None,
     quantities: Iterable[str] | None = None,
     networks: bool = True,
+    kept: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure and return what the JSON file holds.
@@ -149,11 +178,13 @@ def run(
     Args:
         size: Eigenvalues of the prescribed spectra.
         repetitions: Runs of each cell.
-        passes: Passes of the runs that a number of passes ends.
+        passes: Passes of the runs that a number of passes ends; those of two kernels have as many, not twice.
         spectra: Names, or None for all.
         methods: Names, or None for all.
-        quantities: Names among `QUANTITIES` and "alignment", or None for all.
+        quantities: Names among `QUANTITIES`, "alignment", "inner" and "partial trace", or None for all.
         networks: Whether the spectra of trained networks are among them.
+        kept: An earlier result, whose cells stand as they are, with their date, where they are not measured
+            again; runs to a tolerance, stratified runs and spectral sums, made one by one, are not repeated.
         say: Told what comes next.
 
     Returns:
@@ -173,10 +204,17 @@ def run(
                 if named is None or label in named:
                     chosen = [method for method in known if wanted is None or method in wanted]
                     cell = {"spectrum": name, "quantity": label}
-                    entries += _cells(cell, estimate, operators, truth, chosen, passes, repetitions)
-        if networks and (wanted is None or "stratified" in wanted) and spectra is None:
+                    known_rtol = label != "inner" and kept is None
+                    entries += _cells(
+                        cell, estimate, operators, truth, chosen, passes, repetitions, tolerances=known_rtol
+                    )
+        if networks and spectra is None and (named is None or "partial trace" in named):
+            entries += _of_partial_traces(repetitions, wanted, say)
+        if kept is not None:
+            entries += _carried(kept, entries)
+        elif networks and (wanted is None or "stratified" in wanted) and spectra is None:
             entries += _on_networks(repetitions, say)
-        if wanted is None and spectra is None and named is None:
+        if kept is None and wanted is None and spectra is None and named is None:
             entries += _of_spectral_sums(size, repetitions, say)
     return {
         "benchmark": "coverage",
@@ -184,7 +222,7 @@ def run(
         "environment": place,
         "options": {"size": size, "repetitions": repetitions, "passes": list(passes), "dtype": "float64"},
         "entries": entries,
-        "failures": [entry for entry in entries if _fails(entry)],
+        "failures": _failures(entries),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -197,7 +235,9 @@ def _jobs(values: Tensor) -> Iterable[tuple[str, Callable[..., Any], list[Known]
     first, second = turned(values, 0.3)
     one, other = first @ first.T, second @ second.T
     cosine = float((one * other).sum() / (one.norm() * other.norm()))
-    yield "alignment", ntkops.alignment, [Known(first), Known(second)], cosine, _ALIGNED
+    kernels = [Known(first), Known(second)]
+    yield "alignment", ntkops.alignment, kernels, cosine, _PAIRED
+    yield "inner", ntkops.inner, kernels, float((one * other).sum()), _PAIRED
 
 
 def _cells(
@@ -208,16 +248,22 @@ def _cells(
     methods: Sequence[str],
     passes: Sequence[int],
     repetitions: int,
+    *,
+    tolerances: bool,
 ) -> list[dict[str, Any]]:
     entries = []
     for method in methods:
         for count in passes:
-            spent = count * len(operators)
-            options: dict[str, Any] = {"method": method, "num_passes": spent}
-            found = measure_at_once(estimate, operators, truth, repetitions, **options)
-            entries.append({**cell, "method": method, "num_passes": spent, **found})
+            options: dict[str, Any] = {"method": method, "num_passes": count}
+            try:
+                found = measure_at_once(estimate, operators, truth, repetitions, **options)
+            except InputError:  # fewer passes than the method takes
+                continue
+            if found["p_covered"] < _DOUBT:
+                found = measure_at_once(estimate, operators, truth, _MORE * repetitions, **options)
+            entries.append({**cell, **options, **found})
     for method, rtol in _TOLERANCES.items():
-        if method in methods:
+        if tolerances and method in methods:
             options = {"method": method, "rtol": rtol, "num_passes": 4000}
             found = measure(estimate, operators, truth, repetitions, **options)
             entries.append({**cell, "method": method, "rtol": rtol, **found})
@@ -241,6 +287,43 @@ def _on_networks(repetitions: int, say: Callable[[str], None]) -> list[dict[str,
             rtol = _ON_NETWORKS["rtol"]
             found = measure(estimate, operators, truth, repetitions, method="stratified", rtol=rtol)
             entries.append({**cell, "rtol": rtol, **found})
+    return entries
+
+
+def _of_partial_traces(
+    repetitions: int, wanted: set[str] | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Partial traces of the kernels of trained networks, over outputs and over samples."""
+    entries = []
+    for name, (model, x) in trained_networks().items():
+        say(f"{name}, partial traces")
+        kernel = ntkops.ntk(model, x, max_dense_bytes=0)
+        for over, method in (("outputs", "hutchinson"), ("samples", "stratified")):
+            if wanted is not None and method not in wanted:
+                continue
+            truth = ntkops.partial_trace(kernel, over, method="exact").value
+            options: dict[str, Any] = {"method": method, "num_passes": _PARTIAL_PASSES}
+
+            def once(kernel: Any, over: str = over, **options: Any) -> Any:
+                return ntkops.partial_trace(kernel, over, **options)
+
+            found = measure(once, [kernel], truth, repetitions, **options)
+            entries.append({"spectrum": name, "quantity": f"partial trace over {over}", **options, **found})
+    return entries
+
+
+def _carried(kept: dict[str, Any], fresh: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of an earlier result that were not measured again, each with its date."""
+
+    def cell(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(entry.get(key) for key in ("spectrum", "quantity", "method", "num_passes", "rtol"))
+
+    measured = {cell(entry) for entry in fresh}
+    entries = []
+    for entry in kept["entries"]:
+        if cell(entry) not in measured:
+            again = float(scipy.stats.binom.cdf(entry["covered"], entry["repetitions"], _LEAST))
+            entries.append({"date": kept["date"], **entry, "p_covered": again})
     return entries
 
 
@@ -278,22 +361,40 @@ def _of_spectral_sums(size: int, repetitions: int, say: Callable[[str], None]) -
     return entries
 
 
-def _fails(entry: dict[str, Any]) -> bool:
-    return min(entry["p_covered"], entry.get("p_held", 1.0)) < _SIGNIFICANCE
+def _failures(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells that are rejected, by Holm's procedure: the smallest p-value first."""
+    values = [min(entry["p_covered"], entry.get("p_held", 1.0)) for entry in entries]
+    failed = []
+    for rank, position in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        if values[position] > _SIGNIFICANCE / (len(values) - rank):
+            break
+        failed.append(entries[position])
+    return failed
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the least coverage of each quantity and method, over all spectra, in Markdown."""
-    place, options = result["environment"], result["options"]
-    header = ("Quantity", "Method", "Ended by", "Least coverage", "on", "Median coverage", "Tolerance held")
+    place = result["environment"]
+    least, most = (pick(e["repetitions"] for e in result["entries"]) for pick in (min, max))
+    header = (
+        "Quantity",
+        "Method",
+        "Ended by",
+        "Least coverage",
+        "on",
+        "Median coverage",
+        "Greatest width ratio",
+        "Tolerance held",
+    )
     rows = [
         f"Simulated on {result['date']} with torch {place['torch']}, ntkops {place['ntkops']}: "
-        f"{options['repetitions']} repetitions on each of {len({e['spectrum'] for e in result['entries']})} "
-        f"spectra. Coverage of .95 is rejected at level .001 in {len(result['failures'])} of "
+        f"{least} to {most} repetitions of a cell on "
+        f"{len({e['spectrum'] for e in result['entries']})} spectra. Coverage "
+        f"of {_LEAST} is rejected (1 % after Holm's correction) in {len(result['failures'])} of "
         f"{len(result['entries'])} cells.",
         "",
         f"| {' | '.join(header)} |",
-        "| :-- | :-- | :-- | --: | :-- | --: | --: |",
+        "| :-- | :-- | :-- | --: | :-- | --: | --: | --: |",
     ]
     keys = dict.fromkeys((e["quantity"], e["method"], "rtol" in e) for e in result["entries"])
     for quantity, method, tolerant in keys:
@@ -307,9 +408,28 @@ def markdown(result: dict[str, Any]) -> str:
         held = f"{min(e['held'] / e['repetitions'] for e in same):.3f}" if tolerant else "-"
         ended = f"rtol={worst['rtol']:g}" if tolerant else "passes"
         middle = shares[len(shares) // 2]
-        cells = (quantity, method, ended, f"{shares[0]:.3f}", worst["spectrum"], f"{middle:.3f}", held)
+        cells = (
+            quantity,
+            method,
+            ended,
+            f"{shares[0]:.3f}",
+            worst["spectrum"],
+            f"{middle:.3f}",
+            _ratios(same),
+            held,
+        )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _ratios(entries: Sequence[dict[str, Any]]) -> str:
+    """Return the greatest width ratio with each number of passes, fewest first."""
+    greatest: dict[int, float] = {}
+    for entry in entries:
+        if entry.get("width_ratio") is not None:
+            passes = entry["num_passes"]
+            greatest[passes] = max(greatest.get(passes, 0.0), entry["width_ratio"])
+    return ", ".join(f"{greatest[passes]:.1f}" for passes in sorted(greatest)) or "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -317,11 +437,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", type=int, default=120, help="eigenvalues of the prescribed spectra")
     parser.add_argument("--repetitions", type=int, default=500, help="runs of each cell")
-    parser.add_argument("--passes", type=int, nargs="+", default=(30, 96), help="passes of fixed runs")
+    parser.add_argument("--passes", type=int, nargs="+", default=(8, 24, 60), help="passes of fixed runs")
     parser.add_argument("--spectra", nargs="+", help="names of spectra (all by default)")
     parser.add_argument("--methods", nargs="+", help="names of methods (all by default)")
     parser.add_argument("--quantities", nargs="+", help="names of quantities (all by default)")
     parser.add_argument("--no-networks", action="store_true", help="leave trained networks out")
+    parser.add_argument(
+        "--keep", type=Path, metavar="JSON", help="an earlier result, of which runs made one by one stand"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write (none by default)")
     parser.add_argument(
         "--markdown", type=Path, metavar="JSON", help="print a result as Markdown, run nothing"
@@ -343,6 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods=options.methods,
         quantities=options.quantities,
         networks=not options.no_networks,
+        kept=None if options.keep is None else json.loads(options.keep.read_text(encoding="utf-8")),
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(markdown(result))

@@ -386,7 +386,7 @@ ESTIMATED = {"method": "hutch++", "num_passes": 24, "targets": TARGETS}
 
 def columns_equal(one: History, other: History) -> None:
     assert one.steps == other.steps and one.quantities == other.quantities and one.seed == other.seed
-    for part in ("values", "stderrs", "exact", "converged", "passes"):
+    for part in ("values", "stderrs", "intervals", "exact", "converged", "passes"):
         for name in one.quantities:
             left, right = getattr(one, part)[name], getattr(other, part)[name]
             torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
@@ -571,7 +571,7 @@ def history() -> History:
         b = Estimate(
             value=torch.tensor([step, 2.0]).double(),
             stderr=torch.tensor([0.5, 0.0]).double(),
-            interval=(torch.zeros(2), torch.ones(2)),
+            interval=(torch.tensor([step - 1.0, 2.0]), torch.tensor([step + 1.0, 2.0])),
             method="m",
             exact=False,
             passes=3,
@@ -591,7 +591,8 @@ def test_the_table(tmp_path):
     rows = list(csv.DictReader(text.splitlines()))
     assert [float(row["b[0]"]) for row in rows] == [0.0, 1.0, 2.0]
     assert [row["step"] for row in rows] == ["0", "10", "20"] and float(rows[0]["b[0]_stderr"]) == 0.5
-    assert str(table).splitlines()[1].split() == ["0", "1", "0", "±", "0.5", "2"]
+    assert (float(rows[2]["b[0]_low"]), float(rows[2]["b[0]_high"])) == (1.0, 3.0)
+    assert str(table).splitlines()[1].split() == ["0", "1", "0.0", "(-1.0", "to", "1.0)", "2"]
     assert str(History.empty(["a"])) == "step"
     for name in ("c", "a"):
         with pytest.raises(InputError):
@@ -611,7 +612,7 @@ def test_the_plot_has_a_panel_for_each_quantity():
     first, second = panels[1].containers
     assert first.lines[0].get_xdata().tolist() == [0.0, 10.0, 20.0]
     (segments,) = first.lines[2]
-    assert segments.get_segments()[1].tolist() == [[10.0, 0.0], [10.0, 2.0]]  # two standard errors each way
+    assert segments.get_segments()[1].tolist() == [[10.0, 0.0], [10.0, 2.0]]  # the interval
     assert first.lines[0].get_color() != second.lines[0].get_color()
     plot_history(table, panels[0], quantities=["a"], label="again")
     colours = [c.lines[0].get_color() for c in panels[0].containers]

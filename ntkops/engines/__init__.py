@@ -7,7 +7,7 @@ from .differentiation import Differentiation
 from .layerwise import LayerwiseEngine
 from .memory import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
 from .options import Layerwise
-from .passes import PassCounter, count_passes, report_passes
+from .passes import PassCounter, count_passes, report_passes, spare_passes
 from .select import Engine, EngineChoice, EngineName, build_engine
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "PassCounter",
     "count_passes",
     "report_passes",
+    "spare_passes",
 ]

@@ -11,6 +11,7 @@ from ..model import Inputs
 from .differentiation import Parameters
 from .gathering import FactorSource
 from .memory import free_bytes, shared_store
+from .passes import take_spare
 from .products import CachedFactors, prepare_products
 from .tail_products import prepare_tail
 
@@ -67,6 +68,8 @@ class FactorCache:
         self._spent[inputs] = spent
         backwards = source.coverage.backwards(inputs.num_outputs)
         if backwards > min(spent, source.options.max_backwards) or not self.fits(source, inputs):
+            return None
+        if not take_spare(backwards):
             return None
         return self._make(source, params, inputs, number, state)
 

@@ -1,7 +1,8 @@
 """Counting the passes that are really made.
 
 Engines report every pass where they make it; whoever wants to know opens a `PassCounter` around the
-work. Nested counters each see all passes inside them.
+work. Nested counters each see all passes inside them. Passes that only save time later, those of a cache,
+are asked for before they are made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from contextvars import ContextVar
 
 from ..results import PassCount
 
-__all__ = ["PassCounter", "SharedPasses", "count_apart", "count_passes", "report_passes"]
+__all__ = [
+    "PassCounter",
+    "SharedPasses",
+    "count_apart",
+    "count_passes",
+    "report_passes",
+    "spare_passes",
+    "take_spare",
+]
 
 _KINDS = ("vjp", "jvp", "per_sample", "products")
 
@@ -83,6 +92,30 @@ def count_apart() -> Iterator[PassCounter]:
     """
     with _opened(()) as counter:
         yield counter
+
+
+_spare: ContextVar[list[float] | None] = ContextVar("ntkops_spare_passes", default=None)
+
+
+@contextmanager
+def spare_passes(passes: float) -> Iterator[None]:
+    """Allow inside the block only so many passes that nobody asked for; outside all are allowed."""
+    token = _spare.set([passes])
+    try:
+        yield
+    finally:
+        _spare.reset(token)
+
+
+def take_spare(passes: float) -> bool:
+    """Whether so many passes may be made for the sake of later ones; if so, they are taken."""
+    left = _spare.get()
+    if left is None:
+        return True
+    if passes > left[0]:
+        return False
+    left[0] -= passes
+    return True
 
 
 def report_passes(*, vjp: int = 0, jvp: int = 0, per_sample: int = 0, products: int = 0) -> None:

@@ -28,7 +28,7 @@ from ..errors import InputError, UnsupportedOperationError, ZeroKernelError
 from ..operators.structure import tile_slices
 from ..results import Estimate
 from ._attached import Operators, Term, Total, block_part, diagonal_part, require_known, tensors_of
-from ._moments import Combination, Mean, Summary, student_quantile, summarize
+from ._moments import LEVEL, Combination, Mean, Summary, interval_of, summarize
 from ._quantities import ALIGNMENT, FROBENIUS_NORM, Inner, Quantity, exact_cost, exact_moments
 from ._request import Operand, Request, operands
 from ._two_sided import extend_basis, project_out
@@ -38,8 +38,6 @@ __all__ = ["METHODS", "differentiable_estimate"]
 METHODS = ("exact", "hutchinson", "hutch++")
 
 _WIDTH = 32  # probes of one term
-_LEVEL = 0.05  # the interval may miss with this probability
-_ROUNDING = 8.0  # rounding units of the value that the interval allows for
 
 
 def differentiable_estimate(
@@ -219,7 +217,8 @@ def _sampled(
             "of the value, and says nothing of its gradient; or take method='exact'"
         )
     unit = max(1, sum(operand.cost for operand in given))
-    columns = request.num_passes // unit
+    reserve = request.reserve(given)
+    columns = (request.num_passes - reserve) // unit
     sketched = method != "hutchinson"
     least = 1 + 2 * len(given) if sketched else 1
     if columns < least:
@@ -227,7 +226,7 @@ def _sampled(
             f"num_passes={request.num_passes} does not pay for {least} product columns of {unit} passes, "
             f"which {'hutch++' if sketched else 'hutchinson'} needs at least for {quantity.name}"
         )
-    with torch.no_grad():
+    with torch.no_grad(), request.capped(reserve):
         probes, fixed = _probes(given, columns, request.generator, sketched)
         # The terms of every probe once without a graph, for the value and its error.
         counted = [operand.multiply for operand in given]
@@ -296,16 +295,11 @@ def _with_error(
     given: Sequence[Operand],
     method: str,
 ) -> Estimate:
-    quantile = student_quantile(_LEVEL, summary.freedom)
     eps = torch.finfo(given[0].dtype).eps
-    spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
-    width = spread + _ROUNDING * eps * summary.value.abs()
-    low, high = quantity.bounds
-    ends = (summary.value - width).clamp(low, high), (summary.value + width).clamp(low, high)
     return dataclasses.replace(
         result,
         stderr=summary.stderr,
-        interval=ends,
+        interval=interval_of(summary, LEVEL, eps=eps, bounds=quantity.bounds),
         method="hutch++" if method == "auto" else method,
         exact=False,
         seed=request.seed,

@@ -6,8 +6,10 @@ import math
 import os
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import PassCounter, count_passes
-from ..errors import InputError, NotConvergedWarning
+from ..errors import BackwardLimitError, InputError, NotConvergedWarning
 from ..results import Estimate
 from ._exact import DEFAULT_EVERY, ExactWork
-from ._intervals import student_quantile
 from ._moments import LEVEL, Summary, interval_of
 from ._plans import Plan, Sampler, ScalarPlan
 from ._quantities import Quantity
@@ -34,6 +35,9 @@ NORM_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "reverse", "forward")
 PAIR_METHODS = (*_FIRST_CHOICES, *_PRODUCTS, "reverse", "forward")
 
 _FIRST = 24  # columns before the error is looked at for the first time
+_PARTS_WORK = 2.0  # of a per-sample pass where the Gram matrix is made of pairs of parts
+_DOUBT = 4.0  # by how much what is ahead may be overestimated: the first looks do
+_FARTHEST = 1e6  # times the columns so far that is planned ahead
 _GROWTH = (1.3, 4.0)  # least and greatest factor from one look to the next
 _ONE_SIDED_CAP = 20_000  # passes of one direction where only a tolerance is given
 _ONE_SIDED_RTOL = 1e-2  # finer than this, only with a limit of passes
@@ -90,16 +94,59 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         The exact value where that was asked or pays, else an estimate.
     """
     request = request.shared(plan.space)
-    with torch.no_grad(), _Account(plan, request, work) as account:
+    reserve = request.reserve(plan.operands)
+    with torch.no_grad(), request.capped(reserve), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
         if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):
-            return account.exact(cost)
-        method = plan.preferred() if request.method == "auto" else request.method
-        sampler = plan.sampler(method, request.generator)
+            found = account.exact(cost, needed=request.method == "exact")
+            if found is not None:
+                return found
+            cost = math.inf
+        method, sampler, limit = _affordable(plan, request, reserve)
         _require_within_reach(request, sampler, method)
         if request.rtol is None:
-            return _spend(plan, request, account, sampler, method, cost)
-        return _reach(plan, request, account, sampler, method, cost)
+            return _spend(plan, request, account, sampler, method, cost, limit)
+        weight = getattr(plan, "product_work", 1.0)
+        courses = [_Course.begin(method, sampler, weight)]
+        if request.method == "auto" and request.num_passes is None:
+            others = plan.choices()[1:2] if method == "stratified" else ()
+            courses += [
+                _Course.begin(other, plan.sampler(other, request.generator), weight) for other in others
+            ]
+        return _reach(plan, request, account, courses, cost, limit)
+
+
+def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sampler, int | None]:
+    """Return the method, its source of probes, and the columns that the cap pays for, if there is one.
+
+    Raises:
+        InputError: If it does not pay for the fewest columns of a method, or of any that there is.
+    """
+    least: dict[str, int] = {}
+    for method in plan.choices() if request.method == "auto" else (request.method,):
+        sampler = plan.sampler(method, request.generator)
+        if request.num_passes is None:
+            return method, sampler, None
+        left = request.num_passes - reserve
+        highest = left // max(sampler.unit, 1)
+        prices = range(min(highest, _enough(plan, sampler)) + 1)
+        limit = bisect_right(prices, left, key=partial(_price, sampler)) - 1
+        if limit == prices[-1]:
+            limit = highest
+        if limit >= sampler.least:
+            return method, sampler, limit
+        least[method] = _price(sampler, sampler.least)
+    method = min(least, key=least.__getitem__)
+    raise InputError(
+        f"num_passes={request.num_passes} does not pay for {plan.name} by {method!r}, which takes at least "
+        f"{least[method]} passes: that is num_passes={least[method]}"
+    )
+
+
+def _price(sampler: Sampler, columns: int) -> int:
+    """Return the passes of going on to so many columns in all, none of them made before."""
+    price = getattr(sampler, "price", None)
+    return sampler.unit * columns if price is None else price(columns)
 
 
 def _require_within_reach(request: Request, sampler: Sampler, method: str) -> None:
@@ -126,7 +173,7 @@ def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
         return False
     if request.rtol is None:
         return True
-    sampler = plan.sampler(plan.preferred(), request.generator)
+    sampler = plan.sampler(plan.choices()[0], request.generator)
     wanted = sampler.columns_for(request.rtol) if isinstance(sampler, Stratified) else None
     return cost <= sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
 
@@ -137,65 +184,122 @@ def _enough(plan: Plan, sampler: Sampler) -> int:
 
 
 def _spend(
-    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
+    plan: Plan,
+    request: Request,
+    account: _Account,
+    sampler: Sampler,
+    method: str,
+    cost: float,
+    columns: int | None,
 ) -> Estimate:
     """Spend the passes that were given."""
-    assert request.num_passes is not None
-    columns = request.num_passes // max(sampler.unit, 1)
+    assert columns is not None
     if columns >= _enough(plan, sampler) and not sampler.one_sided and request.allows(cost):
-        return account.exact(cost)  # as many columns as directions: nothing is left to chance
-    if columns < 1:
-        raise InputError(
-            f"num_passes={request.num_passes} does not pay for one column of {method!r}, which takes "
-            f"{sampler.unit} passes"
-        )
+        # As many columns as directions: nothing is left to chance.
+        found = account.exact(cost, needed=request.method != "auto")
+        if found is not None:
+            return found
     sampler.grow(columns)
     return account.wrap(plan.summary(sampler), method, LEVEL, converged=True)
 
 
-def _reach(
-    plan: Plan, request: Request, account: _Account, sampler: Sampler, method: str, cost: float
-) -> Estimate:
-    """Go on until the tolerance is met, exactness is cheaper, or the passes are spent."""
-    assert request.rtol is not None
-    unit = max(sampler.unit, 1)
-    cap = _ONE_SIDED_CAP if request.num_passes is None and sampler.one_sided else request.num_passes
-    limit = None if cap is None else cap // unit
-    columns = getattr(sampler, "first", max(_FIRST, 4 * sampler.least))
+@dataclass
+class _Course:
+    """One method on its way to a tolerance.
+
+    Attributes:
+        method: Its name.
+        sampler: Its source of probes.
+        columns: The next number of columns.
+        goal: The number that the error so far says will be enough; that of the first look before it.
+        product_work: What a pass of a product costs, in passes of exact work.
+        held: The number so far.
+        seen: Columns and relative error of the last look.
+    """
+
+    method: str
+    sampler: Sampler
+    columns: int
+    goal: int
+    product_work: float
+    held: int = 0
     seen: tuple[int, float] | None = None
+
+    @classmethod
+    def begin(cls, method: str, sampler: Sampler, product_work: float) -> _Course:
+        """Return a course before its first look."""
+        first = getattr(sampler, "first", max(_FIRST, 4 * sampler.least))
+        return cls(method, sampler, first, first, product_work)
+
+    def work(self, columns: int) -> float:
+        """Return what going on to so many columns costs, in passes of exact work."""
+        plain = self.sampler.unit * (columns - self.held)
+        price = getattr(self.sampler, "price", None)
+        if price is None:
+            return self.product_work * plain
+        found: float = price(columns)
+        return found if found <= plain else _PARTS_WORK * found
+
+    def look(self, reached: float, rtol: float) -> None:
+        """Plan the next step from the error that was reached."""
+        rate = _rate(self.seen, (self.columns, reached), self.sampler.order / 2)
+        self.seen, self.held = (self.columns, reached), self.columns
+        excess = reached / rtol
+        self.columns = _next_columns(self.held, excess, rate)
+        whole = 1.1 * excess ** (1 / rate) if 0 < excess < math.inf else 2.0
+        self.goal = max(self.columns, math.ceil(self.held * min(whole, _FARTHEST)))
+
+
+def _reach(
+    plan: Plan,
+    request: Request,
+    account: _Account,
+    courses: Sequence[_Course],
+    cost: float,
+    limit: int | None,
+) -> Estimate:
+    """Go on until the tolerance is met, exactness is cheaper, or the passes are spent.
+
+    Of several methods the one goes on that its error so far says has least work ahead. All of them
+    together do not work more than the exact value would have taken: then that is computed.
+
+    Returns:
+        The estimate, or the exact value.
+
+    Raises:
+        AssertionError: Never: columns grow until nothing is left to chance.
+    """
+    assert request.rtol is not None
+    auto, spent = request.method == "auto", 0.0
+    if limit is None and courses[0].sampler.one_sided:
+        limit = _ONE_SIDED_CAP // max(courses[0].sampler.unit, 1)
     for look in range(1, 1000):
-        capped = limit is not None and columns >= limit
-        if capped:
-            assert limit is not None
-            columns = limit
-        if not sampler.one_sided and _exact_is_next(plan, request, account, columns, sampler, cost):
-            return account.exact(cost)
-        if columns < 1:
-            raise InputError(f"num_passes={request.num_passes} does not pay for a column of {unit} passes")
-        sampler.grow(columns)
+        course = min(courses, key=lambda one: one.work(one.goal))
+        sampler = course.sampler
+        capped = limit is not None and course.columns >= limit
+        if limit is not None and capped:
+            course.columns = limit
+        step = course.work(course.columns)
+        full = course.columns >= _enough(plan, sampler)
+        dear = auto and cost <= max(course.work(course.goal) / _DOUBT, spent + step)
+        possible = not sampler.one_sided and math.isfinite(cost) and request.allows(account.passes + cost)
+        if possible and (full or dear):
+            found = account.exact(cost, needed=not auto)
+            if found is not None:
+                return found
+            cost = math.inf
+        spent += step
+        sampler.grow(course.columns)
         account.show()
         summary = plan.summary(sampler)
         level = LEVEL / (look * (look - 1)) if look > 1 else LEVEL
         reached = _relative(account.reach(summary, level), summary.value, plan.vector)
         if reached <= request.rtol and (look > 1 or capped):
-            return account.wrap(summary, method, level, converged=True)
+            return account.wrap(summary, course.method, level, converged=True)
         if capped:
-            return account.not_converged(summary, method, level, reached)
-        rate = _rate(seen, (columns, reached), sampler.order / 2)
-        seen = columns, reached
-        columns = _next_columns(columns, reached / request.rtol, rate)
+            return account.not_converged(summary, course.method, level, reached)
+        course.look(reached, request.rtol)
     raise AssertionError("unreachable: columns grow geometrically towards exactness")
-
-
-def _exact_is_next(
-    plan: Plan, request: Request, account: _Account, columns: int, sampler: Sampler, cost: float
-) -> bool:
-    """Whether the exact value should be computed and no more columns drawn."""
-    spent = account.passes
-    if not math.isfinite(cost) or not request.allows(spent + cost):
-        return False
-    dear = request.method == "auto" and columns * max(sampler.unit, 1) - spent >= cost
-    return dear or columns >= _enough(plan, sampler)
 
 
 def _rate(before: tuple[int, float] | None, now: tuple[int, float], prior: float) -> float:
@@ -256,11 +360,12 @@ class _Account:
     def _seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def exact(self, cost: float) -> Estimate:
-        """Return the exact value.
+    def exact(self, cost: float, *, needed: bool) -> Estimate | None:
+        """Return the exact value; None where it is not needed and an engine's limit forbids it.
 
         Raises:
             InputError: If it costs more than the passes that were given.
+            BackwardLimitError: If it is needed, and an engine refuses it.
         """
         if not self._request.allows(cost):
             raise InputError(
@@ -269,7 +374,12 @@ class _Account:
             )
         work, before = self._work, self._tally.total
         work.passes = lambda: self._tally.total - before
-        value = self._plan.exact(work).cpu()
+        try:
+            value = self._plan.exact(work).cpu()
+        except BackwardLimitError:  # raised before any work
+            if needed:
+                raise
+            return None
         return Estimate.of_exact(
             value,
             passes=self._tally.total + work.passes_before,
@@ -278,9 +388,7 @@ class _Account:
 
     def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
         """Return the interval: what chance may have done, and what rounding may have."""
-        plan = self._plan
-        quantile = student_quantile(level, summary.freedom) if plan.vector else None
-        return interval_of(summary, level, eps=plan.eps, bounds=plan.bounds, quantile=quantile)
+        return interval_of(summary, level, eps=self._plan.eps, bounds=self._plan.bounds)
 
     def reach(self, summary: Summary, level: float) -> Tensor:
         """Return how far the interval reaches from the value."""

@@ -46,6 +46,7 @@ class Invariants:
         second: Diagonal of W₂.
         straight: What each probe has in Σ_{i≠j} W₁ᵢⱼ W₂ᵢⱼ, as row and as column, ``(*batch, m)``.
         crossed: What each probe has in Σ_{i≠j} W₁ᵢⱼ W₂ⱼᵢ, in the same way.
+        squares: Σ_{i≠j} (W₁ᵢⱼ W₂ᵢⱼ)², ``(*batch)``.
         size: n, the number of entries of a probe.
         group: Group of the probes.
     """
@@ -54,6 +55,7 @@ class Invariants:
     second: Tensor
     straight: Tensor
     crossed: Tensor
+    squares: Tensor
     size: int
     group: int = 0
     least = 3  # probes that its jackknife takes
@@ -74,6 +76,7 @@ class Invariants:
         diagonals: tuple[list[Tensor], list[Tensor]] = ([], [])
         row_sums: tuple[list[Tensor], list[Tensor]] = ([], [])
         column_sums: list[Tensor | float] = [0.0, 0.0]
+        squares: Tensor | float = 0.0
         for part in tile_slices(count, _ROWS):
             one, two, turned = rows(part)
             for kept, block in zip(diagonals, (one, two), strict=True):
@@ -82,12 +85,14 @@ class Invariants:
                 block[..., part].diagonal(dim1=-2, dim2=-1).zero_()
                 row_sums[number].append(block.sum(-1))
                 column_sums[number] = column_sums[number] + block.sum(-2)
+                if number == 0:
+                    squares = squares + block.square().sum((-2, -1))
         straight, crossed = (
             (torch.cat(sums, dim=-1) + columns).cpu()
             for sums, columns in zip(row_sums, column_sums, strict=True)
         )
         first, second = (torch.cat(parts, dim=-1).cpu() for parts in diagonals)
-        return cls(first, second, straight, crossed, size, group)
+        return cls(first, second, straight, crossed, torch.as_tensor(squares).cpu(), size, group)
 
     def groups(self) -> dict[int, int]:
         """Return the one group."""
@@ -100,6 +105,21 @@ class Invariants:
     def without(self, group: int) -> Tensor:
         """Return the estimates of tr B₁ᵀB₂ without each probe."""
         return self._solve(*self._sums_without(), self.first.shape[-1] - 1)[0]
+
+    def pair_variance(self) -> Tensor:
+        """Return the variance that pairs have beyond that of single probes, ``(*batch)``."""
+        m = self.first.shape[-1]
+        return 2 * self.squares / (m * (m - 1)) ** 2
+
+    @property
+    def root_factor(self) -> float:
+        """Factor of the jackknife error of the root.
+
+        For rank one, W = z zᵀ, the estimate is |z|⁴ / (m (m + 2)), and without a probe its root is
+        (|z|² - zᵢ²) / √((m - 1) (m + 1)): √((m - 1) / (m + 1)) of a mean's change.
+        """
+        m = self.first.shape[-1]
+        return ((m + 1) / (m - 1)) ** 0.5
 
     def squared_trace(self) -> Tensor:
         """Return the estimate of tr B₁ tr B₂."""

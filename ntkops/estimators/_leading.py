@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..errors import InputError, ZeroKernelError
 from ..spectra import RitzPairs
-from ._moments import Mean, student_quantile, summarize
+from ._intervals import extremal_quantile
+from ._moments import Mean, summarize
 from ._request import Operand, require_finite
 from ._two_sided import column_dots, project_out
 from .eigsh import fits_dense
@@ -104,7 +105,7 @@ class Trace:
         known = pairs.values.clamp(min=0).cpu().sum()
         moments = [Mean(self._samples(pairs).clamp(min=0), known)]
         summary = summarize(moments, lambda values: values[..., 0])
-        width = student_quantile(0.05, summary.freedom) * summary.stderr
+        width = extremal_quantile(0.05, summary.freedom + 1) * summary.stderr
         return (summary.value - width).clamp(min=known), summary.value, summary.value + width
 
     def _samples(self, pairs: RitzPairs) -> Tensor:

@@ -9,14 +9,14 @@ cancels in a ratio cancels in its error. For a single mean the result is the usu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..operators.structure import tile_slices
-from ._intervals import extremal_quantile, student_quantile
+from ._intervals import extremal_quantile
 
 __all__ = [
     "LEVEL",
@@ -25,9 +25,10 @@ __all__ = [
     "Moment",
     "Pairs",
     "Summary",
+    "PairMoment",
     "interval_of",
-    "student_quantile",
     "summarize",
+    "summarize_product",
 ]
 
 LEVEL = 0.05  # the interval may miss with this probability
@@ -53,6 +54,17 @@ class Moment(Protocol):
 
     def without(self, group: int) -> Tensor:
         """Return the estimates without each probe of a group in turn, ``(*batch, m)``."""
+
+
+class PairMoment(Moment, Protocol):
+    """A moment over pairs of probes, quadratic in what the probes see."""
+
+    def pair_variance(self) -> Tensor:
+        """Return the variance that pairs have beyond that of single probes, ``(*batch)``."""
+
+    @property
+    def root_factor(self) -> float:
+        """Factor of the jackknife error of the root, exact for rank one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +104,17 @@ class Pairs:
     Attributes:
         row_sums: ``(*batch, a)``: for each first probe the sum over the second.
         column_sums: ``(*batch, b)``: for each second probe the sum over the first.
+        squares: ``(*batch)``: the sum of squares over all pairs.
         rows: Group of the first probe of a pair.
         cols: Group of the second; in the same group the pairs of a probe with itself are left out.
     """
 
     row_sums: Tensor
     column_sums: Tensor
+    squares: Tensor
     rows: int = 0
     cols: int = 0
+    root_factor = 1.0
 
     @property
     def least(self) -> int:
@@ -119,7 +134,7 @@ class Pairs:
         Returns:
             The moment. Memory: one slice of terms.
         """
-        row_sums, column_sums = [], None
+        row_sums, column_sums, squares = [], None, None
         for part in tile_slices(count, _PAIR_ROWS):
             block = terms(part)
             if rows == cols:
@@ -127,8 +142,10 @@ class Pairs:
                 own.zero_()
             row_sums.append(block.sum(-1))
             column_sums = block.sum(-2) if column_sums is None else column_sums + block.sum(-2)
-        assert column_sums is not None
-        return cls(torch.cat(row_sums, dim=-1).cpu(), column_sums.cpu(), rows, cols)
+            square = block.square().sum((-2, -1))
+            squares = square if squares is None else squares + square
+        assert column_sums is not None and squares is not None
+        return cls(torch.cat(row_sums, dim=-1).cpu(), column_sums.cpu(), squares.cpu(), rows, cols)
 
     def groups(self) -> dict[int, int]:
         """Return the groups of the first and the second probe."""
@@ -136,8 +153,16 @@ class Pairs:
 
     def value(self) -> Tensor:
         """Return the estimate."""
+        return self.row_sums.sum(-1) / self._pairs
+
+    @property
+    def _pairs(self) -> int:
         a, b = self.row_sums.shape[-1], self.column_sums.shape[-1]
-        return self.row_sums.sum(-1) / (a * b if self.rows != self.cols else a * (a - 1))
+        return a * b if self.rows != self.cols else a * (a - 1)
+
+    def pair_variance(self) -> Tensor:
+        """Return the variance that pairs have beyond that of single probes."""
+        return self.squares / self._pairs**2 * (1 if self.rows != self.cols else 2)
 
     def without(self, group: int) -> Tensor:
         """Return the estimates without each probe of a group."""
@@ -161,6 +186,7 @@ class Summary:
         bend: What curvature adds to the error, for errors of one standard error; None where nothing does.
         centre: Where the interval is centred if not at the value, which it always includes.
         exact: Whether nothing is left to chance.
+        root: The root of ``|value|`` in the same way, whose interval, squared, is included.
     """
 
     value: Tensor
@@ -169,6 +195,32 @@ class Summary:
     bend: Tensor | None = None
     centre: Tensor | None = None
     exact: bool = False
+    root: Summary | None = None
+
+
+def summarize_product(moment: PairMoment) -> Summary:
+    r"""Return a trace of a product of kernels with its error.
+
+    It is quadratic in what a probe sees: for rank one, :math:`\bar x^2` up to a factor, with
+    :math:`\bar x` a mean of squares of normal variables. The quantiles of `extremal_quantile` are those of
+    the studentised :math:`\bar x`, so that the interval of the root, squared, covers there, where one about
+    :math:`\bar x^2` itself covers .8 with few probes. Both are included: the root says nothing of traces
+    near zero.
+
+    There the jackknife fails, too: with :math:`\bar x \approx 0` no single probe matters, and what is left
+    is the noise of pairs. Its variance is the least that is allowed for.
+    """
+    summary = summarize([moment], lambda moments: moments[..., 0])
+    stderr = torch.maximum(summary.stderr.square(), moment.pair_variance()).sqrt()
+    sign = torch.where(summary.value < 0, -1.0, 1.0).to(summary.value)
+
+    def root(moments: Tensor) -> Tensor:
+        values = moments[..., 0]
+        return (values * (sign.unsqueeze(-1) if values.dim() > sign.dim() else sign)).clamp(min=0).sqrt()
+
+    of_root = summarize([moment], root)
+    of_root = replace(of_root, stderr=of_root.stderr * moment.root_factor, bend=None)
+    return replace(summary, stderr=stderr, root=of_root)
 
 
 def summarize(moments: Sequence[Moment], combine: Combination) -> Summary:
@@ -242,7 +294,6 @@ def interval_of(
     *,
     eps: float,
     bounds: tuple[float, float] = (-torch.inf, torch.inf),
-    quantile: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the interval that misses with a probability of at most ``level``.
 
@@ -251,19 +302,22 @@ def interval_of(
         level: Probability of a miss.
         eps: Rounding unit of the products.
         bounds: Least and greatest value that there is.
-        quantile: Half width in standard errors, if not that of quadratic forms.
 
     Returns:
         Both ends, ``(*batch)``: chance, curvature and rounding about the centre, the value included.
     """
-    if quantile is None:
-        quantile = extremal_quantile(level, summary.freedom + 1)
+    quantile = extremal_quantile(level, summary.freedom + 1)
     spread = torch.where(summary.stderr > 0, quantile * summary.stderr, 0.0)
     if summary.bend is not None:
         spread = spread + torch.where(summary.bend > 0, quantile**2 * summary.bend, 0.0)
     spread = spread + _ROUNDING * eps * summary.value.abs()
     centre = summary.value if summary.centre is None else summary.centre
-    return (
-        torch.minimum(centre - spread, summary.value).clamp(*bounds),
-        torch.maximum(centre + spread, summary.value).clamp(*bounds),
-    )
+    low, high = torch.minimum(centre - spread, summary.value), torch.maximum(centre + spread, summary.value)
+    if summary.root is not None:
+        near, far = (
+            end.square() for end in interval_of(summary.root, level, eps=eps, bounds=(0.0, torch.inf))
+        )
+        below = summary.value < 0
+        low = torch.minimum(low, torch.where(below, -far, near))
+        high = torch.maximum(high, torch.where(below, -near, far))
+    return low.clamp(*bounds), high.clamp(*bounds)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..vectors import Space
 from ._exact import ExactWork
-from ._moments import Moment, Summary, summarize
+from ._invariants import Invariants
+from ._moments import Moment, Pairs, Summary, summarize, summarize_product
 from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
-from ._quantities import Quantity, exact_cost, exact_moments
+from ._quantities import INNER, Quantity, exact_cost, exact_moments
 from ._request import Operand
 from ._sketch import SketchCore
 from ._stratified import Stratified, pays
@@ -44,7 +45,10 @@ class Sampler(Protocol):
         """Whether one direction of differentiation is all there may be, so that exactness is no way out."""
 
     def grow(self, columns: int) -> None:
-        """Go on to so many columns in all."""
+        """Go on to so many columns in all.
+
+        A sampler whose columns do not all cost a unit says with ``price(columns)`` what growing so far takes.
+        """
 
 
 class Plan(Protocol):
@@ -56,6 +60,10 @@ class Plan(Protocol):
     eps: float
     bounds: tuple[float, float]
     vector: bool
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """What is multiplied."""
 
     def exact_cost(self) -> float:
         """Return the passes of the exact value."""
@@ -69,8 +77,8 @@ class Plan(Protocol):
     def summary(self, sampler: Sampler) -> Summary:
         """Return the estimate as it stands."""
 
-    def preferred(self) -> str:
-        """Return the method of "auto" where exact is too dear."""
+    def choices(self) -> tuple[str, ...]:
+        """Return the methods of "auto" where exact is too dear: the first that passes pay for."""
 
 
 class ScalarPlan:
@@ -96,14 +104,21 @@ class ScalarPlan:
         self.quantity.require_defined(moments)
         return self.quantity.combine(moments)
 
-    def preferred(self) -> str:
-        if pays(self.operands):
-            return "stratified"
+    @property
+    def product_work(self) -> float:
+        """What a pass of a product costs in passes of exact work, which also multiplies tiles; measured."""
+        if not self.quantity.needs_pairs:
+            return 1.0
+        return 0.25 if all(operand.cache_cost for operand in self.operands) else 0.5
+
+    def choices(self) -> tuple[str, ...]:
+        first = ("stratified",) if pays(self.operands) else ()
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
         if any(info is not None and info.mode == "reverse" for info in infos):
-            return "reverse" if self.quantity.needs_pairs else "rhutch"
+            return (*first, "reverse" if self.quantity.needs_pairs else "rhutch")
         known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
-        return "sketch" if all(known) else "hutch++"  # K = J Jᵀ is known to be positive semidefinite
+        # K = J Jᵀ is known to be positive semidefinite
+        return (*first, "sketch" if all(known) else "hutch++", "hutchinson")
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
         if method == "stratified":
@@ -132,6 +147,10 @@ class ScalarPlan:
         assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
         moments: Sequence[Moment] = sampler.moments()
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
+        if isinstance(sampler, OneSidedPairs) and self.quantity is INNER:
+            (pairs,) = sampler.moments()
+            assert isinstance(pairs, Pairs | Invariants)
+            return summarize_product(pairs)
         if self.quantity.free is None:
             return summarize(moments, self.quantity.combine)
         free = summarize(moments, self.quantity.free)

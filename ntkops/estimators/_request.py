@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..engines import spare_passes
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.counting import column_space, multiply, product_cost, row_space
+from ..operators.counting import cache_cost, column_space, multiply, product_cost, row_space
 from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
 __all__ = ["Operand", "Request", "operands", "require_finite"]
 
 DEFAULT_RTOL = 1e-2
+_CACHE_SHARE = 0.25  # of the passes that are given, for caches that make the others faster
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ class Request:
         """Return the request with the generator of the first of the processes that share a space."""
         generator = space.common(self.generator)
         return replace(self, generator=generator, seed=generator.initial_seed())
+
+    def reserve(self, operands: Sequence[Operand]) -> int:
+        """Return the passes of the cap that are kept for caches; 0 where these would take much of it."""
+        if self.num_passes is None:
+            return 0
+        passes = math.ceil(sum(operand.cache_cost for operand in operands))
+        return passes if passes <= _CACHE_SHARE * self.num_passes else 0
+
+    def capped(self, reserve: int) -> AbstractContextManager[None]:
+        """Within it caches are made only from what is kept for them, if there is a cap."""
+        return nullcontext() if self.num_passes is None else spare_passes(reserve)
 
     def allows(self, passes: float) -> bool:
         """Whether so many passes in all stay below the cap."""
@@ -152,6 +166,7 @@ class Operand:
         self.dtype: torch.dtype = operator.dtype
         self.device = self.structure.device
         self.cost: int = product_cost(operator)
+        self.cache_cost: float = cache_cost(operator)
 
     @property
     def size(self) -> int:

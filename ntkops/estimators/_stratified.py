@@ -14,7 +14,7 @@ from ._moments import Summary
 from ._quantities import Inner, Quantity, Trace
 from ._request import Operand
 from ._stratified_frames import FrameMoments, extend_frames
-from ._stratified_grams import SampleGrams, Strata, sample_grams
+from ._stratified_grams import SampleGrams, Strata, gram_passes, sample_grams
 
 __all__ = ["Stratified", "pays"]
 
@@ -82,6 +82,11 @@ class Stratified:
         """Columns before the error is looked at for the first time."""
         return min(2, self.size)
 
+    def price(self, columns: int) -> int:
+        """Return the passes of going on to so many columns in all."""
+        fresh = min(columns, self.size) - self._frames.shape[-1]
+        return self.unit * gram_passes(self._strata.samples, max(fresh, 0), bool(self._pairs))
+
     def columns_for(self, rtol: float) -> float:
         """Return the columns that a tolerance takes at most, for samples that weigh the same.
 
@@ -99,7 +104,7 @@ class Stratified:
         if columns < self.least:
             raise InputError(
                 f"method='stratified' needs at least {self.least} columns for {self._quantity.name}, that is "
-                f"num_passes={self.least * self.unit}; {columns} can be paid for"
+                f"num_passes={self.price(self.least)}; {columns} can be paid for"
             )
         fresh = min(columns, self.size) - self._frames.shape[-1]
         if fresh <= 0:

@@ -17,7 +17,7 @@ from ..errors import InputError, UnsupportedOperationError
 from ..operators.structure import tile_slices
 from ._request import Operand, require_finite
 
-__all__ = ["SampleGrams", "Strata", "sample_grams"]
+__all__ = ["SampleGrams", "Strata", "gram_passes", "sample_grams"]
 
 _ENTRIES = 2**23  # entries of a Gram matrix that is held at a time
 
@@ -175,6 +175,18 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
     return SampleGrams(space.total(own), space.total(others + others.mT) / 2)
 
 
+def gram_passes(samples: int, columns: int, pairs: bool) -> int:
+    """Return the per-sample passes of one kernel that `sample_grams` makes for a block of columns."""
+    if not pairs or (samples * columns) ** 2 <= _ENTRIES:
+        return columns
+    return columns * max(1, -(-samples // _part(columns)) - 1)
+
+
+def _part(columns: int) -> int:
+    """Return the samples of a part, of which two make a tile."""
+    return max(1, math.isqrt(_ENTRIES) // (2 * columns))
+
+
 def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Yield ``(n, m, n', m)`` tiles on and above the diagonal, one for each kernel."""
     columns = frames.shape[-1]
@@ -182,7 +194,7 @@ def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[
         whole = slice(0, strata.samples)
         yield whole, whole, [strata.gram(k, frames) for k in range(len(strata.operands))]
         return
-    size = max(1, math.isqrt(_ENTRIES) // (2 * columns))
+    size = _part(columns)
     parts = list(tile_slices(strata.samples, size))
     seen: set[int] = set()
     kernels_of = strata.pair_reader()
@@ -203,7 +215,7 @@ def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[
 
 def _spread_tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Yield what `_tiles` does for samples over several processes: to each of them, an equal share."""
-    size, space = max(1, math.isqrt(_ENTRIES) // (2 * frames.shape[-1])), strata.operands[0].rows
+    size, space = _part(frames.shape[-1]), strata.operands[0].rows
     sources: list[Any] = [operand.structure for operand in strata.operands]
     for pairs in zip(*(source.sample_pairs(size) for source in sources), strict=True):
         one, other, _ = pairs[0]

@@ -79,7 +79,7 @@ class _Plan:
 
     def __init__(self, operand: Operand) -> None:
         operand.require_square(self.name)
-        self._operand = operand
+        self._operand, self.operands = operand, [operand]
         self.space, self.size = operand.rows, operand.rows.size
         self.eps = torch.finfo(operand.dtype).eps
 
@@ -94,8 +94,8 @@ class _Plan:
             whole[..., rows] = part
         return require_finite(whole, self.name)
 
-    def preferred(self) -> str:
-        return "hutchinson"
+    def choices(self) -> tuple[str, ...]:
+        return ("hutchinson",)
 
     def sampler(self, method: str, generator: torch.Generator) -> _Entries:
         return _Entries(self._operand, generator, forward=method == "fhutch")

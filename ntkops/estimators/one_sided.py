@@ -13,7 +13,7 @@ from ..results import Estimate
 from ..vectors import Space
 from ._driver import run
 from ._exact import ExactWork
-from ._moments import Pairs, Summary, summarize
+from ._moments import Pairs, Summary, summarize_product
 from ._request import DEFAULT_RTOL, Operand, Request
 
 __all__ = ["one_sided_product_trace"]
@@ -109,6 +109,7 @@ class _Plan:
 
     def __init__(self, factors: Sequence[Operand], *, forward: bool) -> None:
         self._factors, self._forward = factors, forward
+        self.operands = list(dict.fromkeys(factors))
         self.space = factors[0].rows
         self.size = 2**62  # no number of probes makes it exact
         self.eps = max(torch.finfo(factor.dtype).eps for factor in factors)
@@ -126,8 +127,8 @@ class _Plan:
     def exact(self, work: ExactWork) -> Tensor:
         raise AssertionError("never chosen: its cost is infinite")
 
-    def preferred(self) -> str:
-        return "forward" if self._forward else "reverse"
+    def choices(self) -> tuple[str, ...]:
+        return ("forward" if self._forward else "reverse",)
 
     def sampler(self, method: str, generator: torch.Generator) -> _FourFactors:
         spaces = self._space(0), self._space(1)
@@ -135,7 +136,7 @@ class _Plan:
 
     def summary(self, sampler: object) -> Summary:
         assert isinstance(sampler, _FourFactors)
-        return summarize([sampler.pairs()], lambda moments: moments[..., 0])
+        return summarize_product(sampler.pairs())
 
 
 class _FourFactors:

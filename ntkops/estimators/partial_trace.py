@@ -144,7 +144,7 @@ class _Plan:
     vector = True
 
     def __init__(self, operand: Operand, axes: StateAxes) -> None:
-        self._operand, self._axes = operand, axes
+        self._operand, self._axes, self.operands = operand, axes, [operand]
         self.space, self.size = operand.rows, axes.terms
         self.eps = torch.finfo(operand.dtype).eps
         self._traced = self._traced_kernel()
@@ -207,10 +207,10 @@ class _Plan:
                 total.index_add_(0, other * axes.size + one, block[row, column])
         return total.movedim(0, -1).reshape(*batch, axes.size, axes.size)
 
-    def preferred(self) -> str:
-        """Return the method of "auto" where exact is too dear."""
+    def choices(self) -> tuple[str, ...]:
+        """Return the methods of "auto" where exact is too dear."""
         by_samples = self._axes.over_samples and Strata.of([self._operand]) is not None
-        return "stratified" if by_samples else "hutchinson"
+        return ("stratified", "hutchinson") if by_samples else ("hutchinson",)
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
         """Return the source of probes."""

@@ -123,9 +123,14 @@ def spectral_density(
             sampled = _Rules(nodes, weights, [], True)
         else:
             steps = min(num_steps or _STEPS, operand.size)
-            with tqdm(desc="spectral density", unit="product", disable=not progress) as bar:
-                sampler = _Sampler(operand, asked.generator, steps, bar)
-                sampled = sampler.sample(_Target.of(operand, steps, num_probes, rtol, num_passes), frame)
+            reserve = asked.reserve([operand])
+            left = None if num_passes is None else num_passes - reserve
+            target = _Target.of(operand, steps, num_probes, rtol, left)
+            with (
+                asked.capped(reserve),
+                tqdm(desc="spectral density", unit="product", disable=not progress) as bar,
+            ):
+                sampled = _Sampler(operand, asked.generator, steps, bar).sample(target, frame)
     found = frame.summary(sampled, _LEVEL if rtol is None else sampled.level)
     exact = not sampled.jacobis
     if not sampled.converged:

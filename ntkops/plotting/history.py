@@ -38,7 +38,7 @@ def plot_history(
     label: str | None = None,
     **kwargs: Any,
 ) -> list[Axes]:
-    """Draw quantities against the step, one panel each, with two standard errors as bars.
+    """Draw quantities against the step, one panel each, with 95 % intervals as bars.
 
     Call it again with the same axes to compare runs. A quantity with several numbers at each step has a line
     for each; what is not defined (NaN) is left out. Values that span decades get a logarithmic axis.
@@ -77,13 +77,12 @@ def plot_history(
     columns = {name: history[name] for name in names}
     panels = _panels(axes, len(names))
     for ax, (name, values) in zip(panels, columns.items(), strict=True):
-        errors = history.stderrs[name]
-        lines = values.flatten(1).numpy() if values.dim() > 1 else values[:, None].numpy()
-        bars = errors.flatten(1).numpy() if errors.dim() > 1 else errors[:, None].numpy()
+        lines = values.reshape(len(values), -1).numpy()
+        ends = history.intervals[name].reshape(len(values), 2, -1).numpy()
         start = len(ax.containers)  # one for each line of an earlier call
         for number in range(lines.shape[1]):
             shown = label if number == 0 else "_more"
-            _draw(ax, history.steps, lines[:, number], bars[:, number], start + number, shown, kwargs)
+            _draw(ax, history.steps, lines[:, number], ends[:, :, number], start + number, shown, kwargs)
         drawn = lines[np.isfinite(lines)]
         if drawn.size and (drawn > 0).all():
             logarithmic(ax, drawn)
@@ -114,14 +113,15 @@ def _draw(
     ax: Axes,
     steps: Sequence[float],
     values: np.ndarray,
-    errors: np.ndarray,
+    ends: np.ndarray,
     position: int,
     label: str | None,
     kwargs: dict[str, Any],
 ) -> None:
     shown = np.isfinite(values)
     style = {**line_style(position), "marker": marker(position), "markersize": 4, "capsize": 2, **kwargs}
-    bars = 2 * np.where(np.isfinite(errors), errors, 0.0)[shown]
+    bars = np.abs(ends - values[:, None])[shown].T
+    bars = np.where(np.isfinite(bars), bars, 0.0)
     ax.errorbar(
         np.asarray(steps, float)[shown],
         values[shown],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from ..results import Eigenpairs, Estimate, TruncationRank
+from ..results.estimate import format_with_interval
 from .measures import KernelReport, Report
 
 if TYPE_CHECKING:
@@ -19,28 +20,31 @@ _LEADING = 5
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """Return value and standard error to the digits that the error leaves meaningful.
+    """Return value and 95 % interval to the digits that the interval leaves meaningful.
 
     Args:
         estimate: A scalar estimate.
 
     Returns:
-        One line, six digits if exact; the error has two.
+        One line, six digits if exact; half of the interval's width has two.
 
     Example:
         >>> import torch
         >>> from ntkops.report import format_estimate
         >>> from ntkops.results import Estimate
         >>> value, error = torch.tensor(1234.5678), torch.tensor(0.25)
-        >>> noisy = Estimate(value, error, (value - error, value + error), "hutchinson", False, 20)
+        >>> noisy = Estimate(value, error, (value - 2 * error, value + 2 * error), "hutchinson", False, 20)
         >>> format_estimate(noisy), format_estimate(Estimate.of_exact(value, passes=3))
-        ('1234.57 ± 0.25', '1234.57')
+        ('1234.57 (1234.07 to 1235.07)', '1234.57')
     """
-    return format_with_error(float(estimate), float(estimate.stderr))
+    if estimate.exact:
+        return f"{float(estimate):.6g}"
+    value, low, high = format_with_interval(float(estimate), *(float(end) for end in estimate.interval))
+    return f"{value} ({low} to {high})"
 
 
 def format_with_error(value: float, error: float) -> str:
-    """Return ``value ± error``, the value rounded to the second digit of the error, but not beyond seven.
+    """Return ``value ± bound`` of an eigenvalue, to the second digit of the bound, at most seven digits.
 
     Example:
         >>> from ntkops.report.table import format_with_error

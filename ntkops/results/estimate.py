@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import EstimateError
+from ..errors import EstimateError, ShapeError
 
-__all__ = ["Estimate"]
+__all__ = ["Estimate", "format_with_interval"]
 
-
-def _scaled(value: Any, factor: float) -> Any:
-    return None if value is None else value * factor
+_Arithmetic = Callable[[Any, Any], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """A number with its error and what it cost.
+
+    Exact estimates are numbers: they are added, multiplied, divided, raised to powers and compared with
+    each other, with their passes added. One that is not exact takes exact numbers as terms and factors,
+    compares where its interval decides, and is refused everything else, since errors may be correlated.
+    What is printed is the 95 % interval, not ± one standard error: with few probes an interval is many of
+    them wide. ``==`` is identity, as for tensors that carry an error.
 
     Attributes:
         value: The estimate: float64, shape () or the operator's batch shape.
@@ -36,9 +44,13 @@ class Estimate:
     Example:
         >>> import torch
         >>> from ntkops.results import Estimate
-        >>> e = Estimate.of_exact(torch.tensor(2.0), passes=3)
-        >>> float(e), float((10 * e).value), e.exact
-        (2.0, 20.0, True)
+        >>> part = Estimate.of_exact(torch.tensor(2.0), passes=3)
+        >>> whole = Estimate.of_exact(torch.tensor(8.0), passes=3)
+        >>> part / whole, part < whole, f"{10 * part:.1f}"
+        (0.25 (exact, 6 passes), True, '20.0')
+        >>> value = torch.tensor(100.0)
+        >>> Estimate(value, value / 50, (value - 7, value + 7), "hutch++", False, passes=9)
+        100.0 (95 %: 93.0 to 107.0, hutch++, 9 passes)
     """
 
     value: Tensor
@@ -64,6 +76,8 @@ class Estimate:
             seconds=seconds,
         )
 
+    # as a number
+
     def __float__(self) -> float:
         """Return the value where it is a scalar."""
         if self.value.numel() != 1:
@@ -72,45 +86,154 @@ class Estimate:
             )
         return float(self.value.detach())
 
-    def __mul__(self, factor: float) -> Estimate:
+    def item(self) -> float:
+        """Return the value where it is a scalar, as a tensor does."""
+        return float(self)
+
+    def __round__(self, digits: int | None = None) -> float:
+        """Round the value where it is a scalar."""
+        return round(float(self), digits)
+
+    # arithmetic
+
+    def __add__(self, other: Any) -> Estimate:
+        """Add an exact number; two estimates only where one of them is exact."""
+        return self._combined(other, operator.add, "+", affine=True)
+
+    def __radd__(self, other: Any) -> Estimate:
+        """Add an exact number."""
+        return self + other
+
+    def __sub__(self, other: Any) -> Estimate:
+        """Subtract an exact number."""
+        return self._combined(other, operator.sub, "-", affine=True)
+
+    def __rsub__(self, other: Any) -> Estimate:
+        """Subtract from an exact number."""
+        return -self + other
+
+    def __mul__(self, factor: Any) -> Estimate:
         """Scale value, error and interval by an exact number."""
-        if isinstance(factor, Estimate):
-            raise self._combination("*")
-        if not isinstance(factor, (int, float)):
-            return NotImplemented
-        low, high = (_scaled(end, factor) for end in self.interval)
-        return dataclasses.replace(
-            self,
-            value=self.value * factor,
-            stderr=self.stderr * abs(factor),
-            interval=(low, high) if factor >= 0 else (high, low),
-        )
+        return self._combined(factor, operator.mul, "*", affine=True)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: Any) -> Estimate:
+        """Scale by an exact number."""
+        return self * factor
 
-    def __truediv__(self, divisor: float) -> Estimate:
+    def __truediv__(self, divisor: Any) -> Estimate:
         """Divide by an exact number."""
-        if isinstance(divisor, Estimate):
-            raise self._combination("/")
-        if not isinstance(divisor, (int, float)):
-            return NotImplemented
-        return self * (1.0 / divisor)
+        return self._combined(divisor, operator.truediv, "/", affine=True)
+
+    def __rtruediv__(self, number: Any) -> Estimate:
+        """Divide a number by an exact estimate."""
+        return self._combined(number, lambda own, other: other / own, "/", affine=False)
+
+    def __pow__(self, power: Any) -> Estimate:
+        """Raise an exact estimate to a power."""
+        return self._combined(power, operator.pow, "**", affine=False)
 
     def __neg__(self) -> Estimate:
         """Flip the sign."""
         return self * -1.0
 
-    def _refuse(self, other: object) -> Estimate:
-        raise self._combination("+, -, **, <, > or /")
+    def _combined(self, other: Any, function: _Arithmetic, symbol: str, *, affine: bool) -> Estimate:
+        """Return a function of this estimate and another number.
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = __pow__ = _refuse
+        Args:
+            other: A number or an estimate.
+            function: Of both values.
+            symbol: How messages call it.
+            affine: Whether it is affine and increasing or decreasing in either of them, the other held, so
+                that the ends of an interval become those of the result.
 
-    def _combination(self, symbol: str) -> EstimateError:
-        return EstimateError(
-            f"an Estimate does not go into {symbol} with another number or estimate, since the errors "
-            "may be correlated: use ntkops.alignment or ntkops.effective_rank for those ratios, or "
-            "take .value and .stderr and combine them yourself"
+        Raises:
+            EstimateError: If errors would have to be combined.
+            ShapeError: If the shapes do not fit together.
+        """
+        if isinstance(other, Estimate):
+            if not other.exact and self.exact and symbol in ("+", "*"):
+                return other._combined(self, function, symbol, affine=affine)
+            if not other.exact and self.exact and symbol == "-":
+                return -other + self
+            if not other.exact:
+                raise self._refusal(symbol)
+            number: Any = other.value
+            passes, seconds = other.passes, other.seconds
+        elif isinstance(other, Real) or isinstance(other, Tensor) and other.dim() == 0:
+            number, passes, seconds = other, 0, 0.0
+        else:
+            return NotImplemented
+        if not (self.exact or affine):
+            raise self._refusal(symbol)
+        try:
+            value = function(self.value, number)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"estimates of shapes {tuple(self.value.shape)} and {tuple(number.shape)} do not fit together"
+            ) from error
+        passes, seconds = self.passes + passes, self.seconds + seconds
+        if self.exact:
+            return Estimate.of_exact(value, passes=passes, seconds=seconds, method=self.method)
+        one, two = (function(end, number) for end in self.interval)
+        slope = torch.ones_like(value) if symbol in ("+", "-") else function(torch.ones_like(value), number)
+        interval = torch.minimum(one, two), torch.maximum(one, two)
+        return dataclasses.replace(
+            self,
+            value=value,
+            stderr=self.stderr * slope.abs(),
+            interval=interval,
+            passes=passes,
+            seconds=seconds,
         )
+
+    def _refusal(self, symbol: str) -> EstimateError:
+        return EstimateError(
+            f"an Estimate that is not exact does not go into {symbol} with another estimate, a power or "
+            "a divisor, since errors may be correlated: use ntkops.alignment or ntkops.effective_rank for "
+            "those ratios, take method='exact', or combine .value and .interval yourself"
+        )
+
+    # comparison
+
+    def __lt__(self, other: Any) -> bool:
+        """Whether the value is below another number, where the intervals decide."""
+        return self._decided(other, operator.lt)
+
+    def __le__(self, other: Any) -> bool:
+        """Whether the value is at most another number, where the intervals decide."""
+        return self._decided(other, operator.le)
+
+    def __gt__(self, other: Any) -> bool:
+        """Whether the value is above another number, where the intervals decide."""
+        return self._decided(other, operator.gt)
+
+    def __ge__(self, other: Any) -> bool:
+        """Whether the value is at least another number, where the intervals decide."""
+        return self._decided(other, operator.ge)
+
+    def _decided(self, other: Any, holds: Callable[[float, float], bool]) -> bool:
+        if isinstance(other, Estimate):
+            there = other._ends()
+        elif isinstance(other, Real) or isinstance(other, Tensor) and other.dim() == 0:
+            there = (float(other),) * 2
+        else:
+            return NotImplemented
+        here = self._ends()
+        found = {holds(one, two) for one in here for two in there}
+        if len(found) == 2:
+            raise EstimateError(
+                f"the 95 % interval from {here[0]:.6g} to {here[1]:.6g} does not decide a comparison with "
+                + (f"{there[0]:.6g}" if there[0] == there[1] else f"{there[0]:.6g} to {there[1]:.6g}")
+                + ": ask for a smaller rtol, or compare float(estimate)"
+            )
+        return found.pop()
+
+    def _ends(self) -> tuple[float, float]:
+        float(self)  # refuses what is no scalar
+        low, high = (float(end.detach()) for end in self.interval)
+        return low, high
+
+    # as text
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, ready for JSON."""
@@ -126,9 +249,69 @@ class Estimate:
             "seconds": self.seconds,
         }
 
+    def __format__(self, spec: str) -> str:
+        """Format the value, and beside it the ends of the interval if it is not exact."""
+        if not spec:
+            return str(self)
+        value = format(float(self), spec)
+        if self.exact:
+            return value
+        low, high = (format(end, spec).strip() for end in self._ends())
+        return f"{value} (95 %: {low} to {high})"
+
     def __str__(self) -> str:
-        """Show the value with its error, method and passes."""
+        """Show the value with its 95 % interval, method and passes."""
+        notes = [] if self.method == "exact" else [self.method]
+        notes.append(f"{self.passes} passes")
+        if not self.converged:
+            notes.append("not converged")
         if self.value.numel() != 1:
-            return f"Estimate(shape={tuple(self.value.shape)}, method={self.method!r}, passes={self.passes})"
-        error = "exact" if self.exact else f"± {float(self.stderr):.2g}"
-        return f"{float(self.value.detach()):.6g} ({error}, {self.method}, {self.passes} passes)"
+            return f"{self._range()} ({', '.join(notes)})"
+        if self.exact:
+            return f"{float(self):.6g} ({', '.join(['exact', *notes])})"
+        value, low, high = format_with_interval(float(self), *self._ends())
+        return f"{value} ({', '.join([f'95 %: {low} to {high}', *notes])})"
+
+    __repr__ = __str__
+
+    def _range(self) -> str:
+        """Describe many values by the least and the greatest, and by the widest interval."""
+        values, (low, high) = self.value.detach(), self.interval
+        text = f"Estimate of shape {tuple(values.shape)}"
+        if not values.numel():
+            return text
+        text += f", {float(values.min()):.4g} to {float(values.max()):.4g}"
+        if self.exact:
+            return f"{text}, exact"
+        return f"{text}, 95 % within ± {float((high - low).detach().max()) / 2:.2g}"
+
+
+def format_with_interval(value: float, low: float, high: float) -> tuple[str, str, str]:
+    """Return a value and the ends of its interval, to the second digit of the interval's half width.
+
+    Args:
+        value: The value.
+        low: Low end.
+        high: High end.
+
+    Returns:
+        Three numbers as text, none with more than seven digits.
+
+    Example:
+        >>> from ntkops.results.estimate import format_with_interval
+        >>> format_with_interval(202661.3, 201822.7, 203499.9)
+        ('202660', '201820', '203500')
+        >>> format_with_interval(0.974534, 0.974113, 1.0)
+        ('0.975', '0.974', '1.000')
+    """
+    half = (high - low) / 2
+    size = max((abs(number) for number in (value, low, high) if math.isfinite(number)), default=0.0)
+    if not 0 < half < math.inf or not size:
+        return f"{value:.6g}", f"{low:.6g}", f"{high:.6g}"
+    leading = math.floor(math.log10(size))
+    places = min(1 - math.floor(math.log10(half)), 6 - leading)
+    if 1e-4 < size < 1e7:
+        shown = [f"{round(number, places):.{max(places, 0)}f}" for number in (value, low, high)]
+    else:
+        shown = [f"{number:.{max(0, places + leading)}e}" for number in (value, low, high)]
+    return shown[0], shown[1], shown[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .estimate import Estimate
+from .estimate import Estimate, format_with_interval
 
 __all__ = ["History"]
 
@@ -34,6 +34,7 @@ class History:
         steps: R steps, in the order in which they were recorded.
         values: Name to ``(R, *shape)`` float64; NaN where a quantity is not defined.
         stderrs: Name to the standard errors, same shapes; 0 where exact.
+        intervals: Name to the low and high ends of the 95 % intervals, ``(R, 2, *shape)``.
         exact: Name to ``(R,)``: whether a value is exact up to rounding.
         converged: Name to ``(R,)``: False where passes ran out before the tolerance was met.
         passes: Name to ``(R,)`` int64: passes that were made.
@@ -57,6 +58,7 @@ class History:
     steps: tuple[Step, ...]
     values: Mapping[str, Tensor]
     stderrs: Mapping[str, Tensor]
+    intervals: Mapping[str, Tensor]
     exact: Mapping[str, Tensor]
     converged: Mapping[str, Tensor]
     passes: Mapping[str, Tensor]
@@ -65,7 +67,7 @@ class History:
     @classmethod
     def empty(cls, quantities: list[str] | tuple[str, ...], seed: int | None = None) -> History:
         """Return a table without rows."""
-        return cls(tuple(quantities), (), {}, {}, {}, {}, {}, seed)
+        return cls(tuple(quantities), (), {}, {}, {}, {}, {}, {}, seed)
 
     def appended(self, step: Step, row: Mapping[str, Estimate]) -> History:
         """Return the table with one more row.
@@ -93,6 +95,9 @@ class History:
             columns[name] = {
                 "values": value,
                 "stderrs": cell.stderr.detach().cpu().double().expand_as(value),
+                "intervals": torch.stack(
+                    [end.detach().cpu().double().expand_as(value) for end in cell.interval]
+                ),
                 "exact": torch.tensor(cell.exact),
                 "converged": torch.tensor(cell.converged),
                 "passes": torch.tensor(cell.passes),
@@ -143,8 +148,8 @@ class History:
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the table as comma-separated values, and write it where a path is given.
 
-        Each quantity has a column of its values and one of its standard errors; one with a shape has these
-        for each entry, as in ``top_eigenvalues[0]``. Numbers are written in full.
+        Each quantity has columns of its values, its standard errors and the ends of its 95 % intervals; one
+        with a shape has these for each entry, as in ``top_eigenvalues[0]``. Numbers are written in full.
 
         Args:
             path: File to write; None for none.
@@ -155,34 +160,35 @@ class History:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         flat = self._flat()
-        writer.writerow(["step", *(title for name in flat for title in (name, f"{name}_stderr"))])
+        ends = ("", "_stderr", "_low", "_high")
+        writer.writerow(["step", *(f"{name}{end}" for name in flat for end in ends)])
         for row, step in enumerate(self.steps):
-            cells = (repr(float(number)) for pair in flat.values() for number in (pair[0][row], pair[1][row]))
+            cells = (repr(float(column[row])) for columns in flat.values() for column in columns)
             writer.writerow([step, *cells])
         if path is not None:
             Path(path).write_text(text.getvalue(), encoding="utf-8")
         return text.getvalue()
 
-    def _flat(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return values and errors ``(R,)`` of every number of a row by its title."""
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+    def _flat(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return values, errors and ends ``(R,)`` of every number of a row by its title."""
+        found: dict[str, tuple[Tensor, ...]] = {}
         for name, values in self.values.items():
-            errors = self.stderrs[name]
+            columns = values, self.stderrs[name], *self.intervals[name].unbind(1)
             if values.dim() == 1:
-                found[name] = values, errors
+                found[name] = columns
                 continue
-            wide, wide_errors = values.flatten(1), errors.flatten(1)
-            for position in range(wide.shape[1]):
-                found[f"{name}[{position}]"] = wide[:, position], wide_errors[:, position]
+            wide = [column.flatten(1) for column in columns]
+            for position in range(wide[0].shape[1]):
+                found[f"{name}[{position}]"] = tuple(column[:, position] for column in wide)
         return found
 
     def __str__(self) -> str:
-        """Show a line for each row; a value with an error shows it."""
+        """Show a line for each row; a value that is not exact shows its 95 % interval."""
         flat = self._flat()
         columns = [["step", *(f"{step:g}" for step in self.steps)]]
-        for name, (values, errors) in flat.items():
-            pairs = zip(values.tolist(), errors.tolist(), strict=True)
-            columns.append([name, *(_cell(value, error) for value, error in pairs)])
+        for name, (values, _, lows, highs) in flat.items():
+            cells = zip(values.tolist(), lows.tolist(), highs.tolist(), strict=True)
+            columns.append([name, *(_cell(*cell) for cell in cells)])
         widths = [max(map(len, column)) for column in columns]
         lines = zip(*columns, strict=True)
         return "\n".join(
@@ -194,12 +200,15 @@ class History:
         return f"History({len(self)} rows, quantities={list(self.quantities)})"
 
 
-_PARTS = ("values", "stderrs", "exact", "converged", "passes")
+_PARTS = ("values", "stderrs", "intervals", "exact", "converged", "passes")
 
 
 def _grow(known: Tensor | None, fresh: Tensor) -> Tensor:
     return fresh[None].clone() if known is None else torch.cat([known, fresh[None]])
 
 
-def _cell(value: float, error: float) -> str:
-    return f"{value:.6g}" if error == 0 else f"{value:.6g} ± {error:.2g}"
+def _cell(value: float, low: float, high: float) -> str:
+    if not low < high:
+        return f"{value:.6g}"
+    shown = format_with_interval(value, low, high)
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"

@@ -18,7 +18,7 @@ from ..results import History
 __all__ = ["Ledger", "data_digest", "parameter_digest", "structure_of"]
 
 KIND = "track"
-_COLUMNS = ("values", "stderrs", "exact", "converged", "passes")
+_COLUMNS = ("values", "stderrs", "intervals", "exact", "converged", "passes")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 

@@ -33,6 +33,7 @@ def test_a_small_run(coverage, tmp_path, capsys):
         "norm",
         "effective rank",
         "alignment",
+        "inner",
     }
     assert all(0 <= entry["covered"] <= 5 == entry["repetitions"] for entry in result["entries"])
     assert not result["failures"]
@@ -48,4 +49,4 @@ def test_an_interval_that_misses_fails(coverage):
         return coverage.ntkops.trace(operator) * 2.0
 
     entry = coverage.measure(wrong, [coverage.torch.eye(3)], 3.0, 20)
-    assert entry["covered"] == 0 and coverage._fails(entry)
+    assert entry["covered"] == 0 and coverage._failures([entry])

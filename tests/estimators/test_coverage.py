@@ -99,3 +99,52 @@ def test_a_stationary_quantity_has_an_error():
         ).interval
         covered += float(low) <= exact <= float(high)
     assert accepted(covered), covered
+
+
+def one_large(n, size):
+    """Two kernels alike: one sample has a long gradient."""
+    first = torch.eye(n, dtype=torch.float64)
+    first[7] *= size
+    return first, first + 0.3 * torch.randn(n, n, generator=generator(77), dtype=torch.float64) * size / n
+
+
+def orthogonal_ones(n):
+    """Two kernels of rank one, nearly orthogonal: the noise is that of pairs of probes."""
+    first, second = torch.randn(2, n, n, generator=generator(3), dtype=torch.float64)
+    first[:, 1:], second[:, 1:] = 0, 0
+    return first, second
+
+
+@pytest.mark.parametrize("passes", [8, 24, 60])
+@pytest.mark.parametrize(
+    "pair",
+    [one_large(48, 1e4), one_large(48, 11.0), orthogonal_ones(48)],
+    ids=["rank one", "one sample", "orthogonal"],
+)
+@pytest.mark.parametrize("method", ["reverse", "forward", "wide forward", "hutchinson"])
+def test_inner_products_cover_with_few_probes(method, pair, passes):
+    first, second = pair
+    if method == "wide forward":  # other numbers of parameters: probes of their own
+        second = torch.cat([second, torch.zeros(len(second), 2, dtype=torch.float64)], dim=1)
+    runs = 500
+    truth = float(((first @ first.T) * (second @ second.T)).sum())
+    kernels = [Factored(factor.expand(runs, *factor.shape)) for factor in (first, second)]
+    options = {"method": method.removeprefix("wide "), "num_passes": passes * runs}
+    low, high = ntkops.inner(*kernels, generator=generator(0), **options).interval
+    covered = int(((low <= truth) & (truth <= high)).sum())
+    assert scipy.stats.binom.cdf(covered, runs, 0.93) > 1e-2, covered
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_traces_of_products_cover_with_few_probes(direction, sign):
+    one = torch.randn(20, 20, generator=generator(1), dtype=torch.float64)
+    one[:, 1:] = 0  # rank one
+    truth = sign * float((one @ one.T @ one @ one.T).trace())
+    covered = 0
+    for seed in range(300):
+        low, high = ntkops.one_sided_product_trace(
+            one, one, sign * one, one, direction=direction, num_passes=24, generator=generator(seed)
+        ).interval
+        covered += float(low) <= truth <= float(high)
+    assert scipy.stats.binom.cdf(covered, 300, 0.93) > 1e-2, covered
