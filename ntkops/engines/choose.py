@@ -254,18 +254,25 @@ def _activation_bytes(linearization: Linearization, params: Parameters, batch: B
     """Return the bytes that a forward pass saves for its backward pass, for each sample."""
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in params}
+    held: list[list[Tensor]] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> list[Tensor]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        held.append([tensor])
+        return held[-1]
 
     samples = 1
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda holder: holder[0]):
             output = linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
             samples = max(len(output), 1)
     except (RuntimeError, NotImplementedError, TypeError):
         return max(1, sum(t.nbytes for t in batch.tensors) // samples)
+    finally:
+        # A node that saves its own result and the result that holds the node live for ever: no garbage
+        # collector sees through both. Emptied, the holders let go of them.
+        for holder in held:
+            holder.clear()
     return max(1, sum(saved.values()) // samples)

@@ -18,57 +18,14 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import ShapeError, SingularKernelError, UnsupportedOperationError
+from ..errors import DenseMemoryError, ShapeError, SingularKernelError
+from .expression import Expression
 
 __all__ = ["DenseFallbacks"]
 
-_INVERSE = "no inverse is formed; use K.add_jitter(ridge).solve(b), or torch.linalg.inv(K.to_dense())"
-_WAYS_OUT = {
-    "inverse": _INVERSE,
-    "inv": _INVERSE,
-    "pinv": _INVERSE,
-    "pinverse": _INVERSE,
-    "det": "use K.add_jitter(ridge).logdet()",
-    "slogdet": "use K.add_jitter(ridge).logdet()",
-    "trace": "use ntkops.trace(K)",
-    "norm": "use ntkops.frobenius_norm(K), or ntkops.eigsh(K) for the spectral norm",
-    "matrix_norm": "use ntkops.frobenius_norm(K), or ntkops.eigsh(K) for the spectral norm",
-    "matrix_rank": "use ntkops.truncation_rank(K) or ntkops.effective_rank(K)",
-    "cholesky": "use K.cholesky()",
-}
 
-
-class DenseFallbacks(LinearOperator):
+class DenseFallbacks(Expression):
     """Factorisations, solves and functions of a matrix through the guarded dense matrix."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer torch's functions as far as they have a form for operators.
-
-        Args:
-            func: The function of torch.
-            types: Types of the arguments.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-
-        Returns:
-            What the method of that name returns.
-
-        Raises:
-            UnsupportedOperationError: For others, with the way to what they are usually wanted for.
-        """
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        except NotImplementedError as error:
-            name = getattr(func, "__name__", str(func)).removeprefix("linalg_")
-            if not str(error).startswith("torch.") or name == "solve_triangular":  # whose type is specified
-                raise
-            way_out = _WAYS_OUT.get(name, "apply it to K.to_dense(), where that fits")
-            raise UnsupportedOperationError(
-                f"torch's {name} has no form for a {cls.__name__}: {way_out}"
-            ) from error
 
     def _factor(self) -> Tensor:
         """Return the lower Cholesky factor, without any hidden jitter."""
@@ -175,7 +132,12 @@ class DenseFallbacks(LinearOperator):
         return super().diagonalization(method or "symeig")
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
-        return DenseLinearOperator(self.to_dense() * to_dense(other))
+        try:
+            return DenseLinearOperator(self.to_dense() * to_dense(other))
+        except DenseMemoryError as error:
+            raise DenseMemoryError(
+                f"the product of two operators, entry by entry, has no lazy form (K @ K2 has): {error}"
+            ) from error
 
     def numpy(self) -> Any:
         """Return the dense matrix as a NumPy array."""

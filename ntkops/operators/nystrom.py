@@ -15,9 +15,6 @@ from torch import Tensor
 from ..engines import format_bytes, tensor_bytes
 from ..errors import (
     DenseMemoryError,
-    DeviceError,
-    DtypeError,
-    ShapeError,
     SingularKernelError,
     UnsupportedOperationError,
 )
@@ -121,35 +118,6 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
 
     def _transpose_nonbatch(self) -> Self:
         return self if self.symmetric else self._like(self._right, self._left)
-
-    def _check(self, other: Tensor) -> None:
-        rows = other.shape[0] if other.dim() == 1 else other.shape[-2] if other.dim() > 1 else None
-        if rows != self.shape[-1]:
-            raise ShapeError(f"expected {self.shape[-1]} rows, got {tuple(other.shape)}")
-        if other.dtype != self.dtype:
-            raise DtypeError(
-                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
-            )
-        if other.device != self.device:
-            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
-
-    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
-        """Multiply with a vector, a block of columns, or another operator (lazily).
-
-        Args:
-            other: ``(n,)``, ``(*batch, n, k)``, or a LinearOperator.
-
-        Returns:
-            ``(n,)``, ``(*batch, n, k)``, or a lazy product. Cost: four passes a column.
-
-        Raises:
-            ShapeError: If the number of rows does not fit.
-            DtypeError: If the dtype differs from the operator's.
-            DeviceError: If the device differs from the operator's.
-        """
-        if isinstance(other, Tensor):
-            self._check(other)
-        return super().matmul(other)
 
     def cross(self, x: Any) -> NystromOperator:
         """Return K_*Z K_ZZ⁺ K_ZX between new samples and this kernel's columns.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engines import shared_store, tensor_bytes
-from ..errors import InputError, ShapeError, UnsupportedOperationError
+from ..errors import InputError, UnsupportedOperationError
 from ..projections import Projection
 from ._projected_features import feature_rows
 from ._projected_maps import MatrixProjection, as_projection
@@ -55,11 +55,10 @@ class _ProjectedOperator(EngineOperator):
             f"{self.dtype}, {self.device})"
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the operator on another device or in another floating dtype; see `EngineOperator.to`."""
-        moved = super().to(*args, **kwargs)
-        if moved is not self and isinstance(self.projection, MatrixProjection):
-            projection = self.projection.to(moved.dtype, moved.device)
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        moved = super()._moved(dtype, device)
+        if isinstance(self.projection, MatrixProjection):
+            projection = self.projection.to(dtype, device)
             moved = moved._rebuild(dataclasses.replace(moved._core, projection=projection))
         return moved
 
@@ -137,11 +136,8 @@ class FeatureOperator(_ProjectedOperator):
     def _is_transposed(self) -> bool:
         return isinstance(self._core.columns, StateAxis)
 
-    def _check_operand(self, other: Tensor) -> None:
-        length = self._core.columns.length
-        if not self._is_transposed and other.dim() and other.shape[-2 if other.dim() > 1 else 0] != length:
-            raise ShapeError(f"expected {length} rows (the projected features), got {tuple(other.shape)}")
-        super()._check_operand(other)
+    def _described_rows(self) -> str:
+        return super()._described_rows() if self._is_transposed else " (the projected features)"
 
     def _dense_key(self) -> tuple[object, ...] | None:
         return None  # features are kept once, whichever way they are looked at
@@ -238,7 +234,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
                 return self._lazy_product(self._args, rhs)
             right = self._make_features(self._columns)
             left = right if self._core.symmetric else self._make_features(self._rows)
-            return left @ (right.mT @ rhs)
+            return self._checked(left @ (right.mT @ rhs), rhs)
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._rows, self._columns
