@@ -220,7 +220,9 @@ class AutogradEngine(EngineSizes):
     def _split(self, tangents: Tensor) -> Parameters:
         sizes, shapes = self.linearization.sizes, self.linearization.shapes
         pieces = tangents.split(list(sizes), dim=1)
-        return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return tuple(
+            piece.reshape(len(tangents), *shape) for piece, shape in zip(pieces, shapes, strict=True)
+        )
 
     # per-sample gradients and what is made of them
 
@@ -251,7 +253,7 @@ class AutogradEngine(EngineSizes):
                 cotangents[start:stop],
                 self.ladder.columns,
             )
-            return torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1)
+            return torch.cat([g.flatten(2) for g in gradients], dim=-1)
 
         with self.linearization.safe_context():
             parts = [found for _, _, found in self.over_samples(inputs, part)]

@@ -143,11 +143,13 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._catalogue, self._expansions = catalogue, expansions
-        self._leaves = {id(leaf): index for index, leaf in enumerate(leaves)}
+        # A parameter without entries has no gradient that a rule would have to know.
+        filled = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.numel()]
+        self._leaves = {id(leaf): index for index, leaf in filled}
         # The tensors are kept, so that no identity is met twice.
         self._tracked: dict[int, tuple[Tensor, Place]] = {
             id(leaf): (leaf, Place(index, False, 0, leaf.shape[0] if leaf.dim() else 1))
-            for index, leaf in enumerate(leaves)
+            for index, leaf in filled
         }
         self._traced: list[_Traced] = []
         self._aliases: dict[int, int] = {}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..engines import shared_store, tensor_bytes
 from ..errors import InputError, UnsupportedOperationError
-from ..projections import Projection
+from ..projections import SJLT, Projection
+from ..vectors import resolve_generator
 from ._projected_features import feature_rows
 from ._projected_maps import MatrixProjection, as_projection
 from ._projected_operator import ProjectionOperator
@@ -275,7 +276,11 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
 
 
 def projected_ntk(
-    K: NTKOperator, projection: Any, *, max_dense_bytes: int | Literal["auto"] | None = None
+    K: NTKOperator,
+    projection: Any,
+    *,
+    max_dense_bytes: int | Literal["auto"] | None = None,
+    generator: torch.Generator | None = None,
 ) -> ProjectedNTKOperator:
     r"""Return the kernel that is seen through a projection, :math:`J P^\top P J^\top`, lazily.
 
@@ -288,10 +293,12 @@ def projected_ntk(
         K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs; over a process group too,
             where products then sum k numbers a column over ranks. All outputs, and the
             samples of `cross`, meet the same P.
-        projection: One of `ntkops.projections` with dim P, or a constant ``(k, P)`` tensor or
-            LinearOperator in the dtype of K.
+        projection: One of `ntkops.projections` with dim P; a number k, for a random `SJLT` to k features;
+            or a constant ``(k, P)`` tensor or LinearOperator in the dtype of K.
         max_dense_bytes: Largest dense result, the features among them; None for that of K. At 0 features
             are never kept, and products go through J and P.
+        generator: CPU generator from which the seed of a projection given by its k is drawn; None for a
+            fresh one. ``.projection.seed`` is the seed.
 
     Returns:
         `ProjectedNTKOperator`, the shape of K. Cost of the features: one per-sample pass for each output
@@ -299,7 +306,8 @@ def projected_ntk(
         gradients, never N x P.
 
     Raises:
-        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects.
+        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects; or if a
+            generator is given with a projection that is fixed.
         ShapeError: If the projection does not take P entries.
         DtypeError: If a given matrix has another dtype than K.
         DeviceError: If a given matrix lives on another device.
@@ -316,16 +324,22 @@ def projected_ntk(
         >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape
         (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
     """
+    known = isinstance(K, NTKOperator) and not isinstance(K, ProjectedNTKOperator)
+    if not known and not isinstance(K, ShardedKernelOperator):
+        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
+        raise InputError(
+            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
+        )
+    if isinstance(projection, int) and not isinstance(projection, bool):
+        shared = K.space.common(resolve_generator(generator)[0])  # one seed for all ranks
+        projection = SJLT(K.num_parameters, projection, nonzeros=max(1, min(4, projection)), generator=shared)
+    elif generator is not None:
+        raise InputError("generator draws a projection that is given by its k; this one is fixed")
     if isinstance(K, ShardedKernelOperator):
         from .sharded.projected import sharded_projected_ntk
 
         sharded: Any = sharded_projected_ntk(K, projection)
         return sharded
-    if not isinstance(K, NTKOperator) or isinstance(K, ProjectedNTKOperator):
-        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
-        raise InputError(
-            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
-        )
     found = as_projection(projection, K.num_parameters, K.dtype, K.device)
     limit = K.max_dense_bytes if max_dense_bytes is None else dense_limit(max_dense_bytes, K.device)
     core = ProjectedCore(

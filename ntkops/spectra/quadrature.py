@@ -47,6 +47,7 @@ class FunctionTrace:
         steps: Largest number of Lanczos steps of one probe.
         products: Columns multiplied.
         scale: The largest |eigenvalue| seen, up to a small factor.
+        least: The least node seen: no eigenvalue need lie there, but one lies there or below.
         converged: Whether the tolerance was met, true where none was asked.
     """
 
@@ -58,6 +59,7 @@ class FunctionTrace:
     steps: int
     products: int
     scale: float
+    least: float
     converged: bool
 
 
@@ -175,6 +177,7 @@ class _Work:
     steps: int = _STEPS  # that the next probes begin with
     longest: int = 0
     scale: float = 0.0  # the largest |eigenvalue| seen
+    least: float = math.inf  # the least node
     fixed: tuple[float, float] = (0.0, 0.0)  # bracket of the part split off
     basis: Tensor | None = None
     spectrum: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.zeros(1), torch.zeros(1)))
@@ -271,6 +274,7 @@ class _Work:
         """
         shift = self._shift()
         nodes, weights = rules.gauss()
+        self.least = min(self.least, float(nodes.min()))
         radau_nodes, radau_weights = rules.radau(0.0)
         values = self._at(nodes)
         gauss, radau = (weights * values).sum(-1), (radau_weights * self._at(radau_nodes)).sum(-1)
@@ -346,7 +350,8 @@ class _Work:
         value, low, high = self.ends(level)
         stderr = self.dimension * math.sqrt(self._variance() / self.count) if self.count else 0.0
         counts = self.count, self.longest, self.products
-        return FunctionTrace(value, stderr, (low, high), self._half_bracket(), *counts, self.scale, met)
+        bracket, seen = self._half_bracket(), (self.scale, self.least)
+        return FunctionTrace(value, stderr, (low, high), bracket, *counts, *seen, met)
 
     def _count_products(self, columns: int) -> None:
         self.products += columns
