@@ -17,6 +17,7 @@ from linear_operator import settings as linear_operator_settings
 from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
+from .arguments import checked
 from .engines import EngineChoice
 from .errors import InputError, MissingDependencyError, ShapeError, UnsupportedOperationError
 from .model import Linearization, linearize
@@ -87,6 +88,7 @@ class NTKKernel(Kernel):
     has_lengthscale = False
     is_stationary = False
 
+    @checked
     def __init__(
         self,
         model: Any,

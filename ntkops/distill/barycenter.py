@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, MissingDependencyError, NonFiniteError, ShapeError
 from ..results import Barycenter
 from ..vectors import resolve_generator
@@ -20,6 +21,7 @@ _ROUNDS = 100  # of assignments
 _TOLERANCE = 1e-12  # relative decrease of the cost at which rounds end
 
 
+@checked
 def wasserstein_barycenter(
     features: Tensor,
     num_points: int,

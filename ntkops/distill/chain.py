@@ -12,6 +12,7 @@ import torch
 from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import DenseMemoryError, InputError
 from ..operators import NTKOperator, ntk, projected_ntk
@@ -28,6 +29,7 @@ __all__ = ["chain"]
 Gradients = Callable[[LinearOperator, Tensor], Distilled]
 
 
+@checked
 def chain(
     model: Any,
     inputs: Any,

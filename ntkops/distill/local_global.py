@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError
 from ..results import DistillationInfo
@@ -29,6 +30,7 @@ from .distilled import Distilled
 __all__ = ["local_global"]
 
 
+@checked
 def local_global(
     K: Kernels,
     Y: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..results import LocalGlobalProperties
 from ..vectors import resolve_generator
@@ -22,6 +23,7 @@ from .clusters import Clusters, cluster_mean, random_clusters, read_clusters
 __all__ = ["local_global_properties"]
 
 
+@checked
 def local_global_properties(
     K: Kernels,
     clusters: int | Clusters,

@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..estimators import eigsh
 from ..estimators._request import checked_generator
@@ -30,6 +31,7 @@ __all__ = ["synthesize"]
 _STARTS = 8  # starts of k-means where the dense kernel makes them cheap
 
 
+@checked
 def synthesize(
     K: Kernels,
     s: int,

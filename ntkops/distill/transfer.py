@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..operators.counting import multiply
 from ..regression import KernelRidge
@@ -21,6 +22,7 @@ __all__ = ["nystrom_error", "posterior_variance_error", "transfer_accuracy"]
 Fit = Literal["nystrom", "sketch"]
 
 
+@checked
 def transfer_accuracy(
     K: Kernels,
     distilled: Distilled,
@@ -64,6 +66,7 @@ def transfer_accuracy(
     return accuracy(distilled.fit(K, Y, ridge=ridge, fit=fit).predict(K_cross), labels)
 
 
+@checked
 def posterior_variance_error(
     K: Kernels,
     distilled: Distilled,
@@ -120,6 +123,7 @@ def posterior_variance_error(
     )
 
 
+@checked
 def nystrom_error(K: Kernels, distilled: Distilled | Tensor, *, norm: str = "trace") -> Tensor:
     r"""Return the relative error of the Nyström kernel of a distilled set.
 

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import InputError
 from ..model.context import safe_context
 from ..model.randomness import untouched_randomness
@@ -29,6 +30,7 @@ _KIND = "wasserstein"
 _BETAS = (0.5, 0.9)  # of Adam, as in the authors' code
 
 
+@checked
 def wasserstein(
     model: nn.Module,
     data: Any,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..errors import NtkopsError
 from ..model import Inputs
+from ..shortage import is_out_of_memory
 from .autograd import AutogradEngine
 from .cost import KernelShape
 from .coverage import CoverageChanged, HiddenStates
 from .gathering import FactorSource
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
-from .retries import is_out_of_memory
 from .rungs import Parameters
 from .tiling import sample_slices
 

@@ -17,41 +17,19 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import NtkopsError, OutOfMemoryError
+from ..errors import OutOfMemoryError
+from ..shortage import is_out_of_memory
 from .budget import format_bytes, free_bytes, shared_store
 
-__all__ = ["Portion", "attempt", "even_size", "if_it_fits", "in_parts", "is_out_of_memory"]
+__all__ = ["Portion", "attempt", "even_size", "if_it_fits", "in_parts"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 _guarded: ContextVar[bool] = ContextVar("ntkops_memory_guarded", default=False)
-_CPU_MESSAGE = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
 _BYTES = re.compile(r"allocate ([0-9.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory ran out: torch's own on a device or the CPU, or Python's.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        Whether it does; exceptions of ours never do.
-
-    Example:
-        >>> from ntkops.engines.retries import is_out_of_memory
-        >>> text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes"
-        >>> is_out_of_memory(RuntimeError(text)), is_out_of_memory(RuntimeError("a size does not fit"))
-        (True, False)
-    """
-    if isinstance(error, NtkopsError):
-        return False
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_MESSAGE.search(str(error)) is not None
 
 
 def _asked_for(error: BaseException) -> int:

@@ -17,6 +17,7 @@ from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
 from ..operators.counting import row_space
 from ..results import Estimate
+from ..shortage import memory_for
 from ..spectra import FunctionTrace, function_trace
 from ._request import Operand, Request, require_finite
 from .eigsh import eigenvalues_by_tiles, fits_dense, members
@@ -175,6 +176,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
     with (
         torch.no_grad(),
         count_passes() as tally,
+        memory_for(quantity.name, "give fewer passes with num_passes=, or call K.free() first"),
         tqdm(desc=quantity.name, unit="product", disable=not request.progress) as bar,
     ):
         fits = fits_dense(operand) and request.allows(exact_passes)
@@ -288,5 +290,5 @@ def _warn(name: str, found: Sequence[FunctionTrace], options: Options) -> None:
         f"the rounding of products; rtol={options.request.rtol} and atol={options.atol:g} are not met: raise "
         "num_passes or the ridge, use float64, or loosen the tolerance",
         NotConvergedWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -11,6 +11,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedError, NotConvergedWarning, UnsupportedOperationError
 from ..operators.structure import Structure, dense_from_tiles
@@ -23,6 +24,7 @@ __all__ = ["default_tolerance", "eigenvalues_by_tiles", "eigsh", "fits_dense", "
 _DENSE = 512  # rows up to which all eigenvalues may cost less than a Krylov space
 
 
+@checked
 def eigsh(
     operator: LinearOperator | Tensor,
     k: int = 6,
@@ -110,7 +112,7 @@ def eigsh(
         )
         if raise_on_failure:
             raise NotConvergedError(message, result)
-        warnings.warn(message, NotConvergedWarning, stacklevel=2)
+        warnings.warn(message, NotConvergedWarning, stacklevel=3)
     return result
 
 

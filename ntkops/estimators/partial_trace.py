@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines.shared_passes import SharedPasses
 from ..errors import UnsupportedOperationError
 from ..operators.structure import dense_from_tiles, structure, tile_count
@@ -28,6 +29,7 @@ _METHODS = ("exact", "hutchinson", "stratified")
 _BLOCK_ROWS = 512  # rows of several samples' blocks that are made at once
 
 
+@checked
 def partial_trace(
     operator: LinearOperator | Tensor,
     over: Over = "outputs",

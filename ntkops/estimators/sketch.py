@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, ShapeError
 from ..results import Estimate
@@ -63,6 +64,7 @@ class Sketch:
         True
     """
 
+    @checked
     def __init__(
         self,
         operator: LinearOperator | Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
 from .call import FunctionCall, ModuleCall, uncompiled
 from .checks import require_finite, require_mode, require_selected, require_supported, require_tensors
@@ -21,6 +22,7 @@ __all__ = ["Output", "linearize"]
 Output = str | int | Callable[[Any], Any] | None
 
 
+@checked
 def linearize(
     model: nn.Module | Callable[..., Any] | Linearization,
     params: Selector = None,

@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, InputError, UnsupportedOperationError
 from ..projections import Projection
@@ -42,6 +43,7 @@ class ProjectionOperator(Expression):
         (torch.Size([64, 1000]), torch.Size([64]), torch.Size([1000, 2]))
     """
 
+    @checked
     def __init__(
         self,
         projection: Projection,

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import EnergyGap
 from ..spectra import Lanczos, RitzPairs
@@ -20,6 +21,7 @@ from .structure import structure
 __all__ = ["energy_gap"]
 
 
+@checked
 def energy_gap(
     kernel: LinearOperator,
     inducing: Any,

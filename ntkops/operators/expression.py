@@ -155,6 +155,8 @@ class Expression(LinearOperator):
             return self.mul(1 / float(other))
         if not isinstance(other, Tensor):
             self._matrix(other, "divide by")
+        if other.numel() == 1:  # cast first: a float32 reciprocal would be rounded
+            other = other.to(dtype=self.dtype, device=self.device)
         return self.mul(other.reciprocal())
 
     def __rtruediv__(self, other: Any) -> NoReturn:

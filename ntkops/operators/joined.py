@@ -34,6 +34,13 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([8]))
     """
 
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if self.cat_dim == -2:
+            return torch.cat([part._matmul(rhs) for part in self.linear_ops], dim=-2)
+        pieces = rhs.split([part.shape[-1] for part in self.linear_ops], dim=-2)
+        products = [part._matmul(piece) for part, piece in zip(self.linear_ops, pieces, strict=True)]
+        return torch.stack(products).sum(0)
+
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         # linear_operator's own takes no steps, and no part of a slice that ends where a part does.
         indices = [*batch_indices, row_index, col_index]

@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import EngineChoice, build_engine, tensor_bytes
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
@@ -218,6 +219,7 @@ def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
     return StateAxis(axis.inputs, torch.tensor([[n % count for n in numbers]]))
 
 
+@checked
 def ntk(
     model: Any,
     x: Any,

@@ -12,6 +12,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
 from ..errors import (
     DenseMemoryError,
@@ -242,6 +243,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
         return type(self)(left, right, root, **kept)
 
 
+@checked
 def nystrom_ntk(
     kernel: LinearOperator,
     inducing: Any,

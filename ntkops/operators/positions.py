@@ -23,8 +23,8 @@ def tensor_positions(index: Any, shape: torch.Size) -> tuple[Any, ...]:
         shape: Shape of what is indexed.
 
     Returns:
-        As many items as the index has, and one more for each further axis of a boolean one; integers are
-        not negative.
+        As many items as the index has, and one more for each further axis of a boolean one; no integer is
+        negative.
 
     Raises:
         OutOfRangeError: If an item is no index, lies outside its axis, does not have the length of its axis
@@ -90,7 +90,7 @@ def _within(item: Any, size: int) -> Any:
         outside = (item < -size) | (item >= size)
         if bool(outside.any()):
             raise OutOfRangeError(f"index {int(item[outside][0])} is out of range for an axis of {size}")
-        return item
+        return torch.where(item < 0, item + size, item).long()
     if not -size <= int(item) < size:
         raise OutOfRangeError(f"index {int(item)} is out of range for an axis of {size}")
     return int(item) % size

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import shared_store, tensor_bytes
 from ..errors import InputError, UnsupportedOperationError
 from ..projections import SJLT, Projection
@@ -275,6 +276,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         return (left * right).sum(-1)
 
 
+@checked
 def projected_ntk(
     K: NTKOperator,
     projection: Any,

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..results import ErrorTerms, TruncationError
 from ._layout import Layout, read_labels
@@ -16,6 +17,7 @@ from ._operands import read_kernel, to_float64
 __all__ = ["error_terms", "truncation_error"]
 
 
+@checked
 def error_terms(
     K: LinearOperator | Tensor,
     Y: Tensor,
@@ -137,6 +139,7 @@ def _spectrum(kernel: LinearOperator | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors, values > kernel.shape[-1] * torch.finfo(kernel.dtype).eps * largest
 
 
+@checked
 def truncation_error(K: LinearOperator | Tensor, delta: float) -> TruncationError:
     r"""Return the error of the best kernel of truncation rank, and the bound on it.
 

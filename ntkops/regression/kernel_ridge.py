@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
 from ..operators.counting import column_space, row_space
 from ..results import LeaveOneOut, RidgePath, SolveInfo
@@ -157,6 +158,7 @@ class KernelRidge(Parameters):
         Warns:
             NotConvergedWarning: If rounding kept a factorisation above ``tol``.
         """
+        check_arguments(type(self).__init__, self.get_params())
         K = read_kernel(K)
         space = row_space(K)
         if not space.matches(column_space(K)):

@@ -7,6 +7,7 @@ import math
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import OneStepRegret
 from .tangent_projector import _columns
@@ -16,6 +17,7 @@ __all__ = ["one_step_regret"]
 _INSIDE = 1e-3  # share of an update that may lie outside the subspace by rounding
 
 
+@checked
 def one_step_regret(
     projector: LinearOperator,
     gradients: Tensor,

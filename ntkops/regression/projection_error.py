@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, SingularKernelError, ZeroKernelError
 from ..results import ProjectionError
 from ._layout import read_labels
@@ -13,6 +14,7 @@ from ._operands import Kernel, read_kernel, require_finite, to_float64
 __all__ = ["projection_error"]
 
 
+@checked
 def projection_error(
     K: Kernel,
     K_cross: Kernel,

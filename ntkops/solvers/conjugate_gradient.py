@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..errors import ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
@@ -45,6 +46,7 @@ def _both(*calls: Callback | None) -> Callback | None:
     return (lambda iteration: [call(iteration) for call in made]) if made else None
 
 
+@checked
 def conjugate_gradient(
     multiply: Product,
     rhs: Tensor,

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
@@ -18,6 +19,7 @@ __all__ = ["lsmr"]
 _PROGRESS = 0.9  # from one look to the next the true residual has to fall below this share
 
 
+@checked
 def lsmr(
     push: Product,
     pull: Product,

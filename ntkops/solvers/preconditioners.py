@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..vectors import Space, resolve_generator
 from ._columns import Product, require_finite
@@ -101,6 +102,7 @@ class _KnownSpace:
         return smoothed + self._sketch @ inside.to(block.dtype)
 
 
+@checked
 def factor_preconditioner(
     factor: Tensor | PivotedFactor,
     diagonal: float | Tensor,
@@ -224,6 +226,7 @@ def _eigenpairs(factor: Tensor, dtype: torch.dtype, space: Space) -> tuple[Tenso
     return (basis @ rotation).to(dtype), singular.square()
 
 
+@checked
 def nystrom_factor(
     multiply: Product,
     space: Space,
@@ -301,6 +304,7 @@ def _nystrom(
         return factor.to(image.dtype), sketch, seed
 
 
+@checked
 def nystrom_preconditioner(
     multiply: Product,
     diagonal: float | Tensor,

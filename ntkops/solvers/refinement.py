@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..errors import DtypeError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
@@ -23,6 +24,7 @@ _SAFETY = 0.9  # of the tolerance: coarse residuals that meet it exactly are pre
 _PROGRESS = 0.5  # a correction that gains less is rounding
 
 
+@checked
 def refinement(
     multiply: Product,
     coarse: Product,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..vectors import Space
 from .deflation import choose_deflation
@@ -63,6 +64,7 @@ class FunctionTrace:
     converged: bool
 
 
+@checked
 def function_trace(
     multiply: Callable[[Tensor], Tensor],
     space: Space,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import EngineChoice
 from ..errors import DtypeError, InputError, NonFiniteError
 from ..estimators._request import checked_generator
@@ -29,13 +30,16 @@ _SEEDS = 2**62
 
 
 @overload
+@checked
 def track(model: Any, x: Any, checkpoints: None = None, quantities: Any = ..., **options: Any) -> Tracker: ...
 
 
 @overload
+@checked
 def track(model: Any, x: Any, checkpoints: Checkpoints, quantities: Any = ..., **options: Any) -> History: ...
 
 
+@checked
 def track(  # type: ignore[misc]  # the overloads do not repeat the options
     model: Any,
     x: Any,
