@@ -5,6 +5,7 @@ The options, and what they take, are read from the signatures, so that a new opt
 
 import importlib
 import inspect
+import math
 import re
 
 import pytest
@@ -206,6 +207,42 @@ def test_wrong_types_are_refused(name, given):
     required = arguments(name, signature, given)
     for parameter in signature.parameters.values():
         for value in wrong_values(parameter.name, parameter.annotation, parameter.default):
+            try:
+                made = function(**{**required, parameter.name: value})
+                if name.endswith("KernelRidge"):
+                    made.fit(given["K"], given["Y"])
+            except NtkopsError:
+                continue
+            except Exception as error:
+                failures.append(f"{parameter.name}={value!r}: {type(error).__name__}: {str(error)[:80]}")
+            else:
+                failures.append(f"{parameter.name}={value!r}: accepted")
+    assert not failures, "\n".join(failures)
+
+
+# Numbers that may be negative: seeds, positions counted from the end, and values of a quantity.
+SIGNED = {"seed", "batch_dim", "outputs", "offset", "mean", "means", "axes", "shape", "output", "params"}
+MAY_BE_ZERO = {"deflation", "max_dense_bytes", "num_random", "products", "rank", "iterations"}
+
+
+# Numbers that estimates compute go into the intervals of spectra, and no user's.
+@pytest.mark.parametrize("name", [n for n in PUBLIC if not re.search("scaled_chi|guarded", n)])
+def test_counts_and_tolerances_out_of_range_are_refused(name, given):
+    function, failures = PUBLIC[name], []
+    signature = inspect.signature(function)
+    given = {**given, "projector": None}
+    required = arguments(name, signature, given)
+    for parameter in signature.parameters.values():
+        text = str(parameter.annotation)
+        if parameter.name in SIGNED or re.search(r"Any|Callable|Sequence|Mapping|Operator", text):
+            continue
+        values = [-1, 0] if re.search(r"\bint\b", text) else []
+        values += [-0.5, float("nan"), float("inf")] if re.search(r"\bfloat\b", text) else []
+        for value in values:
+            if value == 0 and (parameter.name in MAY_BE_ZERO or "float" in text):
+                continue
+            if value == math.inf and parameter.name == "checkpoint_every":  # never
+                continue
             try:
                 made = function(**{**required, parameter.name: value})
                 if name.endswith("KernelRidge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ def _check(
         raise InputError(f"k={k!r}: an operator of {size} rows has 1 to {size} eigenpairs")
     if which not in ("largest", "smallest"):
         raise InputError(f"which={which!r}: choose 'largest' or 'smallest'")
-    if tol is not None and not tol > 0:
+    if tol is not None and not 0 < tol < math.inf:
         raise InputError(f"tol={tol!r}: pass a positive tolerance")
     if max_products is not None and max_products < k:
         raise InputError(f"max_products={max_products} is less than the k={k} products that k pairs need")

@@ -126,11 +126,19 @@ def check_interpolation(k: int, m: int, ridge: float) -> bool:
     Returns:
         Whether a warning was given: 0.7 < k / m < 1.5 and ridge < 1e-2.
 
+    Raises:
+        InputError: If an argument is out of range.
+
     Example:
         >>> from ntkops.projections import check_interpolation
         >>> check_interpolation(k=2048, m=500, ridge=1e-6)
         False
     """
+    for name, size in (("k", k), ("m", m)):
+        if size < 1:
+            raise InputError(f"{name}={size!r}: pass a positive integer")
+    if not 0 <= ridge < math.inf:
+        raise InputError(f"ridge={ridge!r}: pass a finite number ≥ 0")
     if not (_PEAK[0] < k / m < _PEAK[1] and ridge < _SAFE_RIDGE):
         return False
     warnings.warn(

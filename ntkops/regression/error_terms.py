@@ -112,8 +112,8 @@ def _require_positive(name: str, value: float) -> None:
 
 def _noise(noise: float | Tensor, layout: Layout, like: Tensor) -> Tensor:
     values = torch.as_tensor(noise, dtype=torch.float64, device=like.device)
-    if not bool((values >= 0).all()):
-        raise InputError("noise: a variance is 0 or more")
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise InputError("noise: a variance is finite, and 0 or more")
     if layout.kind == "each" and values.dim() == 1:
         values = values.unsqueeze(-1)  # one for each class
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def projection_error(
     for kernel, due in zip(kernels, ((size, size), (rows, size)) * 2, strict=True):
         if tuple(kernel.shape) != due:
             raise ShapeError(f"a kernel has shape {tuple(kernel.shape)}, due is {due}; no batch")
-    if not (isinstance(ridge, int | float) and not isinstance(ridge, bool) and ridge > 0):
+    if not (isinstance(ridge, int | float) and not isinstance(ridge, bool) and 0 < ridge < math.inf):
         raise InputError(f"ridge={ridge!r}: a positive number; without a ridge the terms have no bound")
     layout, labels = read_labels(Y, kernels[0].shape, kernels[0].dtype, kernels[0].device)
     if layout.kind != "shared":

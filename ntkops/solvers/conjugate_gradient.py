@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import checked
-from ..errors import ShapeError
+from ..errors import InputError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
 from ._columns import Product, as_block
@@ -116,6 +116,8 @@ def conjugate_gradient(
     """
     start = time.perf_counter()
     check_options(tolerance, max_iterations)
+    if checkpoint_every < 1:
+        raise InputError(f"checkpoint_every={checkpoint_every!r}: pass a number of steps, at least 1")
     block = as_block(rhs, space)
     if initial is not None and initial.shape != rhs.shape:
         raise ShapeError(f"initial has shape {tuple(initial.shape)}, the right-hand side {tuple(rhs.shape)}")

@@ -160,6 +160,8 @@ def factor_preconditioner(
         >>> M(torch.ones(2, 1, dtype=torch.float64)).flatten().tolist()  # λ_r + μ = λ + μ = 5
         [1.0, 1.0]
     """
+    if products is not None and products < 0:
+        raise InputError(f"products={products!r}: pass the number of products that the factor took")
     if isinstance(factor, PivotedFactor):
         name, seed = name or factor.method, factor.seed if seed is None else seed
         products = factor.products if products is None else products
@@ -210,10 +212,10 @@ def _checked_diagonal(diagonal: float | Tensor, factor: Tensor, space: Space) ->
     entries = entries.unsqueeze(-1) if entries.dim() == 0 else entries
     if entries.shape[-1] not in (1, space.length):
         raise ShapeError(f"the diagonal needs 1 or {space.length} entries, got {tuple(entries.shape)}")
-    if space.any(not bool((entries > 0).all())):
+    if space.any(not bool(((entries > 0) & entries.isfinite()).all())):
         raise InputError(
             f"the smallest entry of the diagonal is {float(entries.min()):.3g}: a preconditioner needs a "
-            "positive ridge"
+            "positive, finite ridge"
         )
     return entries
 

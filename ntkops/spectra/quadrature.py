@@ -126,6 +126,14 @@ def function_trace(
         >>> found.converged, found.interval[0] <= exact <= found.interval[1]
         (True, True)
     """
+    if rtol is not None and not 0 < rtol < 1:
+        raise InputError(f"rtol={rtol!r}: pass a relative tolerance between 0 and 1, or None")
+    if not 0 <= atol < math.inf:
+        raise InputError(f"atol={atol!r}: pass a finite number ≥ 0")
+    if not math.isfinite(offset):
+        raise InputError(f"offset={offset!r}: pass a finite number")
+    if deflation is not None and deflation < 0:
+        raise InputError(f"deflation={deflation!r}: pass a number of eigenvectors ≥ 0, or None")
     tolerant = rtol is not None or atol > 0
     if not tolerant and max_products is None:
         raise InputError("pass rtol, atol or max_products: nothing else ends the estimate")
