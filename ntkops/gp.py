@@ -78,7 +78,9 @@ class NTKKernel(Kernel):
         >>> import torch
         >>> from ntkops.gp import NTKKernel
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        ... )
         >>> kernel = NTKKernel(model)
         >>> K = kernel(torch.randn(5, 2))
         >>> K.shape, len(list(kernel.parameters()))

@@ -26,8 +26,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Example:
         >>> from ntkops.shortage import is_out_of_memory
-        >>> text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes"
-        >>> is_out_of_memory(RuntimeError(text)), is_out_of_memory(RuntimeError("a size does not fit"))
+        >>> text = "DefaultCPUAllocator: can't allocate memory: you tried"
+        >>> (
+        ...     is_out_of_memory(RuntimeError(text)),
+        ...     is_out_of_memory(RuntimeError("a size does not fit")),
+        ... )
         (True, False)
     """
     if isinstance(error, NtkopsError):

@@ -52,7 +52,9 @@ def check_operator(
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> report = ntkops.check_operator(ntkops.ntk(model, torch.randn(5, 3)))
         >>> report.passed, report["symmetry"].passed
         (True, True)

@@ -61,7 +61,9 @@ def wasserstein_barycenter(
         >>> import torch
         >>> from ntkops.distill.barycenter import wasserstein_barycenter
         >>> line = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-        >>> found = wasserstein_barycenter(line, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = wasserstein_barycenter(
+        ...     line, 2, generator=torch.Generator().manual_seed(0)
+        ... )
         >>> sorted(zip(found.points.flatten().tolist(), found.weights.tolist()))
         [(1.0, 0.75), (10.0, 0.25)]
         >>> found = wasserstein_barycenter(

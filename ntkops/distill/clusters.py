@@ -109,7 +109,9 @@ def random_clusters(clusters: Clusters, *, generator: torch.Generator | None = N
     Example:
         >>> import torch
         >>> from ntkops.distill import random_clusters
-        >>> shuffled = random_clusters([0, 0, 0, 1], generator=torch.Generator().manual_seed(0))
+        >>> shuffled = random_clusters(
+        ...     [0, 0, 0, 1], generator=torch.Generator().manual_seed(0)
+        ... )
         >>> shuffled.bincount().tolist()
         [3, 1]
     """

@@ -59,7 +59,9 @@ def containment(
     Example:
         >>> import torch
         >>> from ntkops.distill import containment
-        >>> found = containment(torch.diag(torch.tensor([4.0, 1.0, 3.0, 2.0])), [0, 0, 1, 1])
+        >>> found = containment(
+        ...     torch.diag(torch.tensor([4.0, 1.0, 3.0, 2.0])), [0, 0, 1, 1]
+        ... )
         >>> found.alignment.tolist()
         [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
     """

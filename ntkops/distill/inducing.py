@@ -121,8 +121,12 @@ def kernel_inducing(
         >>> import torch, ntkops
         >>> from ntkops.distill.inducing import kernel_inducing
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        >>> K = ntkops.ntk(model.double(), torch.randn(30, 3, dtype=torch.float64), outputs="trace")
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> K = ntkops.ntk(
+        ...     model.double(), torch.randn(30, 3, dtype=torch.float64), outputs="trace"
+        ... )
         >>> found = kernel_inducing(K, start=range(4), iterations=30)
         >>> found.inputs.shape, found.loss < found.start_loss
         (torch.Size([4, 3]), True)

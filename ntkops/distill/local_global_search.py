@@ -172,7 +172,9 @@ def local_global_grid(
         >>> F = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double()
         >>> options = dict(variance_thresholds=[0.3, 0.9], gap_thresholds=[0.5])
         >>> seed = torch.Generator().manual_seed(0)
-        >>> trials = local_global_grid(F @ F.mT, F, clusters=[2], **options, generator=seed)
+        >>> trials = local_global_grid(
+        ...     F @ F.mT, F, clusters=[2], **options, generator=seed
+        ... )
         >>> [trial.num_local for trial in trials]
         [2, 6]
     """

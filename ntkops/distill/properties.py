@@ -78,7 +78,10 @@ def local_global_properties(
         >>> from ntkops.distill import local_global_properties
         >>> F = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).double()
         >>> found = local_global_properties(F @ F.mT, [0, 1, 2] * 4, 0.05)
-        >>> found.pooled_containment >= found.pooled_bound, found.weighted_gap <= found.weighted_gap_bound
+        >>> (
+        ...     found.pooled_containment >= found.pooled_bound,
+        ...     found.weighted_gap <= found.weighted_gap_bound,
+        ... )
         (True, True)
     """
     check_epsilon(epsilon)

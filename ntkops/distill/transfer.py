@@ -103,7 +103,14 @@ def posterior_variance_error(
         >>> from ntkops.distill import Distilled, posterior_variance_error
         >>> K = torch.diag(torch.tensor([4.0, 1.0])).double()
         >>> half = Distilled.of(K, [0])
-        >>> round(float(posterior_variance_error(K, half, K, K.diagonal(), ridge=0.4).relative), 4)
+        >>> round(
+        ...     float(
+        ...         posterior_variance_error(
+        ...             K, half, K, K.diagonal(), ridge=0.4
+        ...         ).relative
+        ...     ),
+        ...     4,
+        ... )
         0.3846
     """
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not ridge > 0:
@@ -154,7 +161,10 @@ def nystrom_error(K: Kernels, distilled: Distilled | Tensor, *, norm: str = "tra
         >>> import torch
         >>> from ntkops.distill import nystrom_error
         >>> K, U = torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2)[:, :1]
-        >>> [round(float(nystrom_error(K, U, norm=n)), 4) for n in ("trace", "frobenius", "spectral")]
+        >>> [
+        ...     round(float(nystrom_error(K, U, norm=n)), 4)
+        ...     for n in ("trace", "frobenius", "spectral")
+        ... ]
         [0.4286, 0.6, 0.75]
     """
     if norm not in ("trace", "frobenius", "spectral"):

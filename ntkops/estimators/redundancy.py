@@ -68,7 +68,9 @@ def data_redundancy(
     Example:
         >>> import torch
         >>> from ntkops.estimators import data_redundancy
-        >>> float(data_redundancy(torch.diag(torch.tensor([96.0, 2.0, 1.0, 1.0])), 0.05))
+        >>> float(
+        ...     data_redundancy(torch.diag(torch.tensor([96.0, 2.0, 1.0, 1.0])), 0.05)
+        ... )
         4.0
     """
     found = truncation_rank(

@@ -55,7 +55,9 @@ class Sketch:
     Example:
         >>> import torch, ntkops
         >>> from ntkops.estimators import Sketch
-        >>> J = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> J = torch.randn(
+        ...     50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ... )
         >>> sketch = Sketch(J @ J.T, 4, generator=torch.Generator().manual_seed(1))
         >>> low, high = sketch.trace().interval
         >>> bool(low <= J.square().sum() <= high)

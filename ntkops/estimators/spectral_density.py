@@ -96,7 +96,9 @@ def spectral_density(
     Example:
         >>> import torch
         >>> from ntkops.estimators import spectral_density
-        >>> found = spectral_density(torch.diag(torch.linspace(0, 1, 100)), bandwidth=0.05)
+        >>> found = spectral_density(
+        ...     torch.diag(torch.linspace(0, 1, 100)), bandwidth=0.05
+        ... )
         >>> found.exact, round(float(found.cdf(torch.tensor([0.5]))), 2)
         (True, 0.5)
     """

@@ -95,9 +95,15 @@ def trace(
         >>> K = ntkops.ntk(torch.nn.Linear(3, 2), torch.randn(5, 3))
         >>> exact = ntkops.trace(K)
         >>> estimate = ntkops.trace(
-        ...     K, method="rhutch", num_passes=50, generator=torch.Generator().manual_seed(1)
+        ...     K,
+        ...     method="rhutch",
+        ...     num_passes=50,
+        ...     generator=torch.Generator().manual_seed(1),
         ... )
-        >>> exact.method, abs(float(estimate) - float(exact)) < 4 * float(estimate.stderr)
+        >>> (
+        ...     exact.method,
+        ...     abs(float(estimate) - float(exact)) < 4 * float(estimate.stderr),
+        ... )
         ('exact', True)
     """
     if differentiable:

@@ -59,11 +59,17 @@ def energy_gap(
         >>> import torch, ntkops
         >>> from ntkops.operators import energy_gap
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
         >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64))
         >>> found = energy_gap(K, range(5))
-        >>> int(found.rank), bool(found.misalignment >= 0), bool(found.gap <= found.bound)
+        >>> (
+        ...     int(found.rank),
+        ...     bool(found.misalignment >= 0),
+        ...     bool(found.gap <= found.bound),
+        ... )
         (5, True, True)
     """
     approximation = inducing

@@ -29,7 +29,9 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
         >>> model, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
-        >>> J = torch.cat((ntkops.jacobian(model, x), ntkops.jacobian(model, 2 * x)), dim=-2)
+        >>> J = torch.cat(
+        ...     (ntkops.jacobian(model, x), ntkops.jacobian(model, 2 * x)), dim=-2
+        ... )
         >>> J.shape, (J @ torch.ones(8)).shape, (J.mT @ torch.ones(20)).shape
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([8]))
     """

@@ -282,7 +282,9 @@ def ntk(
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> x = torch.randn(5, 3)
         >>> K = ntkops.ntk(model, x)
         >>> K.shape, (K @ torch.ones(10)).shape

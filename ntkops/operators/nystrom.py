@@ -286,7 +286,9 @@ def nystrom_ntk(
         >>> import torch, ntkops
         >>> from ntkops.operators import nystrom_ntk
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
         >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64))
         >>> Q = nystrom_ntk(K, [0, 3, 5, 3])

@@ -320,7 +320,9 @@ def projected_ntk(
         >>> from ntkops.operators import projected_ntk
         >>> from ntkops.projections import SJLT
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> K = ntkops.ntk(model, torch.randn(5, 3))
         >>> sketch = projected_ntk(K, SJLT(dim=50, k=16, seed=0))
         >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape

@@ -55,9 +55,13 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
-        >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64), max_dense_bytes=0)
+        >>> K = ntkops.ntk(
+        ...     model, torch.randn(20, 3, dtype=torch.float64), max_dense_bytes=0
+        ... )
         >>> A, b = K.add_jitter(1e-2), torch.ones(20, dtype=torch.float64)
         >>> x, info = A.solve_with_info(b)
         >>> info.converged, bool((A @ x - b).norm() <= 1e-6 * b.norm())

@@ -67,8 +67,13 @@ def error_terms(
         >>> import torch
         >>> from ntkops.regression import error_terms
         >>> F = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).double()
-        >>> terms = error_terms(F @ F.mT, torch.tensor([1.0, -1.0, 3.0, -3.0]).double(), ridge=4.0)
-        >>> [round(float(v), 9) for v in (terms.approximation, terms.r2, terms.bias, terms.variance)]
+        >>> terms = error_terms(
+        ...     F @ F.mT, torch.tensor([1.0, -1.0, 3.0, -3.0]).double(), ridge=4.0
+        ... )
+        >>> [
+        ...     round(float(v), 9)
+        ...     for v in (terms.approximation, terms.r2, terms.bias, terms.variance)
+        ... ]
         [1.0, 0.8, 1.0, 0.0625]
     """
     kernel = read_kernel(K)

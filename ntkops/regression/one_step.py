@@ -62,7 +62,9 @@ def one_step_regret(
     Example:
         >>> import torch
         >>> from ntkops.regression import one_step_regret, tangent_projector
-        >>> projector = tangent_projector(torch.eye(4).double()[:2])  # the first two of four parameters
+        >>> projector = tangent_projector(
+        ...     torch.eye(4).double()[:2]
+        ... )  # the first two of four parameters
         >>> g = torch.tensor([3.0, 4.0, 0.0, 12.0]).double()
         >>> best = torch.tensor([3.0, 4.0, 0.0, 0.0]).double()
         >>> regret = one_step_regret(projector, g, best, step_size=0.5, smoothness=2.0)

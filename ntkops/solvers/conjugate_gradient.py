@@ -110,8 +110,15 @@ def conjugate_gradient(
         >>> from ntkops.solvers import conjugate_gradient
         >>> from ntkops.vectors import Space
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
-        >>> x, info = conjugate_gradient(lambda V: A @ V, torch.ones(3).double(), Space(3, torch.float64))
-        >>> [round(v, 9) for v in x.tolist()], info.converged, info.iterations, info.products
+        >>> x, info = conjugate_gradient(
+        ...     lambda V: A @ V, torch.ones(3).double(), Space(3, torch.float64)
+        ... )
+        >>> (
+        ...     [round(v, 9) for v in x.tolist()],
+        ...     info.converged,
+        ...     info.iterations,
+        ...     info.products,
+        ... )
         ([1.0, 0.5, 0.25], True, 3, 4)
     """
     start = time.perf_counter()

@@ -67,9 +67,14 @@ def lsmr(
         >>> import torch
         >>> from ntkops.solvers import lsmr
         >>> from ntkops.vectors import Space
-        >>> J, b = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double(), torch.ones(2).double()
+        >>> J, b = (
+        ...     torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double(),
+        ...     torch.ones(2).double(),
+        ... )
         >>> space = Space(2, torch.float64)
-        >>> x, info = lsmr(lambda V: J @ V, lambda V: J.mT @ V, b, space, space, ridge=1.0)
+        >>> x, info = lsmr(
+        ...     lambda V: J @ V, lambda V: J.mT @ V, b, space, space, ridge=1.0
+        ... )
         >>> [round(v, 6) for v in x.tolist()], info.converged
         ([0.1, 0.5], True)
     """

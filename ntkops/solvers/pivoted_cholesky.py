@@ -135,7 +135,12 @@ def rpcholesky(
         >>> import torch
         >>> from ntkops.solvers import rpcholesky
         >>> K = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
-        >>> found = rpcholesky(lambda i: K[:, i], K.diagonal(), 3, generator=torch.Generator().manual_seed(0))
+        >>> found = rpcholesky(
+        ...     lambda i: K[:, i],
+        ...     K.diagonal(),
+        ...     3,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
         >>> sorted(found.pivots.tolist()), float(found.residual.sum())
         ([0, 1], 0.0)
     """

@@ -157,7 +157,9 @@ def factor_preconditioner(
         >>> from ntkops.vectors import Space
         >>> F = torch.tensor([[2.0], [0.0]], dtype=torch.float64)
         >>> M = factor_preconditioner(F, 1.0, Space(2, torch.float64))
-        >>> M(torch.ones(2, 1, dtype=torch.float64)).flatten().tolist()  # λ_r + μ = λ + μ = 5
+        >>> M(
+        ...     torch.ones(2, 1, dtype=torch.float64)
+        ... ).flatten().tolist()  # λ_r + μ = λ + μ = 5
         [1.0, 1.0]
     """
     if products is not None and products < 0:
@@ -342,11 +344,16 @@ def nystrom_preconditioner(
         >>> import torch
         >>> from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
         >>> from ntkops.vectors import Space
-        >>> K, space = torch.diag(torch.arange(8.0).double() ** 4), Space(8, torch.float64)
+        >>> K, space = (
+        ...     torch.diag(torch.arange(8.0).double() ** 4),
+        ...     Space(8, torch.float64),
+        ... )
         >>> seeded = torch.Generator().manual_seed(0)
         >>> M = nystrom_preconditioner(lambda V: K @ V, 1.0, space, 7, generator=seeded)
         >>> b = torch.ones(8, dtype=torch.float64)
-        >>> conjugate_gradient(lambda V: K @ V + V, b, space, preconditioner=M).info.iterations < 5
+        >>> conjugate_gradient(
+        ...     lambda V: K @ V + V, b, space, preconditioner=M
+        ... ).info.iterations < 5
         True
     """
     factor, sketch, seed = _nystrom(multiply, space, rank, batch_shape, generator)

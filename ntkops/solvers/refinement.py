@@ -80,8 +80,13 @@ def refinement(
         >>> from ntkops.vectors import Space
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
         >>> b, space = torch.ones(3, dtype=torch.float64), Space(3, torch.float64)
-        >>> x, info = refinement(lambda V: A @ V, lambda V: A.float() @ V, b, space, tolerance=1e-12)
-        >>> float((A @ x - b).abs().max()) < 1e-12, info.precise_products < info.products
+        >>> x, info = refinement(
+        ...     lambda V: A @ V, lambda V: A.float() @ V, b, space, tolerance=1e-12
+        ... )
+        >>> (
+        ...     float((A @ x - b).abs().max()) < 1e-12,
+        ...     info.precise_products < info.products,
+        ... )
         (True, True)
     """
     start = time.perf_counter()

@@ -122,9 +122,13 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
         >>> import torch, ntkops
         >>> from ntkops.track import track
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> x = torch.randn(6, 3)
-        >>> tracker = track(model, x, quantities=["trace", "alignment", "parameter_distance"])
+        >>> tracker = track(
+        ...     model, x, quantities=["trace", "alignment", "parameter_distance"]
+        ... )
         >>> for step in range(2):
         ...     row = tracker.record(step)
         ...     with torch.no_grad():
