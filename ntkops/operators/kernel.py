@@ -268,7 +268,8 @@ def ntk(
             is a `ShardedKernelOperator`, whose shape is that of this rank's rows. Nothing dense is built.
 
     Returns:
-        `NTKOperator`. Cost of ``K @ V``: one vjp and one jvp a column (times O for "each", "trace").
+        `NTKOperator`. Cost of ``K @ V``: at most one vjp and one jvp a column (times O for
+        "each", "trace"); less where layer factors are cached, or a dense block has been paid for.
 
     Raises:
         InputError: If ``outputs`` or ``engine`` is not understood.
