@@ -135,7 +135,7 @@ def _described(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(map(repr, inside))
     if origin in _MANY:
-        return "a sequence"
+        return "a list"
     if origin in (collections.abc.Mapping, dict):
         return "a mapping"
     if origin is collections.abc.Callable:

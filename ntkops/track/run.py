@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import checked
+from ..arguments import check_arguments
 from ..engines import EngineChoice
 from ..errors import DtypeError, InputError, NonFiniteError
 from ..estimators._request import checked_generator
@@ -30,16 +30,13 @@ _SEEDS = 2**62
 
 
 @overload
-@checked
 def track(model: Any, x: Any, checkpoints: None = None, quantities: Any = ..., **options: Any) -> Tracker: ...
 
 
 @overload
-@checked
 def track(model: Any, x: Any, checkpoints: Checkpoints, quantities: Any = ..., **options: Any) -> History: ...
 
 
-@checked
 def track(  # type: ignore[misc]  # the overloads do not repeat the options
     model: Any,
     x: Any,
@@ -139,6 +136,7 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
         >>> bool(tracker.history["trace"][1] > tracker.history["trace"][0])
         True
     """
+    check_arguments(track, dict(locals()))
     chosen = _chosen(quantities)
     _check_targets(targets, "target_alignment" in chosen)
     if not isinstance(num_eigenvalues, int) or isinstance(num_eigenvalues, bool) or num_eigenvalues < 1:

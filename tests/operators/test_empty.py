@@ -104,8 +104,8 @@ def test_operators_that_are_gone_leave_no_tensor_behind():
 
     for engine in ("auto", "autograd"):
         for _ in range(3):
-            ntkops.ntk(model, x, engine=engine) @ torch.ones(30)
+            ntkops.ntk(model, x, engine=engine)
         before = storages()
         for _ in range(10):
-            ntkops.ntk(model, x, engine=engine) @ torch.ones(30)
+            ntkops.ntk(model, x, engine=engine)
         assert storages() <= before + 3
