@@ -1,4 +1,4 @@
-"""Build hook: formulas in docstrings, written :math:`...`, become MathJax spans."""
+"""Build hook: formulas in docstrings, written :math:`...`, get the delimiters that the renderer looks for."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ _FORMULA = re.compile(r":math:<code>(.*?)</code>", re.DOTALL)
 
 def on_page_content(html: str, **_: Any) -> str:
     """Replace every inline formula of a rendered page."""
-    return _FORMULA.sub(r'<span class="arithmatex">\\(\1\\)</span>', html)
+    return _FORMULA.sub(r'<span class="formula">\\(\1\\)</span>', html)

@@ -28,9 +28,10 @@ from .errors import CheckpointError
 
 __all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save", "threads"]
 
-# Of the JSON document; raised when an old reader would misread it, or what is written means something else:
-# in format 1 the padding row of an embedding had a gradient.
+# In format 1 the padding row of an embedding had a gradient.
 FORMAT = 2
+"""Format of the JSON document in a file; raised when it would be misread, or means something else."""
+
 _KEY = "ntkops"  # entry of the safetensors header that holds the document
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _HASH_BYTES = 1 << 26  # bytes of a tensor hashed at a time
@@ -255,7 +256,9 @@ def load(
         >>> import tempfile, torch
         >>> from ntkops import checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     checkpoint.save(f"{folder}/sums.safetensors", {"sum": torch.ones(2)}, {"done": 3})
+        ...     checkpoint.save(
+        ...         f"{folder}/sums.safetensors", {"sum": torch.ones(2)}, {"done": 3}
+        ...     )
         ...     found = checkpoint.load(f"{folder}/sums.safetensors")
         >>> found.tensors["sum"].tolist(), found.metadata
         ([1.0, 1.0], {'done': 3})

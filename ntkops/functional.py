@@ -68,7 +68,9 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
         >>> import torch
         >>> from ntkops import functional
         >>> w = torch.tensor([[1.0, 2.0]])
-        >>> functional.jvp(lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0, 4.0]])).tolist()
+        >>> functional.jvp(
+        ...     lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0, 4.0]])
+        ... ).tolist()
         [[3.0], [4.0]]
     """
 
@@ -112,7 +114,9 @@ def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
         >>> import torch
         >>> from ntkops import functional
         >>> w = torch.tensor([[1.0, 2.0]])
-        >>> functional.vjp(lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0], [4.0]])).tolist()
+        >>> functional.vjp(
+        ...     lambda p, x: x @ p.T, w, torch.eye(2), torch.tensor([[3.0], [4.0]])
+        ... ).tolist()
         [[3.0, 4.0]]
     """
     output, pull = torch.func.vjp(lambda values: _call(function, values, inputs), params)[:2]
@@ -148,7 +152,9 @@ def ntk_matvec(
         >>> from ntkops import functional
         >>> w = torch.tensor([[1.0, 2.0]])
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-        >>> functional.ntk_matvec(lambda p, x: x @ p.T, w, x, x, torch.ones(2, 1)).tolist()
+        >>> functional.ntk_matvec(
+        ...     lambda p, x: x @ p.T, w, x, x, torch.ones(2, 1)
+        ... ).tolist()
         [[2.0], [3.0]]
     """
     return jvp(function, params, left, vjp(function, params, right, vector), mode=mode)
@@ -189,7 +195,9 @@ def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
         >>> import torch
         >>> from ntkops import functional
         >>> w = torch.tensor([[1.0, 2.0]])
-        >>> functional.ntk_diagonal(lambda p, x: x @ p.T, w, torch.tensor([[3.0, 4.0]])).tolist()
+        >>> functional.ntk_diagonal(
+        ...     lambda p, x: x @ p.T, w, torch.tensor([[3.0, 4.0]])
+        ... ).tolist()
         [[25.0]]
     """
     jacobian, shape = _per_sample_jacobian(function, params, inputs)
@@ -244,7 +252,9 @@ def linearized(function: Function, params: Any, inputs: Any, displaced: Any) -> 
         >>> import torch
         >>> from ntkops import functional
         >>> f = lambda p, x: (p * x) ** 2
-        >>> functional.linearized(f, torch.tensor(1.0), torch.tensor(3.0), torch.tensor(1.5)).item()
+        >>> functional.linearized(
+        ...     f, torch.tensor(1.0), torch.tensor(3.0), torch.tensor(1.5)
+        ... ).item()
         18.0
     """
     origin, spec = tree_flatten(params)

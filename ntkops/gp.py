@@ -17,6 +17,7 @@ from linear_operator import settings as linear_operator_settings
 from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
+from .arguments import checked
 from .engines import EngineChoice
 from .errors import InputError, MissingDependencyError, ShapeError, UnsupportedOperationError
 from .model import Linearization, linearize
@@ -77,7 +78,9 @@ class NTKKernel(Kernel):
         >>> import torch
         >>> from ntkops.gp import NTKKernel
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        ... )
         >>> kernel = NTKKernel(model)
         >>> K = kernel(torch.randn(5, 2))
         >>> K.shape, len(list(kernel.parameters()))
@@ -87,6 +90,7 @@ class NTKKernel(Kernel):
     has_lengthscale = False
     is_stationary = False
 
+    @checked
     def __init__(
         self,
         model: Any,

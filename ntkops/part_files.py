@@ -36,7 +36,9 @@ class PartFiles:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     files = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums")
         ...     files.write(5, {"sum": torch.ones(2)}, {}, {})
-        ...     found = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums").read()
+        ...     found = PartFiles(
+        ...         f"{folder}/sums", Space(3, torch.float64), "sums"
+        ...     ).read()
         >>> found.metadata["step"], found.tensors["sum"].tolist()
         (5, [1.0, 1.0])
     """

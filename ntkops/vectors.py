@@ -8,10 +8,14 @@ every algorithm runs on it unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import DeviceError, InputError
+from .shortage import memory_for
 
 __all__ = ["Distribution", "Space", "resolve_generator"]
 
@@ -31,14 +35,15 @@ def resolve_generator(generator: torch.Generator | None) -> tuple[torch.Generato
         The generator and its initial seed.
 
     Raises:
+        InputError: If it is neither.
         DeviceError: If the generator does not live on the CPU.
     """
     if generator is None:
         generator = torch.Generator()
         return generator, generator.seed()
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator={generator!r}: pass a torch.Generator, or None")
     if generator.device.type != "cpu":
-        from .errors import DeviceError
-
         raise DeviceError(
             f"generator lives on {generator.device}, but probes are drawn on the CPU so that the same "
             "seed gives the same numbers on every device; pass torch.Generator() (a CPU generator)"
@@ -154,9 +159,10 @@ class Space:
         """
         rows = max(1, _WIDE // max(left.shape[-1] + right.shape[-1], 1))
         total: Tensor | None = None
-        for one, other in zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True):
-            product = one.double().mT @ other.double()
-            total = product if total is None else total.add_(product)
+        with self._memory("inner products of", left.shape[-1] + right.shape[-1]):
+            for one, other in zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True):
+                product = one.double().mT @ other.double()
+                total = product if total is None else total.add_(product)
         assert total is not None  # a block without rows has one part
         return total
 
@@ -185,6 +191,17 @@ class Space:
         Returns:
             ``(n, r)`` with r ≤ min(n, k), or ``(*batch, n, min(n, k))``, in the dtype of ``block``.
         """
+        with self._memory("orthonormalising", block.shape[-1]):
+            return self._orthonormalized(block)
+
+    def _memory(self, what: str, columns: int) -> AbstractContextManager[None]:
+        """Say what memory was needed for where it runs out."""
+        return memory_for(
+            f"{what} {columns} columns of {self.length} numbers",
+            "take fewer columns (num_passes, rank, k), or fewer rows",
+        )
+
+    def _orthonormalized(self, block: Tensor) -> Tensor:
         if block.dim() > 2:
             scale = block.abs().amax(dim=(-2, -1), keepdim=True)
             scaled = (block / torch.where(scale > 0, scale, torch.ones_like(scale))).double()
@@ -213,13 +230,14 @@ class Space:
             ``(n, count)`` in the space's dtype and on its device.
         """
         shape = (self.size, count)
-        if distribution == "rademacher":
-            drawn = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
-        else:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if distribution == "sphere":
-                drawn *= self.size**0.5 / torch.linalg.vector_norm(drawn, dim=0)
-        return drawn.to(dtype=self.dtype, device=self.device)
+        with self._memory("drawing", count):
+            if distribution == "rademacher":
+                drawn = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
+            else:
+                drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+                if distribution == "sphere":
+                    drawn *= self.size**0.5 / torch.linalg.vector_norm(drawn, dim=0)
+            return drawn.to(dtype=self.dtype, device=self.device)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set anywhere (here: on this one process)."""

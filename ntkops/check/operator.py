@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, NtkopsError
 from ..operators import JacobianOperator, NTKOperator
 from ..operators.counting import row_space
@@ -21,6 +22,7 @@ from ._products import Products, product_checks
 __all__ = ["check_operator"]
 
 
+@checked
 def check_operator(
     operator: LinearOperator | Tensor, *, generator: torch.Generator | None = None, columns: int = 3
 ) -> CheckReport:
@@ -50,7 +52,9 @@ def check_operator(
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> report = ntkops.check_operator(ntkops.ntk(model, torch.randn(5, 3)))
         >>> report.passed, report["symmetry"].passed
         (True, True)

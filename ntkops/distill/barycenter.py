@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, MissingDependencyError, NonFiniteError, ShapeError
 from ..results import Barycenter
 from ..vectors import resolve_generator
@@ -19,6 +20,7 @@ _ROUNDS = 100  # of assignments
 _TOLERANCE = 1e-12  # relative decrease of the cost at which rounds end
 
 
+@checked
 def wasserstein_barycenter(
     features: Tensor,
     num_points: int,
@@ -58,7 +60,9 @@ def wasserstein_barycenter(
         >>> import torch
         >>> from ntkops.distill.barycenter import wasserstein_barycenter
         >>> line = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-        >>> found = wasserstein_barycenter(line, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = wasserstein_barycenter(
+        ...     line, 2, generator=torch.Generator().manual_seed(0)
+        ... )
         >>> sorted(zip(found.points.flatten().tolist(), found.weights.tolist()))
         [(1.0, 0.75), (10.0, 0.25)]
         >>> found = wasserstein_barycenter(

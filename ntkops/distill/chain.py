@@ -12,6 +12,7 @@ import torch
 from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import DenseMemoryError, InputError
 from ..operators import NTKOperator, ntk, projected_ntk
@@ -28,6 +29,7 @@ __all__ = ["chain"]
 Gradients = Callable[[LinearOperator, Tensor], Distilled]
 
 
+@checked
 def chain(
     model: Any,
     inputs: Any,
@@ -90,10 +92,16 @@ def chain(
         >>> import torch
         >>> from ntkops.distill import chain, synthesize
         >>> _ = torch.manual_seed(0)
-        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        >>> network = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)
+        ... )
         >>> x, x_new = torch.randn(40, 3), torch.randn(20, 3)
         >>> report = chain(
-        ...     network.double(), x.double(), x_new.double(), data=x[:20].double(), projection=60,
+        ...     network.double(),
+        ...     x.double(),
+        ...     x_new.double(),
+        ...     data=x[:20].double(),
+        ...     projection=60,
         ...     gradients=lambda K, Y: synthesize(K, 6, "krylov", Y=Y),
         ... )
         >>> [run.stages for run in report.stages][1:]

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..operators.axes import StateAxis
 from ..operators.base import EngineOperator
@@ -18,6 +19,7 @@ from ._stack import MeanOperator
 __all__ = ["class_mean"]
 
 
+@checked
 def class_mean(K: Kernels, *, weights: Tensor | str | None = None) -> LinearOperator:
     r"""Return :math:`\bar K = \sum_c w_c K^c`, by default the mean of the class kernels, lazily.
 

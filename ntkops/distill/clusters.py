@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, MissingDependencyError, ShapeError, ZeroKernelError
 from ..vectors import resolve_generator
 from ._kernels import Kernels
@@ -19,6 +20,7 @@ __all__ = ["Clusters", "random_clusters", "read_clusters", "spectral_clusters"]
 Clusters: TypeAlias = Tensor | Sequence[int]
 
 
+@checked
 def spectral_clusters(
     K: Kernels,
     clusters: int,
@@ -89,6 +91,7 @@ def cluster_mean(kernel: Tensor, clusters: int, generator: torch.Generator) -> T
         return _renumbered(torch.as_tensor(model.fit_predict(affinity)).long())
 
 
+@checked
 def random_clusters(clusters: Clusters, *, generator: torch.Generator | None = None) -> Tensor:
     """Return a random partition into clusters of the same sizes: what any clustering must be compared with.
 
@@ -106,7 +109,9 @@ def random_clusters(clusters: Clusters, *, generator: torch.Generator | None = N
     Example:
         >>> import torch
         >>> from ntkops.distill import random_clusters
-        >>> shuffled = random_clusters([0, 0, 0, 1], generator=torch.Generator().manual_seed(0))
+        >>> shuffled = random_clusters(
+        ...     [0, 0, 0, 1], generator=torch.Generator().manual_seed(0)
+        ... )
         >>> shuffled.bincount().tolist()
         [3, 1]
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..results import Containment
 from ..vectors import resolve_generator
 from ._kernels import Kernels
@@ -17,6 +18,7 @@ __all__ = ["containment"]
 _DEPENDENT = 1e-8  # of a restricted eigenvector's length: what is left below it is rounding
 
 
+@checked
 def containment(
     K: Kernels,
     clusters: int | Clusters,
@@ -57,7 +59,9 @@ def containment(
     Example:
         >>> import torch
         >>> from ntkops.distill import containment
-        >>> found = containment(torch.diag(torch.tensor([4.0, 1.0, 3.0, 2.0])), [0, 0, 1, 1])
+        >>> found = containment(
+        ...     torch.diag(torch.tensor([4.0, 1.0, 3.0, 2.0])), [0, 0, 1, 1]
+        ... )
         >>> found.alignment.tolist()
         [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
     """

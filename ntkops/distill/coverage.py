@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import DtypeError, InputError, ShapeError, SingularKernelError, ZeroKernelError
 from ..operators.counting import multiply
 from ..operators.structure import structure
@@ -16,6 +17,7 @@ __all__ = ["reconstruction_error", "variance_coverage"]
 _SCOPES = ("stacked", "class")
 
 
+@checked
 def variance_coverage(
     K: Kernels, distilled: Distilled | Tensor, *, per: str = "stacked", centred: bool = False
 ) -> Tensor:
@@ -64,6 +66,7 @@ def variance_coverage(
     return (inside / total).clamp(max=1)
 
 
+@checked
 def reconstruction_error(
     K: Kernels, distilled: Distilled | Tensor, *, per: str = "stacked", centred: bool = False
 ) -> Tensor:

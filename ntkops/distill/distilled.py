@@ -210,9 +210,13 @@ class Distilled:
         Example:
             >>> import torch
             >>> from ntkops import distill
-            >>> F = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            >>> F = torch.randn(
+            ...     30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            ... )
             >>> K, Y = F @ F.T, F[:, :2]
-            >>> points = distill.select(K, 4, "random", generator=torch.Generator().manual_seed(0))
+            >>> points = distill.select(
+            ...     K, 4, "random", generator=torch.Generator().manual_seed(0)
+            ... )
             >>> fitted = points.fit(K, Y, ridge=1e-10)
             >>> bool((fitted.predict(K) - Y).abs().max() < 1e-6)
             True

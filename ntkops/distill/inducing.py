@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ..operators import NTKOperator
 from ..operators._inducing import induce
@@ -31,6 +32,7 @@ _PATIENCE = 4  # iterations without a better iterate before the descent goes bac
 _ROUNDINGS = 10.0  # jitter: this times the rounding of the dtype times the number of rows of K_ZZ
 
 
+@checked
 def kernel_inducing(
     kernel: NTKOperator,
     num_points: int | None = None,
@@ -119,8 +121,12 @@ def kernel_inducing(
         >>> import torch, ntkops
         >>> from ntkops.distill.inducing import kernel_inducing
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        >>> K = ntkops.ntk(model.double(), torch.randn(30, 3, dtype=torch.float64), outputs="trace")
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> K = ntkops.ntk(
+        ...     model.double(), torch.randn(30, 3, dtype=torch.float64), outputs="trace"
+        ... )
         >>> found = kernel_inducing(K, start=range(4), iterations=30)
         >>> found.inputs.shape, found.loss < found.start_loss
         (torch.Size([4, 3]), True)
@@ -198,7 +204,7 @@ class _Choice:
             )
         if not math.isfinite(self.ridge) or self.ridge < 0:
             raise InputError(f"ridge={self.ridge!r}; it is relative to the mean diagonal, and at least 0")
-        if self.jitter != "auto" and not 0 < float(self.jitter) <= 1e-2:
+        if self.jitter != "auto" and (isinstance(self.jitter, str) or not 0 < self.jitter <= 1e-2):
             raise InputError(f"jitter={self.jitter!r}; it is 'auto' or a number above 0, up to .01")
         size = self.batch_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError
 from ..results import DistillationInfo
@@ -29,6 +30,7 @@ from .distilled import Distilled
 __all__ = ["local_global"]
 
 
+@checked
 def local_global(
     K: Kernels,
     Y: Tensor,
@@ -103,8 +105,14 @@ def local_global(
         >>> import torch
         >>> from ntkops.distill import local_global
         >>> F = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
-        >>> found = local_global(F @ F.mT, torch.eye(12).double(), [0, 1, 2] * 4, 0.5, 0.9)
-        >>> found.info.details["local_ranks"], found.info.details["gaps"], tuple(found.U.shape)
+        >>> found = local_global(
+        ...     F @ F.mT, torch.eye(12).double(), [0, 1, 2] * 4, 0.5, 0.9
+        ... )
+        >>> (
+        ...     found.info.details["local_ranks"],
+        ...     found.info.details["gaps"],
+        ...     tuple(found.U.shape),
+        ... )
         ((2, 2, 1), (0, 1), (12, 7))
     """
     check_thresholds(variance_threshold, gap_threshold)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError
 from ..regression._layout import read_labels
@@ -33,6 +34,7 @@ GAP = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _WINDOW = 0.8  # of the wanted size: a smaller set is another trade
 
 
+@checked
 def search_local_global(
     K: Kernels,
     Y: Tensor,
@@ -125,6 +127,7 @@ def search_local_global(
     return Distilled.of(kernel, best.columns.matrix.to(kernel.dtype), Y, info=info)
 
 
+@checked
 def local_global_grid(
     K: Kernels,
     Y: Tensor,
@@ -169,7 +172,9 @@ def local_global_grid(
         >>> F = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double()
         >>> options = dict(variance_thresholds=[0.3, 0.9], gap_thresholds=[0.5])
         >>> seed = torch.Generator().manual_seed(0)
-        >>> trials = local_global_grid(F @ F.mT, F, clusters=[2], **options, generator=seed)
+        >>> trials = local_global_grid(
+        ...     F @ F.mT, F, clusters=[2], **options, generator=seed
+        ... )
         >>> [trial.num_local for trial in trials]
         [2, 6]
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..results import LocalGlobalProperties
 from ..vectors import resolve_generator
@@ -22,6 +23,7 @@ from .clusters import Clusters, cluster_mean, random_clusters, read_clusters
 __all__ = ["local_global_properties"]
 
 
+@checked
 def local_global_properties(
     K: Kernels,
     clusters: int | Clusters,
@@ -76,7 +78,10 @@ def local_global_properties(
         >>> from ntkops.distill import local_global_properties
         >>> F = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).double()
         >>> found = local_global_properties(F @ F.mT, [0, 1, 2] * 4, 0.05)
-        >>> found.pooled_containment >= found.pooled_bound, found.weighted_gap <= found.weighted_gap_bound
+        >>> (
+        ...     found.pooled_containment >= found.pooled_bound,
+        ...     found.weighted_gap <= found.weighted_gap_bound,
+        ... )
         (True, True)
     """
     check_epsilon(epsilon)

@@ -11,6 +11,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ZeroKernelError
 from ..estimators._request import checked_generator
 from ..solvers import pivoted_cholesky, rpcholesky
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _STARTS = 8  # starts of k-medoids
 
 
+@checked
 def select(
     K: Kernels,
     s: int,

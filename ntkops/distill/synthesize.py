@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..estimators import eigsh
 from ..estimators._request import checked_generator
@@ -30,6 +31,7 @@ __all__ = ["synthesize"]
 _STARTS = 8  # starts of k-means where the dense kernel makes them cheap
 
 
+@checked
 def synthesize(
     K: Kernels,
     s: int,
@@ -93,11 +95,21 @@ def synthesize(
     Example:
         >>> import torch
         >>> from ntkops import distill
-        >>> F = torch.randn(3, 30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> F = torch.randn(
+        ...     3,
+        ...     30,
+        ...     8,
+        ...     generator=torch.Generator().manual_seed(0),
+        ...     dtype=torch.float64,
+        ... )
         >>> K, Y = F @ F.mT, F[..., 0].T  # three classes
         >>> lossless = distill.synthesize(K, 3, "galerkin", Y=Y)
-        >>> full = torch.linalg.solve(K + lossless.info.details["ridge"] * torch.eye(30), Y.T.unsqueeze(-1))
-        >>> difference = lossless.fit(K, Y, fit="sketch").predict(K) - (K @ full).squeeze(-1).T
+        >>> full = torch.linalg.solve(
+        ...     K + lossless.info.details["ridge"] * torch.eye(30), Y.T.unsqueeze(-1)
+        ... )
+        >>> difference = (
+        ...     lossless.fit(K, Y, fit="sketch").predict(K) - (K @ full).squeeze(-1).T
+        ... )
         >>> bool(difference.abs().max() < 1e-8)
         True
     """

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..operators.counting import multiply
 from ..regression import KernelRidge
@@ -21,6 +22,7 @@ __all__ = ["nystrom_error", "posterior_variance_error", "transfer_accuracy"]
 Fit = Literal["nystrom", "sketch"]
 
 
+@checked
 def transfer_accuracy(
     K: Kernels,
     distilled: Distilled,
@@ -64,6 +66,7 @@ def transfer_accuracy(
     return accuracy(distilled.fit(K, Y, ridge=ridge, fit=fit).predict(K_cross), labels)
 
 
+@checked
 def posterior_variance_error(
     K: Kernels,
     distilled: Distilled,
@@ -100,7 +103,14 @@ def posterior_variance_error(
         >>> from ntkops.distill import Distilled, posterior_variance_error
         >>> K = torch.diag(torch.tensor([4.0, 1.0])).double()
         >>> half = Distilled.of(K, [0])
-        >>> round(float(posterior_variance_error(K, half, K, K.diagonal(), ridge=0.4).relative), 4)
+        >>> round(
+        ...     float(
+        ...         posterior_variance_error(
+        ...             K, half, K, K.diagonal(), ridge=0.4
+        ...         ).relative
+        ...     ),
+        ...     4,
+        ... )
         0.3846
     """
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not ridge > 0:
@@ -120,6 +130,7 @@ def posterior_variance_error(
     )
 
 
+@checked
 def nystrom_error(K: Kernels, distilled: Distilled | Tensor, *, norm: str = "trace") -> Tensor:
     r"""Return the relative error of the Nyström kernel of a distilled set.
 
@@ -150,7 +161,10 @@ def nystrom_error(K: Kernels, distilled: Distilled | Tensor, *, norm: str = "tra
         >>> import torch
         >>> from ntkops.distill import nystrom_error
         >>> K, U = torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2)[:, :1]
-        >>> [round(float(nystrom_error(K, U, norm=n)), 4) for n in ("trace", "frobenius", "spectral")]
+        >>> [
+        ...     round(float(nystrom_error(K, U, norm=n)), 4)
+        ...     for n in ("trace", "frobenius", "spectral")
+        ... ]
         [0.4286, 0.6, 0.75]
     """
     if norm not in ("trace", "frobenius", "spectral"):

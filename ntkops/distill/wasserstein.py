@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import InputError
 from ..model.context import safe_context, untouched_randomness
 from ..results import Barycenter, SyntheticData
@@ -27,6 +28,7 @@ _KIND = "wasserstein"
 _BETAS = (0.5, 0.9)  # of Adam, as in the authors' code
 
 
+@checked
 def wasserstein(
     model: nn.Module,
     data: Any,
@@ -112,13 +114,25 @@ def wasserstein(
         >>> from ntkops.distill.wasserstein import wasserstein
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ...     torch.nn.Linear(3, 8),
+        ...     torch.nn.BatchNorm1d(8),
+        ...     torch.nn.ReLU(),
+        ...     torch.nn.Linear(8, 2),
         ... )
         >>> x, y = torch.randn(40, 3), torch.arange(40) % 2
         >>> found = wasserstein(
-        ...     model, (x, y), 3, iterations=10, generator=torch.Generator().manual_seed(0)
+        ...     model,
+        ...     (x, y),
+        ...     3,
+        ...     iterations=10,
+        ...     generator=torch.Generator().manual_seed(0),
         ... )
-        >>> found.inputs.shape, found.labels.tolist(), found.loss <= float(found.losses[0]), model.training
+        >>> (
+        ...     found.inputs.shape,
+        ...     found.labels.tolist(),
+        ...     found.loss <= float(found.losses[0]),
+        ...     model.training,
+        ... )
         (torch.Size([6, 3]), [0, 0, 0, 1, 1, 1], True, True)
     """
     started = time.perf_counter()

@@ -243,7 +243,9 @@ class AutogradEngine(EngineSizes):
         pieces = tangents.split(list(sizes), dim=1)
         if self.linearization.is_complex:  # a view as complex numbers wants even places in memory
             pieces = tuple(piece.clone() for piece in pieces)
-        return tuple(piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return tuple(
+            piece.reshape(len(tangents), *shape) for piece, shape in zip(pieces, shapes, strict=True)
+        )
 
     # per-sample gradients and what is made of them
 
@@ -275,7 +277,7 @@ class AutogradEngine(EngineSizes):
                 cotangents[start:stop],
                 self.differentiation.columns,
             )
-            return torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=-1)
+            return torch.cat([g.flatten(2) for g in gradients], dim=-1)
 
         with self.linearization.safe_context():
             parts = [found for _, _, found in self.over_samples(inputs, part)]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..model.record import Call, Recording
+from ..shortage import is_out_of_memory
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck
 from .cost import LayerShape, written_at_once
 from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
 from .layer_rules import RULES, Activation, Layout, OneHot
-from .memory import is_out_of_memory
 from .units import Unit, Use, is_transposed
 
 __all__ = ["Collector", "RowCheckMaker", "backward", "collect", "require_own_rows"]

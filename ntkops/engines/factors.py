@@ -73,23 +73,27 @@ class Factors:
     output: Tensor | None = None
 
     @property
+    def layers(self) -> list[Outer | Direct]:
+        """All of them."""
+        return [*self.outers, *self.directs]
+
+    @property
     def entries(self) -> int:
         """Entries of all factors."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
-        held = [layer.gradients.numel() for layer in layers]
+        held = [layer.gradients.numel() for layer in self.layers]
         held += [layer.activations.numel() for layer in self.outers if isinstance(layer.activations, Tensor)]
         return sum(held)
 
     @property
     def directions(self) -> int:
         """Number C of directions."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        layers = self.layers
         return layers[0].gradients.shape[1] if layers else 0
 
     @property
     def is_small(self) -> bool:
         """Whether float32 factors are so few that float64 costs no time: calls cost more than arithmetic."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        layers = self.layers
         narrow = bool(layers) and layers[0].gradients.dtype == torch.float32
         return narrow and layers[0].gradients.device.type != "mps" and self.entries <= _SMALL_ENTRIES
 
@@ -179,7 +183,7 @@ def matched(parts: Sequence[Factors]) -> list[Factors]:
     pieces = [
         [
             piece
-            for layer in (*part.outers, *part.directs)
+            for layer in part.layers
             if isinstance(layer, Direct) or _key(layer) not in common
             for piece in written_pieces(layer)
         ]

@@ -231,7 +231,7 @@ class FactorSource:
         """Return ``(B, C, P)`` gradients, zero where a parameter is not covered."""
         shape = (factors.count, factors.directions, self.linearization.num_parameters)
         tile = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for layer in (*factors.outers, *factors.directs):
+        for layer in factors.layers:
             for index, start, stop, gradients in written_pieces(layer):
                 first, row = self.rows[index]
                 tile[..., first + start * row : first + stop * row] += gradients

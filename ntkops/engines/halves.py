@@ -119,4 +119,4 @@ def may_cache(engine: LayerwiseEngine, inputs: Inputs, limit: int) -> bool:
 
 
 def _flatten(blocks: Parameters) -> Tensor:
-    return torch.cat([block.reshape(len(block), -1) for block in blocks], dim=1)
+    return torch.cat([block.flatten(1) for block in blocks], dim=1)

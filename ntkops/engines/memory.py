@@ -26,10 +26,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NtkopsError, OutOfMemoryError
+from ..errors import InputError, OutOfMemoryError
 from ..model import Batch, Inputs, Linearization
 from ..model.batch import cut
 from ..model.watch import tracked
+from ..shortage import is_out_of_memory
 
 __all__ = [
     "EngineSizes",
@@ -39,7 +40,6 @@ __all__ = [
     "format_bytes",
     "free_bytes",
     "if_it_fits",
-    "is_out_of_memory",
     "parts",
     "retry",
     "shared_store",
@@ -65,7 +65,6 @@ _WORKSPACE_SHARE = 1 / 16
 _WORKSPACE_RANGE = (2**24, 2**28)  # one tile of per-sample gradients, in bytes
 
 _guarded: ContextVar[bool] = ContextVar("ntkops_memory_guarded", default=False)
-_CPU_MESSAGE = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
 _BYTES = re.compile(r"allocate ([0-9.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -203,22 +202,6 @@ class TensorStore:
 
 
 shared_store = TensorStore()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory ran out: torch's own on a device or the CPU, or Python's.
-
-    Example:
-        >>> from ntkops.engines.memory import is_out_of_memory
-        >>> text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes"
-        >>> is_out_of_memory(RuntimeError(text)), is_out_of_memory(RuntimeError("a size does not fit"))
-        (True, False)
-    """
-    if isinstance(error, NtkopsError):
-        return False  # which has been through `retry`
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_MESSAGE.search(str(error)) is not None
 
 
 def _asked_for(error: BaseException) -> int:

@@ -256,8 +256,8 @@ def _weights(layer: Outer, signals: Tensor) -> Tensor:
         flat = signals.permute(1, 2, 3, 0, 4).flatten(3)  # (k, 1, d_out, N·S)
         result = flat.new_zeros((*flat.shape[:3], layer.activations.size))
         return result.index_add_(3, layer.activations.index.flatten(), flat)
-    left = signals.permute(2, 1, 3, 0, 4).reshape(groups, columns * outputs, -1)  # (g, k·d_out, N·S)
-    right = layer.activations.permute(1, 0, 3, 2).reshape(groups, left.shape[2], -1)  # (g, N·S, d_in)
+    left = signals.permute(2, 1, 3, 0, 4).flatten(3).flatten(1, 2)  # (g, k·d_out, N·S)
+    right = layer.activations.permute(1, 0, 3, 2).flatten(1, 2)  # (g, N·S, d_in)
     return long_product(left, right).unflatten(1, (columns, outputs)).transpose(0, 1)
 
 
@@ -269,9 +269,10 @@ def _apply(layer: Outer, weights: Tensor, bias: Tensor | None) -> Tensor:
         moved = weights[..., index.flatten()].unflatten(3, index.shape)  # (k, 1, d_out, N, S)
         moved = moved.permute(3, 0, 1, 2, 4)
     else:
-        right = layer.activations.permute(1, 2, 0, 3).reshape(groups, inputs, -1)  # (g, d_in, N·S)
+        right = layer.activations.permute(1, 2, 0, 3)  # (g, d_in, N, S)
         left = weights.transpose(0, 1).reshape(groups, columns * outputs, inputs)
-        moved = (left @ right).view(groups, columns, outputs, len(layer.gradients), -1).permute(3, 1, 0, 2, 4)
+        moved = left @ right.flatten(2)
+        moved = moved.view(groups, columns, outputs, *right.shape[2:]).permute(3, 1, 0, 2, 4)
     return moved if bias is None else moved + bias.unsqueeze(-1)
 
 
@@ -289,7 +290,8 @@ def _dual(
             cache[position] = gram
     columns, groups, outputs, positions = signals.shape[1:]
     flat = signals.permute(0, 4, 1, 2, 3).reshape(len(signals) * positions, -1)  # (N₂·S₂, k·d_out)
-    moved = long_product(gram, flat).view(len(layer.gradients), -1, columns, groups, outputs)
+    moved = long_product(gram, flat)
+    moved = moved.view(len(layer.gradients), layer.gradients.shape[-1], columns, groups, outputs)
     return moved.permute(0, 2, 3, 4, 1)
 
 
@@ -302,5 +304,5 @@ def _as_outer(layer: Outer, flat: Tensor) -> Tensor:
     """Turn ``(k, p)`` in the parameter's order into ``(k, groups, d_out, d_in)``."""
     shape = layer.shape
     if layer.transposed:
-        return flat.view(-1, shape.groups, shape.inputs, shape.outputs).mT
-    return flat.view(-1, shape.groups, shape.outputs, shape.inputs)
+        return flat.view(len(flat), shape.groups, shape.inputs, shape.outputs).mT
+    return flat.view(len(flat), shape.groups, shape.outputs, shape.inputs)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import NtkopsError
 from ..model import Inputs
+from ..shortage import is_out_of_memory
 from .attribution import CoverageChanged
 from .cost import KernelShape
 from .coverage import HiddenStates
 from .differentiation import Parameters
 from .gathering import FactorSource
-from .memory import is_out_of_memory
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
 from .tiling import sample_slices

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,9 +142,10 @@ class _Trial:
         if not numbers or not first.output.requires_grad:
             return dict.fromkeys(numbers), {}
         edges = [first.calls[number].edge for number in numbers]
+        wanted: list[Any] = [*edges, *leaves.values()]
         found = torch.autograd.grad(
             [first.output],
-            [*edges, *leaves.values()],
+            wanted,
             [self._cotangents[0]],
             retain_graph=True,
             allow_unused=True,
@@ -260,7 +262,7 @@ class _Trial:
             for role, place in call.places.items():
                 places.setdefault(place.index, {})[id(call.leaves[role])] = place
         lost: dict[int, str] = {}
-        for layer in (*factors.outers, *factors.directs):
+        for layer in factors.layers:
             for index, start, total, scale in _sums(layer, gradients):
                 row = self._lin.sizes[index] // max(1, (self._lin.shapes[index] or (1,))[0])
                 expected = torch.zeros_like(total)

@@ -8,6 +8,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from ..engines import PassCounter, count_passes
 from ..errors import BackwardLimitError, InputError, NotConvergedWarning
 from ..results import Estimate
+from ..shortage import memory_for
 from ._exact import DEFAULT_EVERY, ExactWork
 from ._moments import LEVEL, Summary, interval_of
 from ._plans import Plan, Sampler, ScalarPlan
@@ -333,14 +335,17 @@ class _Account:
         self._start = time.perf_counter()
 
     def __enter__(self) -> _Account:
-        self._counting = count_passes()
-        self._tally: PassCounter = self._counting.__enter__()
+        self._inside = ExitStack()
+        self._tally: PassCounter = self._inside.enter_context(count_passes())
+        self._inside.enter_context(
+            memory_for(self._plan.name, "give fewer passes with num_passes=, or call K.free() first")
+        )
         return self
 
-    def __exit__(self, *problem: object) -> None:
+    def __exit__(self, *problem: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._counting.__exit__(None, None, None)
+        self._inside.__exit__(*problem)
 
     @property
     def passes(self) -> int:
@@ -417,6 +422,6 @@ class _Account:
             f"{self._plan.name} by {method!r} ended after {result.passes} passes with a relative error of "
             f"up to {reached:.2g}, above rtol={self._request.rtol:g}; raise num_passes, or loosen rtol",
             NotConvergedWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def check_options(epsilon: float, tol: float | None, method: str, max_products: 
         raise InputError(f"epsilon={epsilon!r}: the share of the trace that may be lost lies between 0 and 1")
     if method not in ("auto", "dense", "lanczos"):
         raise InputError(f"method={method!r}: choose 'auto', 'dense' or 'lanczos'")
-    if tol is not None and not tol > 0:
+    if tol is not None and not 0 < tol < math.inf:
         raise InputError(f"tol={tol!r}: pass a positive tolerance")
     if max_products is not None and (not isinstance(max_products, int) or max_products < 1):
         raise InputError(f"max_products={max_products!r}: pass a positive integer")

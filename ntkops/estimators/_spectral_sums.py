@@ -17,6 +17,7 @@ from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
 from ..operators.counting import row_space
 from ..results import Estimate
+from ..shortage import memory_for
 from ..spectra import FunctionTrace, function_trace
 from ._request import Operand, Request, require_finite
 from .eigsh import eigenvalues_by_tiles, fits_dense, members
@@ -56,14 +57,23 @@ class SpectralSum:
             InputError: If an eigenvalue lies below the floor by more than rounding.
         """
         largest, least = values.abs().amax(-1), values[..., -1] - self.floor
-        if bool((least < -10 * eps * values.shape[-1] * largest).any()):
-            raise InputError(
-                f"the operator is not positive semidefinite: its eigenvalues reach down to "
-                f"{float(values.min()):.3g}, the largest is {float(values.max()):.3g}; {self.name} is "
-                "defined here for kernels"
-            )
+        for low, high in zip(least.reshape(-1).tolist(), largest.reshape(-1).tolist(), strict=True):
+            self.require_semidefinite(low, high, values.shape[-1], eps)
         self.require_regular(float(least.min()), float(largest.max()), eps)
         return values.shape[-1] * self.constant + self.function((values - self.floor).clamp(min=0)).sum(-1)
+
+    def require_semidefinite(self, least: float, largest: float, size: int, eps: float) -> None:
+        """Raise where an eigenvalue of K - s lies below 0 by more than rounding.
+
+        Raises:
+            InputError: If one does.
+        """
+        if least < -10 * eps * size * largest:
+            raise InputError(
+                f"the operator is not positive semidefinite: its eigenvalues reach down to "
+                f"{least + self.floor:.3g}, the largest has size {largest:.3g}; {self.name} is defined here "
+                "for kernels"
+            )
 
     def require_regular(self, least: float, largest: float, eps: float) -> None:
         """Raise where rounding of the operator decides the result.
@@ -166,6 +176,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
     with (
         torch.no_grad(),
         count_passes() as tally,
+        memory_for(quantity.name, "give fewer passes with num_passes=, or call K.free() first"),
         tqdm(desc=quantity.name, unit="product", disable=not request.progress) as bar,
     ):
         fits = fits_dense(operand) and request.allows(exact_passes)
@@ -241,6 +252,8 @@ def _by_quadrature(
                 report=lambda done: bar.update(done),
             )
         )
+        largest = found[-1].scale + quantity.floor
+        quantity.require_semidefinite(found[-1].least, largest, space.size, eps)
         quantity.require_regular(0.0, found[-1].scale, eps)
     return found
 
@@ -279,5 +292,5 @@ def _warn(name: str, found: Sequence[FunctionTrace], options: Options) -> None:
         f"the rounding of products; rtol={options.request.rtol} and atol={options.atol:g} are not met: raise "
         "num_passes or the ridge, use float64, or loosen the tolerance",
         NotConvergedWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -6,6 +6,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..operators.structure import diagonal_parts, diagonal_step
 from ..results import Estimate
 from ..vectors import Space
@@ -21,6 +22,7 @@ _METHODS = ("exact", "hutchinson", "fhutch")
 _WIDTH = 64  # columns multiplied at a time
 
 
+@checked
 def diagonal(
     operator: LinearOperator | Tensor,
     *,

@@ -6,6 +6,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..results import Estimate
 from ._request import Operand, Request
@@ -14,6 +15,7 @@ from ._spectral_sums import METHODS, Options, SpectralSum, absolute_ridge, spect
 __all__ = ["effective_dimension"]
 
 
+@checked
 def effective_dimension(
     operator: LinearOperator | Tensor,
     ridge: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedError, NotConvergedWarning, UnsupportedOperationError
 from ..operators.structure import Structure, dense_from_tiles
@@ -23,6 +25,7 @@ __all__ = ["default_tolerance", "eigenvalues_by_tiles", "eigsh", "fits_dense", "
 _DENSE = 512  # rows up to which all eigenvalues may cost less than a Krylov space
 
 
+@checked
 def eigsh(
     operator: LinearOperator | Tensor,
     k: int = 6,
@@ -110,7 +113,7 @@ def eigsh(
         )
         if raise_on_failure:
             raise NotConvergedError(message, result)
-        warnings.warn(message, NotConvergedWarning, stacklevel=2)
+        warnings.warn(message, NotConvergedWarning, stacklevel=3)
     return result
 
 
@@ -128,7 +131,7 @@ def _check(
         raise InputError(f"k={k!r}: an operator of {size} rows has 1 to {size} eigenpairs")
     if which not in ("largest", "smallest"):
         raise InputError(f"which={which!r}: choose 'largest' or 'smallest'")
-    if tol is not None and not tol > 0:
+    if tol is not None and not 0 < tol < math.inf:
         raise InputError(f"tol={tol!r}: pass a positive tolerance")
     if max_products is not None and max_products < k:
         raise InputError(f"max_products={max_products} is less than the k={k} products that k pairs need")

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
 from ._driver import PAIR_METHODS, estimate
@@ -18,6 +19,7 @@ from ._request import operands
 __all__ = ["inner"]
 
 
+@checked
 def inner(
     first: LinearOperator | Tensor,
     second: LinearOperator | Tensor,

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..results import Estimate
 from ._request import Operand, Request
 from ._spectral_sums import METHODS, Options, SpectralSum, absolute_ridge, added_diagonal, spectral_sum
@@ -15,6 +16,7 @@ from ._spectral_sums import METHODS, Options, SpectralSum, absolute_ridge, added
 __all__ = ["logdet"]
 
 
+@checked
 def logdet(
     operator: LinearOperator | Tensor,
     ridge: float = 0.0,

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import Estimate
 from ..vectors import Space
@@ -19,6 +20,7 @@ from ._request import DEFAULT_RTOL, Operand, Request
 __all__ = ["one_sided_product_trace"]
 
 
+@checked
 def one_sided_product_trace(
     first: LinearOperator | Tensor,
     second: LinearOperator | Tensor,

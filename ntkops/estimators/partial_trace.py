@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines.passes import SharedPasses
 from ..errors import UnsupportedOperationError
 from ..operators.structure import dense_from_tiles, structure, tile_count
@@ -28,6 +29,7 @@ _METHODS = ("exact", "hutchinson", "stratified")
 _BLOCK_ROWS = 512  # rows of several samples' blocks that are made at once
 
 
+@checked
 def partial_trace(
     operator: LinearOperator | Tensor,
     over: Over = "outputs",
@@ -100,9 +102,14 @@ def partial_trace(
         >>> import torch, ntkops
         >>> from ntkops.estimators.partial_trace import partial_trace
         >>> _ = torch.manual_seed(0)
-        >>> K = ntkops.ntk(torch.nn.GRU(2, 3, batch_first=True), torch.randn(5, 4, 2), output=0)
+        >>> K = ntkops.ntk(
+        ...     torch.nn.GRU(2, 3, batch_first=True), torch.randn(5, 4, 2), output=0
+        ... )
         >>> names = ("time", "hidden")
-        >>> partial_trace(K, "outputs").value.shape, partial_trace(K, "samples").value.shape
+        >>> (
+        ...     partial_trace(K, "outputs").value.shape,
+        ...     partial_trace(K, "samples").value.shape,
+        ... )
         (torch.Size([5, 5]), torch.Size([12, 12]))
         >>> partial_trace(K, ("samples", "hidden"), axes=names).value.shape
         torch.Size([4, 4])

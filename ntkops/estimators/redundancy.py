@@ -11,6 +11,7 @@ from linear_operator.operators import LinearOperator, RootLinearOperator, to_lin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..operators import JacobianOperator
@@ -24,6 +25,7 @@ from .truncation_rank import truncation_rank
 __all__ = ["data_redundancy", "parameter_redundancy"]
 
 
+@checked
 def data_redundancy(
     operator: LinearOperator | Tensor,
     epsilon: float = 0.05,
@@ -66,7 +68,9 @@ def data_redundancy(
     Example:
         >>> import torch
         >>> from ntkops.estimators import data_redundancy
-        >>> float(data_redundancy(torch.diag(torch.tensor([96.0, 2.0, 1.0, 1.0])), 0.05))
+        >>> float(
+        ...     data_redundancy(torch.diag(torch.tensor([96.0, 2.0, 1.0, 1.0])), 0.05)
+        ... )
         4.0
     """
     found = truncation_rank(
@@ -97,6 +101,7 @@ def data_redundancy(
     )
 
 
+@checked
 def parameter_redundancy(
     operator: LinearOperator | Tensor,
     epsilon: float = 0.05,
@@ -172,7 +177,7 @@ def parameter_redundancy(
             "the products ran out before the dimension of the parameter space was certain: the interval "
             "holds what is known; raise max_products or tol",
             NotConvergedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return Redundancy(
         factor=_times(size, found.rank),

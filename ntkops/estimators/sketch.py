@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, ShapeError
 from ..results import Estimate
@@ -54,7 +55,9 @@ class Sketch:
     Example:
         >>> import torch, ntkops
         >>> from ntkops.estimators import Sketch
-        >>> J = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> J = torch.randn(
+        ...     50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ... )
         >>> sketch = Sketch(J @ J.T, 4, generator=torch.Generator().manual_seed(1))
         >>> low, high = sketch.trace().interval
         >>> bool(low <= J.square().sum() <= high)
@@ -63,6 +66,7 @@ class Sketch:
         True
     """
 
+    @checked
     def __init__(
         self,
         operator: LinearOperator | Tensor,

@@ -13,6 +13,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
 from ..results import SpectralDensity
@@ -33,6 +34,7 @@ _MEMORY = 2**28  # bytes for the Krylov spaces of probes that run together
 _CAP = 20_000  # products where only a tolerance is given
 
 
+@checked
 def spectral_density(
     operator: LinearOperator | Tensor,
     *,
@@ -94,7 +96,9 @@ def spectral_density(
     Example:
         >>> import torch
         >>> from ntkops.estimators import spectral_density
-        >>> found = spectral_density(torch.diag(torch.linspace(0, 1, 100)), bandwidth=0.05)
+        >>> found = spectral_density(
+        ...     torch.diag(torch.linspace(0, 1, 100)), bandwidth=0.05
+        ... )
         >>> found.exact, round(float(found.cdf(torch.tensor([0.5]))), 2)
         (True, 0.5)
     """
@@ -138,7 +142,7 @@ def spectral_density(
             f"the spectral density ended after {tally.total} passes with a band wider than rtol={rtol}; "
             "raise num_passes or the bandwidth, or loosen rtol",
             NotConvergedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return SpectralDensity(
         nodes=sampled.nodes,

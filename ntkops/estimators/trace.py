@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
 from ._driver import TRACE_METHODS, estimate
@@ -18,6 +19,7 @@ from ._request import operands
 __all__ = ["trace"]
 
 
+@checked
 def trace(
     operator: LinearOperator | Tensor,
     *,
@@ -93,9 +95,15 @@ def trace(
         >>> K = ntkops.ntk(torch.nn.Linear(3, 2), torch.randn(5, 3))
         >>> exact = ntkops.trace(K)
         >>> estimate = ntkops.trace(
-        ...     K, method="rhutch", num_passes=50, generator=torch.Generator().manual_seed(1)
+        ...     K,
+        ...     method="rhutch",
+        ...     num_passes=50,
+        ...     generator=torch.Generator().manual_seed(1),
         ... )
-        >>> exact.method, abs(float(estimate) - float(exact)) < 4 * float(estimate.stderr)
+        >>> (
+        ...     exact.method,
+        ...     abs(float(estimate) - float(exact)) < 4 * float(estimate.stderr),
+        ... )
         ('exact', True)
     """
     if differentiable:

@@ -11,6 +11,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..engines import count_passes
 from ..errors import NotConvergedWarning
 from ..results import TruncationRank
@@ -21,6 +22,7 @@ from .eigsh import default_tolerance, eigenvalues_by_tiles, krylov, members
 __all__ = ["truncation_rank"]
 
 
+@checked
 def truncation_rank(
     operator: LinearOperator | Tensor,
     epsilon: float = 0.05,
@@ -89,7 +91,7 @@ def truncation_rank(
             "the products ran out before the eigenvalues converged or held their share of the trace: the "
             "rank is a lower bound; raise max_products or tol",
             NotConvergedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return TruncationRank(
         rank=found.rank,

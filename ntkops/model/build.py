@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
 from .call import FunctionCall, ModuleCall, uncompiled
 from .inspection import (
@@ -30,6 +31,7 @@ __all__ = ["Output", "linearize"]
 Output = str | int | Callable[[Any], Any] | None
 
 
+@checked
 def linearize(
     model: nn.Module | Callable[..., Any] | Linearization,
     params: Selector = None,
@@ -167,7 +169,7 @@ def _recall(linearization: Linearization, model: nn.Module, choices: Hashable) -
         known.pop(next(iter(known)))
 
 
-Known = dict[Hashable, tuple[Verdict, ModuleCall]]
+Known = dict[Hashable, tuple[Verdict, ModuleCall | FunctionCall]]
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 _CHOICES = 8  # of parameters and outputs of one module that are remembered
 

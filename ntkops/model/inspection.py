@@ -19,6 +19,7 @@ from ..errors import (
     ModelMutationError,
     NonFiniteError,
     NtkopsError,
+    ParameterSelectionError,
     StochasticModelError,
     UnsupportedModelError,
 )
@@ -202,13 +203,19 @@ def require_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def require_selected(selected: Mapping[str, Tensor]) -> None:
-    """Raise if selected parameters cannot be differentiated, or differ in dtype.
+    """Raise if selected parameters cannot be differentiated, differ in dtype, or have no entries at all.
 
     Raises:
         UnsupportedModelError: For complex, integer and sparse parameters.
         DtypeError: For several dtypes.
+        ParameterSelectionError: If none has an entry.
     """
     names = list(selected)
+    if not any(tensor.numel() for tensor in selected.values()):
+        shown = ", ".join(f"{name!r} {tuple(tensor.shape)}" for name, tensor in list(selected.items())[:5])
+        raise ParameterSelectionError(
+            f"the selected parameters have no entries ({shown}), so that their kernel is empty; select others"
+        )
     for name, tensor in selected.items():
         if tensor.is_complex():
             raise UnsupportedModelError(

@@ -208,6 +208,11 @@ def require_state(state: Any, num_samples: int, batch_dim: int, name: str) -> Te
             f"{name} of shape {tuple(state.shape)} has no sample axis of {num_samples} at dimension "
             f"{batch_dim}; return one row per sample (reduction='none' for a loss), or say batch_dim="
         )
+    if num_samples and not state.numel():
+        raise OutputError(
+            f"{name} of shape {tuple(state.shape)} has no entries, and a kernel of no outputs has no rows; "
+            "return at least one number per sample"
+        )
     return state
 
 

@@ -159,11 +159,13 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.leaves = tuple(p.detach().requires_grad_() for p in params)
         self.differentiates = self.runs_again = False
-        self._numbers = {id(leaf): index for index, leaf in enumerate(self.leaves)}
+        # A parameter without entries has no gradient that a rule would have to know.
+        filled = [(index, leaf) for index, leaf in enumerate(self.leaves) if leaf.numel()]
+        self._numbers = {id(leaf): index for index, leaf in filled}
         # The tensors are kept, so that no identity is met twice.
         self._tracked: dict[int, tuple[Tensor, Place]] = {
             id(leaf): (leaf, Place(index, False, 0, leaf.shape[0] if leaf.dim() else 1))
-            for index, leaf in enumerate(self.leaves)
+            for index, leaf in filled
         }
         self._traced: list[_Traced] = []
         self._aliases: dict[int, int] = {}  # a leaf of a call: the number of the last one that has it

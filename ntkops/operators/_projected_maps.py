@@ -32,6 +32,8 @@ class MatrixProjection(Projection):
         matrix: ``(k, P)`` tensor or LinearOperator, a constant.
     """
 
+    _may_be_tall = True  # a matrix that is given was not drawn in vain
+
     def __init__(self, matrix: Tensor | LinearOperator) -> None:
         super().__init__(matrix.shape[-1], matrix.shape[-2], seed=next(_numbers))
         self.matrix = matrix
@@ -109,8 +111,8 @@ def as_projection(
         projection = projection.projection
     if not isinstance(projection, Projection | Tensor | LinearOperator):
         raise InputError(
-            f"projection is a {type(projection).__name__}: pass one of ntkops.projections, or a (k, P) "
-            "tensor or LinearOperator whose rows span the subspace"
+            f"projection is a {type(projection).__name__}: pass one of ntkops.projections, a number k of "
+            "features, or a (k, P) tensor or LinearOperator whose rows span the subspace"
         )
     shape = tuple(projection.shape)
     if len(shape) != 2 or shape[1] != num_parameters:

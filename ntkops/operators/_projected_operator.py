@@ -7,28 +7,22 @@ from typing import Any, Literal, Self
 
 import torch
 from linear_operator.operators import LinearOperator
-from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
-from ..errors import (
-    DenseMemoryError,
-    DeviceError,
-    DtypeError,
-    InputError,
-    ShapeError,
-    UnsupportedOperationError,
-)
+from ..errors import DenseMemoryError, InputError, UnsupportedOperationError
 from ..projections import Projection
 from .axes import resolve_index
 from .core import dense_limit
+from .expression import Expression
 
 __all__ = ["ProjectionOperator"]
 
 Picked = range | tuple[int, ...]
 
 
-class ProjectionOperator(LinearOperator):
+class ProjectionOperator(Expression):
     """A projection P as a lazy ``(k, P)`` operator: products, adjoint, columns, a guarded dense matrix.
 
     Args:
@@ -49,6 +43,7 @@ class ProjectionOperator(LinearOperator):
         (torch.Size([64, 1000]), torch.Size([64]), torch.Size([1000, 2]))
     """
 
+    @checked
     def __init__(
         self,
         projection: Projection,
@@ -114,12 +109,10 @@ class ProjectionOperator(LinearOperator):
             return self
         raise UnsupportedOperationError("a projection is one matrix and has no batch; it multiplies batches")
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the same map for vectors of another dtype or on another device."""
-        device, dtype = _to_helper(*args, **kwargs)
-        return self._like(dtype=dtype or self.dtype, device=device or self.device)
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        return self._like(dtype=dtype, device=device)
 
-    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+    def matmul(self, other: Any) -> Any:
         """Multiply with a vector, a block of columns, or another operator (lazily).
 
         Args:
@@ -127,23 +120,11 @@ class ProjectionOperator(LinearOperator):
 
         Returns:
             ``(m,)`` or ``(*batch, m, c)``, differentiable; a lazy product for an operator.
-
-        Raises:
-            ShapeError: If the number of rows does not fit.
-            DtypeError: If the dtype differs from the operator's.
-            DeviceError: If the device differs from the operator's.
         """
-        if isinstance(other, LinearOperator):
+        if not isinstance(other, Tensor):
             return super().matmul(other)
-        if other.dim() == 0 or other.shape[-2 if other.dim() > 1 else 0] != self.shape[-1]:
-            raise ShapeError(f"expected {self.shape[-1]} rows, got {tuple(other.shape)}")
-        if other.dtype != self.dtype:
-            raise DtypeError(
-                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
-            )
-        if other.device != self.device:
-            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
-        return self._matmul(other)
+        self._check_operand(other)
+        return self._matmul(other)  # which is differentiable by itself, and twice
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         rows = rhs if rhs.dim() == 1 else rhs.mT

@@ -288,7 +288,7 @@ def dense_bytes_allowed(operator: Any) -> int:
 def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Generator, rtol: float) -> Any:
     """Return log det (K + D) by quadrature of log(1 + x) on the scaled kernel."""
     scaling = entries.rsqrt().unsqueeze(-1).to(kernel.dtype)
-    return function_trace(
+    found = function_trace(
         lambda block: scaling * multiply(kernel, scaling * block),
         row_space(kernel),
         torch.log1p,
@@ -297,3 +297,9 @@ def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Ge
         offset=float(entries.log().sum()),
         deflation=min(_DEFLATION, len(entries)),
     )
+    if found.least < -10 * torch.finfo(kernel.dtype).eps * len(entries) * found.scale:
+        raise InputError(
+            "log det by quadrature needs a positive semidefinite kernel, and this one has a negative "
+            f"eigenvalue: one of D^-1/2 K D^-1/2 is {found.least:.3g} or less, the largest {found.scale:.3g}"
+        )
+    return found

@@ -17,19 +17,19 @@ from linear_operator.operators import (
     LinearOperator,
     RootLinearOperator,
     SumLinearOperator,
-    ZeroLinearOperator,
     to_linear_operator,
 )
 from torch import Tensor
 
-from ..errors import DtypeError, ShapeError, UnsupportedOperationError
+from ..errors import DtypeError, ShapeError
 from .dense import DenseFallbacks
+from .expression import Expression
 from .ridge import RidgeOperator
 
 __all__ = ["KernelAlgebra", "KernelMultiple", "KernelSum"]
 
 
-class KernelAlgebra(LinearOperator):
+class KernelAlgebra(Expression):
     """Addition and multiples that stay lazy and keep our solver."""
 
     def __add__(self, other: Any) -> LinearOperator:
@@ -47,30 +47,16 @@ class KernelAlgebra(LinearOperator):
             UnsupportedOperationError: For a number: K + 0.1 has two readings.
             ShapeError: If the matrices differ in shape.
         """
-        number = isinstance(other, int | float) or isinstance(other, Tensor) and other.dim() == 0
-        if number and float(other) == 0 or isinstance(other, ZeroLinearOperator):
+        added = self._summand(other)
+        if added is None:
             return self
-        if number:
-            raise UnsupportedOperationError(
-                "K + number would add it to every entry, which is rarely meant: use K.add_jitter(number) for "
-                "K + number * I"
-            )
-        if isinstance(other, LinearOperator | Tensor) and tuple(other.shape[-2:]) != tuple(self.shape[-2:]):
-            raise ShapeError(f"cannot add shapes {tuple(self.shape)} and {tuple(other.shape)}")
-        if isinstance(other, DiagLinearOperator):
-            return RidgeOperator(self, other)
-        if isinstance(other, RidgeOperator):  # one ridge, over the sum of the kernels
-            return RidgeOperator(self + other.kernel, other._diag_tensor)
-        added = to_linear_operator(other)
-        return KernelSum(*_parts(self), *_parts(added))
+        if isinstance(added, DiagLinearOperator):
+            return RidgeOperator(self, added)
+        if isinstance(added, RidgeOperator):  # one ridge, over the sum of the kernels
+            return RidgeOperator(self + added.kernel, added._diag_tensor)
+        return KernelSum(*_parts(self), *_parts(to_linear_operator(added)))
 
     __radd__ = __add__
-
-    def __sub__(self, other: Any) -> LinearOperator:
-        """Subtract an operator or a dense tensor lazily; a number is refused as in addition."""
-        if isinstance(other, int | float):
-            return self + (-other)
-        return self + other.mul(-1)
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
         return KernelMultiple(self, other)

@@ -191,19 +191,20 @@ class ParameterAxis:
 
     def embed(self, vectors: Tensor) -> Tensor:
         """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, P)``."""
-        columns = vectors.shape[-1]
-        flat = vectors.reshape(-1, self.length, columns)
+        columns, kernels = vectors.shape[-1], self.batch_shape.numel()
+        flat = vectors.reshape(kernels, self.length, columns)
         if self.pick is not None:
             pick = self.pick.to(flat.device)
             flat = flat.new_zeros((len(flat), self.terms * self.size, columns)).index_add(1, pick, flat)
-        split = flat.reshape(-1, self.terms, self.size, columns)
-        return split.permute(0, 1, 3, 2).reshape(-1, self.size)
+        split = flat.reshape(kernels, self.terms, self.size, columns)
+        return split.permute(0, 1, 3, 2).flatten(0, 2)
 
     def extract(self, block: Tensor) -> Tensor:
         """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, P)``."""
         kernels = self.batch_shape.numel()
-        split = block.reshape(kernels, self.terms, -1, self.size)
-        flat = split.permute(0, 1, 3, 2).reshape(kernels, self.terms * self.size, -1)  # (M, R·P, k)
+        columns = len(block) // max(kernels * self.terms, 1)
+        split = block.reshape(kernels, self.terms, columns, self.size)
+        flat = split.permute(0, 1, 3, 2).flatten(1, 2)  # (M, R·P, k)
         if self.pick is not None:
             flat = flat[:, self.pick.to(flat.device)]
         return flat.reshape(*self.batch_shape, self.length, flat.shape[-1])

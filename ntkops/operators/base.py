@@ -8,17 +8,14 @@ two axes. Slices, transposes and batch methods replace an axis and share the res
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
-from linear_operator.utils.generic import _to_helper
 
 from ..engines import EngineChoice, KernelShape, LayerwiseEngine, build_engine
-from ..errors import UnsupportedOperationError
 from ..model.watch import tracked
 from ..results import EngineInfo, LayerInfo
 from .axes import Axis, ParameterAxis, StateAxis
-from .export import to_scipy
 from .indexing import IndexedOperator
 
 __all__ = ["EngineOperator"]
@@ -121,23 +118,9 @@ class EngineOperator(IndexedOperator):
 
     # casting and gradients
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the operator on another device or in another floating dtype.
-
-        Integer inputs stay integers, the user's model and inputs stay where they are, and nothing is
-        checked again.
-
-        Args:
-            *args: As in `torch.Tensor.to`.
-            **kwargs: As in `torch.Tensor.to`.
-
-        Returns:
-            A new operator, or this one if nothing changes.
-        """
-        device, dtype = _to_helper(*args, **kwargs)
-        if dtype in (None, self.dtype) and (device is None or torch.device(device) == self.device):
-            return self
-        device = None if device is None else torch.device(device)
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        # Integer inputs stay integers, the user's model and inputs stay where they are, and nothing is
+        # checked again.
         moved: dict[int, Any] = {}
 
         def move(axis: Axis) -> Axis:
@@ -152,18 +135,6 @@ class EngineOperator(IndexedOperator):
         )
         return self._rebuild(core, [tracked(arg.to(dtype=dtype, device=device)) for arg in self._args])
 
-    def type(self, dtype: torch.dtype) -> Self:
-        """Return the operator in another floating dtype."""
-        return self.to(dtype=dtype)
-
-    def cpu(self) -> Self:
-        """Return the operator on the CPU."""
-        return self.to(device="cpu")
-
-    def cuda(self, device_id: Any = None) -> Self:
-        """Return the operator on a CUDA device."""
-        return self.to(device="cuda" if device_id is None else f"cuda:{device_id}")
-
     def _set_requires_grad(self, val: bool) -> None:
         # New leaves over the same storage: the snapshot that other operators share stays as it is.
         self._args = tuple(arg.detach().requires_grad_(val) for arg in self._args)
@@ -172,25 +143,3 @@ class EngineOperator(IndexedOperator):
         """Detach this operator from the graph in place; the tensors that it shares are left alone."""
         self._set_requires_grad(False)
         return self
-
-    # numpy and scipy
-
-    def to_scipy(self) -> Any:
-        """Return a `scipy.sparse.linalg.LinearOperator` with the same products.
-
-        Returns:
-            A SciPy operator in the matching NumPy dtype; vectors are copied to the operator's
-            device and back.
-
-        Raises:
-            ShapeError: If the operator has a batch.
-            DtypeError: If NumPy has no such dtype (bfloat16).
-        """
-        return to_scipy(self)
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse a silent conversion: NumPy would otherwise make a 0-d object array."""
-        raise UnsupportedOperationError(
-            "an operator does not turn into an array by itself: use .to_scipy() for SciPy's solvers, or "
-            ".materialize().numpy() for the dense matrix"
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from linear_operator.operators import (
     BlockDiagLinearOperator,
+    CatLinearOperator,
     ConstantMulLinearOperator,
     DenseLinearOperator,
     DiagLinearOperator,
@@ -104,7 +105,7 @@ def product_cost(operator: LinearOperator | Tensor) -> int:
         return sum(product_cost(factor) for factor in found) if found else operator.shape[:-2].numel()
     if isinstance(operator, DiagLinearOperator):
         return 0
-    if isinstance(operator, SumLinearOperator):
+    if isinstance(operator, SumLinearOperator | CatLinearOperator):
         return sum(product_cost(part) for part in operator.linear_ops)
     if isinstance(operator, ConstantMulLinearOperator | BlockDiagLinearOperator):
         return product_cost(operator.base_linear_op)
@@ -143,7 +144,7 @@ def _inner(operator: LinearOperator | Tensor) -> tuple[LinearOperator, ...]:
 
 def _holds_ours(operator: LinearOperator) -> bool:
     parts = _inner(operator)
-    if isinstance(operator, SumLinearOperator):
+    if isinstance(operator, SumLinearOperator | CatLinearOperator):
         parts = tuple(operator.linear_ops)
     elif isinstance(operator, ConstantMulLinearOperator | BlockDiagLinearOperator):
         parts = (operator.base_linear_op,)

@@ -18,58 +18,15 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import NotConvergedError, ShapeError, SingularKernelError, UnsupportedOperationError
+from ..errors import DenseMemoryError, NotConvergedError, ShapeError, SingularKernelError
+from .expression import Expression
 from .rounding import ends, require_resolved, symmetric
 
 __all__ = ["DenseFallbacks"]
 
-_INVERSE = "no inverse is formed; use K.add_jitter(ridge).solve(b), or torch.linalg.inv(K.to_dense())"
-_WAYS_OUT = {
-    "inverse": _INVERSE,
-    "inv": _INVERSE,
-    "pinv": _INVERSE,
-    "pinverse": _INVERSE,
-    "det": "use K.add_jitter(ridge).logdet()",
-    "slogdet": "use K.add_jitter(ridge).logdet()",
-    "trace": "use ntkops.trace(K)",
-    "norm": "use ntkops.frobenius_norm(K), or ntkops.eigsh(K) for the spectral norm",
-    "matrix_norm": "use ntkops.frobenius_norm(K), or ntkops.eigsh(K) for the spectral norm",
-    "matrix_rank": "use ntkops.truncation_rank(K) or ntkops.effective_rank(K)",
-    "cholesky": "use K.cholesky()",
-}
 
-
-class DenseFallbacks(LinearOperator):
+class DenseFallbacks(Expression):
     """Factorisations, solves and functions of a matrix through the guarded dense matrix."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer torch's functions as far as they have a form for operators.
-
-        Args:
-            func: The function of torch.
-            types: Types of the arguments.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-
-        Returns:
-            What the method of that name returns.
-
-        Raises:
-            UnsupportedOperationError: For others, with the way to what they are usually wanted for.
-        """
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        except NotImplementedError as error:
-            name = getattr(func, "__name__", str(func)).removeprefix("linalg_")
-            if not str(error).startswith("torch.") or name == "solve_triangular":  # whose type is specified
-                raise
-            way_out = _WAYS_OUT.get(name, "apply it to K.to_dense(), where that fits")
-            raise UnsupportedOperationError(
-                f"torch's {name} has no form for a {cls.__name__}: {way_out}"
-            ) from error
 
     # One checked way for whatever inverts: factors are made in float64, of a matrix whose eigenvalues are
     # above its rounding, and solutions meet their tolerance on the residual of this matrix.
@@ -82,7 +39,7 @@ class DenseFallbacks(LinearOperator):
         """Smallest entry of a diagonal that was added; 0 where none was."""
         return 0.0
 
-    def _matrix(self) -> Tensor:
+    def _square(self) -> Tensor:
         """Return the dense matrix in float64, square and symmetric."""
         if self.shape[-1] != self.shape[-2]:
             raise ShapeError(
@@ -92,7 +49,7 @@ class DenseFallbacks(LinearOperator):
 
     def _factor(self, matrix: Tensor | None = None) -> Tensor:
         """Return the lower Cholesky factor in float64, without any hidden jitter."""
-        matrix = self._matrix() if matrix is None else matrix
+        matrix = self._square() if matrix is None else matrix
         factor, info = torch.linalg.cholesky_ex(matrix)
         ridge, size = self._least_ridge(), self.shape[-1]
         with torch.no_grad():
@@ -113,7 +70,7 @@ class DenseFallbacks(LinearOperator):
 
     def _solved(self, right: Tensor) -> Tensor:
         """Return K⁻¹ B in float64, ``(*batch, n, k)``, its residual checked."""
-        matrix = self._matrix()
+        matrix = self._square()
         solution = torch.cholesky_solve(right.double(), self._factor(matrix))
         self._require_solved(matrix, solution.detach(), right)
         return solution
@@ -168,7 +125,7 @@ class DenseFallbacks(LinearOperator):
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return bᵀ K⁻¹ b and log det K, both exact, from one Cholesky factor."""
-        matrix = self._matrix()
+        matrix = self._square()
         factor = self._factor(matrix)
         quadratic = factor.new_zeros(self.batch_shape)
         if inv_quad_rhs is not None:
@@ -188,7 +145,7 @@ class DenseFallbacks(LinearOperator):
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return K^{-1/2} R, or L K^{-1/2} R with the diagonal of L K⁻¹ Lᵀ, by an eigendecomposition."""
-        values, vectors = torch.linalg.eigh(self._matrix())
+        values, vectors = torch.linalg.eigh(self._square())
         with torch.no_grad():
             self._require_resolved(values[..., 0], values[..., -1])
         right = (rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs).double()
@@ -221,7 +178,12 @@ class DenseFallbacks(LinearOperator):
         return super().diagonalization(method or "symeig")
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
-        return DenseLinearOperator(self.to_dense() * to_dense(other))
+        try:
+            return DenseLinearOperator(self.to_dense() * to_dense(other))
+        except DenseMemoryError as error:
+            raise DenseMemoryError(
+                f"the product of two operators, entry by entry, has no lazy form (K @ K2 has): {error}"
+            ) from error
 
     def numpy(self) -> Any:
         """Return the dense matrix as a NumPy array."""

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import EnergyGap
 from ..spectra import Lanczos, RitzPairs
@@ -20,6 +21,7 @@ from .structure import structure
 __all__ = ["energy_gap"]
 
 
+@checked
 def energy_gap(
     kernel: LinearOperator,
     inducing: Any,
@@ -57,11 +59,17 @@ def energy_gap(
         >>> import torch, ntkops
         >>> from ntkops.operators import energy_gap
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
         >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64))
         >>> found = energy_gap(K, range(5))
-        >>> int(found.rank), bool(found.misalignment >= 0), bool(found.gap <= found.bound)
+        >>> (
+        ...     int(found.rank),
+        ...     bool(found.misalignment >= 0),
+        ...     bool(found.gap <= found.bound),
+        ... )
         (5, True, True)
     """
     approximation = inducing

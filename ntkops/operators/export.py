@@ -31,6 +31,10 @@ def to_scipy(operator: LinearOperator) -> ScipyOperator:
     dtype = _NUMPY_DTYPES[operator.dtype]
 
     def multiply(side: LinearOperator, array: Any) -> Any:
+        if np.iscomplexobj(array):
+            return multiply(side, array.real) + 1j * multiply(side, array.imag)
+        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            raise DtypeError(f"the operator multiplies numbers, not an array of {array.dtype}")
         block = torch.as_tensor(np.ascontiguousarray(array), dtype=operator.dtype, device=operator.device)
         with torch.no_grad():
             return (side @ block).cpu().numpy()

@@ -10,53 +10,15 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import OutOfRangeError, ShapeError
+from ..errors import ShapeError
 from .materialize import DenseOperator
+from .positions import require_index
 
 __all__ = ["IndexedOperator"]
 
 
 class IndexedOperator(DenseOperator):
     """An operator whose slices, transposes and batches share its engine."""
-
-    # indexing
-
-    def __getitem__(self, index: Any) -> Any:
-        """Index like a tensor: slices and one index tensor stay lazy, pairs of index tensors are entries.
-
-        Args:
-            index: As for a tensor of the same shape; lists, ranges, NumPy arrays and masks too.
-
-        Returns:
-            A lazy operator, or a tensor where a matrix dimension is gone.
-
-        Raises:
-            OutOfRangeError: If an integer index lies outside the operator, or an index is no integer.
-        """
-        items = index if isinstance(index, tuple) else (index,)
-        items = tuple(torch.as_tensor(i) if isinstance(i, (np.ndarray, list, range)) else i for i in items)
-        for item in items:
-            _require_index(item)
-        items = tuple(
-            i.nonzero().flatten() if isinstance(i, Tensor) and i.dtype == torch.bool else i for i in items
-        )
-        if sum(i is not Ellipsis for i in items) > self.dim():
-            raise OutOfRangeError(f"{len(items)} indices for an operator of shape {tuple(self.shape)}")
-        return super().__getitem__(self._positive(items))
-
-    def _positive(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Check integers against their axis and make them non-negative."""
-        position = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
-        shift = self.dim() - len(items)
-        result = []
-        for i, item in enumerate(items):
-            if isinstance(item, int) and not isinstance(item, bool):
-                size = self.shape[i if i < position else i + shift]
-                if not -size <= item < size:
-                    raise OutOfRangeError(f"index {item} is out of range for an axis of {size}")
-                item %= size
-            result.append(item)
-        return tuple(result)
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         core = self._core
@@ -169,30 +131,10 @@ class IndexedOperator(DenseOperator):
 
 def _as_index(index: Any) -> slice | Tensor:
     if not isinstance(index, (slice, Tensor, np.ndarray, list, tuple, range)):
-        _require_index(index)
+        require_index(index)
     found = index if isinstance(index, slice) else torch.as_tensor(index).flatten()
-    _require_index(found)
+    require_index(found)
     return found
-
-
-def _require_index(item: Any) -> None:
-    """Refuse what is no position: a float would be cut to an integer, None and a bool mean other things."""
-    if item is Ellipsis or (isinstance(item, int) and not isinstance(item, bool)):
-        return
-    if isinstance(item, slice):
-        for bound in (item.start, item.stop, item.step):
-            if bound is not None and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
-                raise OutOfRangeError(f"a slice of positions has integers as bounds, not {bound!r}")
-        return
-    if isinstance(item, Tensor) and not (item.is_floating_point() or item.is_complex()):
-        return
-    if isinstance(item, np.integer):
-        return
-    what = f"a tensor of {item.dtype}" if isinstance(item, Tensor) else f"{item!r}"
-    raise OutOfRangeError(
-        f"an operator is indexed by integers, slices, and tensors or lists of integers or booleans, not by "
-        f"{what}"
-    )
 
 
 def _same_index(first: Any, second: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import Engine, EngineChoice, build_engine
 from ..engines.tiling import sample_slices
 from ..model import Linearization, linearize
@@ -119,6 +120,7 @@ def state_axis(linearization: Linearization, x: Any) -> StateAxis:
     return StateAxis(inputs, torch.arange(inputs.num_outputs).reshape(1, -1))
 
 
+@checked
 def jacobian(
     model: Any,
     x: Any,

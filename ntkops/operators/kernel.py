@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import EngineChoice, build_engine, tensor_bytes
 from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
 from ..model import linearize
@@ -222,6 +223,7 @@ def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
     return StateAxis(axis.inputs, torch.tensor([[n % count for n in numbers]]))
 
 
+@checked
 def ntk(
     model: Any,
     x: Any,
@@ -270,7 +272,8 @@ def ntk(
             is a `ShardedKernelOperator`, whose shape is that of this rank's rows. Nothing dense is built.
 
     Returns:
-        `NTKOperator`. Cost of ``K @ V``: one vjp and one jvp a column (times O for "each", "trace").
+        `NTKOperator`. Cost of ``K @ V``: at most one vjp and one jvp a column (times O for
+        "each", "trace"); less where layer factors are cached, or a dense block has been paid for.
 
     Raises:
         InputError: If ``outputs`` or ``engine`` is not understood.
@@ -284,7 +287,9 @@ def ntk(
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> x = torch.randn(5, 3)
         >>> K = ntkops.ntk(model, x)
         >>> K.shape, (K @ torch.ones(10)).shape

@@ -12,12 +12,10 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
 from ..errors import (
     DenseMemoryError,
-    DeviceError,
-    DtypeError,
-    ShapeError,
     SingularKernelError,
     UnsupportedOperationError,
 )
@@ -121,35 +119,6 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
 
     def _transpose_nonbatch(self) -> Self:
         return self if self.symmetric else self._like(self._right, self._left)
-
-    def _check(self, other: Tensor) -> None:
-        rows = other.shape[0] if other.dim() == 1 else other.shape[-2] if other.dim() > 1 else None
-        if rows != self.shape[-1]:
-            raise ShapeError(f"expected {self.shape[-1]} rows, got {tuple(other.shape)}")
-        if other.dtype != self.dtype:
-            raise DtypeError(
-                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
-            )
-        if other.device != self.device:
-            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
-
-    def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
-        """Multiply with a vector, a block of columns, or another operator (lazily).
-
-        Args:
-            other: ``(n,)``, ``(*batch, n, k)``, or a LinearOperator.
-
-        Returns:
-            ``(n,)``, ``(*batch, n, k)``, or a lazy product. Cost: four passes a column.
-
-        Raises:
-            ShapeError: If the number of rows does not fit.
-            DtypeError: If the dtype differs from the operator's.
-            DeviceError: If the device differs from the operator's.
-        """
-        if isinstance(other, Tensor):
-            self._check(other)
-        return super().matmul(other)
 
     def cross(self, x: Any) -> NystromOperator:
         """Return K_*Z K_ZZ⁺ K_ZX between new samples and this kernel's columns.
@@ -274,6 +243,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
         return type(self)(left, right, root, **kept)
 
 
+@checked
 def nystrom_ntk(
     kernel: LinearOperator,
     inducing: Any,
@@ -316,7 +286,9 @@ def nystrom_ntk(
         >>> import torch, ntkops
         >>> from ntkops.operators import nystrom_ntk
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
         >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64))
         >>> Q = nystrom_ntk(K, [0, 3, 5, 3])

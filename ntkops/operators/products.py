@@ -9,16 +9,18 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import DeviceError, DifferentiationError, DtypeError, ShapeError, UnsupportedOperationError
+from ..engines.checks import require_finite_product
+from ..errors import DifferentiationError, ShapeError, UnsupportedOperationError
 from ..model.watch import tracked
 from ..vectors import Space
 from .axes import Axis, ParameterAxis, StateAxis
 from .core import Core
+from .expression import Expression
 
 __all__ = ["ProductOperator"]
 
 
-class ProductOperator(LinearOperator):
+class ProductOperator(Expression):
     """An operator over two axes whose products an engine computes.
 
     Args:
@@ -112,13 +114,8 @@ class ProductOperator(LinearOperator):
             NonFiniteError: If the product is not finite.
             StaleOperatorError: If something held by reference has changed.
         """
-        if isinstance(other, LinearOperator):
-            return super().matmul(other)
         if not isinstance(other, Tensor):
-            raise DtypeError(
-                f"an operator multiplies tensors and operators, not a {type(other).__name__}; pass "
-                "torch.as_tensor(v), or use .to_scipy() for NumPy arrays"
-            )
+            return super().matmul(other)
         self._check_operand(other)
         if not torch.is_inference_mode_enabled():
             other = tracked(other)
@@ -129,23 +126,17 @@ class ProductOperator(LinearOperator):
         return self._matmul(other)  # it is 20 to 200 us cheaper, too
 
     def _check_operand(self, other: Tensor) -> None:
-        core, length = self._core, self._core.columns.length
-        rows = other.shape[0] if other.dim() == 1 else other.shape[-2] if other.dim() > 1 else None
-        if rows != length:
+        super()._check_operand(other)
+        if other.dim() == 1 and self._core.rows.batch_shape:
             raise ShapeError(
-                f"expected {length} rows ({_describe(core.columns)}), got {tuple(other.shape)}"
-                f"{_axis_hint(core.columns, other)}"
+                f"a batch of operators {tuple(self.shape)} takes (..., {len(other)}, k), not a vector"
             )
-        if other.dim() == 1 and core.rows.batch_shape:
-            raise ShapeError(
-                f"a batch of operators {tuple(self.shape)} takes (..., {length}, k), not a vector"
-            )
-        if other.dtype != self.dtype:
-            raise DtypeError(
-                f"the operator has dtype {self.dtype}, the vector {other.dtype}; cast one of them"
-            )
-        if other.device != self.device:
-            raise DeviceError(f"the operator lives on {self.device}, the vector on {other.device}")
+
+    def _described_rows(self) -> str:
+        return f" ({_describe(self._core.columns)})"
+
+    def _operand_hint(self, other: Tensor) -> str:
+        return _axis_hint(self._core.columns, other)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:
@@ -177,7 +168,14 @@ class ProductOperator(LinearOperator):
                     if dense is None:
                         raise
             with self._core.engine.linearization.full_precision():
-                return dense @ rhs
+                return self._checked(dense @ rhs, rhs)
+
+    def _checked(self, product: Tensor, rhs: Tensor) -> Tensor:
+        """Return a product with a dense block, as finite as the engines have theirs."""
+        columns = rhs.mT.flatten(0, -2)  # a column a row, as engines have them
+        what, linearization = "the product with a dense block", self._core.engine.linearization
+        require_finite_product(product.unsqueeze(0).unsqueeze(0), what, linearization, columns)
+        return product
 
     def _is_recorded(self, *tensors: Tensor) -> bool:
         """Whether a derivative may be taken through the result, so that no cache may stand in."""

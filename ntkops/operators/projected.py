@@ -9,9 +9,11 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import shared_store, tensor_bytes
-from ..errors import InputError, ShapeError, UnsupportedOperationError
-from ..projections import Projection
+from ..errors import InputError, UnsupportedOperationError
+from ..projections import SJLT, Projection
+from ..vectors import resolve_generator
 from ._projected_features import feature_rows
 from ._projected_maps import MatrixProjection, as_projection
 from ._projected_operator import ProjectionOperator
@@ -55,11 +57,10 @@ class _ProjectedOperator(EngineOperator):
             f"{self.dtype}, {self.device})"
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the operator on another device or in another floating dtype; see `EngineOperator.to`."""
-        moved = super().to(*args, **kwargs)
-        if moved is not self and isinstance(self.projection, MatrixProjection):
-            projection = self.projection.to(moved.dtype, moved.device)
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        moved = super()._moved(dtype, device)
+        if isinstance(self.projection, MatrixProjection):
+            projection = self.projection.to(dtype, device)
             moved = moved._rebuild(dataclasses.replace(moved._core, projection=projection))
         return moved
 
@@ -137,11 +138,8 @@ class FeatureOperator(_ProjectedOperator):
     def _is_transposed(self) -> bool:
         return isinstance(self._core.columns, StateAxis)
 
-    def _check_operand(self, other: Tensor) -> None:
-        length = self._core.columns.length
-        if not self._is_transposed and other.dim() and other.shape[-2 if other.dim() > 1 else 0] != length:
-            raise ShapeError(f"expected {length} rows (the projected features), got {tuple(other.shape)}")
-        super()._check_operand(other)
+    def _described_rows(self) -> str:
+        return super()._described_rows() if self._is_transposed else " (the projected features)"
 
     def _dense_key(self) -> tuple[object, ...] | None:
         return None  # features are kept once, whichever way they are looked at
@@ -238,7 +236,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
                 return self._lazy_product(self._args, rhs)
             right = self._make_features(self._columns)
             left = right if self._core.symmetric else self._make_features(self._rows)
-            return left @ (right.mT @ rhs)
+            return self._checked(left @ (right.mT @ rhs), rhs)
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._rows, self._columns
@@ -278,8 +276,13 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         return (left * right).sum(-1)
 
 
+@checked
 def projected_ntk(
-    K: NTKOperator, projection: Any, *, max_dense_bytes: int | Literal["auto"] | None = None
+    K: NTKOperator,
+    projection: Any,
+    *,
+    max_dense_bytes: int | Literal["auto"] | None = None,
+    generator: torch.Generator | None = None,
 ) -> ProjectedNTKOperator:
     r"""Return the kernel that is seen through a projection, :math:`J P^\top P J^\top`, lazily.
 
@@ -292,10 +295,12 @@ def projected_ntk(
         K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs; over a process group too,
             where products then sum k numbers a column over ranks. All outputs, and the
             samples of `cross`, meet the same P.
-        projection: One of `ntkops.projections` with dim P, or a constant ``(k, P)`` tensor or
-            LinearOperator in the dtype of K.
+        projection: One of `ntkops.projections` with dim P; a number k, for a random `SJLT` to k features;
+            or a constant ``(k, P)`` tensor or LinearOperator in the dtype of K.
         max_dense_bytes: Largest dense result, the features among them; None for that of K. At 0 features
             are never kept, and products go through J and P.
+        generator: CPU generator from which the seed of a projection given by its k is drawn; None for a
+            fresh one. ``.projection.seed`` is the seed.
 
     Returns:
         `ProjectedNTKOperator`, the shape of K. Cost of the features: one per-sample pass for each output
@@ -303,7 +308,8 @@ def projected_ntk(
         gradients, never N x P.
 
     Raises:
-        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects.
+        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects; or if a
+            generator is given with a projection that is fixed.
         ShapeError: If the projection does not take P entries.
         DtypeError: If a given matrix has another dtype than K.
         DeviceError: If a given matrix lives on another device.
@@ -314,22 +320,30 @@ def projected_ntk(
         >>> from ntkops.operators import projected_ntk
         >>> from ntkops.projections import SJLT
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> K = ntkops.ntk(model, torch.randn(5, 3))
         >>> sketch = projected_ntk(K, SJLT(dim=50, k=16, seed=0))
         >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape
         (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
     """
+    known = isinstance(K, NTKOperator) and not isinstance(K, ProjectedNTKOperator)
+    if not known and not isinstance(K, ShardedKernelOperator):
+        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
+        raise InputError(
+            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
+        )
+    if isinstance(projection, int) and not isinstance(projection, bool):
+        shared = K.space.common(resolve_generator(generator)[0])  # one seed for all ranks
+        projection = SJLT(K.num_parameters, projection, nonzeros=max(1, min(4, projection)), generator=shared)
+    elif generator is not None:
+        raise InputError("generator draws a projection that is given by its k; this one is fixed")
     if isinstance(K, ShardedKernelOperator):
         from .sharded.projected import sharded_projected_ntk
 
         sharded: Any = sharded_projected_ntk(K, projection)
         return sharded
-    if not isinstance(K, NTKOperator) or isinstance(K, ProjectedNTKOperator):
-        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
-        raise InputError(
-            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
-        )
     found = as_projection(projection, K.num_parameters, K.dtype, K.device)
     limit = K.max_dense_bytes if max_dense_bytes is None else dense_limit(max_dense_bytes, K.device)
     core = ProjectedCore(

@@ -62,9 +62,13 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
     Example:
         >>> import torch, ntkops
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> model = model.double()
-        >>> K = ntkops.ntk(model, torch.randn(20, 3, dtype=torch.float64), max_dense_bytes=0)
+        >>> K = ntkops.ntk(
+        ...     model, torch.randn(20, 3, dtype=torch.float64), max_dense_bytes=0
+        ... )
         >>> A, b = K.add_jitter(1e-2), torch.ones(20, dtype=torch.float64)
         >>> x, info = A.solve_with_info(b)
         >>> info.converged, bool((A @ x - b).norm() <= 1e-6 * b.norm())
@@ -203,7 +207,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
             if not self._factorises:
                 found = self._system().solve(block, raise_on_failure)
                 return Solution(found.solution.squeeze(-1) if rhs.dim() == 1 else found.solution, found.info)
-            matrix = self._matrix()
+            matrix = self._square()
             solution = torch.cholesky_solve(block.double(), self._factor(matrix))
             info = checked(block.double(), matrix @ solution, self._tolerance(), start)
         result = Solution(solution.squeeze(-1) if rhs.dim() == 1 else solution, info)

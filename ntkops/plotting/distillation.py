@@ -209,7 +209,9 @@ def plot_by_size(
     Example:
         >>> from matplotlib.figure import Figure
         >>> from ntkops.plotting import plot_by_size
-        >>> ax = plot_by_size({"pca": ([1, 10, 100], [0.2, 0.6, 0.9])}, Figure().subplots())
+        >>> ax = plot_by_size(
+        ...     {"pca": ([1, 10, 100], [0.2, 0.6, 0.9])}, Figure().subplots()
+        ... )
         >>> ax.get_xscale()
         'log'
     """

@@ -41,7 +41,12 @@ def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None =
         >>> from matplotlib.figure import Figure
         >>> from ntkops.plotting import plot_ridge_path
         >>> from ntkops.results import RidgePath
-        >>> path = RidgePath(torch.tensor([0.1, 1.0, 10.0]), torch.tensor([2.0, 1.0, 3.0]), scale=1.0, best=1)
+        >>> path = RidgePath(
+        ...     torch.tensor([0.1, 1.0, 10.0]),
+        ...     torch.tensor([2.0, 1.0, 3.0]),
+        ...     scale=1.0,
+        ...     best=1,
+        ... )
         >>> ax = plot_ridge_path(path, Figure().subplots())
         >>> ax.get_xscale(), ax.get_yscale()
         ('log', 'log')

@@ -25,10 +25,12 @@ class Projection(ABC):
 
     Args:
         dim: Number of entries of a vector that is projected.
-        k: Number of entries of its image.
+        k: Number of entries of its image, at most dim.
         seed: Integer that fixes the map; None draws one.
         generator: CPU generator from which the seed is drawn; None for a fresh one.
     """
+
+    _may_be_tall = False
 
     def __init__(
         self, dim: int, k: int, seed: int | None = None, *, generator: torch.Generator | None = None
@@ -36,6 +38,11 @@ class Projection(ABC):
         for name, size in (("dim", dim), ("k", k)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise InputError(f"{name}={size!r}: pass a positive integer")
+        if k > dim and not self._may_be_tall:
+            raise InputError(
+                f"k={k} exceeds dim={dim}: a projection takes vectors of dim entries to k, no more; "
+                "dim, the number of parameters' entries, comes first"
+            )
         self.dim = dim
         self.k = k
         self.seed = _resolve_seed(seed, generator)

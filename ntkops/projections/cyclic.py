@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from .base import Projection
 from .counter import integers, signs, stream_key
@@ -168,6 +169,7 @@ class SJLT(_Cyclic):
         (4, 1.0)
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

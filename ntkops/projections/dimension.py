@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+from ..arguments import checked
 from ..errors import InputError, InterpolationWarning
 
 __all__ = ["check_interpolation", "jl_distortion", "suggest_dim"]
@@ -33,6 +34,7 @@ def _check(n: int, failure: float) -> None:
         raise InputError(f"failure={failure!r}: pass a probability between 0 and 1")
 
 
+@checked
 def jl_distortion(k: int, n: int, failure: float = 0.05) -> float:
     r"""Return ε such that all inner products of n vectors survive a projection to k entries.
 
@@ -79,6 +81,7 @@ def jl_distortion(k: int, n: int, failure: float = 0.05) -> float:
     return high
 
 
+@checked
 def suggest_dim(n: int, epsilon: float, failure: float = 0.05, *, regression: bool = False) -> int:
     r"""Return the smallest k for which `jl_distortion` is at most ε.
 
@@ -108,6 +111,7 @@ def suggest_dim(n: int, epsilon: float, failure: float = 0.05, *, regression: bo
     return max(k, 2 * n) if regression else k
 
 
+@checked
 def check_interpolation(k: int, m: int, ridge: float) -> bool:
     """Warn where regression on k projected features of m samples is near the interpolation peak.
 
@@ -122,11 +126,19 @@ def check_interpolation(k: int, m: int, ridge: float) -> bool:
     Returns:
         Whether a warning was given: 0.7 < k / m < 1.5 and ridge < 1e-2.
 
+    Raises:
+        InputError: If an argument is out of range.
+
     Example:
         >>> from ntkops.projections import check_interpolation
         >>> check_interpolation(k=2048, m=500, ridge=1e-6)
         False
     """
+    for name, size in (("k", k), ("m", m)):
+        if size < 1:
+            raise InputError(f"{name}={size!r}: pass a positive integer")
+    if not 0 <= ridge < math.inf:
+        raise InputError(f"ridge={ridge!r}: pass a finite number ≥ 0")
     if not (_PEAK[0] < k / m < _PEAK[1] and ridge < _SAFE_RIDGE):
         return False
     warnings.warn(
@@ -134,6 +146,6 @@ def check_interpolation(k: int, m: int, ridge: float) -> bool:
         f"ridge {ridge:.3g} does not tame it: take k of at least {2 * m}, a relative ridge of at least "
         f"{_SAFE_RIDGE:g}, or choose the ridge by leave-one-out",
         InterpolationWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return True

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .dense import Gaussian
 
 __all__ = ["Haar"]
@@ -47,8 +46,6 @@ class Haar(Gaussian):
         self, dim: int, k: int, seed: int | None = None, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(dim, k, seed, generator=generator)
-        if k > dim:
-            raise InputError(f"k={k} orthogonal rows do not fit into dim={dim}; take k at most {dim}")
         self._factor: Tensor | None = None
 
     def factor(self, device: torch.device | str = "cpu") -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, OutOfRangeError
 from .base import Projection
 from .counter import sign_rows, stream_key
@@ -58,6 +59,7 @@ class LayerKronecker(Projection):
         True
     """
 
+    @checked
     def __init__(
         self,
         shapes: Sequence[Sequence[int]],

@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .base import Projection
 from .counter import integers, stream_key
 
@@ -40,13 +39,6 @@ class RowSample(Projection):
         >>> [float(v) for v in P.apply(torch.ones(1000))] == [10.0] * 10
         True
     """
-
-    def __init__(
-        self, dim: int, k: int, seed: int | None = None, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__(dim, k, seed, generator=generator)
-        if k > dim:
-            raise InputError(f"k={k} different entries cannot be taken out of dim={dim}")
 
     @cached_property
     def _strata(self) -> tuple[Tensor, Tensor]:

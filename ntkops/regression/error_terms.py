@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..results import ErrorTerms, TruncationError
 from ._layout import Layout, read_labels
@@ -16,6 +17,7 @@ from ._operands import read_kernel, to_float64
 __all__ = ["error_terms", "truncation_error"]
 
 
+@checked
 def error_terms(
     K: LinearOperator | Tensor,
     Y: Tensor,
@@ -65,8 +67,13 @@ def error_terms(
         >>> import torch
         >>> from ntkops.regression import error_terms
         >>> F = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).double()
-        >>> terms = error_terms(F @ F.mT, torch.tensor([1.0, -1.0, 3.0, -3.0]).double(), ridge=4.0)
-        >>> [round(float(v), 9) for v in (terms.approximation, terms.r2, terms.bias, terms.variance)]
+        >>> terms = error_terms(
+        ...     F @ F.mT, torch.tensor([1.0, -1.0, 3.0, -3.0]).double(), ridge=4.0
+        ... )
+        >>> [
+        ...     round(float(v), 9)
+        ...     for v in (terms.approximation, terms.r2, terms.bias, terms.variance)
+        ... ]
         [1.0, 0.8, 1.0, 0.0625]
     """
     kernel = read_kernel(K)
@@ -110,8 +117,8 @@ def _require_positive(name: str, value: float) -> None:
 
 def _noise(noise: float | Tensor, layout: Layout, like: Tensor) -> Tensor:
     values = torch.as_tensor(noise, dtype=torch.float64, device=like.device)
-    if not bool((values >= 0).all()):
-        raise InputError("noise: a variance is 0 or more")
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise InputError("noise: a variance is finite, and 0 or more")
     if layout.kind == "each" and values.dim() == 1:
         values = values.unsqueeze(-1)  # one for each class
     try:
@@ -137,6 +144,7 @@ def _spectrum(kernel: LinearOperator | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors, values > kernel.shape[-1] * torch.finfo(kernel.dtype).eps * largest
 
 
+@checked
 def truncation_error(K: LinearOperator | Tensor, delta: float) -> TruncationError:
     r"""Return the error of the best kernel of truncation rank, and the bound on it.
 

@@ -10,6 +10,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
 from ..operators.counting import column_space, row_space
 from ..results import LeaveOneOut, RidgePath, SolveInfo
@@ -165,6 +166,13 @@ class KernelRidge(Parameters):
             NotConvergedWarning: If rounding kept a factorisation above ``tol``.
             RoundingWarning: If rounding of the kernel may move the fitted values by more than a tenth.
         """
+        check_arguments(type(self).__init__, self.get_params())
+        if not 0 < self.tol < 1:
+            raise InputError(f"tol={self.tol!r}: pass a relative residual between 0 and 1")
+        if self.max_products is not None and self.max_products < 1:
+            raise InputError(
+                f"max_products={self.max_products!r}: pass a positive number of products, or None"
+            )
         K = read_kernel(K)
         space = row_space(K)
         if not space.matches(column_space(K)):

@@ -7,6 +7,7 @@ import math
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import OneStepRegret
 from .tangent_projector import _columns
@@ -16,6 +17,7 @@ __all__ = ["one_step_regret"]
 _INSIDE = 1e-3  # share of an update that may lie outside the subspace by rounding
 
 
+@checked
 def one_step_regret(
     projector: LinearOperator,
     gradients: Tensor,
@@ -60,7 +62,9 @@ def one_step_regret(
     Example:
         >>> import torch
         >>> from ntkops.regression import one_step_regret, tangent_projector
-        >>> projector = tangent_projector(torch.eye(4).double()[:2])  # the first two of four parameters
+        >>> projector = tangent_projector(
+        ...     torch.eye(4).double()[:2]
+        ... )  # the first two of four parameters
         >>> g = torch.tensor([3.0, 4.0, 0.0, 12.0]).double()
         >>> best = torch.tensor([3.0, 4.0, 0.0, 0.0]).double()
         >>> regret = one_step_regret(projector, g, best, step_size=0.5, smoothness=2.0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError, SingularKernelError, ZeroKernelError
 from ..results import ProjectionError
 from ._layout import read_labels
@@ -13,6 +16,7 @@ from ._operands import Kernel, read_kernel, require_finite, to_float64
 __all__ = ["projection_error"]
 
 
+@checked
 def projection_error(
     K: Kernel,
     K_cross: Kernel,
@@ -65,7 +69,7 @@ def projection_error(
     for kernel, due in zip(kernels, ((size, size), (rows, size)) * 2, strict=True):
         if tuple(kernel.shape) != due:
             raise ShapeError(f"a kernel has shape {tuple(kernel.shape)}, due is {due}; no batch")
-    if not (isinstance(ridge, int | float) and not isinstance(ridge, bool) and ridge > 0):
+    if not (isinstance(ridge, int | float) and not isinstance(ridge, bool) and 0 < ridge < math.inf):
         raise InputError(f"ridge={ridge!r}: a positive number; without a ridge the terms have no bound")
     layout, labels = read_labels(Y, kernels[0].shape, kernels[0].dtype, kernels[0].device)
     if layout.kind != "shared":

@@ -8,6 +8,7 @@ import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator, to_linear_operator
 from torch import Tensor
 
+from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError, ZeroKernelError
 from ..operators import JacobianOperator
@@ -95,6 +96,7 @@ class TangentProjector(LinearOperator):
         return basis @ basis.mT
 
 
+@checked
 def tangent_projector(x: LinearOperator | Tensor, *, rtol: float | None = None) -> TangentProjector:
     r"""Return the orthogonal projector onto the span of the rows of J, :math:`\Pi = J^\top (J J^\top)^+ J`.
 
@@ -188,6 +190,7 @@ def _columns(projector: LinearOperator, gradients: Tensor) -> Tensor:
     return block.to(projector.dtype)
 
 
+@checked
 def projection_residual(projector: LinearOperator, gradients: Tensor) -> Tensor:
     r"""Return :math:`|(I - \Pi) g|^2`, what of a task's gradient no step along the samples' gradients gives.
 
@@ -214,6 +217,7 @@ def projection_residual(projector: LinearOperator, gradients: Tensor) -> Tensor:
     return found.squeeze(-1) if gradients.dim() == 1 else found
 
 
+@checked
 def optimal_residual(gradients: Tensor, rank: int) -> float:
     r"""Return the smallest mean residual that any subspace of a dimension leaves.
 

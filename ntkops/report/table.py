@@ -33,7 +33,9 @@ def format_estimate(estimate: Estimate) -> str:
         >>> from ntkops.report import format_estimate
         >>> from ntkops.results import Estimate
         >>> value, error = torch.tensor(1234.5678), torch.tensor(0.25)
-        >>> noisy = Estimate(value, error, (value - 2 * error, value + 2 * error), "hutchinson", False, 20)
+        >>> noisy = Estimate(
+        ...     value, error, (value - 2 * error, value + 2 * error), "hutchinson", False, 20
+        ... )
         >>> format_estimate(noisy), format_estimate(Estimate.of_exact(value, passes=3))
         ('1234.57 (1234.07 to 1235.07)', '1234.57')
     """

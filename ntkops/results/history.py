@@ -44,8 +44,12 @@ class History:
         >>> import torch
         >>> from ntkops.results import Estimate, History
         >>> history = History.empty(["trace"], seed=0)
-        >>> history = history.appended(0, {"trace": Estimate.of_exact(torch.tensor(2.0), passes=1)})
-        >>> history = history.appended(5, {"trace": Estimate.of_exact(torch.tensor(3.0), passes=1)})
+        >>> history = history.appended(
+        ...     0, {"trace": Estimate.of_exact(torch.tensor(2.0), passes=1)}
+        ... )
+        >>> history = history.appended(
+        ...     5, {"trace": Estimate.of_exact(torch.tensor(3.0), passes=1)}
+        ... )
         >>> history["trace"].tolist(), history.steps
         ([2.0, 3.0], (0, 5))
         >>> print(history)

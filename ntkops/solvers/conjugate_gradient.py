@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import ShapeError
+from ..arguments import checked
+from ..errors import InputError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
 from ._columns import Product, as_block
@@ -46,6 +47,7 @@ def _both(*calls: Callback | None) -> Callback | None:
     return (lambda iteration: [call(iteration) for call in made]) if made else None
 
 
+@checked
 def conjugate_gradient(
     multiply: Product,
     rhs: Tensor,
@@ -108,12 +110,21 @@ def conjugate_gradient(
         >>> from ntkops.solvers import conjugate_gradient
         >>> from ntkops.vectors import Space
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
-        >>> x, info = conjugate_gradient(lambda V: A @ V, torch.ones(3).double(), Space(3, torch.float64))
-        >>> [round(v, 9) for v in x.tolist()], info.converged, info.iterations, info.products
+        >>> x, info = conjugate_gradient(
+        ...     lambda V: A @ V, torch.ones(3).double(), Space(3, torch.float64)
+        ... )
+        >>> (
+        ...     [round(v, 9) for v in x.tolist()],
+        ...     info.converged,
+        ...     info.iterations,
+        ...     info.products,
+        ... )
         ([1.0, 0.5, 0.25], True, 3, 4)
     """
     start = time.perf_counter()
     check_options(tolerance, max_iterations)
+    if checkpoint_every < 1:
+        raise InputError(f"checkpoint_every={checkpoint_every!r}: pass a number of steps, at least 1")
     block = as_block(rhs, space)
     if initial is not None and initial.shape != rhs.shape:
         raise ShapeError(f"initial has shape {tuple(initial.shape)}, the right-hand side {tuple(rhs.shape)}")

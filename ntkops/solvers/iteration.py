@@ -67,10 +67,15 @@ class ConjugateGradient:
         >>> from ntkops.vectors import Space
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
         >>> space = Space(3, torch.float64)
-        >>> iteration = ConjugateGradient(lambda V: A @ V, torch.ones(3, 1, dtype=torch.float64), space)
+        >>> iteration = ConjugateGradient(
+        ...     lambda V: A @ V, torch.ones(3, 1, dtype=torch.float64), space
+        ... )
         >>> while iteration.running:
         ...     iteration.step()
-        >>> [round(v, 9) for v in iteration.solution().flatten().tolist()], iteration.products
+        >>> (
+        ...     [round(v, 9) for v in iteration.solution().flatten().tolist()],
+        ...     iteration.products,
+        ... )
         ([1.0, 0.5, 0.25], 4)
     """
 

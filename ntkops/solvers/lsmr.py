@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
@@ -18,6 +19,7 @@ __all__ = ["lsmr"]
 _PROGRESS = 0.9  # from one look to the next the true residual has to fall below this share
 
 
+@checked
 def lsmr(
     push: Product,
     pull: Product,
@@ -65,9 +67,14 @@ def lsmr(
         >>> import torch
         >>> from ntkops.solvers import lsmr
         >>> from ntkops.vectors import Space
-        >>> J, b = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double(), torch.ones(2).double()
+        >>> J, b = (
+        ...     torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double(),
+        ...     torch.ones(2).double(),
+        ... )
         >>> space = Space(2, torch.float64)
-        >>> x, info = lsmr(lambda V: J @ V, lambda V: J.mT @ V, b, space, space, ridge=1.0)
+        >>> x, info = lsmr(
+        ...     lambda V: J @ V, lambda V: J.mT @ V, b, space, space, ridge=1.0
+        ... )
         >>> [round(v, 6) for v in x.tolist()], info.converged
         ([0.1, 0.5], True)
     """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, NonFiniteError, ShapeError
 from ..vectors import resolve_generator
 
@@ -51,6 +52,7 @@ class PivotedFactor:
         return self.factor.shape[-1]
 
 
+@checked
 def pivoted_cholesky(
     columns: Columns, diagonal: Tensor, rank: int, *, tolerance: float = 0.0
 ) -> PivotedFactor:
@@ -89,6 +91,7 @@ def pivoted_cholesky(
     return growing.result("pivoted cholesky", None)
 
 
+@checked
 def rpcholesky(
     columns: Columns,
     diagonal: Tensor,
@@ -132,7 +135,12 @@ def rpcholesky(
         >>> import torch
         >>> from ntkops.solvers import rpcholesky
         >>> K = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
-        >>> found = rpcholesky(lambda i: K[:, i], K.diagonal(), 3, generator=torch.Generator().manual_seed(0))
+        >>> found = rpcholesky(
+        ...     lambda i: K[:, i],
+        ...     K.diagonal(),
+        ...     3,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
         >>> sorted(found.pivots.tolist()), float(found.residual.sum())
         ([0, 1], 0.0)
     """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..vectors import Space, resolve_generator
 from ._columns import Product, require_finite
@@ -101,6 +102,7 @@ class _KnownSpace:
         return smoothed + self._sketch @ inside.to(block.dtype)
 
 
+@checked
 def factor_preconditioner(
     factor: Tensor | PivotedFactor,
     diagonal: float | Tensor,
@@ -155,9 +157,13 @@ def factor_preconditioner(
         >>> from ntkops.vectors import Space
         >>> F = torch.tensor([[2.0], [0.0]], dtype=torch.float64)
         >>> M = factor_preconditioner(F, 1.0, Space(2, torch.float64))
-        >>> M(torch.ones(2, 1, dtype=torch.float64)).flatten().tolist()  # λ_r + μ = λ + μ = 5
+        >>> M(
+        ...     torch.ones(2, 1, dtype=torch.float64)
+        ... ).flatten().tolist()  # λ_r + μ = λ + μ = 5
         [1.0, 1.0]
     """
+    if products is not None and products < 0:
+        raise InputError(f"products={products!r}: pass the number of products that the factor took")
     if isinstance(factor, PivotedFactor):
         name, seed = name or factor.method, factor.seed if seed is None else seed
         products = factor.products if products is None else products
@@ -208,10 +214,10 @@ def _checked_diagonal(diagonal: float | Tensor, factor: Tensor, space: Space) ->
     entries = entries.unsqueeze(-1) if entries.dim() == 0 else entries
     if entries.shape[-1] not in (1, space.length):
         raise ShapeError(f"the diagonal needs 1 or {space.length} entries, got {tuple(entries.shape)}")
-    if space.any(not bool((entries > 0).all())):
+    if space.any(not bool(((entries > 0) & entries.isfinite()).all())):
         raise InputError(
             f"the smallest entry of the diagonal is {float(entries.min()):.3g}: a preconditioner needs a "
-            "positive ridge"
+            "positive, finite ridge"
         )
     return entries
 
@@ -224,6 +230,7 @@ def _eigenpairs(factor: Tensor, dtype: torch.dtype, space: Space) -> tuple[Tenso
     return (basis @ rotation).to(dtype), singular.square()
 
 
+@checked
 def nystrom_factor(
     multiply: Product,
     space: Space,
@@ -301,6 +308,7 @@ def _nystrom(
         return factor.to(image.dtype), sketch, seed
 
 
+@checked
 def nystrom_preconditioner(
     multiply: Product,
     diagonal: float | Tensor,
@@ -336,11 +344,16 @@ def nystrom_preconditioner(
         >>> import torch
         >>> from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
         >>> from ntkops.vectors import Space
-        >>> K, space = torch.diag(torch.arange(8.0).double() ** 4), Space(8, torch.float64)
+        >>> K, space = (
+        ...     torch.diag(torch.arange(8.0).double() ** 4),
+        ...     Space(8, torch.float64),
+        ... )
         >>> seeded = torch.Generator().manual_seed(0)
         >>> M = nystrom_preconditioner(lambda V: K @ V, 1.0, space, 7, generator=seeded)
         >>> b = torch.ones(8, dtype=torch.float64)
-        >>> conjugate_gradient(lambda V: K @ V + V, b, space, preconditioner=M).info.iterations < 5
+        >>> conjugate_gradient(
+        ...     lambda V: K @ V + V, b, space, preconditioner=M
+        ... ).info.iterations < 5
         True
     """
     factor, sketch, seed = _nystrom(multiply, space, rank, batch_shape, generator)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..errors import DtypeError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
@@ -23,6 +24,7 @@ _SAFETY = 0.9  # of the tolerance: coarse residuals that meet it exactly are pre
 _PROGRESS = 0.5  # a correction that gains less is rounding
 
 
+@checked
 def refinement(
     multiply: Product,
     coarse: Product,
@@ -78,8 +80,13 @@ def refinement(
         >>> from ntkops.vectors import Space
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
         >>> b, space = torch.ones(3, dtype=torch.float64), Space(3, torch.float64)
-        >>> x, info = refinement(lambda V: A @ V, lambda V: A.float() @ V, b, space, tolerance=1e-12)
-        >>> float((A @ x - b).abs().max()) < 1e-12, info.precise_products < info.products
+        >>> x, info = refinement(
+        ...     lambda V: A @ V, lambda V: A.float() @ V, b, space, tolerance=1e-12
+        ... )
+        >>> (
+        ...     float((A @ x - b).abs().max()) < 1e-12,
+        ...     info.precise_products < info.products,
+        ... )
         (True, True)
     """
     start = time.perf_counter()

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import checked
+
 __all__ = ["guarded_freedom", "scaled_chi_square", "scaled_chi_squares"]
 
 _NORMAL = 1e6  # degrees of freedom from which χ² is normal
 
 
+@checked
 def guarded_freedom(mean: float, variance: float, probes: int) -> float:
     """Return the degrees of freedom of the χ² that matches an estimated mean and its variance.
 
@@ -39,6 +42,7 @@ def guarded_freedom(mean: float, variance: float, probes: int) -> float:
     return max(freedom / (1 + 2 / math.sqrt(probes)), min(freedom, float(probes)), 1.0)
 
 
+@checked
 def scaled_chi_square(freedom: float, level: float) -> tuple[float, float]:
     """Return the factors from an estimate to both ends of its interval.
 
@@ -60,6 +64,7 @@ def scaled_chi_square(freedom: float, level: float) -> tuple[float, float]:
     return freedom / float(high), freedom / float(low)
 
 
+@checked
 def scaled_chi_squares(means: Tensor, variances: Tensor, probes: int, level: float) -> tuple[Tensor, Tensor]:
     """Return both ends of the intervals of many means.
 

@@ -38,10 +38,17 @@ class Jacobi:
         >>> from ntkops.spectra import Jacobi
         >>> from ntkops.vectors import Space
         >>> K = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
-        >>> rules = Jacobi(lambda V: K @ V, Space(3, torch.float64), torch.ones(3, 1, dtype=torch.float64))
+        >>> rules = Jacobi(
+        ...     lambda V: K @ V,
+        ...     Space(3, torch.float64),
+        ...     torch.ones(3, 1, dtype=torch.float64),
+        ... )
         >>> rules.extend(3)
         >>> nodes, weights = rules.gauss()
-        >>> [round(x, 9) for x in nodes[0].tolist()], [round(w, 9) for w in weights[0].tolist()]
+        >>> (
+        ...     [round(x, 9) for x in nodes[0].tolist()],
+        ...     [round(w, 9) for w in weights[0].tolist()],
+        ... )
         ([1.0, 2.0, 4.0], [0.333333333, 0.333333333, 0.333333333])
     """
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import InputError
 from ..vectors import Space
 from .deflation import choose_deflation
@@ -47,6 +48,7 @@ class FunctionTrace:
         steps: Largest number of Lanczos steps of one probe.
         products: Columns multiplied.
         scale: The largest |eigenvalue| seen, up to a small factor.
+        least: The least node seen: no eigenvalue need lie there, but one lies there or below.
         converged: Whether the tolerance was met, true where none was asked.
     """
 
@@ -58,9 +60,11 @@ class FunctionTrace:
     steps: int
     products: int
     scale: float
+    least: float
     converged: bool
 
 
+@checked
 def function_trace(
     multiply: Callable[[Tensor], Tensor],
     space: Space,
@@ -122,6 +126,14 @@ def function_trace(
         >>> found.converged, found.interval[0] <= exact <= found.interval[1]
         (True, True)
     """
+    if rtol is not None and not 0 < rtol < 1:
+        raise InputError(f"rtol={rtol!r}: pass a relative tolerance between 0 and 1, or None")
+    if not 0 <= atol < math.inf:
+        raise InputError(f"atol={atol!r}: pass a finite number ≥ 0")
+    if not math.isfinite(offset):
+        raise InputError(f"offset={offset!r}: pass a finite number")
+    if deflation is not None and deflation < 0:
+        raise InputError(f"deflation={deflation!r}: pass a number of eigenvectors ≥ 0, or None")
     tolerant = rtol is not None or atol > 0
     if not tolerant and max_products is None:
         raise InputError("pass rtol, atol or max_products: nothing else ends the estimate")
@@ -175,6 +187,7 @@ class _Work:
     steps: int = _STEPS  # that the next probes begin with
     longest: int = 0
     scale: float = 0.0  # the largest |eigenvalue| seen
+    least: float = math.inf  # the least node
     fixed: tuple[float, float] = (0.0, 0.0)  # bracket of the part split off
     basis: Tensor | None = None
     spectrum: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.zeros(1), torch.zeros(1)))
@@ -271,6 +284,7 @@ class _Work:
         """
         shift = self._shift()
         nodes, weights = rules.gauss()
+        self.least = min(self.least, float(nodes.min()))
         radau_nodes, radau_weights = rules.radau(0.0)
         values = self._at(nodes)
         gauss, radau = (weights * values).sum(-1), (radau_weights * self._at(radau_nodes)).sum(-1)
@@ -346,7 +360,8 @@ class _Work:
         value, low, high = self.ends(level)
         stderr = self.dimension * math.sqrt(self._variance() / self.count) if self.count else 0.0
         counts = self.count, self.longest, self.products
-        return FunctionTrace(value, stderr, (low, high), self._half_bracket(), *counts, self.scale, met)
+        bracket, seen = self._half_bracket(), (self.scale, self.least)
+        return FunctionTrace(value, stderr, (low, high), bracket, *counts, *seen, met)
 
     def _count_products(self, columns: int) -> None:
         self.products += columns

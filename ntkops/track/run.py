@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import check_arguments
 from ..engines import EngineChoice
 from ..errors import DtypeError, InputError, NonFiniteError
 from ..estimators._request import checked_generator
@@ -118,9 +119,13 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
         >>> import torch, ntkops
         >>> from ntkops.track import track
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ... )
         >>> x = torch.randn(6, 3)
-        >>> tracker = track(model, x, quantities=["trace", "alignment", "parameter_distance"])
+        >>> tracker = track(
+        ...     model, x, quantities=["trace", "alignment", "parameter_distance"]
+        ... )
         >>> for step in range(2):
         ...     row = tracker.record(step)
         ...     with torch.no_grad():
@@ -131,6 +136,7 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
         >>> bool(tracker.history["trace"][1] > tracker.history["trace"][0])
         True
     """
+    check_arguments(track, dict(locals()))
     chosen = _chosen(quantities)
     _check_targets(targets, "target_alignment" in chosen)
     if not isinstance(num_eigenvalues, int) or isinstance(num_eigenvalues, bool) or num_eigenvalues < 1:

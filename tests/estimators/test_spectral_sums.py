@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from linear_operator.operators import DenseLinearOperator
 
 import ntkops
 from ntkops.errors import InputError, NotConvergedWarning, ShapeError, SingularKernelError, ZeroKernelError
 from ntkops.estimators import effective_dimension, logdet
+from ntkops.operators import RidgeOperator
 from tests.cases import BY_NAME
 from tests.estimators.problems import SPECTRA, OnlyProducts, generator, with_spectrum
 
@@ -141,3 +143,33 @@ def test_bad_options_are_named():
         logdet(-K, 2.0)
     with pytest.raises(ZeroKernelError):
         logdet(torch.zeros(3, 3), 0.1, relative=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("least", [-1.0, -0.3, -0.05])
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 2.0])
+def test_indefinite_operators_are_refused_by_quadrature_as_by_the_exact_way(dtype, least, ridge):
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double())[0]
+    values = torch.cat([torch.linspace(0.1, 1, 39), torch.tensor([least])]).double()
+    A = ((basis * values) @ basis.T).to(dtype)
+    A = (A + A.mT) / 2
+    for quantity in (ntkops.logdet, ntkops.effective_dimension):
+        for method in ("slq", "exact"):
+            with pytest.raises(InputError, match="not positive semidefinite"):
+                quantity(A, ridge, method=method, generator=torch.Generator().manual_seed(0))
+    kernel = DenseLinearOperator(A)
+    with pytest.raises(InputError, match="positive semidefinite"):
+        RidgeOperator(kernel, ridge).logdet_estimate(generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ridge", [1e-2, 1e2, 1e6])
+def test_kernels_of_low_rank_are_no_indefinite_ones(dtype, ridge):
+    factor = torch.randn(300, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    kernel = DenseLinearOperator(factor @ factor.mT)
+    exact = (ridge + torch.linalg.svdvals(factor.double()) ** 2).log().sum() + 297 * math.log(ridge)
+    for operator, added in ((kernel, ridge), (RidgeOperator(kernel, ridge), 0.0)):
+        found = ntkops.logdet(
+            operator, added, method="slq", rtol=0.05, atol=1.0, generator=torch.Generator().manual_seed(0)
+        )
+        assert abs(float(found) - float(exact)) < 0.1 * abs(float(exact)) + 2

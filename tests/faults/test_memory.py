@@ -4,13 +4,16 @@ import logging
 
 import pytest
 import torch
+from linear_operator.operators import DiagLinearOperator
 
 import ntkops
 from ntkops.engines import LayerwiseEngine
 from ntkops.engines.blocks import dense_kernel
 from ntkops.engines.differentiation import _TorchFunc
-from ntkops.engines.memory import Share, is_out_of_memory, parts, retry
+from ntkops.engines.memory import Share, parts, retry
 from ntkops.errors import OutOfMemoryError
+from ntkops.shortage import is_out_of_memory
+from ntkops.vectors import Space
 from tests.cases import BY_NAME
 from tests.faults.memory import CPU_TEXT, CUDA_TEXT, short_of_memory
 
@@ -255,3 +258,37 @@ def _expected_of(K):
     )(*K._args)
     J = torch.cat([block.flatten(2).flatten(0, 1) for block in J], dim=1)
     return J @ J.mT
+
+
+def test_sketches_and_orthonormalising_say_what_memory_was_for(monkeypatch):
+    space = Space(2**50, torch.float32)
+    with pytest.raises(OutOfMemoryError, match="drawing 8 columns of 1125899906842624"):
+        space.probes(8, torch.Generator())
+    wide = torch.ones(1).expand(2**45, 4)
+    for block in (wide, wide.expand(2, -1, -1)):
+        with pytest.raises(OutOfMemoryError, match="orthonormalising 4 columns"):
+            Space(2**45, torch.float32).orthonormalize(block)
+    vast = DiagLinearOperator(torch.ones(1, dtype=torch.float64).expand(2**44))
+    for estimate in (
+        lambda: ntkops.trace(vast, method="hutch++", num_passes=60),
+        lambda: ntkops.eigsh(vast, k=3),
+        lambda: ntkops.spectral_density(vast),
+        lambda: ntkops.logdet(vast, 1.0, method="slq"),
+    ):
+        with pytest.raises(OutOfMemoryError, match="take fewer columns"):
+            estimate()
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_memory_that_runs_out_beside_products_is_named(monkeypatch, method):
+    K = _kernel("mlp", 12, max_dense_bytes=0)
+    joined = torch.cat
+
+    def short(parts, *args, **kwargs):
+        if any(isinstance(part, torch.Tensor) and part.dim() >= 2 for part in parts):
+            raise RuntimeError(CPU_TEXT)
+        return joined(parts, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "cat", short)
+    with pytest.raises(OutOfMemoryError):
+        ntkops.trace(K, method=method, num_passes=40)

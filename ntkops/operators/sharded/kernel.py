@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
 from ...engines import Engine, EngineChoice, LayerwiseEngine, build_engine
@@ -143,12 +142,7 @@ class _ShardedOperator(ProductOperator):
         """Drop what is cached on this rank and return the bytes set free."""
         return self._engine.free()
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the operator on another device or in another floating dtype; called by all ranks."""
-        device, dtype = _to_helper(*args, **kwargs)
-        if dtype in (None, self.dtype) and (device is None or torch.device(device) == self.device):
-            return self
-        device = None if device is None else torch.device(device)
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
         moved: dict[int, Inputs] = {}
         built = self._engine.to(dtype=dtype, device=device)
         engine: Any = built
@@ -165,10 +159,6 @@ class _ShardedOperator(ProductOperator):
 
         core = dataclasses.replace(self._core.map_axes(move), engine=engine)
         return self._rebuild(core, [arg.to(dtype=dtype, device=device) for arg in self._args])
-
-    def type(self, dtype: torch.dtype) -> Self:
-        """Return the operator in another floating dtype."""
-        return self.to(dtype=dtype)
 
     def _transpose_nonbatch(self) -> Self:
         core = self._core

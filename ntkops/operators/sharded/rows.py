@@ -44,7 +44,8 @@ _WAYS_OUT = {
     **dict.fromkeys(("eigh", "eigvalsh", "_symeig", "svd", "_svd", "diagonalization"), _SPECTRUM),
     **dict.fromkeys(("cholesky", "_cholesky", "root_decomposition", "root_inv_decomposition"), _RIDGE),
     **dict.fromkeys(("pivoted_cholesky", "zero_mean_mvn_samples", "sqrt", "exp", "log", "abs"), _DENSE),
-    **dict.fromkeys(("__getitem__", "_getitem", "_get_indices", "submatrix", "repeat", "cat_rows"), _PARTS),
+    **dict.fromkeys(("__getitem__", "_getitem", "_get_indices", "submatrix", "repeat"), _PARTS),
+    **dict.fromkeys(("cat_rows", "_joined_with"), _PARTS),
     **dict.fromkeys(("_mul_matrix", "add_low_rank", "requires_grad_", "unsqueeze", "squeeze"), _DENSE),
 }
 

@@ -1,0 +1,105 @@
+"""Operators side by side, as `torch.cat` joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from linear_operator.operators import CatLinearOperator, LinearOperator, to_linear_operator
+from torch import Tensor
+
+from ..errors import DeviceError, DtypeError, InputError, ShapeError, UnsupportedOperationError
+from .algebra import KernelAlgebra
+from .axes import resolve_index
+from .dense import DenseFallbacks
+
+__all__ = ["JoinedOperator", "join"]
+
+
+class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
+    """Operators and dense tensors one below the other, or side by side, lazily; made by `torch.cat`.
+
+    Args:
+        *linear_ops: At least two, ``(*batch, n, m)``, of one size but along ``dim``.
+        dim: -2, one below the other, or -1, side by side.
+        output_device: Accepted for linear_operator's sake; all parts live on one device.
+
+    Example:
+        >>> import torch, ntkops
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+        >>> J = torch.cat(
+        ...     (ntkops.jacobian(model, x), ntkops.jacobian(model, 2 * x)), dim=-2
+        ... )
+        >>> J.shape, (J @ torch.ones(8)).shape, (J.mT @ torch.ones(20)).shape
+        (torch.Size([20, 8]), torch.Size([20]), torch.Size([8]))
+    """
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if self.cat_dim == -2:
+            return torch.cat([part._matmul(rhs) for part in self.linear_ops], dim=-2)
+        pieces = rhs.split([part.shape[-1] for part in self.linear_ops], dim=-2)
+        products = [part._matmul(piece) for part, piece in zip(self.linear_ops, pieces, strict=True)]
+        return torch.stack(products).sum(0)
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        # linear_operator's own takes no steps, and no part of a slice that ends where a part does.
+        indices = [*batch_indices, row_index, col_index]
+        if indices[self.cat_dim] == slice(None):
+            return self._like([part._getitem(*indices[-2:], *batch_indices) for part in self.linear_ops])
+        chosen = resolve_index(indices[self.cat_dim], self.shape[self.cat_dim])
+        owners, counts = torch.unique_consecutive(
+            self.idx_to_tensor_idx.cpu()[chosen], return_counts=True
+        )  # runs of rows that one part has
+        parts = []
+        for owner, run in zip(owners.tolist(), chosen.split(counts.tolist()), strict=True):
+            indices[self.cat_dim] = run - int(self.cat_dim_cum_sizes[owner])
+            parts.append(self.linear_ops[owner]._getitem(*indices[-2:], *batch_indices))
+        return parts[0] if len(parts) == 1 else self._like(parts)
+
+    def _like(self, parts: Sequence[LinearOperator]) -> Self:
+        return type(self)(*parts, dim=self.cat_dim, output_device=parts[0].device)
+
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        return self._like([part.to(dtype=dtype, device=device) for part in self.linear_ops])
+
+
+def join(parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
+    """Return operators one below the other (-2) or side by side (-1), lazily.
+
+    Args:
+        parts: Operators and dense tensors, ``(*batch, n, m)``, of one size but along ``dim``.
+        dim: Axis from the end.
+
+    Returns:
+        A `JoinedOperator`; the operator itself where there is one alone.
+
+    Raises:
+        UnsupportedOperationError: If ``dim`` is an axis of the batch.
+        InputError: If a part is neither a tensor nor an operator.
+        ShapeError: If the parts do not fit together.
+        DtypeError: If they differ in dtype.
+        DeviceError: If they live on different devices.
+    """
+    if dim < -2:
+        raise UnsupportedOperationError(
+            "operators are joined along rows (dim=-2) or columns (dim=-1), not along their batch"
+        )
+    first = parts[0]
+    for part in parts:
+        if not isinstance(part, Tensor | LinearOperator):
+            raise InputError(f"torch.cat joins operators and tensors, not a {type(part).__name__}")
+        if part.dim() != first.dim() or any(
+            part.shape[axis] != first.shape[axis] for axis in range(-first.dim(), 0) if axis != dim
+        ):
+            raise ShapeError(
+                f"cannot join shapes {tuple(first.shape)} and {tuple(part.shape)} along dim={dim}"
+            )
+        if part.dtype != first.dtype:
+            raise DtypeError(f"cannot join dtypes {first.dtype} and {part.dtype}; cast one of them")
+        if part.device != first.device:
+            raise DeviceError(f"cannot join operators on {first.device} and {part.device}")
+    if len(parts) == 1:
+        return to_linear_operator(first)
+    return JoinedOperator(*map(to_linear_operator, parts), dim=dim, output_device=first.device)
