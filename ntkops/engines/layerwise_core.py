@@ -99,7 +99,7 @@ class LayerwiseCore(EngineSettings):
             found = try_rules(linearization, inputs)
         inputs.hand_over_recordings()  # of a kind of input that needs no trial of rules
         sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
-        engine = cls(linearization, inputs.head(2), found, options=options, **sizes)  # type: ignore[arg-type]
+        engine = cls(linearization, inputs.head(2), found, options=options, **sizes)
         if found is not verdict.coverage:
             with linearization.full_precision():
                 found = replace(found, states=trusted_states(engine._source, inputs))
