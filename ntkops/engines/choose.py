@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ __all__ = ["find_differentiation"]
 logger = logging.getLogger(__name__)
 
 _PROBED_SAMPLES = 2
-_PROBED_ROWS = 3  # not as many as samples
+_MULTIPLES = (1.0, -2.0, 0.5)  # not as many as samples; powers of two, which round as the number itself
 
 
 def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differentiation:
@@ -48,8 +48,8 @@ def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differ
         inputs: The samples; only the first two are used.
 
     Returns:
-        What the model allows. Cost: about sixteen passes over two samples; sixteen more where J and Jᵀ agree
-        suspiciously badly.
+        What the model allows. Cost: five forward passes over two samples, and their derivatives; some more
+        where a mode does not work, or J and Jᵀ agree suspiciously badly.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
@@ -62,13 +62,15 @@ def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differ
     with linearization.safe_context(), torch.no_grad():
         params = tuple(p.detach() for p in params)
         batch = _two_samples(linearization, params, batch)
-        mode, pulled = _first_mode(linearization, params, batch, reasons)
-        columns = _columns(mode, linearization, params, batch, reasons)
-        pull_columns = _pull_columns(columns, linearization, params, batch)
-        per_sample = _per_sample(mode, linearization, params, batch, pulled, reasons)
+        shape = torch.Size((batch.num_samples, inputs.num_outputs))
+        probe = _first_mode(linearization, params, batch, shape, reasons)
+        columns = _columns(probe, reasons)
+        slow = columns == "vmap" and linearization.convolves and params[0].device.type == "cpu"
+        per_sample = _per_sample(probe, linearization, params, batch, reasons)
     for reason in reasons:
         logger.info("differentiation: %s", reason)
-    return Differentiation(mode, columns, pull_columns, per_sample, tuple(reasons))
+    # A vmapped weight gradient of a convolution becomes a grouped one, 1.2 to 1.4 times slower on the CPU.
+    return Differentiation(probe.mode, columns, "loop" if slow else columns, per_sample, tuple(reasons))
 
 
 def _two_samples(linearization: Linearization, params: Parameters, batch: Batch) -> Batch:
@@ -83,25 +85,31 @@ def _two_samples(linearization: Linearization, params: Parameters, batch: Batch)
     return double
 
 
-def _output_shape(linearization: Linearization, params: Parameters, batch: Batch) -> torch.Size:
-    return linearization.function(params, batch).shape
+@dataclass(eq=False)
+class _Probe:
+    """One pair of vectors and what a mode makes of it; multiples of it are what other forms are held to."""
+
+    mode: Mode
+    linearized: LinearizedBatch
+    cotangent: Tensor  # (1, B, O)
+    tangents: Parameters
+    pulled: Parameters
+    pushed: Tensor | None  # where J p exists
 
 
 def _first_mode(
-    linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
-) -> tuple[Mode, Parameters]:
-    shape = _output_shape(linearization, params, batch)
+    linearization: Linearization, params: Parameters, batch: Batch, shape: torch.Size, reasons: list[str]
+) -> _Probe:
     cotangent = vectors((1, *shape), params[0], seed=1)
     tangents = tuple(vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
-    pulled: Parameters | None = None
     live = linearization.differentiable
-    left: tuple[Mode, Parameters] | None = None
+    left: _Probe | None = None
     for mode in RECORDED_MODES if live else MODES:
         try:
             linearized = linearize_batch(mode, linearization.function, params, batch)
             pulled = linearized.pull(cotangent)
             if mode == "reverse":
-                return left or (mode, pulled)
+                return left or _Probe(mode, linearized, cotangent, tangents, pulled, None)
             pushed = linearized.push(tangents)
             if live and mode == "forward":
                 check_slope(linearization, params, batch, cotangent, tangents, reasons)
@@ -111,13 +119,14 @@ def _first_mode(
             reasons.append(f"{mode}: {first_line(error)}")
             continue
         if not bool(pushed.isfinite().all()) and all(bool(g.isfinite().all()) for g in pulled):
-            left = left or (mode, pulled)  # another mode may do better; if none does, products say so
+            # Another mode may do better; if none does, products say so.
+            left = left or _Probe(mode, linearized, cotangent, tangents, pulled, pushed)
             reasons.append(f"{mode}: J p is not finite")
             continue
         if check_adjoint(
             mode, linearization, params, batch, linearized, cotangent, tangents, pushed, pulled, reasons
         ):
-            return mode, pulled
+            return _Probe(mode, linearized, cotangent, tangents, pulled, pushed)
     if left is not None:
         return left
     hooks = any("saved tensor hooks" in reason for reason in reasons)
@@ -128,79 +137,55 @@ def _first_mode(
     )
 
 
-def _columns(
-    mode: Mode, linearization: Linearization, params: Parameters, batch: Batch, reasons: list[str]
-) -> Columns:
-    shape = _output_shape(linearization, params, batch)
-    cotangents = vectors((2, *shape), params[0], seed=3)
+def _columns(probe: _Probe, reasons: list[str]) -> Columns:
+    """Whether two columns may go through one vmapped pass: a multiple of what is known, and that itself."""
 
-    def both(linearized: LinearizedBatch) -> tuple[Tensor, ...]:
-        pulled = linearized.pull(cotangents)
-        return pulled if mode == "reverse" else (*pulled, linearized.push(pulled))
+    def twice(tensor: Tensor) -> Tensor:
+        return torch.cat([_MULTIPLES[1] * tensor, tensor])
 
-    def attempt(columns: Columns) -> tuple[Tensor, ...]:
-        return both(linearize_batch(mode, linearization.function, params, batch, columns))
+    def both() -> tuple[Tensor, ...]:
+        pulled = probe.linearized.pull(twice(probe.cotangent))
+        if probe.pushed is None:
+            return pulled
+        return (*pulled, probe.linearized.push(tuple(map(twice, probe.tangents))))
 
-    return (
-        "vmap"
-        if _vmap_agrees("columns", lambda: attempt("vmap"), lambda: attempt("loop"), reasons)
-        else "loop"
-    )
+    def known() -> tuple[Tensor, ...]:
+        found = probe.pulled if probe.pushed is None else (*probe.pulled, probe.pushed)
+        return tuple(map(twice, found))
 
-
-def _pull_columns(
-    columns: Columns, linearization: Linearization, params: Parameters, batch: Batch
-) -> Columns:
-    """Choose a loop for Jᵀ where a convolution runs on the CPU."""
-    # Its vmapped weight gradient becomes a grouped convolution, measured 1.2 to 1.4 times slower there.
-    if columns == "loop" or params[0].device.type != "cpu":
-        return columns
-    with torch.enable_grad():
-        output = linearization.function(tuple(p.detach().requires_grad_() for p in params), batch)
-    return "loop" if _has_node(output.grad_fn, "ConvolutionBackward") else "vmap"
-
-
-def _has_node(root: Any, name: str) -> bool:
-    """Whether the autograd graph below ``root`` has an operation whose name starts so."""
-    seen, waiting = set(), [root]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().startswith(name):
-            return True
-        seen.add(node)
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return False
+    return "vmap" if _vmap_agrees("columns", both, known, reasons) else "loop"
 
 
 def _per_sample(
-    mode: Mode,
+    probe: _Probe,
     linearization: Linearization,
     params: Parameters,
     batch: Batch,
-    pulled: Parameters,
     reasons: list[str],
 ) -> SampleMode:
-    shape = _output_shape(linearization, params, batch)
-    cotangents = vectors((1, *shape), params[0], seed=1).movedim(0, 1)  # (B, 1, O): the first probe
+    mode = probe.mode
+    cotangents = probe.cotangent.movedim(0, 1)  # (B, 1, O)
+    single: Parameters = ()
 
     def summed() -> Parameters:
-        gradients = sample_gradients("vmap", mode, linearization.function, params, batch, cotangents)
-        return tuple(g.sum(0) for g in gradients)
+        nonlocal single
+        single = sample_gradients("vmap", mode, linearization.function, params, batch, cotangents)
+        return tuple(g.sum(0) for g in single)
 
-    if not _vmap_agrees("per sample", summed, lambda: pulled, reasons):
+    if not _vmap_agrees("per sample", summed, lambda: probe.pulled, reasons):
         return "loop"
     if mode not in ("forward", "double"):
         return "vmap"
     # vmap inside vmap takes other batching rules, and that of PReLU takes samples for cotangents.
-    several = vectors((shape[0], _PROBED_ROWS, *shape[1:]), params[0], seed=5)
+    several = torch.cat([c * cotangents for c in _MULTIPLES], dim=1)  # (B, r, O)
 
-    def rows_of(samples: SampleMode) -> Parameters:
-        return sample_gradients(samples, mode, linearization.function, params, batch, several)
+    def rows() -> Parameters:
+        return sample_gradients("vmap", mode, linearization.function, params, batch, several)
 
-    nested = _vmap_agrees("several outputs", lambda: rows_of("vmap"), lambda: rows_of("rows"), reasons)
-    return "vmap" if nested else "rows"
+    def known() -> Parameters:
+        return tuple(torch.cat([c * g for c in _MULTIPLES], dim=1) for g in single)
+
+    return "vmap" if _vmap_agrees("several outputs", rows, known, reasons) else "rows"
 
 
 def _vmap_agrees(

@@ -108,6 +108,7 @@ class Guard(TorchDispatchMode):
         bytes: Bytes of all that was computed.
         lowest: The coarsest floating dtype of it.
         is_complex: Whether a part of it is complex.
+        convolves: Whether a convolution is among the operations.
         refusal: The first refusal, kept because a model may swallow exceptions.
     """
 
@@ -116,8 +117,12 @@ class Guard(TorchDispatchMode):
         self._held = held
         self._foreign = foreign
         self.read: set[str] = set()
-        self.bytes, self.lowest, self.is_complex = 0, torch.float64, False
+        self.bytes, self.lowest, self.is_complex, self.convolves = 0, torch.float64, False, False
         self.refusal: NtkopsError | None = None
+
+    def seen(self, samples: int) -> tuple[int, torch.dtype, bool, bool]:
+        """Return bytes for each of some samples, the coarsest dtype, and the two flags."""
+        return max(1, self.bytes // samples), self.lowest, self.is_complex, self.convolves
 
     def hold(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse writes to further tensors."""
@@ -152,6 +157,7 @@ class Guard(TorchDispatchMode):
         if given.get("running_mean") is not None and given.get("training", given.get("train")) is True:
             self._look(operation, given["running_mean"], True)
         result = operation(*args, **kwargs)
+        self.convolves |= "convolution" in operation.__name__
         for part in result if isinstance(result, (list, tuple)) else (result,):
             if not isinstance(part, Tensor):
                 continue

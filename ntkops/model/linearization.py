@@ -124,6 +124,11 @@ class Linearization:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
+    def convolves(self) -> bool:
+        """Whether the model has convolutions."""
+        return any(facts.convolves for facts in self.verdict.states)
+
+    @property
     def is_complex(self) -> bool:
         """Whether the model computes with complex numbers."""
         return any(facts.is_complex for facts in self.verdict.states)

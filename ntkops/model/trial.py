@@ -119,7 +119,7 @@ class _Trial:
         )
         self.samples = SampleAxis(linearization, sample, self.params, self.state)
         self.watches: tuple[Watch, ...] = ()
-        self.seen = 1, linearization.dtype, False  # what a guard has seen, see `StateFacts`
+        self.seen = 1, linearization.dtype, False, False  # what a guard has seen, see `StateFacts`
         self.output_shape = torch.Size()
 
     # -- two passes
@@ -159,7 +159,7 @@ class _Trial:
             raise _Unusual
         self.lin.call.differentiates |= recorder.differentiates
         self.watches = self._outside(state, recorder.leaves, batch)
-        self.seen = max(1, guard.bytes // batch.num_samples), guard.lowest, guard.is_complex
+        self.seen = guard.seen(batch.num_samples)
         self.output_shape = state.movedim(self.axis, 0).shape[1:]
         return recording, state
 
@@ -292,7 +292,7 @@ class _Trial:
         small += zip(self.sample.layout.labels, self.sample.tensors, strict=True)
         before = [tensor.clone() for _, tensor in small]
         state, reassigned = self._run_under(guard, self.sample, self.params)
-        self.seen = max(1, guard.bytes // self.sample.num_samples), guard.lowest, guard.is_complex
+        self.seen = guard.seen(self.sample.num_samples)
         if reassigned:
             raise ModelMutationError(
                 f"the forward pass assigns new tensors to {', '.join(map(repr, reassigned))}, so that two "

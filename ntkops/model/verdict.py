@@ -31,6 +31,7 @@ class StateFacts:
         activation_bytes: Bytes of what one sample's forward pass computes.
         lowest_dtype: The coarsest floating dtype in which the model computes.
         is_complex: Whether it computes with complex numbers.
+        convolves: Whether it has convolutions.
     """
 
     example: Batch
@@ -40,6 +41,7 @@ class StateFacts:
     activation_bytes: int
     lowest_dtype: torch.dtype
     is_complex: bool
+    convolves: bool
 
 
 @dataclass(eq=False)
