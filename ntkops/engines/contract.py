@@ -17,7 +17,7 @@ from .factors import Direct, Factors, Outer, matched, outer_gradients
 from .layer_rules import Activation, OneHot
 from .summation import COLUMNS, Total, Workspace, long_product, slabs
 
-__all__ = ["LEAST_INPUTS", "accumulate_kernel", "factor_lengths"]
+__all__ = ["LEAST_INPUTS", "accumulate_kernel", "factor_lengths", "recorded_kernel"]
 
 _GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
 _LENGTH_ENTRIES = 2**20  # entries of gradients that are squared at a time: what stays near the processor
@@ -38,16 +38,9 @@ def accumulate_kernel(
 ) -> None:
     """Add the kernels of two sets of factors to a result.
 
-    Args:
-        target: ``(M, N₁·r₁, N₂·r₂)``, possibly a strided part of a larger result. If ``symmetric``,
-            only rows on and below the diagonal are promised.
-        left: Factors of N₁ samples.
-        right: Factors of N₂ samples; the same object as ``left`` where ``symmetric``.
-        left_index: ``(M, R, r₁)`` directions.
-        right_index: ``(M, R, r₂)`` directions.
-        symmetric: Whether both sides are the same.
-        workspace: Memory to use again.
-        force: A way to take whatever it costs, where a layer has it.
+    ``target`` is ``(M, N₁·r₁, N₂·r₂)``, possibly a strided part of a larger result; the indices are
+    directions ``(M, R, r)``. If ``symmetric``, both sides are the same object, and only rows on and below
+    the diagonal are promised. ``force`` is a way to take whatever it costs, where a layer has it.
     """
     if left is not right:
         left, right = matched((left, right))
@@ -71,6 +64,13 @@ def accumulate_kernel(
             _add_gradients(target, one, other, pick_left, pick_right, symmetric, workspace)
     if left.directs:
         _add_direct(target, left.directs, right.directs, pick_left, pick_right, symmetric, workspace)
+
+
+def recorded_kernel(left: Factors, right: Factors, left_index: Tensor, right_index: Tensor) -> Tensor:
+    """Return ``(M, N₁·r₁, N₂·r₂)`` kernels of gradients written down in one piece, differentiable."""
+    (one,), (other,) = left.directs, right.directs
+    rows, columns = _Picker(left_index).rows(one.gradients), _Picker(right_index).rows(other.gradients)
+    return torch.stack([long_product(a, b.mT) for a, b in zip(rows, columns, strict=True)])
 
 
 class _Picker:
@@ -280,13 +280,7 @@ def _side_by_side(directs: Sequence[Direct]) -> list[Tensor]:
 
 
 def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute | None = None) -> Tensor:
-    """Return ``(B, C)`` squared lengths of the gradients.
-
-    Args:
-        factors: Factors of B samples in C directions.
-        workspace: Memory to use again.
-        force: A way to take whatever it costs, where a layer has it.
-    """
+    """Return ``(B, C)`` squared lengths of the gradients."""
     parts = [_layer_lengths(layer, workspace, force) for layer in factors.outers]
     parts += [_squared(direct.gradients) for direct in factors.directs]
     held = factors.outers[0].gradients if factors.outers else factors.directs[0].gradients
@@ -295,7 +289,8 @@ def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute 
 
 def _squared(gradients: Tensor) -> Tensor:
     """Return ``(B, C)`` sums of squares in float64."""
-    return gradients.flatten(2).square().sum(2, dtype=torch.float64)
+    wide = gradients.dtype if gradients.device.type == "mps" else torch.float64
+    return gradients.flatten(2).square().sum(2, dtype=wide)
 
 
 def _layer_lengths(layer: Outer, workspace: Workspace, force: DiagonalRoute | None) -> Tensor:

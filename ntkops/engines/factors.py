@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .cost import LayerShape
 from .layer_rules import Activation, OneHot
@@ -17,6 +18,8 @@ __all__ = [
     "Factors",
     "Outer",
     "in_parameter_order",
+    "is_transformed",
+    "is_watched",
     "join_samples",
     "matched",
     "outer_gradients",
@@ -73,25 +76,34 @@ class Factors:
     output: Tensor | None = None
 
     @property
+    def layers(self) -> list[Outer | Direct]:
+        """All pieces."""
+        return [*self.outers, *self.directs]
+
+    @property
     def entries(self) -> int:
         """Entries of all factors."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
-        held = [layer.gradients.numel() for layer in layers]
+        held = [layer.gradients.numel() for layer in self.layers]
         held += [layer.activations.numel() for layer in self.outers if isinstance(layer.activations, Tensor)]
         return sum(held)
 
     @property
     def directions(self) -> int:
         """Number C of directions."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        layers = self.layers
         return layers[0].gradients.shape[1] if layers else 0
 
     @property
     def is_small(self) -> bool:
         """Whether float32 factors are so few that float64 costs no time: calls cost more than arithmetic."""
-        layers: list[Outer | Direct] = [*self.outers, *self.directs]
+        layers = self.layers
         narrow = bool(layers) and layers[0].gradients.dtype == torch.float32
         return narrow and layers[0].gradients.device.type != "mps" and self.entries <= _SMALL_ENTRIES
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a derivative may be taken through gradients that are written down."""
+        return any(is_watched(direct.gradients) for direct in self.directs)
 
     def to(self, dtype: torch.dtype) -> Factors:
         """Return the same in another dtype."""
@@ -109,16 +121,22 @@ class Factors:
         return replace(self, outers=outers, directs=directs)
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is seen from inside a torch.func transform, where its values cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether autograd, a torch.func transform or forward-mode differentiation follows what is made of it."""
+    if tensor.requires_grad or is_transformed(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def outer_gradients(gradients: Tensor, activations: Activation, out: Tensor | None = None) -> Tensor:
     """Return ``(B, C, groups, d_out, d_in)`` gradients from ``(B, C, groups, d_out, S)`` and activations.
 
-    Args:
-        gradients: Output gradients.
-        activations: ``(B, groups, d_in, S)``, or unit vectors.
-        out: Flat memory to use, large enough.
-
-    Returns:
-        The gradients of single samples. Cost: 2 B C S d_in d_out operations.
+    Cost: 2 B C S d_in d_out operations. ``out`` is flat memory to use, large enough.
     """
     count, directions, groups, outputs, positions = gradients.shape
     if isinstance(activations, OneHot):

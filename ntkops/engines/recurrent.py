@@ -26,7 +26,7 @@ from .gathering import FactorSource
 from .memory import is_out_of_memory
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
-from .tiling import sample_slices
+from .tiles import sample_slices
 
 __all__ = [
     "states_diagonal",
@@ -62,7 +62,7 @@ def _tile(states: HiddenStates, inputs: Inputs) -> int:
 def _fits(source: FactorSource, states: HiddenStates, inputs: Inputs) -> bool:
     """Whether the step Jacobians of one sample, three times, are well inside the workspace."""
     length, size = _sizes(states, inputs)
-    return 3 * length * size * size * source.dtype.itemsize <= 2 * source.workspace_bytes()
+    return 3 * length * size * size * source.dtype.itemsize <= 2 * source.sizes.workspace_bytes()
 
 
 def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) -> float | None:

@@ -170,5 +170,5 @@ def recurrent_layers(
         CoverageChanged: If the output is anything else than all of its hidden states.
     """
     with source.linearization.safe_context():
-        for _, _, batch in inputs.batches(batch_size or source.batch_size(inputs)):
+        for _, _, batch in inputs.batches(batch_size or source.sizes.batch_size(inputs)):
             yield _caught(source, params, batch)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engines import Engine, LayerwiseEngine
 from ..engines.factors import Direct, Factors, Outer, outer_gradients
 from ..engines.layer_rules import OneHot
-from ..engines.tiling import sample_slices
+from ..engines.tiles import sample_slices
 from ..model import Inputs
 from ..projections import LayerKronecker, Projection
 from .axes import StateAxis

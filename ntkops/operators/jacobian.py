@@ -10,7 +10,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..engines import Engine, EngineChoice, build_engine
-from ..engines.tiling import sample_slices
+from ..engines.tiles import sample_slices
 from ..model import Linearization, linearize
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator

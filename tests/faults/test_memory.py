@@ -7,7 +7,6 @@ import torch
 
 import ntkops
 from ntkops.engines import LayerwiseEngine
-from ntkops.engines.blocks import dense_kernel
 from ntkops.engines.differentiation import _TorchFunc
 from ntkops.engines.memory import Share, is_out_of_memory, parts, retry
 from ntkops.errors import OutOfMemoryError
@@ -234,15 +233,15 @@ def test_symmetric_kernels_of_small_tiles(monkeypatch, tile):
     K = _kernel("mlp", 7, engine="autograd")
     engine, every = K._core.engine, torch.arange(2).view(1, 1, 2)
     inputs, params = K._core.rows.inputs, engine.linearization.parameters
-    sample_tile = type(engine)._sample_tile
+    gradients = type(engine).of
 
     def limited(self, params, inputs, cotangents):
         if inputs.num_samples > tile:
             raise MemoryError
-        return sample_tile(self, params, inputs, cotangents)
+        return gradients(self, params, inputs, cotangents)
 
-    monkeypatch.setattr(type(engine), "_sample_tile", limited)
-    found = dense_kernel(engine, params, inputs, inputs, every, every)[0]
+    monkeypatch.setattr(type(engine), "of", limited)
+    found = engine.kernel(params, inputs, inputs, every, every)[0]
     torch.testing.assert_close(found, _expected_of(K))
     assert torch.equal(found, found.mT)
 
