@@ -28,19 +28,7 @@ _EVERYTHING = Unit(-1, 0, 1, "direct", ())  # all parameters in one piece
 
 
 class AutogradEngine(Engine):
-    """J and Jᵀ by vjp and jvp, exact blocks from per-sample gradients that are written down.
-
-    Args:
-        linearization: The pure function and its snapshot.
-        first: A few samples, on which it is found out how the model is differentiated; None where that is
-            known.
-        batch_size: Samples per pass, or "auto" for as many as the memory holds.
-        chunk_size: Columns per pass, or "auto".
-        like: An engine for other parts of the same work, which shares its sizes and counts its passes.
-
-    Raises:
-        InputError: If a size is neither "auto" nor a positive integer.
-    """
+    """J and Jᵀ by vjp and jvp, exact blocks from per-sample gradients that are written down."""
 
     name = "autograd"
 
@@ -98,22 +86,11 @@ class AutogradEngine(Engine):
     # what it costs
 
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
-        """Return what a dense kernel costs, in passes over the samples of its rows.
-
-        Args:
-            inputs: Samples of the rows.
-            wanted: The kernel.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what a dense kernel costs, in passes over the samples of its rows."""
         return autograd_kernel_passes(wanted, distinct)
 
     def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
-        """Return what the diagonal costs: a pass over the samples for each output.
-
-        Args:
-            inputs: N samples.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what the diagonal costs: a pass over the samples for each output."""
         return float(distinct)
 
     # factors: per-sample gradients of all parameters in one piece
@@ -167,15 +144,7 @@ class AutogradEngine(Engine):
     def linearized(
         self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float = 0.0
     ) -> _Products:
-        """Return products with J(left) and J(right)ᵀ, which share the forward pass of the same samples.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples.
-            operand: What is about to be multiplied.
-            columns: How many columns of K v that is worth; nothing is made first.
-        """
+        """Return products with J(left) and J(right)ᵀ, which share the forward pass of the same samples."""
         return _Products(self, params, left, right)
 
     def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:

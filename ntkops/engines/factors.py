@@ -197,7 +197,7 @@ def matched(parts: Sequence[Factors]) -> list[Factors]:
     pieces = [
         [
             piece
-            for layer in (*part.outers, *part.directs)
+            for layer in part.layers
             if isinstance(layer, Direct) or _key(layer) not in common
             for piece in written_pieces(layer)
         ]

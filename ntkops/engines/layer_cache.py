@@ -21,11 +21,7 @@ _PRODUCT_PASSES = 4.0  # backward passes that one column of K v costs by automat
 
 
 class FactorCache:
-    """Factors of whole sets of samples, made once products have cost as much as making them.
-
-    Args:
-        identity: Owner of the tensors in the shared store.
-    """
+    """Factors of whole sets of samples, made once products have cost as much as making them."""
 
     def __init__(self, identity: int) -> None:
         self._identity = identity
@@ -48,14 +44,7 @@ class FactorCache:
     def get(
         self, source: FactorSource, params: Parameters, inputs: Inputs, columns: float
     ) -> CachedFactors | None:
-        """Return the factors of these samples, or None where they do not pay or do not fit.
-
-        Args:
-            source: Makes the factors.
-            params: All selected parameters.
-            inputs: N samples.
-            columns: Columns of K v that are about to be multiplied; half of one for J or Jᵀ alone.
-        """
+        """Return the factors of these samples for ``columns`` of K v, or None if they do not pay or fit."""
         if inputs not in self._numbers:
             self._numbers[inputs] = next(self._serials)
         number = self._numbers[inputs]

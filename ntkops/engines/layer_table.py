@@ -25,12 +25,7 @@ class MeasuredLayer:
 
 
 def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
-    """Return the units' sizes, seen on one sample: a forward and a backward pass over it.
-
-    Args:
-        source: Makes the factors.
-        inputs: The samples; the first is used.
-    """
+    """Return the units' sizes, seen on one sample: a forward and a backward pass over it."""
     first = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         factors = source.of_outputs(source.linearization.parameters, inputs.select(first), first)
@@ -45,15 +40,7 @@ def describe_layers(
     whole: KernelShape,
     directions: int,
 ) -> tuple[LayerInfo, ...]:
-    """Return one line for every unit in the parameters' order, and one for every parameter without a rule.
-
-    Args:
-        source: Whose coverage and options are described.
-        measured: The units.
-        tile: The part of the kernel in question that is made at once.
-        whole: All of it, which products work on.
-        directions: Number of outputs for which products keep factors.
-    """
+    """Return a line for every unit, in the order of parameters, and for every parameter without a rule."""
     lines = {
         (layer.unit.index, layer.unit.start): _line(source, layer, tile, whole, directions)
         for layer in measured

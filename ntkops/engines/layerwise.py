@@ -103,19 +103,7 @@ class LayerwiseEngine(Engine):
         chunk_size: int | Auto = "auto",
         options: Layerwise | None = None,
     ) -> Self:
-        """Find the mode of differentiation, and what the rules cover, and check every covered parameter.
-
-        Args:
-            linearization: The pure function and its snapshot.
-            inputs: The samples; a slice of them is used.
-            batch_size: Samples per pass, or "auto".
-            chunk_size: Columns per pass, or "auto".
-            options: What the user decided, None for nothing.
-
-        Returns:
-            The engine. A covered parameter whose per-sample gradients differ from those of automatic
-            differentiation is left to it, with the reason in ``differentiation.reasons``.
-        """
+        """Return the engine for some inputs; what its rules cover is found, and checked, once for a model."""
         verdict = linearization.verdict
         found = verdict.coverage
         if not isinstance(found, Coverage):
@@ -182,13 +170,7 @@ class LayerwiseEngine(Engine):
         return tuple(self.linearization.names[i] for i in sorted(self._coverage.covered))
 
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
-        """Return what a dense kernel costs, in passes over the samples of its rows.
-
-        Args:
-            inputs: Samples of the rows.
-            wanted: The kernel.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what a dense kernel costs, in passes over the samples of its rows."""
         if not self._coverage.covered:
             return autograd_kernel_passes(wanted, distinct)
         over_time = states_kernel_passes(self._source, inputs, wanted)
@@ -230,12 +212,7 @@ class LayerwiseEngine(Engine):
         return self._coverage.states is not None
 
     def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
-        """Return what the diagonal costs, in passes over the samples.
-
-        Args:
-            inputs: N samples.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what the diagonal costs, in passes over the samples."""
         over_time = states_diagonal_passes(self._source, inputs, distinct)
         if over_time is not None:
             return over_time
@@ -350,15 +327,7 @@ class LayerwiseEngine(Engine):
     def linearized(
         self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float
     ) -> Linearized:
-        """Return products from kept factors where these exist or pay, else by automatic differentiation.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` shares all factors.
-            operand: What is about to be multiplied.
-            columns: How many columns of K v that is worth; infinity makes factors now.
-        """
+        """Return products from kept factors where these exist or pay, else by automatic differentiation."""
         otherwise = self.fallback.linearized(params, left, right, operand)
         ready = self._ready(params, left, right, columns, operand)
         return otherwise if ready is None else _Products(self, params, (left, right), ready, otherwise)

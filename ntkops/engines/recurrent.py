@@ -66,13 +66,7 @@ def _fits(source: FactorSource, states: HiddenStates, inputs: Inputs) -> bool:
 
 
 def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) -> float | None:
-    """Return what the diagonal costs by this way, in passes over all samples; None for another way.
-
-    Args:
-        source: What is covered.
-        inputs: N samples.
-        distinct: Number of distinct outputs that are wanted; each would cost a pass.
-    """
+    """Return what the diagonal costs by this way, in passes over all samples; None for another way."""
     states = source.coverage.states
     if states is None or source.options.diagonal is not None or not _fits(source, states, inputs):
         return None
@@ -83,13 +77,7 @@ def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) 
 
 
 def states_kernel_passes(source: FactorSource, inputs: Inputs, wanted: KernelShape) -> float | None:
-    """Return what a dense kernel costs by this way, in passes over the rows' samples; None for another way.
-
-    Args:
-        source: What is covered.
-        inputs: Samples of the rows.
-        wanted: The kernel.
-    """
+    """Return what a kernel costs by this way, in passes over the rows' samples; None for another way."""
     states = source.coverage.states
     if states is None or source.options.kernel is not None or not _fits(source, states, inputs):
         return None

@@ -74,14 +74,7 @@ def _require(condition: bool, reason: str) -> None:
 
 
 def _caught(source: FactorSource, params: Parameters, batch: Batch) -> RecurrentLayer:
-    """Run a forward pass and look for the layer whose hidden states are its output.
-
-    Returns:
-        The layer, as it was called.
-
-    Raises:
-        CoverageChanged: If the output is anything else.
-    """
+    """Run a forward pass and look for the layer whose hidden states are its output."""
     leaves = tuple(p.detach().requires_grad_() for p in params)
     catcher = _Catcher(leaves)
     with torch.enable_grad():
@@ -155,20 +148,7 @@ def steps_of(source: FactorSource, params: Parameters, inputs: Inputs) -> Steps:
 def recurrent_layers(
     source: FactorSource, params: Parameters, inputs: Inputs, batch_size: int | None = None
 ) -> Iterator[RecurrentLayer]:
-    """Yield the layer as it is called for each batch of samples.
-
-    Args:
-        source: The model and the sizes of its batches.
-        params: All selected parameters.
-        inputs: N samples.
-        batch_size: Samples of a batch; None for as many as the source takes.
-
-    Yields:
-        The layer. Cost: one forward pass.
-
-    Raises:
-        CoverageChanged: If the output is anything else than all of its hidden states.
-    """
+    """Yield the layer as it is called for each batch of samples. Cost: one forward pass."""
     with source.linearization.safe_context():
         for _, _, batch in inputs.batches(batch_size or source.sizes.batch_size(inputs)):
             yield _caught(source, params, batch)

@@ -81,12 +81,7 @@ class TailFactors:
         return result.flatten(2)
 
     def through(self, right: TailFactors, vectors: Tensor) -> Tensor:
-        """Return J(self) J(right)ᵀ v, ``(k, N₁, O)``, for ``(k, N₂, O)``.
-
-        Args:
-            right: Factors of the other side, or the same object.
-            vectors: The block.
-        """
+        """Return J(self) J(right)ᵀ v, ``(k, N₁, O)``, for ``(k, N₂, O)``."""
         split = right._by_position(vectors)
         result = self._expand(self.body.through(right.body, right._reduce(split)))
         one, other, flat = self.read.flatten(0, 1), right.read.flatten(0, 1), split.flatten(1, 2)
@@ -100,13 +95,7 @@ class TailFactors:
 
 
 def prepare_tail(source: FactorSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
-    """Return the factors of N samples for products, or None if no tail makes them fewer.
-
-    Args:
-        source: Makes the factors.
-        params: All selected parameters.
-        inputs: N samples.
-    """
+    """Return the factors of N samples for products, or None if no tail makes them fewer."""
     tail = source.coverage.tail
     if tail is None:
         return None
