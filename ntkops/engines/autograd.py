@@ -12,7 +12,8 @@ from ..model import Batch, Inputs, Linearization
 from .base import Engine, Work, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes
 from .differentiation import LinearizedBatch, Parameters, linearize_batch, sample_gradients
-from .factors import Direct, Factors
+from .factors import Direct
+from .layer_factors import Factors
 from .memory import Share, parts, retry
 from .options import Layerwise
 from .summation import Workspace

@@ -12,7 +12,8 @@ from ..model.record import Call, Recording
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck
 from .cost import LayerShape, written_at_once
-from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
+from .factors import Direct, Outer, in_parameter_order, outer_gradients
+from .layer_factors import Factors
 from .layer_rules import RULES, Activation, Layout, OneHot
 from .memory import is_out_of_memory
 from .units import Unit, Use, is_transposed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 from .collecting import collect
 from .coverage import Coverage
 from .differentiation import Parameters
-from .factors import Factors, join_samples, matched, with_positions, written_pieces
+from .layer_factors import Factors, joined
 from .layer_rules import Layout
 from .memory import EngineSizes, Share
 from .options import Layerwise
@@ -133,7 +133,7 @@ class FactorSource:
                 ),
             )
             parts = [part for _, _, part in found]
-        return parts[0] if len(parts) == 1 else self._joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _collect(
         self,
@@ -190,31 +190,11 @@ class FactorSource:
             self._fixed = torch.cat([self._fixed, self._normal(missing).to(self.dtype)])
         return self._fixed[:count]
 
-    @staticmethod
-    def _joined(parts: Sequence[Factors]) -> Factors:
-        """Join the factors of several batches of samples."""
-        parts = matched(parts)
-        outers = []
-        for layers in zip(*(part.outers for part in parts), strict=True):
-            longest = max(layer.shape.positions for layer in layers)
-            layers = tuple(with_positions(layer, longest) for layer in layers)
-            gradients = torch.cat([layer.gradients for layer in layers])
-            activations = join_samples([layer.activations for layer in layers])
-            outers.append(replace(layers[0], activations=activations, gradients=gradients))
-        directs = [
-            replace(pieces[0], gradients=torch.cat([piece.gradients for piece in pieces]))
-            for pieces in zip(*(part.directs for part in parts), strict=True)
-        ]
-        return Factors(sum(part.count for part in parts), outers, directs)
-
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients, zero where a parameter is not covered."""
         shape = (factors.count, factors.directions, self.linearization.num_parameters)
         tile = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for layer in factors.layers:
-            for index, start, stop, gradients in written_pieces(layer):
-                first, row = self.rows[index]
-                tile[..., first + start * row : first + stop * row] += gradients
+        factors.write(tile, self.rows)
         return tile
 
     def scattered(self, target: Tensor, rest: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from .base import Engine, Linearized, Work, is_recorded, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
 from .coverage import Coverage
 from .differentiation import Differentiation, Parameters
-from .factors import Factors
 from .gathering import FactorSource
 from .layer_cache import FactorCache
+from .layer_factors import Factors
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
 from .memory import format_bytes, if_it_fits
 from .options import Layerwise

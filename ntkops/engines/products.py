@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .contract import gram_of_activations
 from .cost import ProductRoute, choose_product
-from .factors import Factors, Outer, in_parameter_order, outer_gradients
+from .factors import Outer, in_parameter_order, outer_gradients
+from .layer_factors import Factors
 from .layer_rules import OneHot
 from .summation import long_product
 from .units import Unit

@@ -12,9 +12,8 @@ from ..model.record import record
 from .attribution import CoverageChanged
 from .collecting import backward
 from .differentiation import Parameters
-from .factors import Factors, Outer, outer_gradients
 from .gathering import FactorSource, Known
-from .layer_rules import OneHot
+from .layer_factors import Factors
 from .recurrent import states_diagonal, states_kernel
 from .tail import Tail, read_positions
 from .tiles import Source, diagonal, kernel, mirror, over_parts, rows_of_parts
@@ -332,7 +331,7 @@ def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: T
         if traced:
             own = diagonal(body, params, part, every.view(1, -1, 1), counted=False).mT  # (n, 1)
         else:
-            grams = _sample_grams(body.of_outputs(params, part, every))  # (n, C, C)
+            grams = body.of_outputs(params, part, every).grams()  # (n, C, C)
             basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
             own = ((basis @ grams) * basis).sum(2)  # (n, u)
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
@@ -346,28 +345,3 @@ def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: T
     if traced:
         return lengths.mT
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
-
-
-def _sample_grams(factors: Factors) -> Tensor:
-    """Return ``(B, C, C)`` inner products of the gradients of each sample, in float64."""
-    parts = [_layer_grams(layer) for layer in factors.outers]
-    parts += [_products(direct.gradients) for direct in factors.directs]
-    return torch.stack(parts).sum(0)
-
-
-def _products(gradients: Tensor) -> Tensor:
-    return torch.bmm(gradients, gradients.mT).double()
-
-
-def _layer_grams(layer: Outer) -> Tensor:
-    shape, activations = layer.shape, layer.activations
-    if shape.positions == 1 and shape.groups == 1:
-        lengths = torch.ones(len(layer.gradients), 1, 1, dtype=torch.float64, device=layer.gradients.device)
-        if isinstance(activations, Tensor):
-            lengths = activations.double().square().flatten(1).sum(1)[:, None, None]
-        return _products(layer.gradients.flatten(2)) * (lengths + (layer.unit.bias is not None))
-    if isinstance(activations, OneHot):
-        found, index = torch.unique(activations.index, return_inverse=True)
-        activations = OneHot(index, len(found))
-    found = _products(outer_gradients(layer.gradients, activations).flatten(2))
-    return found if layer.unit.bias is None else found + _products(layer.gradients.sum(-1).flatten(2))

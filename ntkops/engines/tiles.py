@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs, Linearization
-from .contract import accumulate_kernel, factor_lengths, recorded_kernel
 from .differentiation import Parameters
-from .factors import Factors
+from .layer_factors import Factors
 from .memory import Share, even_size, parts, retry
 from .options import Layerwise
 from .summation import Workspace
@@ -219,7 +218,7 @@ class _Kernels:
         own = self._symmetric and rows == columns
         rows, columns = self._span(rows, 0), self._span(columns, 1)
         if first.is_recorded or second.is_recorded:
-            block = recorded_kernel(first, second, *self._indices)
+            block = first.recorded_kernel(second, *self._indices)
             if own:  # exactly symmetric, whatever order the terms were summed in
                 block = (block + block.mT) / 2
             self._recorded.append((rows, columns, block))
@@ -228,7 +227,8 @@ class _Kernels:
             model = self._source.linearization
             self._whole = torch.zeros(self._shape, dtype=model.dtype, device=model.device)
         target, workspace = self._whole[:, rows, columns], self._source.workspace
-        accumulate_kernel(target, first, second, *self._indices, own, workspace, self._source.options.kernel)
+        force = self._source.options.kernel
+        first.kernel(second, target, *self._indices, same=own, workspace=workspace, force=force)
 
     def clear(self, samples: slice) -> None:
         """Take back what was added to the rows of some samples."""
@@ -369,9 +369,7 @@ def diagonal(
 
     def lengths_of(start: int, stop: int, part: Inputs) -> Tensor:
         found = [
-            factor_lengths(
-                source.of_outputs(params, part, chosen, forced != "gram"), source.workspace, forced
-            )
+            source.of_outputs(params, part, chosen, forced != "gram").lengths(source.workspace, forced)
             for chosen in distinct.split(group)
         ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (n, u)

@@ -24,7 +24,8 @@ from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collecting import Collector, backward
 from .coverage import Coverage, Signature
-from .factors import Direct, Factors, Outer, in_parameter_order
+from .factors import Direct, Outer, in_parameter_order
+from .layer_factors import Factors
 from .layer_rules import RULES, Layout, OneHot
 from .tail import Tail, find_tail
 from .units import plan_units

@@ -11,7 +11,6 @@ from torch import nn
 
 import ntkops
 from ntkops.engines import count_passes, shared_store
-from ntkops.engines.contract import accumulate_kernel, factor_lengths
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.engines.summation import Workspace
 from ntkops.model import linearize
@@ -363,10 +362,12 @@ def test_every_route_gives_the_same_kernel(name, route):
         expected = contractions(J, 3)[kind]
         for symmetric in (True, False):
             result = torch.zeros_like(expected)
-            accumulate_kernel(result, factors, factors, numbers, numbers, symmetric, Workspace(), force=route)
+            factors.kernel(
+                factors, result, numbers, numbers, same=symmetric, workspace=Workspace(), force=route
+            )
             shown = (result.tril(), expected.tril()) if symmetric else (result, expected)
             assert distance(*shown) < 1e-12
-    assert distance(factor_lengths(factors, Workspace(), force=route).flatten(), (J * J).sum(1)) < 1e-12
+    assert distance(factors.lengths(Workspace(), route).flatten(), (J * J).sum(1)) < 1e-12
 
 
 def test_unusual_choices_of_outputs():
