@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .contract import LEAST_INPUTS
+from .contraction import LEAST_INPUTS
 from .cost import KernelShape, written_at_once
 from .factors import Outer
 from .layer_factors import Factors

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .contract import (
+from .contraction import (
     Picker,
     add_directs,
     add_outers,

@@ -10,7 +10,7 @@ import torch
 from ..model import Inputs
 from ..results import LayerInfo
 from .cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
-from .gathering import FactorSource
+from .source import LayerSource
 from .units import Unit
 
 __all__ = ["MeasuredLayer", "describe_layers", "measure_layers"]
@@ -24,7 +24,7 @@ class MeasuredLayer:
     shape: LayerShape | None
 
 
-def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
+def measure_layers(source: LayerSource, inputs: Inputs) -> list[MeasuredLayer]:
     """Return the units' sizes, seen on one sample: a forward and a backward pass over it."""
     first = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
 
 
 def describe_layers(
-    source: FactorSource,
+    source: LayerSource,
     measured: Iterable[MeasuredLayer],
     tile: KernelShape,
     whole: KernelShape,
@@ -52,7 +52,7 @@ def describe_layers(
 
 
 def _line(
-    source: FactorSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
+    source: LayerSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
 ) -> LayerInfo:
     unit, shape, names = layer.unit, layer.shape, source.linearization.names
     name, height = names[unit.index], source.linearization.shapes[unit.index]
@@ -76,7 +76,7 @@ def _line(
     )
 
 
-def _rule(source: FactorSource, unit: Unit) -> str:
+def _rule(source: LayerSource, unit: Unit) -> str:
     """Return the names of the rules of all calls in which the unit's parameter is used."""
     roles = {use.role for use in unit.uses}
     found = set()

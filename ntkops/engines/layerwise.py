@@ -19,14 +19,14 @@ from .base import Engine, Linearized, Work, is_recorded, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
 from .coverage import Coverage
 from .differentiation import Differentiation, Parameters
-from .gathering import FactorSource
-from .layer_cache import FactorCache
+from .factor_cache import FactorCache
 from .layer_factors import Factors
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
 from .memory import format_bytes, if_it_fits
 from .options import Layerwise
 from .products import CachedFactors
 from .recurrent import states_diagonal_passes, states_kernel_passes, trusted_states
+from .source import LayerSource
 from .tiles import Source, sample_slices
 from .verify import try_rules
 
@@ -90,7 +90,7 @@ class LayerwiseEngine(Engine):
 
     def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
         self._cache = FactorCache(self.identity)
-        self._source = FactorSource(self, coverage, options)
+        self._source = LayerSource(self, coverage, options)
         self._measured: list[MeasuredLayer] | None = None
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .contract import gram_of_activations
+from .contraction import gram_of_activations
 from .cost import ProductRoute, choose_product
 from .factors import Outer, in_parameter_order, outer_gradients
 from .layer_factors import Factors

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..model import Inputs
 from ..model.record import record
 from .attribution import CoverageChanged
-from .collecting import backward
+from .collect import backward
 from .differentiation import Parameters
-from .gathering import FactorSource, Known
 from .layer_factors import Factors
 from .recurrent import states_diagonal, states_kernel
+from .source import Known, LayerSource
 from .tail import Tail, read_positions
 from .tiles import Source, diagonal, kernel, mirror, over_parts, rows_of_parts
 from .units import plan_units
@@ -92,10 +92,10 @@ class Reduction:
         return found.view(*outputs.shape, -1)
 
 
-class TailSource(FactorSource):
+class TailSource(LayerSource):
     """Factors of what is before the head, for the directions of a reduction instead of outputs."""
 
-    def __init__(self, source: FactorSource, reduction: Reduction) -> None:
+    def __init__(self, source: LayerSource, reduction: Reduction) -> None:
         assert source.coverage.body is not None and source.coverage.tail is not None
         super().__init__(source.sizes, source.coverage.body, source.options)
         self.workspace = source.workspace
@@ -116,7 +116,7 @@ class TailSource(FactorSource):
 
 
 def confirmed(
-    source: FactorSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
+    source: LayerSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
 ) -> bool:
     """Whether the output of the first sample moves with parameters before the head within its range only.
 
@@ -156,7 +156,7 @@ def confirmed(
     return difference <= (1e3 * torch.finfo(source.dtype).eps) ** 2 * scale
 
 
-def _reduced(source: FactorSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
+def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
     tail = source.coverage.tail
     if tail is None:
         return None
@@ -164,11 +164,11 @@ def _reduced(source: FactorSource, params: Parameters, outputs: Tensor, inputs: 
     return reduction.prepare() if reduction.pays else None
 
 
-def head_activations(source: FactorSource, params: Parameters, inputs: Inputs) -> Tensor:
+def head_activations(source: LayerSource, params: Parameters, inputs: Inputs) -> Tensor:
     """Return what the head reads at every output position, ``(N, S, d)``: one forward pass."""
     tail = source.coverage.tail
     assert tail is not None
-    head = FactorSource(source.sizes, replace(source.coverage, covered=tail.parameters, tail=None, body=None))
+    head = LayerSource(source.sizes, replace(source.coverage, covered=tail.parameters, tail=None, body=None))
     (layer,) = head.of_outputs(params, inputs, torch.zeros(1, dtype=torch.long)).outers
     assert isinstance(layer.activations, Tensor)
     return layer.activations[:, 0].mT[:, list(tail.positions)]
@@ -199,7 +199,7 @@ def tail_kernel(
         other = other.unflatten(1, (-1, right_outputs.shape[2]))
         distinct = tail_kernel(source, params, left, right, one, other)
         return distinct[index.to(distinct.device)]
-    if not isinstance(source, FactorSource):
+    if not isinstance(source, LayerSource):
         return kernel(source, params, left, right, left_outputs, right_outputs)
     over_time = states_kernel(source, params, left, right, left_outputs, right_outputs)
     if over_time is not None:
@@ -274,7 +274,7 @@ def _halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 def _add_head(
     result: Tensor,
-    source: FactorSource,
+    source: LayerSource,
     params: Parameters,
     left: Inputs,
     right: Inputs,
@@ -311,7 +311,7 @@ def _add_head(
 
 def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
     """Return ``(M, N·r)`` kernel diagonals by the way that takes fewest backward passes."""
-    if not isinstance(source, FactorSource):
+    if not isinstance(source, LayerSource):
         return diagonal(source, params, inputs, outputs)
     over_time = states_diagonal(source, params, inputs, outputs)
     if over_time is not None:

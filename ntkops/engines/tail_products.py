@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..model import Inputs
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .products import ProductFactors, Span, prepare_products
+from .source import LayerSource
 from .summation import long_product
 from .tail import Tail
 from .tail_blocks import Reduction, TailSource, head_activations
@@ -94,7 +94,7 @@ class TailFactors:
         return (result + moved.view_as(result)).flatten(2)
 
 
-def prepare_tail(source: FactorSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
+def prepare_tail(source: LayerSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
     """Return the factors of N samples for products, or None if no tail makes them fewer."""
     tail = source.coverage.tail
     if tail is None:

@@ -323,7 +323,7 @@ def test_products_without_covered_parameters_left_make_no_automatic_differentiat
         raise AssertionError("automatic differentiation was used")
 
     monkeypatch.setattr("ntkops.engines.autograd.linearize_batch", refuse)
-    monkeypatch.setattr("ntkops.engines.gathering.record", refuse)
+    monkeypatch.setattr("ntkops.engines.source.record", refuse)
     assert torch.equal(engine.product(params, inputs, inputs, v), expected)
 
 

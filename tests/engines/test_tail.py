@@ -197,7 +197,7 @@ def test_small_parts_give_the_same_kernels(entries, monkeypatch):
 
 
 def test_small_tiles_give_the_same_results(monkeypatch):
-    monkeypatch.setattr("ntkops.engines.gathering.FactorSource.tile", lambda self, directions: 2)
+    monkeypatch.setattr("ntkops.engines.source.LayerSource.tile", lambda self, directions: 2)
     case = TAILS[3][0]
     engine, linearization, inputs = build(case, count=5)
     J, params = jacobian(case, count=5), linearization.parameters

@@ -139,10 +139,10 @@ def test_factors_that_do_not_fit_are_left_for_automatic_differentiation(monkeypa
     def fail(*_):
         raise torch.OutOfMemoryError(CUDA_TEXT)
 
-    import ntkops.engines.layer_cache as layer_cache
+    import ntkops.engines.factor_cache as factor_cache
 
-    monkeypatch.setattr(layer_cache, "prepare_products", fail)
-    monkeypatch.setattr(layer_cache, "prepare_tail", fail)
+    monkeypatch.setattr(factor_cache, "prepare_products", fail)
+    monkeypatch.setattr(factor_cache, "prepare_tail", fail)
     with caplog.at_level(logging.WARNING, logger="ntkops"):
         torch.testing.assert_close(K @ v, expected)
     assert "going on by automatic differentiation" in caplog.text

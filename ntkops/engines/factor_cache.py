@@ -9,9 +9,9 @@ import torch
 
 from ..model import Inputs
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .memory import free_bytes, shared_store
 from .products import CachedFactors, prepare_products
+from .source import LayerSource
 from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]
@@ -42,7 +42,7 @@ class FactorCache:
         return shared_store.release(self._identity)
 
     def get(
-        self, source: FactorSource, params: Parameters, inputs: Inputs, columns: float
+        self, source: LayerSource, params: Parameters, inputs: Inputs, columns: float
     ) -> CachedFactors | None:
         """Return the factors of these samples for ``columns`` of K v, or None if they do not pay or fit."""
         if inputs not in self._numbers:
@@ -59,7 +59,7 @@ class FactorCache:
             return None
         return self._make(source, params, inputs, number, state)
 
-    def fits(self, source: FactorSource, inputs: Inputs) -> bool:
+    def fits(self, source: LayerSource, inputs: Inputs) -> bool:
         """Return whether the factors of some samples fit into their share of free memory."""
         if inputs.is_streamed:  # what is read batch by batch is never held whole
             return False
@@ -75,7 +75,7 @@ class FactorCache:
         return needed <= _CACHE_SHARE * free_bytes(source.device)
 
     def _make(
-        self, source: FactorSource, params: Parameters, inputs: Inputs, number: int, state: object
+        self, source: LayerSource, params: Parameters, inputs: Inputs, number: int, state: object
     ) -> CachedFactors | None:
         ready: CachedFactors | None = prepare_tail(source, params, inputs)
         if ready is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model import Batch, Inputs
 from ..model.record import record
 from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
-from .collecting import collect
+from .collect import collect
 from .coverage import Coverage
 from .differentiation import Parameters
 from .layer_factors import Factors, joined
@@ -22,7 +22,7 @@ from .options import Layerwise
 from .summation import Workspace
 from .units import plan_units
 
-__all__ = ["FactorSource"]
+__all__ = ["LayerSource"]
 
 _PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
@@ -43,7 +43,7 @@ class Known:
     count: int
 
 
-class FactorSource:
+class LayerSource:
     """Makes the factors of the covered parameters, as much at a time as fits, and counts the passes."""
 
     def __init__(self, sizes: EngineSizes, coverage: Coverage, options: Layerwise | None = None) -> None:
