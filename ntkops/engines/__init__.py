@@ -1,6 +1,7 @@
 """How a product or a block of J is computed."""
 
 from .autograd import AutogradEngine
+from .choice import Engine, EngineChoice, EngineName, build_engine
 from .choose import find_differentiation
 from .cost import KernelShape
 from .differentiation import Differentiation
@@ -8,7 +9,6 @@ from .layerwise import LayerwiseEngine
 from .memory import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
 from .options import Layerwise
 from .passes import PassCounter, count_passes, report_passes, spare_passes
-from .select import Engine, EngineChoice, EngineName, build_engine
 
 __all__ = [
     # engines

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
@@ -11,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..model import Batch, Inputs, Linearization
-from ..results import PassCount
-from .blocks import dense_kernel, kernel_diagonal
-from .checks import require_finite_product
-from .choose import find_differentiation
+from .base import Engine, Work, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes
-from .differentiation import Differentiation, LinearizedBatch, Parameters, linearize_batch, sample_gradients
-from .halves import AutogradHalves
-from .memory import EngineSizes, parts, retry, shared_store
-from .passes import PassCounter, report_passes
+from .differentiation import LinearizedBatch, Parameters, linearize_batch, sample_gradients
+from .factors import Direct
+from .layer_factors import Factors
+from .memory import Share, parts, retry
+from .options import Layerwise
+from .summation import Workspace
+from .units import Unit
 
 __all__ = ["AutogradEngine"]
 
@@ -27,24 +25,11 @@ Auto = Literal["auto"]
 
 Result = TypeVar("Result")
 _Kept = list[LinearizedBatch]  # the linearised samples, where one pass holds all of them; else empty
-_identities = itertools.count()
+_EVERYTHING = Unit(-1, 0, 1, "direct", ())  # all parameters in one piece
 
 
-class AutogradEngine(EngineSizes):
-    """J and Jᵀ by vjp and jvp, exact blocks by per-sample gradients.
-
-    The engine holds no parameters and no data: both come with each call, so that one engine serves
-    a kernel, its slices, its cross kernels and its Jacobians, at detached and at live parameters.
-
-    Args:
-        linearization: The pure function and its snapshot.
-        first: A few samples, on which it is found out how the model is differentiated; None where that is
-        known. batch_size: Samples per pass, or "auto" for as many as the memory holds. chunk_size: Columns
-        per pass, or "auto".
-
-    Raises:
-        InputError: If a size is neither "auto" nor a positive integer.
-    """
+class AutogradEngine(Engine):
+    """J and Jᵀ by vjp and jvp, exact blocks from per-sample gradients that are written down."""
 
     name = "autograd"
 
@@ -55,11 +40,10 @@ class AutogradEngine(EngineSizes):
         *,
         batch_size: int | Auto = "auto",
         chunk_size: int | Auto = "auto",
+        like: Engine | None = None,
     ) -> None:
-        super().__init__(linearization, batch_size, chunk_size)
-        self._first = first
-        self._counter = PassCounter()
-        self.identity = next(_identities)
+        super().__init__(linearization, first, batch_size=batch_size, chunk_size=chunk_size, like=like)
+        self.workspace, self.options = Workspace(), Layerwise()  # nothing is decided about layers
 
     @classmethod
     def build(
@@ -76,14 +60,15 @@ class AutogradEngine(EngineSizes):
         assert engine.differentiation is not None  # a model that cannot be differentiated is refused here
         return engine
 
-    @property
-    def differentiation(self) -> Differentiation:
-        """How the model is differentiated: found once for a linearisation, when something is."""
-        verdict = self.linearization.verdict
-        if not isinstance(verdict.differentiation, Differentiation):
-            assert self._first is not None
-            verdict.differentiation = find_differentiation(self.linearization, self._first)
-        return verdict.differentiation
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the memory behind, too."""
+        return {**super().__getstate__(), "workspace": Workspace()}
+
+    def free(self) -> int:
+        """Drop everything cached for this engine and return the bytes set free."""
+        with self.linearization.full_precision():  # no other thread is using the workspace
+            self.workspace.clear()
+            return super().free()
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> AutogradEngine:
         """Return the same engine for another dtype or device."""
@@ -96,42 +81,72 @@ class AutogradEngine(EngineSizes):
         found = self.differentiation  # with all of them, and known from now on
         assert found is not None
         part = self.linearization.restricted(free, params)
-        engine = AutogradEngine(part, None, batch_size=self._batch_size, chunk_size=self._chunk_size)
-        engine._counter, engine._limits = self._counter, self._limits
-        return engine, part.parameters
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the identity behind: it keys the caches of this process."""
-        state = dict(self.__dict__)
-        del state["identity"]
-        return state
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Take a fresh identity, so that no cache of another engine is read."""
-        self.__dict__.update(state)
-        self.identity = next(_identities)
-
-    def free(self) -> int:
-        """Drop everything cached for this engine and return the bytes set free."""
-        return shared_store.release(self.identity)
+        sizes = {"batch_size": self._batch_size, "chunk_size": self._chunk_size}
+        return AutogradEngine(part, None, like=self, **sizes), part.parameters
 
     # what it costs
 
-    @property
-    def passes(self) -> PassCount:
-        """Passes made so far."""
-        return self._counter.count
+    def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return what a dense kernel costs, in passes over the samples of its rows."""
+        return autograd_kernel_passes(wanted, distinct)
 
-    def _report(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0) -> None:
-        self._counter.add(vjp=vjp, jvp=jvp, per_sample=per_sample)
-        report_passes(vjp=vjp, jvp=jvp, per_sample=per_sample)
+    def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
+        """Return what the diagonal costs: a pass over the samples for each output."""
+        return float(distinct)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number P of selected parameters' entries."""
-        return self.linearization.num_parameters
+    # factors: per-sample gradients of all parameters in one piece
+
+    def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor, compact: bool = False) -> Factors:
+        """Return the gradients of N samples for ``(C, N, O)`` cotangents. Cost: C per-sample passes."""
+        how = self.differentiation
+
+        def part(start: int, stop: int, batch: Batch) -> Tensor:
+            self.linearization.require_independent(inputs, start, params, batch)
+            sent = cotangents[:, start:stop].transpose(0, 1)
+            function = self.linearization.function
+            gradients = sample_gradients(how.per_sample, how.mode, function, params, batch, sent, how.columns)
+            return torch.cat([g.reshape(*g.shape[:2], g.shape[2:].numel()) for g in gradients], dim=-1)
+
+        with self.linearization.safe_context():
+            found = [made for _, _, made in self.over_samples(inputs, part)]
+        tile = found[0] if len(found) == 1 else torch.cat(found)
+        require_finite_product(tile, "Jᵀv of single samples", self.linearization, cotangents)
+        return Factors(len(tile), [], [Direct(_EVERYTHING, tile)])
+
+    def of_outputs(
+        self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
+    ) -> Factors:
+        """Return the gradients of N samples for single outputs, ``(C,)`` numbers."""
+        device, dtype = self.linearization.device, self.linearization.dtype
+        unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=dtype, device=device)
+        unit[torch.arange(len(outputs)), 0, outputs] = 1
+        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1))
+
+    def written_down(self, factors: Factors) -> Tensor:
+        """Return ``(B, C, P)`` gradients, which these are."""
+        return factors.directs[0].gradients
+
+    def tile(self, directions: int) -> int:
+        """Return how many samples' gradients fit into the workspace."""
+        return self.workspace_bytes() // max(1, directions * self._parameter_bytes())
+
+    def passing_share(self, directions: int) -> Share:
+        """Return `tile` samples at a time."""
+        return self.tile_share(directions)
+
+    def _summed(
+        self, params: Parameters, watched: Sequence[Tensor | Inputs], work: Work, by_parameter: bool = False
+    ) -> Tensor:
+        with self.linearization.full_precision():
+            return work(self, params)
 
     # products
+
+    def linearized(
+        self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float = 0.0
+    ) -> _Products:
+        """Return products with J(left) and J(right)ᵀ, which share the forward pass of the same samples."""
+        return _Products(self, params, left, right)
 
     def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
         how = self.differentiation
@@ -166,78 +181,6 @@ class AutogradEngine(EngineSizes):
         for _, _, result in self.over_samples(inputs, part):
             yield result
 
-    def _in_columns(self, block: Tensor, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Return the work on every chunk of columns."""
-        found = parts(len(block), self.column_share(), lambda start, stop: work(block[start:stop]))
-        return [part for _, _, part in found]
-
-    def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
-        """Return Jᵀv, flat, for each row of ``vectors``.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            vectors: ``(k, N, O)``.
-
-        Returns:
-            ``(k, P)``. Cost: k vjp passes.
-        """
-        return self.halves(params, inputs, inputs).pull(vectors)
-
-    def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
-        """Return J p for each row of ``tangents``.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            tangents: ``(k, P)``.
-
-        Returns:
-            ``(k, N, O)``. Cost: k jvp passes.
-        """
-        return self.halves(params, inputs, inputs).push(tangents)
-
-    def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
-        """Return J(left) J(right)ᵀ v for each row of ``vectors``, without flattening in between.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` shares the forward pass.
-            vectors: ``(k, N₂, O)``.
-
-        Returns:
-            ``(k, N₁, O)``. Cost: k vjp and k jvp passes.
-        """
-        with self.linearization.safe_context():
-            sides = self.halves(params, left, right)
-            parts = self._in_columns(vectors, lambda chunk: sides.through(chunk))
-        self._report(vjp=len(vectors), jvp=len(vectors))
-        result = torch.cat(parts) if parts else vectors.new_zeros((0, left.num_samples, left.num_outputs))
-        require_finite_product(result, "K v", self.linearization, vectors)
-        return result
-
-    def halves(self, params: Parameters, left: Inputs, right: Inputs) -> AutogradHalves:
-        """Return the two halves of products J(left) J(right)ᵀ v, which share the forward pass.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` shares the forward pass.
-        """
-        return AutogradHalves(self, params, left, right)
-
-    def _pull(self, params: Parameters, inputs: Inputs, kept: _Kept, vectors: Tensor) -> Parameters:
-        total: Parameters | None = None
-        for part in self._each(params, inputs, kept, lambda a, b, point: point.pull(vectors[:, a:b])):
-            total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
-        assert total is not None  # inputs are never empty
-        return total
-
-    def _push(self, params: Parameters, inputs: Inputs, kept: _Kept, tangents: Parameters) -> Tensor:
-        parts = list(self._each(params, inputs, kept, lambda a, b, point: point.push(tangents)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
     def _split(self, tangents: Tensor) -> Parameters:
         sizes, shapes = self.linearization.sizes, self.linearization.shapes
         pieces = tangents.split(list(sizes), dim=1)
@@ -247,108 +190,63 @@ class AutogradEngine(EngineSizes):
             piece.reshape(len(tangents), *shape) for piece, shape in zip(pieces, shapes, strict=True)
         )
 
-    # per-sample gradients and what is made of them
 
-    def jacobian_tile(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Return the rows of J of every sample for some outputs.
+class _Products:
+    """Products with J of some samples and Jᵀ of others, in chunks of columns."""
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: B samples; the caller keeps B·r·P within `workspace_bytes`.
-            outputs: ``(r,)`` output numbers.
+    def __init__(self, engine: AutogradEngine, params: Parameters, left: Inputs, right: Inputs) -> None:
+        self._engine, self._params, self._left, self._right = engine, params, left, right
+        self._kept_right: _Kept = []
+        self._kept_left: _Kept = self._kept_right if left is right else []
 
-        Returns:
-            ``(B, r, P)``. Cost: r per-sample passes over these samples.
-        """
-        device, dtype = self.linearization.device, self.linearization.dtype
-        unit = torch.zeros((len(outputs), inputs.num_outputs), dtype=dtype, device=device)
-        unit[torch.arange(len(outputs)), outputs] = 1
-        return self._sample_tile(params, inputs, unit.expand(inputs.num_samples, -1, -1))
+    def pull(self, vectors: Tensor) -> Tensor:
+        """Return J(right)ᵀ v, ``(k, P)``. Cost: k vjp passes."""
+        empty = vectors.new_zeros((0, self._engine.num_parameters))
+        return self._in_columns("Jᵀv", vectors, empty, lambda chunk: _flatten(self._pull(chunk)), vjp=1)
 
-    def _sample_tile(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
-        def part(start: int, stop: int, batch: Batch) -> Tensor:
-            self.linearization.require_independent(inputs, start, params, batch)
-            gradients = sample_gradients(
-                self.differentiation.per_sample,
-                self.differentiation.mode,
-                self.linearization.function,
-                params,
-                batch,
-                cotangents[start:stop],
-                self.differentiation.columns,
-            )
-            return torch.cat([g.flatten(2) for g in gradients], dim=-1)
+    def push(self, tangents: Tensor) -> Tensor:
+        """Return J(left) p, ``(k, N₁, O)``. Cost: k jvp passes."""
+        empty = tangents.new_zeros((0, self._left.num_samples, self._left.num_outputs))
+        split = self._engine._split
+        return self._in_columns("J p", tangents, empty, lambda chunk: self._push(split(chunk)), jvp=1)
 
-        with self.linearization.safe_context():
-            parts = [found for _, _, found in self.over_samples(inputs, part)]
-        tile = parts[0] if len(parts) == 1 else torch.cat(parts)
-        require_finite_product(tile, "Jᵀv of single samples", self.linearization, cotangents)
-        return tile
+    def through(self, vectors: Tensor) -> Tensor:
+        """Return J(left) J(right)ᵀ v, ``(k, N₁, O)``. Cost: k vjp and k jvp passes."""
+        empty = vectors.new_zeros((0, self._left.num_samples, self._left.num_outputs))
+        return self._in_columns(
+            "K v", vectors, empty, lambda chunk: self._push(self._pull(chunk)), vjp=1, jvp=1
+        )
 
-    def count_rows(self, rows: int, inputs: Inputs) -> None:
-        """Report ``rows`` gradients of single samples as passes over all of ``inputs``."""
-        self._report(per_sample=math.ceil(rows / inputs.num_samples))
-
-    def kernel(
-        self,
-        params: Parameters,
-        left: Inputs,
-        right: Inputs,
-        left_outputs: Tensor,
-        right_outputs: Tensor,
+    def _in_columns(
+        self, what: str, block: Tensor, empty: Tensor, work: Callable[[Tensor], Tensor], **passes: int
     ) -> Tensor:
-        """Return dense kernels Σ_r J(left)_{o_r} J(right)_{o_r}ᵀ tile by tile.
+        """Return the work on all columns, in chunks, counted and checked."""
+        engine = self._engine
+        with engine.linearization.safe_context():
+            found = parts(len(block), engine.column_share(), lambda start, stop: work(block[start:stop]))
+            pieces = [piece for _, _, piece in found]
+        engine.report(**{kind: number * len(block) for kind, number in passes.items()})
+        result = torch.cat(pieces) if pieces else empty
+        require_finite_product(result, what, engine.linearization, block)
+        return result
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` lets symmetry halve the work.
-            left_outputs: ``(M, R, r₁)`` output numbers: M kernels, R terms, r₁ outputs a sample.
-            right_outputs: ``(M, R, r₂)``.
+    def _pull(self, vectors: Tensor) -> Parameters:
+        def work(start: int, stop: int, point: LinearizedBatch) -> Parameters:
+            return point.pull(vectors[:, start:stop])
 
-        Returns:
-            ``(M, N₁·r₁, N₂·r₂)``. Cost: one per-sample pass an output on each side, more where the
-            workspace holds only a part of the rows; memory: the result and two tiles.
-        """
-        with self.linearization.full_precision():
-            return dense_kernel(self, params, left, right, left_outputs, right_outputs)
+        total: Parameters | None = None
+        for part in self._engine._each(self._params, self._right, self._kept_right, work):
+            total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
+        assert total is not None  # inputs are never empty
+        return total
 
-    def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
-        """Return what a dense kernel costs, in passes over the samples of its rows.
+    def _push(self, tangents: Parameters) -> Tensor:
+        def work(start: int, stop: int, point: LinearizedBatch) -> Tensor:
+            return point.push(tangents)
 
-        Args:
-            inputs: Samples of the rows.
-            wanted: The kernel.
-            distinct: Number of distinct outputs in it.
-        """
-        return autograd_kernel_passes(wanted, distinct)
+        found = list(self._engine._each(self._params, self._left, self._kept_left, work))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
-    def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            outputs: ``(M, R, r)`` output numbers.
-
-        Returns:
-            ``(M, N·r)``. Cost: one per-sample pass for each distinct output.
-        """
-        with self.linearization.full_precision():
-            return kernel_diagonal(self, params, inputs, outputs)
-
-    def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
-        r"""Return the Gram matrix of per-sample gradients, :math:`W_{ir,js} = g_{ir}^\top g_{js}`.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            cotangents: ``(N, r, O)``: r output combinations for each sample.
-
-        Returns:
-            ``(N, r, N, r)``. Cost: r per-sample passes, more where tiles do not fit at once.
-        """
-        from .blocks import gradient_gram
-
-        with self.linearization.full_precision():
-            return gradient_gram(self, params, inputs, cotangents)
+def _flatten(blocks: Parameters) -> Tensor:
+    return torch.cat([block.reshape(len(block), block.shape[1:].numel()) for block in blocks], dim=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .contract import LEAST_INPUTS
+from .contraction import LEAST_INPUTS
 from .cost import KernelShape, written_at_once
-from .factors import Factors, Outer
+from .factors import Outer
+from .layer_factors import Factors
 from .layer_rules import Layout, OneHot
 from .summation import COLUMNS
 from .tail import Tail

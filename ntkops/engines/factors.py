@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .cost import LayerShape
 from .layer_rules import Activation, OneHot
@@ -14,20 +15,17 @@ from .units import Unit
 
 __all__ = [
     "Direct",
-    "Factors",
     "Outer",
     "in_parameter_order",
+    "is_transformed",
+    "is_watched",
     "join_samples",
-    "matched",
     "outer_gradients",
     "with_positions",
     "written_pieces",
 ]
 
 Piece = tuple[int, int, int, Tensor]  # parameter, first row, the row after the last, (B, C, p)
-
-
-_SMALL_ENTRIES = 2**16
 
 
 @dataclass(eq=False)
@@ -63,66 +61,22 @@ class Direct:
     gradients: Tensor
 
 
-@dataclass(eq=False)
-class Factors:
-    """All that is known of the gradients of B samples in C directions."""
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is seen from inside a torch.func transform, where its values cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
-    count: int
-    outers: list[Outer]
-    directs: list[Direct]
-    output: Tensor | None = None
 
-    @property
-    def layers(self) -> list[Outer | Direct]:
-        """All of them."""
-        return [*self.outers, *self.directs]
-
-    @property
-    def entries(self) -> int:
-        """Entries of all factors."""
-        held = [layer.gradients.numel() for layer in self.layers]
-        held += [layer.activations.numel() for layer in self.outers if isinstance(layer.activations, Tensor)]
-        return sum(held)
-
-    @property
-    def directions(self) -> int:
-        """Number C of directions."""
-        layers = self.layers
-        return layers[0].gradients.shape[1] if layers else 0
-
-    @property
-    def is_small(self) -> bool:
-        """Whether float32 factors are so few that float64 costs no time: calls cost more than arithmetic."""
-        layers = self.layers
-        narrow = bool(layers) and layers[0].gradients.dtype == torch.float32
-        return narrow and layers[0].gradients.device.type != "mps" and self.entries <= _SMALL_ENTRIES
-
-    def to(self, dtype: torch.dtype) -> Factors:
-        """Return the same in another dtype."""
-        outers = [
-            replace(
-                layer,
-                gradients=layer.gradients.to(dtype),
-                activations=layer.activations
-                if isinstance(layer.activations, OneHot)
-                else layer.activations.to(dtype),
-            )
-            for layer in self.outers
-        ]
-        directs = [replace(direct, gradients=direct.gradients.to(dtype)) for direct in self.directs]
-        return replace(self, outers=outers, directs=directs)
+def is_watched(tensor: Tensor) -> bool:
+    """Whether autograd, a torch.func transform or forward-mode differentiation follows what is made of it."""
+    if tensor.requires_grad or is_transformed(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def outer_gradients(gradients: Tensor, activations: Activation, out: Tensor | None = None) -> Tensor:
     """Return ``(B, C, groups, d_out, d_in)`` gradients from ``(B, C, groups, d_out, S)`` and activations.
 
-    Args:
-        gradients: Output gradients.
-        activations: ``(B, groups, d_in, S)``, or unit vectors.
-        out: Flat memory to use, large enough.
-
-    Returns:
-        The gradients of single samples. Cost: 2 B C S d_in d_out operations.
+    Cost: 2 B C S d_in d_out operations. ``out`` is flat memory to use, large enough.
     """
     count, directions, groups, outputs, positions = gradients.shape
     if isinstance(activations, OneHot):
@@ -166,59 +120,6 @@ def written_pieces(layer: Outer | Direct) -> list[Piece]:
         bias = unit.bias
         pieces.append((bias.index, bias.start, bias.stop, layer.gradients.sum(-1).flatten(2)))
     return pieces
-
-
-def matched(parts: Sequence[Factors]) -> list[Factors]:
-    """Return the factors of several batches with the same pieces in the same order.
-
-    A model that calls its layers as the batch wants it (loops as long as the longest sample, a branch) gives
-    other pieces in another batch. Those that all batches have stay; what is left of each parameter is written
-    down over one range of rows, with zeros where a batch does not use it.
-    """
-    found = [[_key(layer) for layer in part.outers] for part in parts]
-    ranges = [[_rows(direct.unit) for direct in part.directs] for part in parts]
-    if all(keys == found[0] for keys in found) and all(rows == ranges[0] for rows in ranges):
-        return list(parts)
-    common = [key for key in found[0] if all(keys.count(key) == 1 for keys in found)]
-    pieces = [
-        [
-            piece
-            for layer in part.layers
-            if isinstance(layer, Direct) or _key(layer) not in common
-            for piece in written_pieces(layer)
-        ]
-        for part in parts
-    ]
-    spans: dict[
-        int, tuple[int, int, int]
-    ] = {}  # parameter: first row, the row after the last, entries of a row
-    for index, start, stop, gradients in (piece for some in pieces for piece in some):
-        first, last, _ = spans.get(index, (start, stop, 0))
-        row = gradients.shape[2] // max(1, stop - start)
-        spans[index] = min(first, start), max(last, stop), row
-    results = []
-    for part, keys, some in zip(parts, found, pieces, strict=True):
-        lead, like = (part.count, part.directions), (part.outers or part.directs)[0].gradients
-        directs = []
-        for index, (first, last, row) in spans.items():
-            whole = like.new_zeros((*lead, (last - first) * row))
-            for _, start, stop, gradients in (piece for piece in some if piece[0] == index):
-                whole[..., (start - first) * row : (stop - first) * row] += gradients
-            directs.append(Direct(Unit(index, first, last, "direct", ()), whole))
-        kept = [part.outers[keys.index(key)] for key in common]
-        results.append(replace(part, outers=kept, directs=directs))
-    return results
-
-
-def _rows(unit: Unit) -> tuple[int, int, int]:
-    return unit.index, unit.start, unit.stop
-
-
-def _key(layer: Outer) -> tuple[object, ...]:
-    """What two pieces must have in common to be contracted with each other."""
-    shape = layer.shape
-    sizes = shape.inputs, shape.outputs, shape.groups, shape.one_hot
-    return (*_rows(layer.unit), layer.unit.bias, layer.transposed, sizes)
 
 
 def with_positions(layer: Outer, positions: int) -> Outer:

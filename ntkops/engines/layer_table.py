@@ -10,7 +10,7 @@ import torch
 from ..model import Inputs
 from ..results import LayerInfo
 from .cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
-from .gathering import FactorSource
+from .source import LayerSource
 from .units import Unit
 
 __all__ = ["MeasuredLayer", "describe_layers", "measure_layers"]
@@ -24,13 +24,8 @@ class MeasuredLayer:
     shape: LayerShape | None
 
 
-def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
-    """Return the units' sizes, seen on one sample: a forward and a backward pass over it.
-
-    Args:
-        source: Makes the factors.
-        inputs: The samples; the first is used.
-    """
+def measure_layers(source: LayerSource, inputs: Inputs) -> list[MeasuredLayer]:
+    """Return the units' sizes, seen on one sample: a forward and a backward pass over it."""
     first = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         factors = source.of_outputs(source.linearization.parameters, inputs.select(first), first)
@@ -39,21 +34,13 @@ def measure_layers(source: FactorSource, inputs: Inputs) -> list[MeasuredLayer]:
 
 
 def describe_layers(
-    source: FactorSource,
+    source: LayerSource,
     measured: Iterable[MeasuredLayer],
     tile: KernelShape,
     whole: KernelShape,
     directions: int,
 ) -> tuple[LayerInfo, ...]:
-    """Return one line for every unit in the parameters' order, and one for every parameter without a rule.
-
-    Args:
-        source: Whose coverage and options are described.
-        measured: The units.
-        tile: The part of the kernel in question that is made at once.
-        whole: All of it, which products work on.
-        directions: Number of outputs for which products keep factors.
-    """
+    """Return a line for every unit, in the order of parameters, and for every parameter without a rule."""
     lines = {
         (layer.unit.index, layer.unit.start): _line(source, layer, tile, whole, directions)
         for layer in measured
@@ -65,7 +52,7 @@ def describe_layers(
 
 
 def _line(
-    source: FactorSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
+    source: LayerSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
 ) -> LayerInfo:
     unit, shape, names = layer.unit, layer.shape, source.linearization.names
     name, height = names[unit.index], source.linearization.shapes[unit.index]
@@ -89,7 +76,7 @@ def _line(
     )
 
 
-def _rule(source: FactorSource, unit: Unit) -> str:
+def _rule(source: LayerSource, unit: Unit) -> str:
     """Return the names of the rules of all calls in which the unit's parameter is used."""
     roles = {use.role for use in unit.uses}
     found = set()

@@ -5,34 +5,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..model import Inputs
+from ..errors import BackwardLimitError
+from ..model import Inputs, Linearization
 from ..results import LayerInfo
 from .attribution import CoverageChanged
 from .autograd import AutogradEngine
-from .checks import require_finite_product
+from .base import Engine, Linearized, Work, is_recorded, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
-from .differentiation import Parameters
-from .factors import Factors
-from .gathering import FactorSource
-from .layer_blocks import layer_gram
+from .coverage import Coverage
+from .differentiation import Differentiation, Parameters
+from .factor_cache import FactorCache
+from .layer_factors import Factors
 from .layer_table import MeasuredLayer, describe_layers, measure_layers
-from .layerwise_core import LayerwiseCore, Result
 from .memory import format_bytes, if_it_fits
+from .options import Layerwise
 from .products import CachedFactors
-from .recurrent import states_diagonal_passes, states_kernel_passes
-from .tail_blocks import tail_diagonal, tail_kernel
-from .tiling import sample_slices
+from .recurrent import states_diagonal_passes, states_kernel_passes, trusted_states
+from .source import LayerSource
+from .tiles import Source, sample_slices
+from .verify import try_rules
 
 __all__ = ["LayerwiseEngine"]
 
 logger = logging.getLogger(__name__)
 
+Auto = Literal["auto"]
+Result = TypeVar("Result")
 
-class LayerwiseEngine(LayerwiseCore):
+
+class LayerwiseEngine(Engine):
     r"""Exact kernels, diagonals, Gram matrices and products from the structure of layers.
 
     For each covered parameter the gradient of sample n in direction c is
@@ -43,7 +49,7 @@ class LayerwiseEngine(LayerwiseCore):
 
     Args:
         linearization: The pure function and its snapshot.
-        differentiation: What the model allows.
+        first: A few samples, on which it is found out how the model is differentiated.
         coverage: Which parameters are covered, and how.
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
@@ -64,52 +70,107 @@ class LayerwiseEngine(LayerwiseCore):
         torch.Size([1, 10, 10])
     """
 
-    # kernels and rows
+    name = "layerwise"
 
-    def kernel(
+    def __init__(
         self,
-        params: Parameters,
-        left: Inputs,
-        right: Inputs,
-        left_outputs: Tensor,
-        right_outputs: Tensor,
-    ) -> Tensor:
-        """Return dense kernels Σ_r J(left)_{o_r} J(right)_{o_r}ᵀ layer by layer.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` lets symmetry halve the work.
-            left_outputs: ``(M, R, r₁)`` output numbers: M kernels, R terms, r₁ outputs a sample.
-            right_outputs: ``(M, R, r₂)``.
-
-        Returns:
-            ``(M, N₁·r₁, N₂·r₂)``. Cost: one forward and one backward pass an output on each side, more
-            where the workspace holds the factors of only a part of the samples; memory: the result and
-            two tiles of factors.
-
-        Raises:
-            BackwardLimitError: If the outputs take more backward passes than ``max_backwards``.
-        """
-        self._require_few("the kernel", left_outputs, right_outputs)
-        result = self._combined(
-            params,
-            (left, right),
-            lambda source: tail_kernel(source, params, left, right, left_outputs, right_outputs),
-            lambda engine, chosen: engine.kernel(chosen, left, right, left_outputs, right_outputs),
-            torch.Tensor.add_,
+        linearization: Linearization,
+        first: Inputs | None,
+        coverage: Coverage,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+        options: Layerwise | None = None,
+    ) -> None:
+        super().__init__(linearization, first, batch_size=batch_size, chunk_size=chunk_size)
+        self.fallback = AutogradEngine(
+            linearization, first, batch_size=batch_size, chunk_size=chunk_size, like=self
         )
-        require_finite_product(result, "the kernel", self.linearization, left_outputs)
-        return result
+        self._start(coverage, options)
+
+    def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
+        self._cache = FactorCache(self.identity)
+        self._source = LayerSource(self, coverage, options)
+        self._measured: list[MeasuredLayer] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        linearization: Linearization,
+        inputs: Inputs,
+        *,
+        batch_size: int | Auto = "auto",
+        chunk_size: int | Auto = "auto",
+        options: Layerwise | None = None,
+    ) -> Self:
+        """Return the engine for some inputs; what its rules cover is found, and checked, once for a model."""
+        verdict = linearization.verdict
+        found = verdict.coverage
+        if not isinstance(found, Coverage):
+            found = try_rules(linearization, inputs)
+        inputs.hand_over_recordings()  # of a kind of input that needs no trial of rules
+        sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
+        engine = cls(linearization, inputs.head(2), found, options=options, **sizes)
+        if found is not verdict.coverage:
+            with linearization.full_precision():
+                found = replace(found, states=trusted_states(engine._source, inputs))
+            engine._source.coverage = verdict.coverage = found
+        return engine
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Self:
+        """Return the same engine for another dtype or device; no rule is tried again."""
+        moved = self.linearization.to(dtype=dtype, device=device)
+        first = None if self._first is None else self._first.to(dtype=dtype, device=device)
+        sizes = {"batch_size": self._batch_size, "chunk_size": self._chunk_size}
+        return type(self)(moved, first, self._coverage, options=self.options, **sizes)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave identity, memory and caches behind: they are this process's."""
+        state = super().__getstate__()
+        del state["_cache"], state["_measured"], state["_source"]
+        return {**state, "coverage": self._coverage, "options": self.options}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take a fresh identity, so that no cache of another engine is read."""
+        coverage, options = state.pop("coverage"), state.pop("options")
+        super().__setstate__(state)
+        self._start(coverage, options)  # type: ignore[arg-type]
+
+    def free(self) -> int:
+        """Drop everything cached for this engine and return the bytes set free."""
+        with self.linearization.full_precision():  # no other thread is using the workspace
+            self._source.workspace.clear()
+            return self._cache.clear() + self.fallback.free()
+
+    # what it is and what it costs
+
+    @property
+    def _coverage(self) -> Coverage:
+        return self._source.coverage
+
+    @property
+    def options(self) -> Layerwise:
+        """What the user decided."""
+        return self._source.options
+
+    @property
+    def differentiation(self) -> Differentiation:
+        """What the model allows, with a line for every parameter that is not covered."""
+        names = self.linearization.names
+        reasons = tuple(
+            f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
+            for i, reason in sorted(self._coverage.reasons.items())
+        )
+        found = super().differentiation
+        return replace(found, reasons=(*found.reasons, *reasons))
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the parameters that the layer rules cover."""
+        return tuple(self.linearization.names[i] for i in sorted(self._coverage.covered))
 
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
-        """Return what a dense kernel costs, in passes over the samples of its rows.
-
-        Args:
-            inputs: Samples of the rows.
-            wanted: The kernel.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what a dense kernel costs, in passes over the samples of its rows."""
         if not self._coverage.covered:
             return autograd_kernel_passes(wanted, distinct)
         over_time = states_kernel_passes(self._source, inputs, wanted)
@@ -151,84 +212,79 @@ class LayerwiseEngine(LayerwiseCore):
         return self._coverage.states is not None
 
     def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
-        """Return what the diagonal costs, in passes over the samples.
-
-        Args:
-            inputs: N samples.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return what the diagonal costs, in passes over the samples."""
         over_time = states_diagonal_passes(self._source, inputs, distinct)
         if over_time is not None:
             return over_time
         return float(distinct if self._source.uncovered else self._coverage.backwards(distinct))
 
-    def diagonal(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Return kernel diagonals Σ_r |∇f_{i,o_r}|².
+    # blocks and rows
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            outputs: ``(M, R, r)`` output numbers.
+    def _delegates(self, params: Parameters, *others: Tensor | Inputs) -> bool:
+        """Whether automatic differentiation does all of it: nothing is covered, or graphs are recorded."""
+        if not self._coverage.covered:
+            return True
+        live = self.linearization.differentiable
+        return is_recorded(params, others, live)
 
-        Returns:
-            ``(M, N·r)``. Cost: one forward pass and a backward pass for each distinct output, or column of
-            the linear layer that ends the model, whichever are fewer; memory does not grow with N.
+    def _require_few(self, what: str, *outputs: Tensor) -> None:
+        """Refuse more backward passes than the user allows, before any work."""
+        if not self._coverage.covered or self._coverage.states is not None:
+            return
+        limit = self.options.max_backwards
+        if self._coverage.backwards(max(numbers.numel() for numbers in outputs)) <= limit:
+            return  # even if all are distinct
+        distinct = max(torch.unique(numbers).numel() for numbers in outputs)
+        passes = self._coverage.backwards(distinct)
+        if passes > limit:
+            raise BackwardLimitError(
+                f"{what} for {distinct} outputs takes {passes} backward passes, more than "
+                f"max_backwards={limit}: choose fewer outputs (outputs=[...]), estimate (ntkops.trace, "
+                "ntkops.frobenius_norm with method='hutchinson'), or pass "
+                f"engine=ntkops.Layerwise(max_backwards={passes})"
+            )
 
-        Raises:
-            BackwardLimitError: If these are more than ``max_backwards``.
+    def _rest(self, params: Parameters) -> tuple[AutogradEngine, Parameters] | None:
+        """Return the engine for the parameters that are not covered, and these."""
+        rest = self._source.uncovered
+        return self.fallback.restricted(rest, params) if rest else None
+
+    def _summed(
+        self, params: Parameters, watched: Sequence[Tensor | Inputs], work: Work, by_parameter: bool = False
+    ) -> Tensor:
+        """Run work on the rules for what is covered, on differentiation for the rest, and add them."""
+        while not self._delegates(params, *watched):
+            with torch.no_grad(), self.linearization.full_precision():
+                try:
+                    result = work(self._source, params)
+                except CoverageChanged as change:
+                    self._demote(change)
+                    continue
+                rest = self._rest(params)
+                if rest is None:
+                    return result
+                add = self._source.scattered if by_parameter else Tensor.add_
+                return add(result, work(*rest))
+        with self.linearization.full_precision():
+            return work(self.fallback, params)
+
+    def _demote(self, change: CoverageChanged) -> None:
+        """Leave parameters to automatic differentiation for good, aloud.
+
+        What was made with their factors is made again: a sum in which a parameter counts as covered for some
+        samples and as uncovered for others would hold it twice, or not at all.
         """
-        self._require_few("the diagonal", outputs)
-        result = self._combined(
-            params,
-            (inputs,),
-            lambda source: tail_diagonal(source, params, inputs, outputs),
-            lambda engine, chosen: engine.diagonal(chosen, inputs, outputs),
-            torch.Tensor.add_,
-        )
-        require_finite_product(result, "the diagonal", self.linearization, outputs)
-        return result
-
-    def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:
-        r"""Return the Gram matrix of per-sample gradients, :math:`W_{ir,js} = g_{ir}^\top g_{js}`.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            cotangents: ``(N, r, O)``: r output combinations for each sample.
-
-        Returns:
-            ``(N, r, N, r)``. Cost: one forward and r backward passes, more where tiles do not fit at once.
-        """
-        result = self._combined(
-            params,
-            (inputs, cotangents),
-            lambda source: layer_gram(source, params, inputs, cotangents),
-            lambda engine, chosen: engine.sample_gram(chosen, inputs, cotangents),
-            torch.Tensor.add_,
-        )
-        require_finite_product(result, "the Gram matrix", self.linearization, cotangents)
-        return result
-
-    def jacobian_tile(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Return the rows of J of every sample for some outputs.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: B samples; the caller keeps B·r·P within `workspace_bytes`.
-            outputs: ``(r,)`` output numbers.
-
-        Returns:
-            ``(B, r, P)``. Cost: one forward and r backward passes over these samples.
-        """
-        result = self._combined(
-            params,
-            (inputs,),
-            lambda source: source.written_down(source.of_outputs(params, inputs, outputs)),
-            lambda engine, chosen: engine.jacobian_tile(chosen, inputs, outputs),
-            self._source.scattered,
-        )
-        require_finite_product(result, "Jᵀv of single samples", self.linearization, outputs)
-        return result
+        coverage = self._coverage
+        for index in change.lost.keys() & coverage.covered:
+            name = self.linearization.names[index]
+            logger.warning("parameter %r goes to automatic differentiation: %s", name, change.lost[index])
+            coverage = coverage.without(index, change.lost[index])
+        if not change.lost:  # the linear layer with which the model ended: one backward pass an output
+            logger.warning("%s", change)
+            coverage = coverage.without_tail()
+        self._source.coverage = self.linearization.verdict.coverage = replace(coverage, states=None)
+        self._measured = None
+        self.free()
 
     def linear_image(
         self,
@@ -255,97 +311,34 @@ class LayerwiseEngine(LayerwiseCore):
         tiles = []
         for _, _, part in sample_slices(inputs, size):
 
-            def by_rows(engine: AutogradEngine, chosen: Parameters, part: Inputs = part) -> Tensor:
-                whole = engine is self._autograd
-                numbers = range(len(params)) if whole else self._source.uncovered
-                return of_rows(engine.jacobian_tile(chosen, part, outputs), numbers)
+            def work(source: Source, chosen: Parameters, part: Inputs = part) -> Tensor:
+                factors = source.of_outputs(chosen, part, outputs)
+                if source is self._source:
+                    return of_factors(factors)
+                everything = source is self.fallback
+                numbers = range(len(params)) if everything else self._source.uncovered
+                return of_rows(source.written_down(factors), numbers)
 
-            def by_layers(source: FactorSource, part: Inputs = part) -> Tensor:
-                return of_factors(source.of_outputs(params, part, outputs))
-
-            tiles.append(self._combined(params, (part,), by_layers, by_rows, torch.Tensor.add_))
+            tiles.append(self._summed(params, (part,), work))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
     # products
 
-    def vjp(self, params: Parameters, inputs: Inputs, vectors: Tensor) -> Tensor:
-        """Return Jᵀv, flat, for each row of ``vectors``.
+    def linearized(
+        self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float
+    ) -> Linearized:
+        """Return products from kept factors where these exist or pay, else by automatic differentiation."""
+        otherwise = self.fallback.linearized(params, left, right, operand)
+        ready = self._ready(params, left, right, columns, operand)
+        return otherwise if ready is None else _Products(self, params, (left, right), ready, otherwise)
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            vectors: ``(k, N, O)``.
-
-        Returns:
-            ``(k, P)``. Cost: from cached factors where these exist or pay, else k vjp passes.
-        """
-        ready = self._ready(params, inputs, inputs, len(vectors) / 2, vectors)
-        if ready is None:
-            return self._autograd.vjp(params, inputs, vectors)
-        with torch.no_grad():
-            found = self._from_factors(lambda: ready[0].pull(vectors, self.num_parameters))
-            if found is None:
-                return self._autograd.vjp(params, inputs, vectors)
-            result, rest = found, self._rest(params)
-            if rest is None:
-                self._autograd._report(vjp=len(vectors))
-            else:
-                self._source.scattered(result, rest[0].vjp(rest[1], inputs, vectors))
-        require_finite_product(result, "Jᵀv", self.linearization, vectors)
-        return result
-
-    def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
-        """Return J p for each row of ``tangents``.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            tangents: ``(k, P)``.
-
-        Returns:
-            ``(k, N, O)``. Cost: from cached factors where these exist or pay, else k jvp passes.
-        """
-        ready = self._ready(params, inputs, inputs, len(tangents) / 2, tangents)
-        if ready is None:
-            return self._autograd.jvp(params, inputs, tangents)
-        with torch.no_grad():
-            found = self._from_factors(lambda: ready[0].push(tangents))
-            if found is None:
-                return self._autograd.jvp(params, inputs, tangents)
-            result, rest = found, self._rest(params)
-            if rest is None:
-                self._autograd._report(jvp=len(tangents))
-            else:
-                result += rest[0].jvp(rest[1], inputs, self._source.gathered(tangents))
-        require_finite_product(result, "J p", self.linearization, tangents)
-        return result
-
-    def product(self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor) -> Tensor:
-        """Return J(left) J(right)ᵀ v for each row of ``vectors``.
-
-        Args:
-            params: The selected parameters, snapshot or live.
-            left: N₁ samples.
-            right: N₂ samples; the same object as ``left`` shares all factors.
-            vectors: ``(k, N₂, O)``.
-
-        Returns:
-            ``(k, N₁, O)``. Cost: from cached factors where these exist or pay, else k vjp and k jvp passes.
-        """
-        ready = self._ready(params, left, right, len(vectors), vectors)
-        if ready is None:
-            return self._autograd.product(params, left, right, vectors)
-        with torch.no_grad():
-            found = self._from_factors(lambda: ready[0].through(ready[1], vectors))
-            if found is None:
-                return self._autograd.product(params, left, right, vectors)
-            result, rest = found, self._rest(params)
-            if rest is None:
-                self._autograd._report(vjp=len(vectors), jvp=len(vectors))
-            else:
-                result += rest[0].product(rest[1], left, right, vectors)
-        require_finite_product(result, "K v", self.linearization, vectors)
-        return result
+    def may_cache(self, inputs: Inputs, limit: int) -> bool:
+        """Return whether factors of some samples fit, and take at most so many backward passes."""
+        if not self._coverage.covered or self._cache.closed:
+            return False
+        backwards = self._coverage.backwards(inputs.num_outputs)
+        allowed = min(limit, self.options.max_backwards)
+        return backwards <= allowed and self._cache.fits(self._source, inputs)
 
     def settle(self, params: Parameters, inputs: Inputs) -> None:
         """Make the factors for products with some samples now, where they fit: a product later makes none."""
@@ -393,3 +386,72 @@ class LayerwiseEngine(LayerwiseCore):
             format_bytes(freed),
         )
         return None
+
+
+class _Products:
+    """Products from kept factors, and by differentiation of what no rule covers."""
+
+    def __init__(
+        self,
+        engine: LayerwiseEngine,
+        params: Parameters,
+        sides: tuple[Inputs, Inputs],
+        ready: tuple[CachedFactors, CachedFactors],
+        otherwise: Linearized,
+    ) -> None:
+        self._engine, self._params, self._otherwise = engine, params, otherwise
+        (self._left, self._right), (self._rows, self._columns) = sides, ready
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """Return J(right)ᵀ v, ``(k, P)``."""
+        engine, right = self._engine, self._right
+
+        def add(result: Tensor, rest: AutogradEngine, params: Parameters) -> None:
+            engine._source.scattered(result, rest.vjp(params, right, vectors))
+
+        found = self._made(
+            "Jᵀv", vectors, lambda: self._columns.pull(vectors, engine.num_parameters), add, vjp=1
+        )
+        return self._otherwise.pull(vectors) if found is None else found
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """Return J(left) p, ``(k, N₁, O)``."""
+
+        def add(result: Tensor, rest: AutogradEngine, params: Parameters) -> None:
+            result += rest.jvp(params, self._left, self._engine._source.gathered(tangents))
+
+        found = self._made("J p", tangents, lambda: self._rows.push(tangents), add, jvp=1)
+        return self._otherwise.push(tangents) if found is None else found
+
+    def through(self, vectors: Tensor) -> Tensor:
+        """Return J(left) J(right)ᵀ v, ``(k, N₁, O)``."""
+
+        def add(result: Tensor, rest: AutogradEngine, params: Parameters) -> None:
+            result += rest.product(params, self._left, self._right, vectors)
+
+        found = self._made(
+            "K v", vectors, lambda: self._rows.through(self._columns, vectors), add, vjp=1, jvp=1
+        )
+        return self._otherwise.through(vectors) if found is None else found
+
+    def _made(
+        self,
+        what: str,
+        block: Tensor,
+        work: Callable[[], Tensor],
+        add: Callable[[Tensor, AutogradEngine, Parameters], None],
+        **passes: int,
+    ) -> Tensor | None:
+        """Return work with factors and add the rest; None where memory does not suffice for factors."""
+        engine = self._engine
+        with torch.no_grad():
+            result = engine._from_factors(work)
+            if result is None:
+                return None
+            rest = engine._rest(self._params)
+            if rest is None:
+                engine.report(**{kind: number * len(block) for kind, number in passes.items()})
+            else:
+                add(result, *rest)
+        require_finite_product(result, what, engine.linearization, block)
+        return result

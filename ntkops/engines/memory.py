@@ -12,13 +12,14 @@ can still be made smaller is, so that no part is cut down for the sake of anothe
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -30,7 +31,9 @@ from ..errors import InputError, OutOfMemoryError
 from ..model import Batch, Inputs, Linearization
 from ..model.batch import cut
 from ..model.watch import tracked
+from ..results import PassCount
 from ..shortage import is_out_of_memory
+from .passes import PassCounter, report_passes
 
 __all__ = [
     "EngineSizes",
@@ -337,10 +340,21 @@ def parts(
         start = stop
 
 
-class EngineSizes:
-    """Batch size (samples a pass), chunk size (columns a pass) and workspace of an engine.
+@dataclass
+class _Room:
+    """What engines for parts of the same work share."""
 
-    "auto" takes as much as the memory holds.
+    # Looked up once: chunks that follow the free memory of the moment would change rounding.
+    free_bytes: int
+    kept_workspace: int | None = None
+    limits: dict[str, int] = field(default_factory=dict)  # what has proved to be too much, less one step
+    counter: PassCounter = field(default_factory=PassCounter)
+
+
+class EngineSizes:
+    """Batch size (samples a pass), chunk size (columns a pass), workspace and passes of an engine.
+
+    "auto" takes as much as the memory holds. Engines for parts of the same work share what is ``like``.
 
     Raises:
         InputError: If a size is neither "auto" nor a positive integer.
@@ -351,6 +365,7 @@ class EngineSizes:
         linearization: Linearization,
         batch_size: int | Auto,
         chunk_size: int | Auto,
+        like: EngineSizes | None = None,
     ) -> None:
         for what, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
             if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -358,16 +373,27 @@ class EngineSizes:
         self.linearization = linearization
         self._batch_size: int | Auto = batch_size
         self._chunk_size: int | Auto = chunk_size
-        # Looked up once: chunks that follow the free memory of the moment would change rounding.
-        self._free_bytes = free_bytes(linearization.device)
-        self._kept_workspace: int | None = None
-        self._limits: dict[str, int] = {}  # what has proved to be too much, less one step
+        self._room: _Room = _Room(free_bytes(linearization.device)) if like is None else like._room
+
+    @property
+    def passes(self) -> PassCount:
+        """Passes made so far."""
+        return self._room.counter.count
+
+    def report(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0) -> None:
+        """Count passes that were made."""
+        self._room.counter.add(vjp=vjp, jvp=jvp, per_sample=per_sample)
+        report_passes(vjp=vjp, jvp=jvp, per_sample=per_sample)
+
+    def count_rows(self, rows: int, inputs: Inputs) -> None:
+        """Report ``rows`` gradients of single samples as passes over all of ``inputs``."""
+        self.report(per_sample=math.ceil(rows / inputs.num_samples))
 
     def _halve(self, what: str, failed: int) -> None:
-        self._limits[what] = max(1, failed // 2)
+        self._room.limits[what] = max(1, failed // 2)
 
     def _within(self, what: str, size: int) -> int:
-        return max(1, min(size, self._limits.get(what, size)))
+        return max(1, min(size, self._room.limits.get(what, size)))
 
     def chunk_size(self) -> int:
         """Columns that go through one pass."""
@@ -384,7 +410,7 @@ class EngineSizes:
         if self._batch_size != "auto":
             return self._batch_size
         needed = self._sample_bytes(inputs) * (2 + 2 * self.chunk_size())
-        fitting = max(1, int(self._free_bytes // 4 // needed))
+        fitting = max(1, int(self._room.free_bytes // 4 // needed))
         if inputs.is_streamed:  # else memory would grow with the number of samples
             fitting = min(fitting, inputs.largest_batch)
         return self._within("samples", fitting)
@@ -399,13 +425,13 @@ class EngineSizes:
 
     def keep_workspace(self, count: int) -> None:
         """Use so many bytes for a tile from now on, whatever is free: resumed work must round alike."""
-        self._kept_workspace = count
+        self._room.kept_workspace = count
 
     def _workspace(self) -> int:
-        if self._kept_workspace is not None:
-            return self._kept_workspace
+        if self._room.kept_workspace is not None:
+            return self._room.kept_workspace
         low, high = _WORKSPACE_RANGE
-        return max(low, min(high, int(self._free_bytes * _WORKSPACE_SHARE)))
+        return max(low, min(high, int(self._room.free_bytes * _WORKSPACE_SHARE)))
 
     def _parameter_bytes(self) -> int:
         return self.linearization.num_parameters * self.linearization.dtype.itemsize
@@ -445,7 +471,7 @@ class EngineSizes:
 
         def lower(failed: int) -> None:
             while size() >= failed and self.workspace_bytes() > 1:
-                self._limits["workspace"] = self.workspace_bytes() // 2
+                self._room.limits["workspace"] = self.workspace_bytes() // 2
 
         return Share(
             "samples of a tile",

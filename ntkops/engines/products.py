@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .contract import gram_of_activations
+from .contraction import gram_of_activations
 from .cost import ProductRoute, choose_product
-from .factors import Factors, Outer, in_parameter_order, outer_gradients
+from .factors import Outer, in_parameter_order, outer_gradients
+from .layer_factors import Factors
 from .layer_rules import OneHot
 from .summation import long_product
 from .units import Unit
@@ -144,12 +145,7 @@ class ProductFactors:
         return result.to(given)
 
     def through(self, right: ProductFactors, vectors: Tensor) -> Tensor:
-        """Return J(self) J(right)ᵀ v, ``(k, N₁, C)``, for ``(k, N₂, C)``.
-
-        Args:
-            right: Factors of the other side, or the same object.
-            vectors: The block.
-        """
+        """Return J(self) J(right)ᵀ v, ``(k, N₁, C)``, for ``(k, N₂, C)``."""
         cache = self.grams if self is right else None
         given, dtype = vectors.dtype, self._dtype
         if dtype != right._dtype:  # one side is so small that its factors are kept in float64
@@ -180,16 +176,7 @@ class ProductFactors:
 def prepare_products(
     factors: Factors, rows: Mapping[int, tuple[int, int]], route: ProductRoute | None = None
 ) -> ProductFactors:
-    """Choose for each layer whether products use its factors or its gradients.
-
-    Args:
-        factors: Factors of N samples in all C directions.
-        rows: Start in the flat vector, and entries of one row, of each parameter.
-        route: A way to take whatever it costs, where a layer has it.
-
-    Returns:
-        The factors, ready for products.
-    """
+    """Choose for each layer whether products use its factors or its gradients."""
     if factors.is_small:
         factors = factors.to(torch.float64)
     outers: list[Outer] = []
@@ -221,12 +208,7 @@ def prepare_products(
 
 
 def unit_spans(unit: Unit, rows: Mapping[int, tuple[int, int]]) -> tuple[Span, Span | None]:
-    """Return where a unit's parameter and its bias lie in the flat vector.
-
-    Args:
-        unit: The unit.
-        rows: Start in the flat vector, and entries of one row, of each parameter.
-    """
+    """Return where a unit's parameter and its bias lie in the flat vector."""
     bias = unit.bias
     return _span(rows[unit.index], unit.start, unit.stop), (
         None if bias is None else _span(rows[bias.index], bias.start, bias.stop)

@@ -166,15 +166,7 @@ def _partials(step: Step, driven: Tensor, recurred: Tensor, before: State) -> tu
 
 
 def _add_sources(target: Tensor, left: Steps, right: Steps, start: int, now: int) -> None:
-    """Add N between steps ``start:`` of the left and step ``now`` of the right, pair by pair.
-
-    Args:
-        target: ``(B, T - start, D, D)``.
-        left: B sequences.
-        right: B sequences, or one for all.
-        start: First step of the left.
-        now: Step of the right.
-    """
+    """Add N between steps ``start:`` of the left and step ``now`` of the right, ``(B, T - start, D, D)``."""
     hidden = left.hidden
     for gate, other, one, two in zip(
         left.gates, right.gates, left.activations, right.activations, strict=True
@@ -189,14 +181,7 @@ def _add_sources(target: Tensor, left: Steps, right: Steps, start: int, now: int
 
 
 def same_time_diagonal(steps: Steps) -> Tensor:
-    """Return the kernel's diagonal, one entry for each hidden state at each time.
-
-    Args:
-        steps: B sequences, linearised.
-
-    Returns:
-        ``(B, T, H)``; its sum is the trace. Cost: B T² D³ operations; memory: B T D² beside the steps.
-    """
+    """Return the kernel's diagonal, ``(B, T, H)``. Cost: B T² D³ operations; memory: B T D²."""
     size, hidden, length = steps.transitions.shape[-1], steps.hidden, steps.length
     moves = steps.transitions.mT  # Mᵀ
     result = moves.new_empty((steps.count, length, hidden))
@@ -217,17 +202,7 @@ def same_time_diagonal(steps: Steps) -> Tensor:
 
 
 def state_kernel(left: Steps, right: Steps, entries: int = 2**22, out: Tensor | None = None) -> Tensor:
-    """Return the kernel between all hidden states of some sequences and of one.
-
-    Args:
-        left: B sequences of T steps, linearised.
-        right: One sequence of T' steps.
-        entries: Entries of the largest tensor beside the result, if one time of the right fits into it.
-        out: Where to write the result, with the last two axes next to each other in memory.
-
-    Returns:
-        ``(B, T, H, T', H)``. Cost: 4 B T T' D³ operations.
-    """
+    """Return the kernel of B sequences with one, ``(B, T, H, T', H)``. Cost: 4 B T T' D³ operations."""
     size, hidden, count = left.transitions.shape[-1], left.hidden, left.count
     if out is None:
         out = left.transitions.new_empty((count, left.length, hidden, right.length, hidden))
@@ -256,15 +231,7 @@ def state_kernel(left: Steps, right: Steps, entries: int = 2**22, out: Tensor | 
 
 
 def pulled_signals(steps: Steps, cotangents: Tensor) -> list[Tensor]:
-    """Return the gradients at both results of matrix products for combinations of hidden states.
-
-    Args:
-        steps: B sequences, linearised.
-        cotangents: ``(B, C, T, H)``.
-
-    Returns:
-        For inputs and states ``(B, C, T, Q·H)``. Cost: 2 B C T D² operations.
-    """
+    """Return ``(B, C, T, Q·H)`` gradients at inputs and states for ``(B, C, T, H)``. Cost: 2 B C T D²."""
     count, directions, length, hidden = cotangents.shape
     signal = cotangents.new_zeros((count, directions, steps.parts * hidden))
     found: list[list[Tensor]] = [[] for _ in steps.gates]

@@ -23,10 +23,10 @@ from .attribution import CoverageChanged
 from .cost import KernelShape
 from .coverage import HiddenStates
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .recurrence import Steps, pulled_signals, same_time_diagonal, state_kernel
 from .recurrent_layer import RecurrentLayer, recurrent_layers, steps_of
-from .tiling import sample_slices
+from .source import LayerSource
+from .tiles import sample_slices
 
 __all__ = [
     "states_diagonal",
@@ -59,20 +59,14 @@ def _tile(states: HiddenStates, inputs: Inputs) -> int:
     return max(1, _ENTRIES // max(1, length * size * size))
 
 
-def _fits(source: FactorSource, states: HiddenStates, inputs: Inputs) -> bool:
+def _fits(source: LayerSource, states: HiddenStates, inputs: Inputs) -> bool:
     """Whether the step Jacobians of one sample, three times, are well inside the workspace."""
     length, size = _sizes(states, inputs)
-    return 3 * length * size * size * source.dtype.itemsize <= 2 * source.workspace_bytes()
+    return 3 * length * size * size * source.dtype.itemsize <= 2 * source.sizes.workspace_bytes()
 
 
-def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) -> float | None:
-    """Return what the diagonal costs by this way, in passes over all samples; None for another way.
-
-    Args:
-        source: What is covered.
-        inputs: N samples.
-        distinct: Number of distinct outputs that are wanted; each would cost a pass.
-    """
+def states_diagonal_passes(source: LayerSource, inputs: Inputs, distinct: int) -> float | None:
+    """Return what the diagonal costs by this way, in passes over all samples; None for another way."""
     states = source.coverage.states
     if states is None or source.options.diagonal is not None or not _fits(source, states, inputs):
         return None
@@ -82,14 +76,8 @@ def states_diagonal_passes(source: FactorSource, inputs: Inputs, distinct: int) 
     return passes if passes < distinct else None
 
 
-def states_kernel_passes(source: FactorSource, inputs: Inputs, wanted: KernelShape) -> float | None:
-    """Return what a dense kernel costs by this way, in passes over the rows' samples; None for another way.
-
-    Args:
-        source: What is covered.
-        inputs: Samples of the rows.
-        wanted: The kernel.
-    """
+def states_kernel_passes(source: LayerSource, inputs: Inputs, wanted: KernelShape) -> float | None:
+    """Return what a kernel costs by this way, in passes over the rows' samples; None for another way."""
     states = source.coverage.states
     if states is None or source.options.kernel is not None or not _fits(source, states, inputs):
         return None
@@ -110,7 +98,7 @@ def states_kernel_passes(source: FactorSource, inputs: Inputs, wanted: KernelSha
 
 
 def states_diagonal(
-    source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor
+    source: LayerSource, params: Parameters, inputs: Inputs, outputs: Tensor
 ) -> Tensor | None:
     """Return ``(M, N·r)`` kernel diagonals for ``(M, R, r)`` output numbers; None for another way."""
     passes = states_diagonal_passes(source, inputs, torch.unique(outputs).numel())
@@ -134,7 +122,7 @@ def states_diagonal(
 
 
 def states_kernel(
-    source: FactorSource,
+    source: LayerSource,
     params: Parameters,
     left: Inputs,
     right: Inputs,
@@ -185,7 +173,7 @@ Maker = Callable[[Tensor | None], Tensor]
 
 
 def _pairs(
-    source: FactorSource, params: Parameters, left: Inputs, right: Inputs, symmetric: bool
+    source: LayerSource, params: Parameters, left: Inputs, right: Inputs, symmetric: bool
 ) -> Iterator[tuple[slice, int, Maker]]:
     """Yield what makes ``(B, O, O')`` kernels of some samples with one, in place where that is asked.
 
@@ -232,7 +220,7 @@ def _is_everything(outputs: Tensor, count: int) -> bool:
     return outputs.shape == (1, 1, count) and torch.equal(outputs.flatten().cpu(), torch.arange(count))
 
 
-def _leave(source: FactorSource, change: Exception) -> None:
+def _leave(source: LayerSource, change: Exception) -> None:
     """Take the ordinary way from now on, loudly."""
     logger.warning("hidden states go the way of any output from now on: %s", change)
     source.coverage = replace(source.coverage, states=None)
@@ -241,7 +229,7 @@ def _leave(source: FactorSource, change: Exception) -> None:
 # the check at construction
 
 
-def trusted_states(source: FactorSource, inputs: Inputs) -> HiddenStates | None:
+def trusted_states(source: LayerSource, inputs: Inputs) -> HiddenStates | None:
     """Find out whether the output is all hidden states of one recurrent layer, and check this way.
 
     Args:
@@ -282,7 +270,7 @@ def trusted_states(source: FactorSource, inputs: Inputs) -> HiddenStates | None:
     return None
 
 
-def _agree(source: FactorSource, part: Inputs, layer: RecurrentLayer, steps: Steps) -> bool:
+def _agree(source: LayerSource, part: Inputs, layer: RecurrentLayer, steps: Steps) -> bool:
     """Compare gradients of all states, and the kernel of some early ones."""
     params = tuple(p.detach() for p in source.linearization.parameters)
     generator = torch.Generator().manual_seed(19)
@@ -307,7 +295,7 @@ def _agree(source: FactorSource, part: Inputs, layer: RecurrentLayer, steps: Ste
     return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b in compared)
 
 
-def _differentiated(source: FactorSource, params: Parameters, part: Inputs, cotangents: Tensor) -> Tensor:
+def _differentiated(source: LayerSource, params: Parameters, part: Inputs, cotangents: Tensor) -> Tensor:
     """Return ``(B, C, P)`` gradients, one backward pass for each sample and direction."""
     (_, _, batch), *_ = part.batches(part.num_samples)
     leaves = tuple(p.detach().requires_grad_() for p in params)
@@ -325,7 +313,7 @@ def _differentiated(source: FactorSource, params: Parameters, part: Inputs, cota
     return flat.view(part.num_samples, -1, flat.shape[1])
 
 
-def _gradients(source: FactorSource, layer: RecurrentLayer, steps: Steps, cotangents: Tensor) -> Tensor:
+def _gradients(source: LayerSource, layer: RecurrentLayer, steps: Steps, cotangents: Tensor) -> Tensor:
     """Return ``(B, C, P)`` gradients for ``(B, C, O)`` cotangents."""
     result = cotangents.new_zeros((*cotangents.shape[:2], source.linearization.num_parameters))
     signals = pulled_signals(steps, cotangents.unflatten(2, (steps.length, steps.hidden)))

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from ..model import Batch, Inputs
 from .attribution import CoverageChanged
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps
+from .source import LayerSource
 
 __all__ = ["RecurrentLayer", "recurrent_layers", "steps_of"]
 
@@ -73,15 +73,8 @@ def _require(condition: bool, reason: str) -> None:
         raise CoverageChanged({}, f"not all hidden states of one recurrent layer: {reason}")
 
 
-def _caught(source: FactorSource, params: Parameters, batch: Batch) -> RecurrentLayer:
-    """Run a forward pass and look for the layer whose hidden states are its output.
-
-    Returns:
-        The layer, as it was called.
-
-    Raises:
-        CoverageChanged: If the output is anything else.
-    """
+def _caught(source: LayerSource, params: Parameters, batch: Batch) -> RecurrentLayer:
+    """Run a forward pass and look for the layer whose hidden states are its output."""
     leaves = tuple(p.detach().requires_grad_() for p in params)
     catcher = _Catcher(leaves)
     with torch.enable_grad():
@@ -112,7 +105,7 @@ def _identical_output(output: Tensor, args: tuple[Any, ...], cut: tuple[Tensor, 
 
 
 def _layer_of(
-    source: FactorSource, catcher: _Catcher, function: Any, args: tuple[Any, ...], batch: Batch
+    source: LayerSource, catcher: _Catcher, function: Any, args: tuple[Any, ...], batch: Batch
 ) -> RecurrentLayer:
     step, parts = SEQUENCES[function]
     inputs, first, weights, biases, layers, dropout, train, bidirectional, batch_first = args
@@ -140,7 +133,7 @@ def _layer_of(
     )
 
 
-def steps_of(source: FactorSource, params: Parameters, inputs: Inputs) -> Steps:
+def steps_of(source: LayerSource, params: Parameters, inputs: Inputs) -> Steps:
     """Return the linearised steps of all samples."""
     made = [layer.linearize() for layer in recurrent_layers(source, params, inputs)]
     if len(made) == 1:
@@ -153,22 +146,9 @@ def steps_of(source: FactorSource, params: Parameters, inputs: Inputs) -> Steps:
 
 
 def recurrent_layers(
-    source: FactorSource, params: Parameters, inputs: Inputs, batch_size: int | None = None
+    source: LayerSource, params: Parameters, inputs: Inputs, batch_size: int | None = None
 ) -> Iterator[RecurrentLayer]:
-    """Yield the layer as it is called for each batch of samples.
-
-    Args:
-        source: The model and the sizes of its batches.
-        params: All selected parameters.
-        inputs: N samples.
-        batch_size: Samples of a batch; None for as many as the source takes.
-
-    Yields:
-        The layer. Cost: one forward pass.
-
-    Raises:
-        CoverageChanged: If the output is anything else than all of its hidden states.
-    """
+    """Yield the layer as it is called for each batch of samples. Cost: one forward pass."""
     with source.linearization.safe_context():
-        for _, _, batch in inputs.batches(batch_size or source.batch_size(inputs)):
+        for _, _, batch in inputs.batches(batch_size or source.sizes.batch_size(inputs)):
             yield _caught(source, params, batch)

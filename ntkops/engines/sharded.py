@@ -8,6 +8,7 @@ one of them fails, all of them raise.
 
 from __future__ import annotations
 
+import math
 import weakref
 from functools import partial
 from typing import TypeVar
@@ -19,17 +20,15 @@ from ..errors import NonFiniteError
 from ..model import Inputs, Linearization
 from ..ranks import Ranks
 from ..results import PassCount
+from .base import Engine, Linearized
 from .differentiation import Differentiation, Parameters
-from .halves import AutogradHalves, LayerwiseHalves, layerwise_halves, may_cache
 from .layerwise import LayerwiseEngine
 from .memory import free_bytes
 from .passes import report_passes
-from .select import Engine
 
 __all__ = ["ShardedEngine"]
 
 Result = TypeVar("Result")
-Halves = AutogradHalves | LayerwiseHalves
 
 _BLOCK_SHARE = 1 / 8  # of the free memory of the smallest rank, for a block over the parameters
 # Backward passes up to which factors are made before the first product: products then take one route from
@@ -96,7 +95,7 @@ class ShardedEngine:
         It is decided at their first product: where factors fit on every rank, and are cheap to make.
         """
         if inputs not in self._settled:
-            refused = isinstance(self.local, LayerwiseEngine) and not may_cache(self.local, inputs, _SETTLED)
+            refused = isinstance(self.local, LayerwiseEngine) and not self.local.may_cache(inputs, _SETTLED)
             none = self.local is not None and not isinstance(self.local, LayerwiseEngine)
             self._settled[inputs] = not self.ranks.any(inputs.num_samples > 0 and (refused or none))
         return self._settled[inputs]
@@ -114,7 +113,7 @@ class ShardedEngine:
         cached = self.is_cached(inputs)
 
         def work() -> Tensor:
-            return self._pushed(self._halves(params, inputs, inputs, tangents, cached), inputs, tangents)
+            return self._pushed(self._linearized(params, inputs, inputs, tangents, cached), inputs, tangents)
 
         return self.ranks.together(work, "J p")
 
@@ -144,24 +143,25 @@ class ShardedEngine:
         """Cut a block by columns, on all ranks alike."""
         return list(vectors.split(self._columns)) if len(vectors) else []
 
-    def _halves(
+    def _linearized(
         self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor, cached: bool
-    ) -> Halves | None:
+    ) -> Linearized | None:
         """Return the two halves of a product on this rank; None where it has no samples on either side."""
         if self.local is None or left.num_samples + right.num_samples == 0:
             return None
-        if isinstance(self.local, LayerwiseEngine):
+        local = self.local
+        if isinstance(local, LayerwiseEngine):
             both = left.num_samples > 0 and right.num_samples > 0
-            return layerwise_halves(self.local, params, left, right, vectors, cached=cached and both)
-        return self.local.halves(params, left, right)
+            local = local if cached and both else local.fallback
+        return local.linearized(params, left, right, vectors, math.inf)
 
     def _pulled(
         self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor, cached: bool
-    ) -> tuple[Tensor, Halves | None]:
+    ) -> tuple[Tensor, Linearized | None]:
         """Return Jᵀv of all rows, this rank's part and the sum, and what the second half takes."""
 
-        def work() -> tuple[Tensor, Halves | None]:
-            half = self._halves(params, left, right, vectors, cached)
+        def work() -> tuple[Tensor, Linearized | None]:
+            half = self._linearized(params, left, right, vectors, cached)
             if half is None or vectors.shape[1] == 0:
                 report_passes(vjp=len(vectors))
                 return vectors.new_zeros((len(vectors), self.num_parameters)), half
@@ -173,7 +173,7 @@ class ShardedEngine:
             raise NonFiniteError(f"the sum of Jᵀv over {self.ranks.count} ranks overflows {block.dtype}")
         return block, half
 
-    def _pushed(self, half: Halves | None, inputs: Inputs, tangents: Tensor) -> Tensor:
+    def _pushed(self, half: Linearized | None, inputs: Inputs, tangents: Tensor) -> Tensor:
         if half is None or inputs.num_samples == 0:
             report_passes(jvp=len(tangents))
             return tangents.new_zeros((len(tangents), inputs.num_samples, inputs.num_outputs))

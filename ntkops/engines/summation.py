@@ -49,13 +49,7 @@ class Workspace:
 
 
 def slabs(count: int, rows: int, symmetric: bool) -> list[tuple[int, int]]:
-    """Return ranges of samples whose rows are multiplied with all columns up to their own.
-
-    Args:
-        count: Number of samples.
-        rows: Rows of each.
-        symmetric: Whether what lies above the diagonal is left out; else one range of all.
-    """
+    """Return ranges of samples whose rows meet all columns, or those up to their own where ``symmetric``."""
     if not symmetric:
         return [(0, count)]
     blocks = max(1, min(_SYMMETRIC_BLOCKS, count * rows // _SYMMETRIC_ROWS, count))
@@ -137,16 +131,7 @@ class Total:
 
 
 def long_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left right with long sums in blocks.
-
-    Args:
-        left: ``(..., m, K)``.
-        right: ``(..., K, n)``.
-        out: Where to write the result.
-
-    Returns:
-        ``(..., m, n)``. Memory: where K is long, that of the result three times in float64.
-    """
+    """Return left right with long sums in blocks; where K is long, three times the result in float64."""
     length, rows = left.shape[-1], min(left.shape[-2], right.shape[-1])
     narrow = left.dtype == torch.float32 and left.device.type != "mps"
     if narrow and left.dim() == right.dim() == 2 and out is None and rows <= _BATCHED_ROWS:

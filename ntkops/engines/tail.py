@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.record import Call, Recording
-from .collecting import backward
+from .collect import backward
 from .layer_rules import RULES, Layout
 from .units import Unit, is_transposed, plan_units
 

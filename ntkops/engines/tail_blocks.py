@@ -10,14 +10,13 @@ from torch import Tensor
 from ..model import Inputs
 from ..model.record import record
 from .attribution import CoverageChanged
-from .collecting import backward
+from .collect import backward
 from .differentiation import Parameters
-from .factors import Factors, Outer, outer_gradients
-from .gathering import FactorSource, Known
-from .layer_blocks import layer_diagonal, layer_kernel, mirror
-from .layer_rules import OneHot
+from .layer_factors import Factors
+from .recurrent import states_diagonal, states_kernel
+from .source import Known, LayerSource
 from .tail import Tail, read_positions
-from .tiling import over_parts, rows_of_parts
+from .tiles import Source, diagonal, kernel, mirror, over_parts, rows_of_parts
 from .units import plan_units
 
 __all__ = ["Reduction", "TailSource", "confirmed", "head_activations", "tail_diagonal", "tail_kernel"]
@@ -26,14 +25,7 @@ _ENTRIES = 2**24  # entries of a kernel of directions that is made in one piece
 
 
 class Reduction:
-    """An orthonormal basis for what the head can pass on to some outputs.
-
-    Args:
-        tail: The head.
-        params: All selected parameters.
-        outputs: The output numbers in question.
-        num_outputs: Number O of outputs.
-    """
+    """An orthonormal basis for what the head can pass on to some outputs."""
 
     def __init__(self, tail: Tail, params: Parameters, outputs: Tensor, num_outputs: int) -> None:
         self._classes_total, self._num_outputs = tail.classes, num_outputs
@@ -100,12 +92,12 @@ class Reduction:
         return found.view(*outputs.shape, -1)
 
 
-class TailSource(FactorSource):
+class TailSource(LayerSource):
     """Factors of what is before the head, for the directions of a reduction instead of outputs."""
 
-    def __init__(self, source: FactorSource, reduction: Reduction) -> None:
+    def __init__(self, source: LayerSource, reduction: Reduction) -> None:
         assert source.coverage.body is not None and source.coverage.tail is not None
-        super().__init__(source._autograd, source.coverage.body, source.options)
+        super().__init__(source.sizes, source.coverage.body, source.options)
         self.workspace = source.workspace
         self._tail, self._reduction = source.coverage.tail, reduction
         self._directions = reduction.directions
@@ -124,19 +116,12 @@ class TailSource(FactorSource):
 
 
 def confirmed(
-    source: FactorSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
+    source: LayerSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
 ) -> bool:
     """Whether the output of the first sample moves with parameters before the head within its range only.
 
     A random combination of the outputs, and its projection on the directions, must have the same gradients
     before the head; at the head the combination itself must arrive.
-
-    Args:
-        source: Makes the factors.
-        tail: The head.
-        reduction: The directions.
-        params: All selected parameters.
-        inputs: The samples; the first is used.
 
     Returns:
         Whether the tail may be used. Cost: one forward and three backward passes over one sample.
@@ -171,7 +156,7 @@ def confirmed(
     return difference <= (1e3 * torch.finfo(source.dtype).eps) ** 2 * scale
 
 
-def _reduced(source: FactorSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
+def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
     tail = source.coverage.tail
     if tail is None:
         return None
@@ -179,13 +164,11 @@ def _reduced(source: FactorSource, params: Parameters, outputs: Tensor, inputs: 
     return reduction.prepare() if reduction.pays else None
 
 
-def head_activations(source: FactorSource, params: Parameters, inputs: Inputs) -> Tensor:
+def head_activations(source: LayerSource, params: Parameters, inputs: Inputs) -> Tensor:
     """Return what the head reads at every output position, ``(N, S, d)``: one forward pass."""
     tail = source.coverage.tail
     assert tail is not None
-    head = FactorSource(
-        source._autograd, replace(source.coverage, covered=tail.parameters, tail=None, body=None)
-    )
+    head = LayerSource(source.sizes, replace(source.coverage, covered=tail.parameters, tail=None, body=None))
     (layer,) = head.of_outputs(params, inputs, torch.zeros(1, dtype=torch.long)).outers
     assert isinstance(layer.activations, Tensor)
     return layer.activations[:, 0].mT[:, list(tail.positions)]
@@ -195,32 +178,41 @@ def head_activations(source: FactorSource, params: Parameters, inputs: Inputs) -
 
 
 def tail_kernel(
-    source: FactorSource,
+    source: Source,
     params: Parameters,
     left: Inputs,
     right: Inputs,
     left_outputs: Tensor,
     right_outputs: Tensor,
 ) -> Tensor:
-    """Return what `layer_kernel` returns, with fewer backward passes where a linear tail allows.
+    """Return ``(M, N₁·r₁, N₂·r₂)`` kernels by the way that takes fewest backward passes.
 
-    Args:
-        source: Makes the factors.
-        params: All selected parameters.
-        left: N₁ samples.
-        right: N₂ samples.
-        left_outputs: ``(M, R, r₁)`` output numbers.
-        right_outputs: ``(M, R, r₂)``.
+    The output numbers are ``(M, R, r₁)`` and ``(M, R, r₂)``.
     """
+    kernels, _, width = left_outputs.shape
+    pairs = torch.cat([left_outputs.flatten(1), right_outputs.flatten(1)], dim=1)
+    if kernels > 1:
+        unique, index = torch.unique(pairs, dim=0, return_inverse=True)
+    if kernels > 1 and len(unique) < kernels:  # an expanded batch: each distinct kernel is made once
+        one, other = unique.tensor_split([left_outputs[0].numel()], dim=1)
+        one = one.unflatten(1, (-1, width))
+        other = other.unflatten(1, (-1, right_outputs.shape[2]))
+        distinct = tail_kernel(source, params, left, right, one, other)
+        return distinct[index.to(distinct.device)]
+    if not isinstance(source, LayerSource):
+        return kernel(source, params, left, right, left_outputs, right_outputs)
+    over_time = states_kernel(source, params, left, right, left_outputs, right_outputs)
+    if over_time is not None:
+        return over_time
     both = torch.cat([left_outputs.flatten(), right_outputs.flatten()])
     reduction = _reduced(source, params, both, left)
     if reduction is None:
-        return layer_kernel(source, params, left, right, left_outputs, right_outputs)
+        return kernel(source, params, left, right, left_outputs, right_outputs)
     body = TailSource(source, reduction)
     same = torch.equal(left_outputs, right_outputs)
     if _is_trace(left_outputs, reduction) and same:  # the sum over an orthonormal basis is the same
         index = torch.arange(reduction.size).view(1, -1, 1)
-        result = layer_kernel(body, params, left, right, index, index)
+        result = kernel(body, params, left, right, index, index)
     else:
         one = reduction.coordinates(left_outputs)
         other = one if same else reduction.coordinates(right_outputs)
@@ -255,7 +247,7 @@ def _projected(
             return torch.cat([_projected(body, params, a, right, one, other) for a in _halves(left)], 1)
         return torch.cat([_projected(body, params, left, b, one, other) for b in _halves(right)], 2)
     index = torch.arange(size).view(1, 1, -1)
-    inner = layer_kernel(body, params, left, right, index, index).view(n1, size, n2, size)
+    inner = kernel(body, params, left, right, index, index).view(n1, size, n2, size)
     if one.shape[2] == other.shape[2] == 1:
         return _single_entries(inner, one.squeeze(2), other.squeeze(2))
     result = inner.new_zeros((len(one), n1 * one.shape[2], n2 * other.shape[2]))
@@ -282,7 +274,7 @@ def _halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 def _add_head(
     result: Tensor,
-    source: FactorSource,
+    source: LayerSource,
     params: Parameters,
     left: Inputs,
     right: Inputs,
@@ -317,11 +309,16 @@ def _add_head(
 # diagonals
 
 
-def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
-    """Return what `layer_diagonal` returns, ``(M, N·r)``, with fewer backward passes where a tail allows."""
+def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Return ``(M, N·r)`` kernel diagonals by the way that takes fewest backward passes."""
+    if not isinstance(source, LayerSource):
+        return diagonal(source, params, inputs, outputs)
+    over_time = states_diagonal(source, params, inputs, outputs)
+    if over_time is not None:
+        return over_time
     reduction = _reduced(source, params, outputs, inputs)
     if reduction is None:
-        return layer_diagonal(source, params, inputs, outputs)
+        return diagonal(source, params, inputs, outputs)
     body = TailSource(source, reduction)
     tail = source.coverage.tail
     assert tail is not None
@@ -332,9 +329,9 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
 
     def lengths_of(start: int, stop: int, part: Inputs) -> Tensor:
         if traced:
-            own = layer_diagonal(body, params, part, every.view(1, -1, 1), counted=False).mT  # (n, 1)
+            own = diagonal(body, params, part, every.view(1, -1, 1), counted=False).mT  # (n, 1)
         else:
-            grams = _sample_grams(body.of_outputs(params, part, every))  # (n, C, C)
+            grams = body.of_outputs(params, part, every).grams()  # (n, C, C)
             basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
             own = ((basis @ grams) * basis).sum(2)  # (n, u)
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
@@ -348,28 +345,3 @@ def tail_diagonal(source: FactorSource, params: Parameters, inputs: Inputs, outp
     if traced:
         return lengths.mT
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
-
-
-def _sample_grams(factors: Factors) -> Tensor:
-    """Return ``(B, C, C)`` inner products of the gradients of each sample, in float64."""
-    parts = [_layer_grams(layer) for layer in factors.outers]
-    parts += [_products(direct.gradients) for direct in factors.directs]
-    return torch.stack(parts).sum(0)
-
-
-def _products(gradients: Tensor) -> Tensor:
-    return torch.bmm(gradients, gradients.mT).double()
-
-
-def _layer_grams(layer: Outer) -> Tensor:
-    shape, activations = layer.shape, layer.activations
-    if shape.positions == 1 and shape.groups == 1:
-        lengths = torch.ones(len(layer.gradients), 1, 1, dtype=torch.float64, device=layer.gradients.device)
-        if isinstance(activations, Tensor):
-            lengths = activations.double().square().flatten(1).sum(1)[:, None, None]
-        return _products(layer.gradients.flatten(2)) * (lengths + (layer.unit.bias is not None))
-    if isinstance(activations, OneHot):
-        found, index = torch.unique(activations.index, return_inverse=True)
-        activations = OneHot(index, len(found))
-    found = _products(outer_gradients(layer.gradients, activations).flatten(2))
-    return found if layer.unit.bias is None else found + _products(layer.gradients.sum(-1).flatten(2))

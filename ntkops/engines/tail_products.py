@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..model import Inputs
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .products import ProductFactors, Span, prepare_products
+from .source import LayerSource
 from .summation import long_product
 from .tail import Tail
 from .tail_blocks import Reduction, TailSource, head_activations
@@ -81,12 +81,7 @@ class TailFactors:
         return result.flatten(2)
 
     def through(self, right: TailFactors, vectors: Tensor) -> Tensor:
-        """Return J(self) J(right)ᵀ v, ``(k, N₁, O)``, for ``(k, N₂, O)``.
-
-        Args:
-            right: Factors of the other side, or the same object.
-            vectors: The block.
-        """
+        """Return J(self) J(right)ᵀ v, ``(k, N₁, O)``, for ``(k, N₂, O)``."""
         split = right._by_position(vectors)
         result = self._expand(self.body.through(right.body, right._reduce(split)))
         one, other, flat = self.read.flatten(0, 1), right.read.flatten(0, 1), split.flatten(1, 2)
@@ -99,14 +94,8 @@ class TailFactors:
         return (result + moved.view_as(result)).flatten(2)
 
 
-def prepare_tail(source: FactorSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
-    """Return the factors of N samples for products, or None if no tail makes them fewer.
-
-    Args:
-        source: Makes the factors.
-        params: All selected parameters.
-        inputs: N samples.
-    """
+def prepare_tail(source: LayerSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
+    """Return the factors of N samples for products, or None if no tail makes them fewer."""
     tail = source.coverage.tail
     if tail is None:
         return None

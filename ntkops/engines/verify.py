@@ -23,9 +23,10 @@ from ..model.record import Call, Place, Recording, record
 from ..model.trial import Recordings
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
-from .collecting import Collector, backward
+from .collect import Collector, backward
 from .coverage import Coverage, Signature
-from .factors import Direct, Factors, Outer, in_parameter_order
+from .factors import Direct, Outer, in_parameter_order
+from .layer_factors import Factors
 from .layer_rules import RULES, Layout, OneHot
 from .tail import Tail, find_tail
 from .units import plan_units

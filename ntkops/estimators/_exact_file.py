@@ -153,5 +153,4 @@ def _following(operand: Operand, route: dict[str, Any]) -> Operand:
 
 def _keep_workspace(engine: Engine | None, route: dict[str, Any]) -> None:
     if engine is not None:
-        fallback = engine.fallback if isinstance(engine, LayerwiseEngine) else engine
-        fallback.keep_workspace(route["workspace"])
+        engine.keep_workspace(route["workspace"])

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..engines import Engine, LayerwiseEngine
-from ..engines.factors import Direct, Factors, Outer, outer_gradients
+from ..engines.factors import Direct, Outer, outer_gradients
+from ..engines.layer_factors import Factors
 from ..engines.layer_rules import OneHot
-from ..engines.tiling import sample_slices
+from ..engines.tiles import sample_slices
 from ..model import Inputs
 from ..projections import LayerKronecker, Projection
 from .axes import StateAxis

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..engines import Engine, EngineChoice, build_engine
-from ..engines.tiling import sample_slices
+from ..engines.tiles import sample_slices
 from ..model import Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engines import LayerwiseEngine
 from ..engines.passes import SharedPasses
-from ..engines.tiling import sample_slices
+from ..engines.tiles import sample_slices
 from ..model import Inputs
 from ..model.inputs import joined
 from ..vectors import Space
@@ -93,9 +93,7 @@ class KernelStructure:
         outputs = len(rows.distinct_outputs)
         engine = self._kernel._core.engine
         if quantity == "diagonal":
-            if isinstance(engine, LayerwiseEngine):
-                return engine.diagonal_passes(rows.inputs, outputs)
-            return float(outputs)
+            return engine.diagonal_passes(rows.inputs, outputs)
         if self._over_time:
             return self._kernel._block_cost()
         size = self.tile_size()

@@ -9,7 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines.checks import require_finite_product
+from ..engines.base import require_finite_product
 from ..errors import DifferentiationError, ShapeError, UnsupportedOperationError
 from ..model.watch import tracked
 from ..vectors import Space

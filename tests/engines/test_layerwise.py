@@ -11,7 +11,6 @@ from torch import nn
 
 import ntkops
 from ntkops.engines import count_passes, shared_store
-from ntkops.engines.contract import accumulate_kernel, factor_lengths
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.engines.summation import Workspace
 from ntkops.model import linearize
@@ -324,7 +323,7 @@ def test_products_without_covered_parameters_left_make_no_automatic_differentiat
         raise AssertionError("automatic differentiation was used")
 
     monkeypatch.setattr("ntkops.engines.autograd.linearize_batch", refuse)
-    monkeypatch.setattr("ntkops.engines.gathering.record", refuse)
+    monkeypatch.setattr("ntkops.engines.source.record", refuse)
     assert torch.equal(engine.product(params, inputs, inputs, v), expected)
 
 
@@ -346,7 +345,7 @@ def test_the_cache_is_left_when_the_store_drops_it_or_parameters_change():
     torch.testing.assert_close(engine.product(params, inputs, inputs, v), first, rtol=1e-14, atol=1e-14)
     other = tuple(p + 0.1 for p in params)
     changed = engine.product(other, inputs, inputs, v)
-    expected = engine._autograd.product(other, inputs, inputs, v)
+    expected = engine.fallback.product(other, inputs, inputs, v)
     torch.testing.assert_close(changed, expected)
     assert not torch.allclose(changed, first)
 
@@ -363,10 +362,12 @@ def test_every_route_gives_the_same_kernel(name, route):
         expected = contractions(J, 3)[kind]
         for symmetric in (True, False):
             result = torch.zeros_like(expected)
-            accumulate_kernel(result, factors, factors, numbers, numbers, symmetric, Workspace(), force=route)
+            factors.kernel(
+                factors, result, numbers, numbers, same=symmetric, workspace=Workspace(), force=route
+            )
             shown = (result.tril(), expected.tril()) if symmetric else (result, expected)
             assert distance(*shown) < 1e-12
-    assert distance(factor_lengths(factors, Workspace(), force=route).flatten(), (J * J).sum(1)) < 1e-12
+    assert distance(factors.lengths(Workspace(), route).flatten(), (J * J).sum(1)) < 1e-12
 
 
 def test_unusual_choices_of_outputs():
@@ -522,7 +523,7 @@ def test_a_derivative_inside_the_model_is_not_mistaken():
     engine = LayerwiseEngine.build(linearization, inputs)
     assert "layer.weight" not in engine.covered and "head.weight" not in engine.covered
     numbers = outputs_of(3)["all"]
-    expected = engine._autograd.kernel(linearization.parameters, inputs, inputs, numbers, numbers)
+    expected = engine.fallback.kernel(linearization.parameters, inputs, inputs, numbers, numbers)
     found = engine.kernel(linearization.parameters, inputs, inputs, numbers, numbers)
     torch.testing.assert_close(found, expected)
 

@@ -197,7 +197,7 @@ def test_small_parts_give_the_same_kernels(entries, monkeypatch):
 
 
 def test_small_tiles_give_the_same_results(monkeypatch):
-    monkeypatch.setattr("ntkops.engines.gathering.FactorSource.tile", lambda self, directions: 2)
+    monkeypatch.setattr("ntkops.engines.source.LayerSource.tile", lambda self, directions: 2)
     case = TAILS[3][0]
     engine, linearization, inputs = build(case, count=5)
     J, params = jacobian(case, count=5), linearization.parameters
@@ -291,7 +291,7 @@ def test_other_parameters_than_the_snapshot():
     moved = tuple(p + 0.1 * torch.ones_like(p) for p in linearization.parameters)
     every = outputs_of(8)["all"]
     found = engine.kernel(moved, inputs, inputs, every, every)
-    torch.testing.assert_close(found, engine._autograd.kernel(moved, inputs, inputs, every, every))
+    torch.testing.assert_close(found, engine.fallback.kernel(moved, inputs, inputs, every, every))
 
 
 def test_the_operator_shows_the_tail_and_survives_pickling():

@@ -8,7 +8,6 @@ from linear_operator.operators import DiagLinearOperator
 
 import ntkops
 from ntkops.engines import LayerwiseEngine
-from ntkops.engines.blocks import dense_kernel
 from ntkops.engines.differentiation import _TorchFunc
 from ntkops.engines.memory import Share, parts, retry
 from ntkops.errors import OutOfMemoryError
@@ -144,10 +143,10 @@ def test_factors_that_do_not_fit_are_left_for_automatic_differentiation(monkeypa
     def fail(*_):
         raise torch.OutOfMemoryError(CUDA_TEXT)
 
-    import ntkops.engines.layer_cache as layer_cache
+    import ntkops.engines.factor_cache as factor_cache
 
-    monkeypatch.setattr(layer_cache, "prepare_products", fail)
-    monkeypatch.setattr(layer_cache, "prepare_tail", fail)
+    monkeypatch.setattr(factor_cache, "prepare_products", fail)
+    monkeypatch.setattr(factor_cache, "prepare_tail", fail)
     with caplog.at_level(logging.WARNING, logger="ntkops"):
         torch.testing.assert_close(K @ v, expected)
     assert "going on by automatic differentiation" in caplog.text
@@ -238,15 +237,15 @@ def test_symmetric_kernels_of_small_tiles(monkeypatch, tile):
     K = _kernel("mlp", 7, engine="autograd")
     engine, every = K._core.engine, torch.arange(2).view(1, 1, 2)
     inputs, params = K._core.rows.inputs, engine.linearization.parameters
-    sample_tile = type(engine)._sample_tile
+    gradients = type(engine).of
 
     def limited(self, params, inputs, cotangents):
         if inputs.num_samples > tile:
             raise MemoryError
-        return sample_tile(self, params, inputs, cotangents)
+        return gradients(self, params, inputs, cotangents)
 
-    monkeypatch.setattr(type(engine), "_sample_tile", limited)
-    found = dense_kernel(engine, params, inputs, inputs, every, every)[0]
+    monkeypatch.setattr(type(engine), "of", limited)
+    found = engine.kernel(params, inputs, inputs, every, every)[0]
     torch.testing.assert_close(found, _expected_of(K))
     assert torch.equal(found, found.mT)
 

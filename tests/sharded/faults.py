@@ -70,7 +70,7 @@ def raising(rank: int, count: int, what: str) -> tuple[str, str, float]:
             def fail(*args: Any, **kwargs: Any) -> Any:
                 raise RuntimeError("a kernel launch failed")
 
-        K._engine._halves = fail
+        K._engine._linearized = fail
     started = time.monotonic()
     try:
         K @ v

@@ -5,7 +5,7 @@ import torch
 
 import ntkops
 from ntkops import checkpoint
-from ntkops.engines import tiling
+from ntkops.engines import tiles
 from ntkops.errors import CheckpointError, InputError
 from ntkops.estimators import _quantities
 from ntkops.operators.kernel_structure import KernelStructure
@@ -17,7 +17,7 @@ N = 19
 @pytest.fixture(autouse=True)
 def many_steps(monkeypatch):
     """Cut the work into many tiles and parts."""
-    monkeypatch.setattr(tiling, "_HELD_BYTES", 250)
+    monkeypatch.setattr(tiles, "_HELD_BYTES", 250)
     monkeypatch.setattr(KernelStructure, "tile_size", lambda self: 12)
     monkeypatch.setattr(KernelStructure, "diagonal_step", lambda self: 4)
 
@@ -137,7 +137,7 @@ def test_the_kernel_itself_stays_as_it_is(tmp_path):
     engine = K._core.engine
     ntkops.frobenius_norm(K, checkpoint=tmp_path / "file")
     assert K._core.engine is engine
-    assert engine.fallback._kept_workspace is None
+    assert engine._room.kept_workspace is None
 
 
 # files that are refused

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ntkops
-from ntkops.engines import tiling
+from ntkops.engines import tiles
 from ntkops.errors import InputError, NonDeterministicDataError
 from ntkops.estimators import _stratified_grams
 from ntkops.model import linearize
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.fixture
 def small_parts(monkeypatch):
     """Keep a few samples in memory at a time, so that a pass has many parts."""
-    monkeypatch.setattr(tiling, "_HELD_BYTES", 500)
+    monkeypatch.setattr(tiles, "_HELD_BYTES", 500)
 
 
 def _pair(name, dtype=torch.float64, engine="auto", **options):
@@ -302,12 +302,12 @@ def test_ranges_are_read_in_order_and_again():
 
 
 def test_the_parts_are_small(monkeypatch):
-    monkeypatch.setattr(tiling, "_HELD_BYTES", 3 * 8 * 4)
+    monkeypatch.setattr(tiles, "_HELD_BYTES", 3 * 8 * 4)
     model, shape = made("mlp")
     x = samples(30, *shape)
     inputs = linearize(model).inputs(Counted(x, uneven(30)))
-    assert max(stop - start for start, stop, _ in tiling.sample_slices(inputs, 100)) == 4
+    assert max(stop - start for start, stop, _ in tiles.sample_slices(inputs, 100)) == 4
     held = linearize(model).inputs(x)
-    ((start, stop, part),) = tiling.sample_slices(held, 100)
+    ((start, stop, part),) = tiles.sample_slices(held, 100)
     assert (start, stop) == (0, 30)
     assert part is held

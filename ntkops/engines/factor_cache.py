@@ -9,10 +9,10 @@ import torch
 
 from ..model import Inputs
 from .differentiation import Parameters
-from .gathering import FactorSource
 from .memory import free_bytes, shared_store
 from .passes import take_spare
 from .products import CachedFactors, prepare_products
+from .source import LayerSource
 from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]
@@ -22,11 +22,7 @@ _PRODUCT_PASSES = 4.0  # backward passes that one column of K v costs by automat
 
 
 class FactorCache:
-    """Factors of whole sets of samples, made once products have cost as much as making them.
-
-    Args:
-        identity: Owner of the tensors in the shared store.
-    """
+    """Factors of whole sets of samples, made once products have cost as much as making them."""
 
     def __init__(self, identity: int) -> None:
         self._identity = identity
@@ -47,16 +43,9 @@ class FactorCache:
         return shared_store.release(self._identity)
 
     def get(
-        self, source: FactorSource, params: Parameters, inputs: Inputs, columns: float
+        self, source: LayerSource, params: Parameters, inputs: Inputs, columns: float
     ) -> CachedFactors | None:
-        """Return the factors of these samples, or None where they do not pay or do not fit.
-
-        Args:
-            source: Makes the factors.
-            params: All selected parameters.
-            inputs: N samples.
-            columns: Columns of K v that are about to be multiplied; half of one for J or Jᵀ alone.
-        """
+        """Return the factors of these samples for ``columns`` of K v, or None if they do not pay or fit."""
         if inputs not in self._numbers:
             self._numbers[inputs] = next(self._serials)
         number = self._numbers[inputs]
@@ -73,7 +62,7 @@ class FactorCache:
             return None
         return self._make(source, params, inputs, number, state)
 
-    def fits(self, source: FactorSource, inputs: Inputs) -> bool:
+    def fits(self, source: LayerSource, inputs: Inputs) -> bool:
         """Return whether the factors of some samples fit into their share of free memory."""
         if inputs.is_streamed:  # what is read batch by batch is never held whole
             return False
@@ -89,7 +78,7 @@ class FactorCache:
         return needed <= _CACHE_SHARE * free_bytes(source.device)
 
     def _make(
-        self, source: FactorSource, params: Parameters, inputs: Inputs, number: int, state: object
+        self, source: LayerSource, params: Parameters, inputs: Inputs, number: int, state: object
     ) -> CachedFactors | None:
         ready: CachedFactors | None = prepare_tail(source, params, inputs)
         if ready is None:

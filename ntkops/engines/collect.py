@@ -13,7 +13,8 @@ from ..shortage import is_out_of_memory
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck
 from .cost import LayerShape, written_at_once
-from .factors import Direct, Factors, Outer, in_parameter_order, outer_gradients
+from .factors import Direct, Outer, in_parameter_order, outer_gradients
+from .layer_factors import Factors
 from .layer_rules import RULES, Activation, Layout, OneHot
 from .units import Unit, Use, is_transposed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,18 +12,17 @@ from torch import Tensor
 from ..model import Batch, Inputs
 from ..model.record import record
 from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
-from .autograd import AutogradEngine
-from .collecting import collect
+from .collect import collect
 from .coverage import Coverage
 from .differentiation import Parameters
-from .factors import Factors, join_samples, matched, with_positions, written_pieces
+from .layer_factors import Factors, joined
 from .layer_rules import Layout
-from .memory import Share
+from .memory import EngineSizes, Share
 from .options import Layerwise
 from .summation import Workspace
 from .units import plan_units
 
-__all__ = ["FactorSource"]
+__all__ = ["LayerSource"]
 
 _PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
@@ -44,33 +43,25 @@ class Known:
     count: int
 
 
-class FactorSource:
-    """Makes the factors of the covered parameters, and counts the passes.
+class LayerSource:
+    """Makes the factors of the covered parameters, as much at a time as fits, and counts the passes."""
 
-    Args:
-        autograd: The engine whose settings, budget and tally are used.
-        coverage: What is covered.
-        options: What the user decided.
-    """
-
-    def __init__(
-        self, autograd: AutogradEngine, coverage: Coverage, options: Layerwise | None = None
-    ) -> None:
-        self._autograd = autograd
+    def __init__(self, sizes: EngineSizes, coverage: Coverage, options: Layerwise | None = None) -> None:
+        self.sizes = sizes
         self.options = options or Layerwise()
         self.coverage = coverage
-        self.linearization = autograd.linearization
+        self.linearization = sizes.linearization
         self.dtype: torch.dtype = self.linearization.dtype
         self.device: torch.device = self.linearization.device
         self.workspace = Workspace()
         self._generator = torch.Generator().manual_seed(20)
         self._fixed = torch.empty(0, dtype=self.dtype, device=self.device)
-        sizes, shapes = self.linearization.sizes, self.linearization.shapes
-        self.starts: tuple[int, ...] = (0, *itertools.accumulate(sizes))
+        entries, shapes = self.linearization.sizes, self.linearization.shapes
+        self.starts: tuple[int, ...] = (0, *itertools.accumulate(entries))
         # Start in the flat vector and entries of one row of each parameter.
         self.rows: dict[int, tuple[int, int]] = {
             i: (self.starts[i], size // (shape[0] if len(shape) else 1) if size else 0)
-            for i, (size, shape) in enumerate(zip(sizes, shapes, strict=True))
+            for i, (size, shape) in enumerate(zip(entries, shapes, strict=True))
         }
 
     @property
@@ -81,37 +72,33 @@ class FactorSource:
 
     def count_rows(self, rows: int, inputs: Inputs) -> None:
         """Report gradients of single samples as passes over all samples."""
-        self._autograd.count_rows(rows, inputs)
+        self.sizes.count_rows(rows, inputs)
 
-    def batch_size(self, inputs: Inputs) -> int:
-        """Samples that go through one pass."""
-        return self._autograd.batch_size(inputs)
-
-    def workspace_bytes(self) -> int:
-        """Bytes for one tile of factors."""
-        return self._autograd.workspace_bytes()
+    def _sample_bytes(self, directions: int) -> int:
+        """Return the bytes of one sample's factors, and of one layer's gradients."""
+        cover = self.coverage
+        entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
+        return max(1, entries * self.dtype.itemsize)
 
     def tile(self, directions: int) -> int:
         """Return how many samples' factors, and one layer's gradients, fit into the workspace."""
-        cover = self.coverage
-        entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
-        budget = 2 * self._autograd.workspace_bytes()
-        return budget // max(1, entries * self.dtype.itemsize)
+        return 2 * self.sizes.workspace_bytes() // self._sample_bytes(directions)
 
-    def passing_tile(self, directions: int) -> int:
-        """Return how many samples go through at once where no factor is needed twice: fewer than `tile`.
+    def tile_share(self, directions: int) -> Share:
+        """Return `tile` samples at a time, and less where memory runs out."""
+        return self.sizes.tile_share(directions, lambda: max(1, self.tile(directions)))
+
+    def passing_share(self, directions: int) -> Share:
+        """Return how many samples go through at a time where no factor is needed twice: fewer than `tile`.
 
         Memory is then the same for any number of samples, and a few megabytes.
         """
-        cover = self.coverage
-        entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
-        sample = max(1, entries * self.dtype.itemsize)
-        return max(1, min(self.tile(directions), max(_LEAST_SAMPLES, _PASSING_BYTES // sample)))
 
-    def tile_share(self, directions: int, *, passing: bool = False) -> Share:
-        """Return `tile` samples at a time, or `passing_tile`, and less where memory runs out."""
-        size = self.passing_tile if passing else self.tile
-        return self._autograd.tile_share(directions, lambda: max(1, size(directions)))
+        def size() -> int:
+            least = max(_LEAST_SAMPLES, _PASSING_BYTES // self._sample_bytes(directions))
+            return max(1, min(self.tile(directions), least))
+
+        return self.sizes.tile_share(directions, size)
 
     def of_outputs(
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
@@ -132,28 +119,21 @@ class FactorSource:
     ) -> Factors:
         """Return the factors of all samples for ``(C, N, O)`` cotangents.
 
-        Args:
-            params: The selected parameters.
-            inputs: N samples.
-            cotangents: C directions for each of them.
-            compact: Whether gradients that are smaller than their factors are written down instead.
-            known: Which directions these are, among some that have a name; None for others.
-
-        Returns:
-            The factors.
+        ``compact`` writes gradients down that are smaller than their factors; ``known`` says which
+        directions these are among some that have a name.
 
         Raises:
             CoverageChanged: If a batch uses covered parameters in another way than at construction.
         """
         with self.linearization.safe_context():
-            found = self._autograd.over_samples(
+            found = self.sizes.over_samples(
                 inputs,
                 lambda start, stop, batch: self._collect(
                     params, inputs, start, batch, cotangents[:, start:stop], compact, known
                 ),
             )
             parts = [part for _, _, part in found]
-        return parts[0] if len(parts) == 1 else self._joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _collect(
         self,
@@ -210,31 +190,11 @@ class FactorSource:
             self._fixed = torch.cat([self._fixed, self._normal(missing).to(self.dtype)])
         return self._fixed[:count]
 
-    @staticmethod
-    def _joined(parts: Sequence[Factors]) -> Factors:
-        """Join the factors of several batches of samples."""
-        parts = matched(parts)
-        outers = []
-        for layers in zip(*(part.outers for part in parts), strict=True):
-            longest = max(layer.shape.positions for layer in layers)
-            layers = tuple(with_positions(layer, longest) for layer in layers)
-            gradients = torch.cat([layer.gradients for layer in layers])
-            activations = join_samples([layer.activations for layer in layers])
-            outers.append(replace(layers[0], activations=activations, gradients=gradients))
-        directs = [
-            replace(pieces[0], gradients=torch.cat([piece.gradients for piece in pieces]))
-            for pieces in zip(*(part.directs for part in parts), strict=True)
-        ]
-        return Factors(sum(part.count for part in parts), outers, directs)
-
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients, zero where a parameter is not covered."""
         shape = (factors.count, factors.directions, self.linearization.num_parameters)
         tile = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for layer in factors.layers:
-            for index, start, stop, gradients in written_pieces(layer):
-                first, row = self.rows[index]
-                tile[..., first + start * row : first + stop * row] += gradients
+        factors.write(tile, self.rows)
         return tile
 
     def scattered(self, target: Tensor, rest: Tensor) -> Tensor:

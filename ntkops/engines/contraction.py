@@ -12,12 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_diagonal, choose_kernel
-from .factors import Direct, Factors, Outer, matched, outer_gradients
+from .cost import DiagonalRoute, KernelRoute, choose_diagonal
+from .factors import Direct, Outer, outer_gradients
 from .layer_rules import Activation, OneHot
 from .summation import COLUMNS, Total, Workspace, long_product, slabs
 
-__all__ = ["LEAST_INPUTS", "accumulate_kernel", "factor_lengths"]
+__all__ = [
+    "LEAST_INPUTS",
+    "Picker",
+    "add_directs",
+    "add_outers",
+    "gram_of_activations",
+    "outer_grams",
+    "outer_lengths",
+    "own_products",
+    "recorded_kernel",
+    "squared",
+]
 
 _GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
 _LENGTH_ENTRIES = 2**20  # entries of gradients that are squared at a time: what stays near the processor
@@ -26,54 +37,13 @@ _SHORT = 1024  # gradients that are copied side by side
 LEAST_INPUTS = 16  # columns below which products that write gradients down are slow
 
 
-def accumulate_kernel(
-    target: Tensor,
-    left: Factors,
-    right: Factors,
-    left_index: Tensor,
-    right_index: Tensor,
-    symmetric: bool,
-    workspace: Workspace,
-    force: KernelRoute | None = None,
-) -> None:
-    """Add the kernels of two sets of factors to a result.
-
-    Args:
-        target: ``(M, N₁·r₁, N₂·r₂)``, possibly a strided part of a larger result. If ``symmetric``,
-            only rows on and below the diagonal are promised.
-        left: Factors of N₁ samples.
-        right: Factors of N₂ samples; the same object as ``left`` where ``symmetric``.
-        left_index: ``(M, R, r₁)`` directions.
-        right_index: ``(M, R, r₂)`` directions.
-        symmetric: Whether both sides are the same.
-        workspace: Memory to use again.
-        force: A way to take whatever it costs, where a layer has it.
-    """
-    if left is not right:
-        left, right = matched((left, right))
-    if left.is_small and right.is_small:
-        wide = target.new_zeros(target.shape, dtype=torch.float64)
-        rows_of = left.to(torch.float64)
-        columns_of = rows_of if left is right else right.to(torch.float64)
-        accumulate_kernel(wide, rows_of, columns_of, left_index, right_index, symmetric, Workspace(), force)
-        target += wide
-        return
-    kernels, terms, rows = left_index.shape
-    wanted = KernelShape(left.count, right.count, rows, right_index.shape[2], terms, kernels, symmetric)
-    pick_left, pick_right = _Picker(left_index), _Picker(right_index)
-    for one, other in zip(left.outers, right.outers, strict=True):
-        if choose_kernel(one.shape, wanted, force) == "gram":
-            if one.shape.positions == other.shape.positions == 1:
-                _add_gram(target, one, other, pick_left, pick_right, symmetric, workspace)
-            else:
-                _add_position_gram(target, one, other, pick_left, pick_right, symmetric)
-        else:
-            _add_gradients(target, one, other, pick_left, pick_right, symmetric, workspace)
-    if left.directs:
-        _add_direct(target, left.directs, right.directs, pick_left, pick_right, symmetric, workspace)
+def recorded_kernel(one: Direct, other: Direct, left_index: Tensor, right_index: Tensor) -> Tensor:
+    """Return ``(M, N₁·r₁, N₂·r₂)`` kernels of gradients that are written down, differentiable."""
+    rows, columns = Picker(left_index).rows(one.gradients), Picker(right_index).rows(other.gradients)
+    return torch.stack([long_product(a, b.mT) for a, b in zip(rows, columns, strict=True)])
 
 
-class _Picker:
+class Picker:
     """Takes directions out of a factor, as a view where they are all there in order."""
 
     def __init__(self, index: Tensor) -> None:
@@ -116,12 +86,31 @@ def gram_of_activations(left: Activation, right: Activation) -> Tensor:
     return long_product(one, other.mT)
 
 
+def add_outers(
+    target: Tensor,
+    left: Outer,
+    right: Outer,
+    pick_left: Picker,
+    pick_right: Picker,
+    symmetric: bool,
+    workspace: Workspace,
+    route: KernelRoute,
+) -> None:
+    """Add the kernels of one layer."""
+    if route == "gradient":
+        _add_gradients(target, left, right, pick_left, pick_right, symmetric, workspace)
+    elif left.shape.positions == right.shape.positions == 1:
+        _add_gram(target, left, right, pick_left, pick_right, symmetric, workspace)
+    else:
+        _add_position_gram(target, left, right, pick_left, pick_right, symmetric)
+
+
 def _add_gram(
     target: Tensor,
     left: Outer,
     right: Outer,
-    pick_left: _Picker,
-    pick_right: _Picker,
+    pick_left: Picker,
+    pick_right: Picker,
     symmetric: bool,
     workspace: Workspace,
 ) -> None:
@@ -156,7 +145,7 @@ def _add_gram(
 
 
 def _add_position_gram(
-    target: Tensor, left: Outer, right: Outer, pick_left: _Picker, pick_right: _Picker, symmetric: bool
+    target: Tensor, left: Outer, right: Outer, pick_left: Picker, pick_right: Picker, symmetric: bool
 ) -> None:
     """With S positions: K += Σ_{s,t} (A_s A_tᵀ) ∘ (G_s G_tᵀ)."""
     gram = gram_of_activations(left.activations, right.activations)
@@ -182,7 +171,7 @@ def _add_position_gram(
             block[start * r1 : stop * r1, : end * r2].add_(found)
 
 
-def _position_rows(pick: _Picker, layer: Outer) -> list[Tensor]:
+def _position_rows(pick: Picker, layer: Outer) -> list[Tensor]:
     """Return M blocks ``(B, r, S, R·d_out)`` of output gradients."""
     picked = pick(layer.gradients.squeeze(2))  # (M, B, R, r, d_out, S)
     return [block.permute(0, 2, 4, 1, 3).flatten(3) for block in picked]
@@ -192,8 +181,8 @@ def _add_gradients(
     target: Tensor,
     left: Outer,
     right: Outer,
-    pick_left: _Picker,
-    pick_right: _Picker,
+    pick_left: Picker,
+    pick_right: Picker,
     symmetric: bool,
     workspace: Workspace,
 ) -> None:
@@ -220,7 +209,7 @@ def _add_gradients(
 
 
 def _add_rows(
-    total: Total, left: Tensor, right: Tensor, pick_left: _Picker, pick_right: _Picker, symmetric: bool
+    total: Total, left: Tensor, right: Tensor, pick_left: Picker, pick_right: Picker, symmetric: bool
 ) -> None:
     """Add the products of gradients ``(B, C, ...)``."""
     single = pick_left.shape[2] == pick_right.shape[2] == 1
@@ -256,12 +245,12 @@ def _compressed(left: OneHot, right: OneHot) -> tuple[OneHot, OneHot]:
     )
 
 
-def _add_direct(
+def add_directs(
     target: Tensor,
     left: Sequence[Direct],
     right: Sequence[Direct],
-    pick_left: _Picker,
-    pick_right: _Picker,
+    pick_left: Picker,
+    pick_right: Picker,
     symmetric: bool,
     workspace: Workspace,
 ) -> None:
@@ -279,33 +268,21 @@ def _side_by_side(directs: Sequence[Direct]) -> list[Tensor]:
     return joined + [direct.gradients for direct in directs if direct.gradients.shape[2] >= _SHORT]
 
 
-def factor_lengths(factors: Factors, workspace: Workspace, force: DiagonalRoute | None = None) -> Tensor:
-    """Return ``(B, C)`` squared lengths of the gradients.
-
-    Args:
-        factors: Factors of B samples in C directions.
-        workspace: Memory to use again.
-        force: A way to take whatever it costs, where a layer has it.
-    """
-    parts = [_layer_lengths(layer, workspace, force) for layer in factors.outers]
-    parts += [_squared(direct.gradients) for direct in factors.directs]
-    held = factors.outers[0].gradients if factors.outers else factors.directs[0].gradients
-    return torch.stack(parts).sum(0).to(held.dtype)
-
-
-def _squared(gradients: Tensor) -> Tensor:
+def squared(gradients: Tensor) -> Tensor:
     """Return ``(B, C)`` sums of squares in float64."""
-    return gradients.flatten(2).square().sum(2, dtype=torch.float64)
+    wide = gradients.dtype if gradients.device.type == "mps" else torch.float64
+    return gradients.flatten(2).square().sum(2, dtype=wide)
 
 
-def _layer_lengths(layer: Outer, workspace: Workspace, force: DiagonalRoute | None) -> Tensor:
+def outer_lengths(layer: Outer, workspace: Workspace, force: DiagonalRoute | None) -> Tensor:
+    """Return ``(B, C)`` squared lengths of one layer's gradients."""
     activations, gradients = layer.activations, layer.gradients
     extra = 0 if layer.unit.bias is None else 1
     if choose_diagonal(layer.shape, force) == "gram":
         if layer.shape.positions == 1:
             if isinstance(activations, OneHot):
-                return _squared(gradients) * (1 + extra)
-            return _squared(gradients) * (_squared(activations) + extra)
+                return squared(gradients) * (1 + extra)
+            return squared(gradients) * (squared(activations) + extra)
         gram = _own_gram(activations, gradients.dtype) + extra  # (B, S, S)
         signals = gradients.squeeze(2)  # (B, C, d_out, S)
         return ((signals @ gram.unsqueeze(1)) * signals).sum((2, 3), dtype=torch.float64)
@@ -325,9 +302,9 @@ def _written_lengths(layer: Outer, workspace: Workspace) -> Tensor:
         out = None
         if isinstance(activations, Tensor) and shape.groups == 1:
             out = workspace.take(("gradient", "left"), size * inputs * part.shape[1], gradients)
-        parts.append(_squared(outer_gradients(part, activations, out)))
+        parts.append(squared(outer_gradients(part, activations, out)))
     result = torch.cat(parts, dim=1)
-    return result if layer.unit.bias is None else result + _squared(gradients.sum(-1))
+    return result if layer.unit.bias is None else result + squared(gradients.sum(-1))
 
 
 def _own_gram(activations: Activation, dtype: torch.dtype) -> Tensor:
@@ -336,3 +313,22 @@ def _own_gram(activations: Activation, dtype: torch.dtype) -> Tensor:
         return (activations.index[:, :, None] == activations.index[:, None, :]).to(dtype)
     flat = activations.squeeze(1)  # (B, d_in, S)
     return flat.mT @ flat
+
+
+def own_products(gradients: Tensor) -> Tensor:
+    """Return ``(B, C, C)`` inner products of the gradients ``(B, C, p)`` of each sample."""
+    return torch.bmm(gradients, gradients.mT).double()
+
+
+def outer_grams(layer: Outer) -> Tensor:
+    """Return ``(B, C, C)`` inner products of one layer's gradients of each sample."""
+    shape, activations = layer.shape, layer.activations
+    if shape.positions == 1 and shape.groups == 1:
+        lengths = torch.ones(len(layer.gradients), 1, 1, dtype=torch.float64, device=layer.gradients.device)
+        if isinstance(activations, Tensor):
+            lengths = activations.double().square().flatten(1).sum(1)[:, None, None]
+        return own_products(layer.gradients.flatten(2)) * (lengths + (layer.unit.bias is not None))
+    if isinstance(activations, OneHot):
+        activations, _ = _compressed(activations, activations)
+    found = own_products(outer_gradients(layer.gradients, activations).flatten(2))
+    return found if layer.unit.bias is None else found + own_products(layer.gradients.sum(-1).flatten(2))

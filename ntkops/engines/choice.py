@@ -7,12 +7,12 @@ from typing import Literal, get_args
 from ..errors import InputError
 from ..model import Inputs, Linearization
 from .autograd import AutogradEngine
+from .base import Engine
 from .layerwise import LayerwiseEngine
 from .options import Layerwise
 
 __all__ = ["Engine", "EngineChoice", "EngineName", "build_engine"]
 
-Engine = AutogradEngine | LayerwiseEngine
 EngineName = Literal["auto", "autograd", "layerwise"]
 EngineChoice = EngineName | Layerwise
 
