@@ -140,7 +140,9 @@ def test_networks_that_were_found(name, engine):
         assert bool(K.engine_info.covered) is (name != "nothing to cover")
         selected = [p for p in model.parameters() if p.requires_grad]
         whole = len(K.engine_info.covered) == len(selected)
-        assert whole is not name.startswith(("checkpointed", "nothing", "prelu"))
+        # In the last two a gradient is rounding alone: no row of it can be told from another's.
+        left = ("checkpointed", "nothing", "prelu", "two norms of one", "rounding behind a damping")
+        assert whole is not name.startswith(left)
     v = torch.ones(K.shape[0], dtype=torch.float64)
     reference.check(name, K @ v, reference.J @ (reference.J.T @ v))
 

@@ -218,15 +218,10 @@ def test_law(name, kind, engine, dtype):
 
 EVERY_ENGINE = pytest.mark.parametrize("engine", ENGINES)
 BOTH = pytest.mark.parametrize("engine", ["autograd", "auto"])
-PADDING = pytest.mark.xfail(strict=True, reason="a padding row is given a gradient, unlike in training")
-
-
-def _networks():
-    return [pytest.param(name, marks=[PADDING] if name.startswith("padded") else []) for name in ZOO]
 
 
 @EVERY_ENGINE
-@pytest.mark.parametrize("name", _networks())
+@pytest.mark.parametrize("name", ZOO)
 def test_every_network(name, engine):
     """K of all outputs, each, the trace, a diagonal, an exact trace, a cross kernel and its transpose."""
     problem = Problem(name, engine=ENGINES[engine])
