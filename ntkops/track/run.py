@@ -131,9 +131,11 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
         ...     with torch.no_grad():
         ...         for parameter in model.parameters():
         ...             _ = parameter.mul_(1.1)
-        >>> tracker.history.steps, float(tracker.history["parameter_distance"][0])
+        >>> moved = tracker.history["parameter_distance"]
+        >>> tracker.history.steps, float(moved[0])
         ((0, 1), 0.0)
-        >>> bool(tracker.history["trace"][1] > tracker.history["trace"][0])
+        >>> traces = tracker.history["trace"]
+        >>> bool(traces[1] > traces[0])
         True
     """
     check_arguments(track, dict(locals()))
