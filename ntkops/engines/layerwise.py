@@ -90,7 +90,7 @@ class LayerwiseEngine(Engine):
 
     def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
         self._cache = FactorCache(self.identity)
-        self._source = LayerSource(self, coverage, options)
+        self._source = LayerSource(self.fallback, coverage, options)
         self._measured: list[MeasuredLayer] | None = None
 
     @classmethod
