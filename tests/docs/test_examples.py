@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_the_start_pages_have_examples() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_names_in_prose_exist(page: Path) -> None:
+    importlib.import_module("ntkops.gp")  # which needs gpytorch, and is not imported by itself
     names = set(re.findall(r"`(ntkops(?:\.\w+)+)", page.read_text(encoding="utf-8")))
     for name in sorted(names):
         found: object = ntkops
