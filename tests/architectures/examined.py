@@ -84,7 +84,7 @@ def examine(
                 continue
             except Exception as error:
                 raise Wrong(f"{where}: foreign error: {_named(error)}") from error
-            # In one batch of all samples nothing is cut, and a number may be right, whatever depends on whatever.
+            # In one batch of all samples nothing is cut: a number may be right, whatever depends on whatever.
             if coupled and size < n:
                 raise Wrong(f"{where}: samples are coupled, unnoticed")
             error = float((result.double() - expected).norm())
