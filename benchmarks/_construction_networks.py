@@ -135,8 +135,15 @@ NETWORKS: dict[str, Case] = {
             Deep(16, 192, 64, 12),
             Deep(4, 12, 16, 1),
         ),
-        Case("gpt", "transformer, 6 x 384", _LanguageModel, _words, Deep(4, 384, 64, 6), Deep(4, 12, 4, 1)),
-        Case("gpt2", "GPT-2 with LoRA", _Adapted, _words, Deep(4, 768, 32, 12), Deep(4, 24, 4, 1)),
+        Case(
+            "gpt",
+            "transformer, 6 x 384, 64 words",
+            _LanguageModel,
+            _words,
+            Deep(4, 384, 64, 6),
+            Deep(4, 12, 4, 1),
+        ),
+        Case("gpt2", "GPT-2 with LoRA, 16 words", _Adapted, _words, Deep(4, 768, 16, 12), Deep(4, 24, 4, 1)),
     )
 }
 

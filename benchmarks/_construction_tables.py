@@ -139,7 +139,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 "N",
                 "O",
                 "passes, ms",
-                "diagonal, new samples",
+                "kernel, new samples",
                 "known samples",
                 "check",
                 "one pass",

@@ -33,7 +33,7 @@ __all__ = ["measure_network", "measure_rows", "measure_score", "passes_of", "pre
 FEW = 4  # samples of a training step, which are as many as the library tries a model on
 OUTPUTS = (10, 2, 1)
 SEARCHED = 30
-REPETITIONS = {"mlp": 31, "cnn": 31, "gpt2": 3}
+REPETITIONS = {"mlp": 31, "cnn": 31, "gpt": 3, "gpt2": 3}
 USUAL = 5
 NO_MEMORY = ("mlp", "cnn")  # below what the system tells
 
@@ -111,22 +111,30 @@ def measure_network(name: str, *, quick: bool, repetitions: int, memory: bool = 
     model, x = case.make(quick)
     selected = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = passes_of(model, x)
-    known, count = linearize(model), repetitions + 2  # two calls warm up
+    known, few = linearize(model), max(1, repetitions // 5)
     kept: list[object] = [ntkops.ntk(known, x), ntkops.ntk(model, x)]
-    modules = iter([fresh(model) for _ in range(count)])
-    products = iter([differentiated(linearize(fresh(model)), x) for _ in range(count)])
-    work = {
+    # The first of each warms up.
+    modules = iter([fresh(model) for _ in range(repetitions + 1)])
+    unknown = iter([differentiated(linearize(fresh(model)), x) for _ in range(few + 1)])
+    making = {
         "step": step(model, x),
         "make": lambda: ntkops.ntk(next(modules), x),
         "same_module": lambda: ntkops.ntk(model, x),
         "same_linearization": lambda: ntkops.ntk(known, x),
-        "first_product": lambda: next(products)(),
+    }
+    products = {
+        "step": step(model, x),
+        "first_product": lambda: next(unknown)(),
         "later_product": differentiated(known, x),
     }
-    series = interleaved(work, repetitions, shortest=0)
+    series = interleaved(making, repetitions, shortest=0)
     del kept
-    one = series["step"]
-    adds = _difference(series["first_product"], series["later_product"])
+    differentiating = interleaved(products, few, shortest=0)
+    adds = _difference(differentiating["first_product"], differentiating["later_product"])
+    steps = {
+        "make": ratio(series["make"], series["step"]),
+        "differentiate": ratio(adds, differentiating["step"]),
+    }
     return {
         "model": name,
         "title": f"{case.title}, small" if quick else case.title,
@@ -136,8 +144,8 @@ def measure_network(name: str, *, quick: bool, repetitions: int, memory: bool = 
         "selected_mb": round(sum(parameter.nbytes for parameter in selected) / 1e6, 2),
         "repetitions": repetitions,
         "passes": found,
-        "time": {key: times.summary() for key, times in series.items()},
-        "steps": {"make": ratio(series["make"], one), "differentiate": ratio(adds, one)},
+        "time": {key: times.summary() for key, times in (differentiating | series).items()},
+        "steps": steps,
         "memory_mb": {
             what: peak_memory(prepare, name, quick, what) if memory else None
             for what in ("step", "make", "differentiate")
@@ -170,7 +178,7 @@ def measure_score(*, quick: bool, repetitions: int) -> dict[str, Any]:
             "func": distance(contraction(network, x, "trace", None)(), exact),
         }
         require_close(f"network {seed} of the search", agreement)
-    searches = iter([[fresh(network) for network in networks] for _ in range(repetitions + 2)])
+    searches = iter([[fresh(network) for network in networks] for _ in range(repetitions + 1)])
 
     def score(kernels: Iterator[Tensor]) -> list[float]:
         return [float(torch.linalg.cond(kernel)) for kernel in kernels]
@@ -190,21 +198,21 @@ def measure_score(*, quick: bool, repetitions: int) -> dict[str, Any]:
 
 
 def measure_rows(name: str, outputs: int, *, quick: bool, repetitions: int) -> dict[str, Any]:
-    """Time the diagonal on samples that are new and on samples that are known, beside its passes by hand."""
+    """Time the kernel on samples that are new and on samples that are known, beside its passes by hand."""
     network = ROW_NETWORKS[name]
     model, x = network.make(outputs, quick)
     known = linearize(model)
-    kernels = [ntkops.ntk(known, x) for _ in range(repetitions + 3)]
+    kernels = [ntkops.ntk(known, x) for _ in range(repetitions + 2)]
     checked = kernels.pop()
-    checked.diagonal()
+    checked.to_dense()
     unchecked = iter(kernels)
 
     def again() -> Tensor:
         checked.free()
-        return checked.diagonal()
+        return checked.to_dense()
 
     work = {
-        "new": lambda: next(unchecked).diagonal(),
+        "new": lambda: next(unchecked).to_dense(),
         "known": again,
         "forward": lambda: _passes(model, x, 0),
         "passes": lambda: _passes(model, x, outputs),
