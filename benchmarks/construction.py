@@ -33,8 +33,8 @@ __all__ = ["measure_network", "measure_rows", "measure_score", "passes_of", "pre
 FEW = 4  # samples of a training step, which are as many as the library tries a model on
 OUTPUTS = (10, 2, 1)
 SEARCHED = 30
-REPETITIONS = {"mlp": 31, "cnn": 31, "gpt": 3, "gpt2": 3}
-USUAL = 5
+REPETITIONS = {"mlp": 31, "cnn": 31}
+USUAL = 3
 NO_MEMORY = ("mlp", "cnn")  # below what the system tells
 
 
@@ -299,7 +299,7 @@ def run(
             for outputs in OUTPUTS[1:2] if quick else OUTPUTS:
                 say(f"row check, {ROW_NETWORKS[name].title}, {outputs} outputs")
                 result["rows"].append(
-                    measure_rows(name, outputs, quick=quick, repetitions=1 if quick else 15)
+                    measure_rows(name, outputs, quick=quick, repetitions=1 if quick else 7)
                 )
     return {
         "benchmark": "construction",

@@ -39,7 +39,7 @@ class Wrong(AssertionError):
 def _allowed(program: Program, quantity: str) -> tuple[type[NtkopsError], ...]:
     """Return what a quantity of a program may be refused with; most of them with nothing."""
     allowed: tuple[type[NtkopsError], ...] = ()
-    if program.kinds & set(COUPLED) and program.samples > 1:
+    if program.kinds & set(COUPLED):  # of one sample too: twice the same shows it
         allowed += (CoupledSamplesError,)
     if program.kinds & set(ONE_WAY) and quantity in ("J p", "K v", "K v again", "cross v"):
         allowed += (DifferentiationError,)
