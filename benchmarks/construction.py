@@ -298,9 +298,7 @@ def run(
         for name in ROW_NETWORKS:
             for outputs in OUTPUTS[1:2] if quick else OUTPUTS:
                 say(f"row check, {ROW_NETWORKS[name].title}, {outputs} outputs")
-                result["rows"].append(
-                    measure_rows(name, outputs, quick=quick, repetitions=1 if quick else 7)
-                )
+                result["rows"].append(measure_rows(name, outputs, quick=quick, repetitions=1 if quick else 7))
     return {
         "benchmark": "construction",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
