@@ -36,6 +36,7 @@ def require_shape(result: dict) -> None:
         assert 0 < found["min"] <= found["median"] <= found["max"]
 
 
+@pytest.mark.long
 def test_the_command_measures_the_smallest_case(
     construction: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,11 +51,7 @@ def test_the_command_measures_the_smallest_case(
     times = {key: found["cpu_ms"]["median"] for key, found in entry["time"].items()}
     expected = times["make"] / times["step"]
     assert entry["steps"]["make"]["cpu"]["median"] == pytest.approx(expected, rel=2e-3)
-    assert [(row["model"], row["outputs"]) for row in result["rows"]] == [
-        ("mlp", 2),
-        ("transformer", 2),
-        ("cnn", 2),
-    ]
+    assert [(row["model"], row["outputs"]) for row in result["rows"]] == [("mlp", 2)]
     assert result["options"]["quick"] is True and result["targets"] == []
     capsys.readouterr()
 
