@@ -93,7 +93,7 @@ unit: $(TEST) $(OTHERS)
 long: $(TEST) $(OTHERS)
 	$(PYTEST) -n $(WORKERS) -m '(dist or long) and not slow and not models' --ignore=tests/docs
 
-# Two grammars: four tests of random networks and one of random programs, two more with FUZZ_LAYERS=1.
+# Two grammars: four tests of random networks and three of random programs.
 fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)

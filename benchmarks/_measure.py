@@ -121,7 +121,7 @@ def interleaved(
     Args:
         work: The pieces by name.
         repetitions: Times that each is timed.
-        shortest: Seconds; work that takes less is called several times in one timing.
+        shortest: Seconds; work that takes less is called several times in one timing; 0 for once.
 
     Returns:
         The times of each, in the order of the repetitions.
@@ -163,6 +163,8 @@ def _timed(piece: Callable[[], object], calls: int) -> tuple[float, float]:
 
 def _calls(piece: Callable[[], object], shortest: float) -> int:
     piece()
+    if not shortest:
+        return 1
     return max(1, int(1e3 * shortest / max(_timed(piece, 1)[1], 1e-6)))
 
 

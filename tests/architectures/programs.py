@@ -568,14 +568,14 @@ class Program:
 
     @property
     def is_coupled(self) -> bool:
-        """Whether samples of these data depend on one another."""
-        key = self.data().key
-        coupled = {
-            "coupled late": int((key < 0).sum()) > 1,
-            "never sorted back": bool((key.argsort(descending=True) != torch.arange(self.samples)).any()),
-            "centred": self.samples > 1,
-        }
-        return any(coupled[name] for name in self.kinds & set(COUPLED))
+        """Whether a sample has another output among these samples than alone."""
+        if not self.kinds & set(COUPLED):
+            return False
+        model, batch = self.build(), self.data()
+        singles = [[tensor[n : n + 1] for tensor in batch] for n in range(self.samples)]
+        with torch.no_grad():
+            alone = torch.cat([model(*sample) for sample in singles])
+            return not torch.allclose(model(*batch), alone, rtol=0, atol=1e-9)
 
 
 def draw_program(random: random.Random) -> Program:
