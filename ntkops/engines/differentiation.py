@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -192,6 +192,8 @@ class _Classic:
                     gradients = torch.autograd.grad(
                         self._output, self._params, point, create_graph=True, allow_unused=True
                     )
+            if _refuses(gradients):
+                raise RuntimeError("a function of the model is differentiable once only")
             self._transposable = point, list(gradients)
         return self._transposable
 
@@ -220,13 +222,29 @@ class _Classic:
                 x.new_zeros((count, *x.shape)) if g is None else g
                 for g, x in zip(gradient(cotangents, True), inputs, strict=True)
             )
-        rows = [gradient([c[i] for c in cotangents], False) for i in range(count)]
+        # Each in memory of its own: a view as complex numbers wants even places.
+        rows = [gradient([c[i].clone() for c in cotangents], False) for i in range(count)]
         return _stack(
             [
                 tuple(torch.zeros_like(x) if g is None else g for g, x in zip(row, inputs, strict=True))
                 for row in rows
             ]
         )
+
+
+def _refuses(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether a part of some gradients has no derivative: torch may leave it out in silence."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [g.grad_fn for g in gradients if g is not None]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _stack(rows: Sequence[Parameters]) -> Parameters:

@@ -167,7 +167,9 @@ class LayerSource:
         known = known or Known("outputs", torch.arange(inputs.num_outputs), inputs.num_outputs)
         key = known.name, covered
         seen = self.linearization.seen(inputs, start, start + batch.num_samples, key, known.count, params)
-        asked = None if seen is not None and bool(seen[known.numbers].all()) else check
+        # One sample has no rows of others.
+        is_known = batch.num_samples == 1 or (seen is not None and bool(seen[known.numbers].all()))
+        asked = None if is_known else check
         output = recording.output.detach()
         try:
             found = collect(recording, units, layouts, cotangents, self.dtype, chunk, compact, asked)

@@ -89,6 +89,23 @@ class SampleAxis:
             f"samples (len(x), x.shape[{self._axis}]), that enters the output"
         )
 
+    def require_any_order(self, state: Tensor) -> None:
+        """Raise if samples that are turned round have other outputs; to refuse an order aloud is fine."""
+        order = torch.arange(self._sample.num_samples).flip(0)
+        try:
+            turned = self._evaluate(take(self._sample, order))
+        except Exception as error:
+            if "allocate" in str(error):
+                raise
+            return
+        before = state.index_select(self._axis, order.to(state.device))
+        if self.close(before, turned) or self._is_rounding(state, before, turned):
+            return
+        raise CoupledSamplesError(
+            "samples are coupled: in another order they have other outputs; look for sorting whose result is "
+            "not put back in order, or for a position in the batch that enters the output"
+        )
+
     def _is_rounding(self, state: Tensor, before: Tensor, after: Tensor) -> bool:
         """Whether coarser arithmetic inside, or enlarged rounding, explains that two states differ."""
         if self.close(before, after, lowest_dtype(self._lin, self._sample)):

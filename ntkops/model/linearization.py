@@ -29,6 +29,7 @@ from .watch import Watch, require_fresh, tracked
 __all__ = ["Linearization"]
 
 _HEAD = 64  # samples among which the trial run finds differing ones
+_COMPARED = 8  # samples of a batch whose outputs are computed again: the cost stays small beside the batch
 
 
 class Linearization:
@@ -247,7 +248,7 @@ class Linearization:
         rows: Tensor | None = None,
         alone: bool = False,
     ) -> None:
-        """Raise if the samples of a random half of a batch have other outputs among themselves.
+        """Raise if some random samples of a batch, at most half of it, have other outputs among themselves.
 
         Samples that are coupled, and that the trial did not see, would make a kernel depend on how it is cut
         into batches. Each batch is looked at once.
@@ -272,8 +273,8 @@ class Linearization:
         if count == 1 or (seen is not None and bool(seen.all())):
             return
         generator = torch.Generator().manual_seed(start + count)
-        half = torch.randperm(count, generator=generator)[: count // 2].sort().values
-        require_own_rows(self, start, params, batch, rows, half)
+        some = torch.randperm(count, generator=generator)[: min(count // 2, _COMPARED)].sort().values
+        require_own_rows(self, start, params, batch, rows, some)
         if seen is not None:
             seen.fill_(True)
 

@@ -217,6 +217,7 @@ class _Trial:
         with torch.no_grad():
             try:
                 self.samples.require_independent(state)
+                self.samples.require_any_order(state)
             except CoupledSamplesError as error:
                 if self.lin.call.draws:  # passes differ by what was drawn, and not by the samples
                     raise self._stochastic() from error

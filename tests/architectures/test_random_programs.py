@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from .examined import examine
 from .profiles import PROGRAMS
-from .programs import draw_program
+from .programs import Program, draw_program
 
 pytestmark = pytest.mark.long
 
@@ -34,3 +34,34 @@ def test_layer_structure(program):
 @given(DRAWN, st.sampled_from(["autograd", "auto"]))
 def test_float32(program, engine):
     examine(program, engine, torch.float32)
+
+
+FOUND = {
+    "complex views of odd rows": Program(
+        steps=(("checkpointed", 0, False), ("complex numbers", 2, False)), samples=2, outputs=1, seed=51
+    ),
+    "differentiable once": Program(steps=(("own function once", 1, False),), samples=3, outputs=1, seed=31),
+    "never sorted back, the first in order": Program(
+        steps=(("never sorted back", 0, True),), samples=2, outputs=1, seed=20, hidden=False
+    ),
+    "a batch that uses no parameter": Program(
+        steps=(("own function without forward mode", 0, True), ("two experts", 1, True)),
+        samples=2,
+        outputs=2,
+        seed=20,
+    ),
+    "rows of none": Program(
+        steps=(("ragged", 0, False), ("routed words", 1, True)),
+        samples=1,
+        outputs=3,
+        seed=38,
+        hidden=False,
+        frozen=(1,),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+@pytest.mark.parametrize("name", FOUND)
+def test_programs_that_were_found(name, engine):
+    examine(FOUND[name], engine)
