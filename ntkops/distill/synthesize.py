@@ -212,6 +212,7 @@ def _galerkin(task: _Task) -> _Made:
     duals, ridge = dual_coefficients(task.kernels, task.labels, task.layout, task.ridge, task.relative)
     details: dict[str, Any] = {"ridge": ridge, "lossless": task.count >= duals.shape[-1]}
     mean = class_mean(task.kernels)
+    duals = duals.to(mean.dtype)  # they come in float64, whatever the kernel
     if task.count < duals.shape[-1]:
         return _Made(leading_combinations(mean, duals, ridge, task.count), details, of_mean=True)
     # All of them are kept: a class with small coefficients is not to pass for rounding.

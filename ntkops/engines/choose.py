@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import DifferentiationError, NtkopsError, OutputError
 from ..model import Batch, Inputs, Linearization
 from ..model.batch import take
+from ..shortage import is_out_of_memory
 from .adjoint import check_adjoint, check_slope, first_line, length, vectors
 from .differentiation import (
     MODES,
@@ -116,6 +117,8 @@ def _first_mode(
         except NtkopsError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{mode}: {first_line(error)}")
             continue
         if not bool(pushed.isfinite().all()) and all(bool(g.isfinite().all()) for g in pulled):
@@ -202,6 +205,8 @@ def _vmap_agrees(
         except NtkopsError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{what}: a loop instead of vmap: {first_line(error)}")
             return False
     if any("performance drop" in str(warning.message) for warning in caught):

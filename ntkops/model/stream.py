@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..arguments import checked
 from ..errors import InputError, NonDeterministicDataError
 from .batch import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
 from .context import disturb_randomness, untouched_randomness
@@ -90,7 +89,6 @@ class Stream:
         NonDeterministicDataError: If a second pass begins with other data.
     """
 
-    @checked
     def __init__(
         self, source: Iterable[Any], batch_dim: int, dtypes: Collection[torch.dtype], device: torch.device
     ) -> None:

@@ -93,6 +93,7 @@ def largest_eigenvalue(K: Kernel) -> Tensor:
     block = torch.randn(K.shape[-1], 4, generator=torch.Generator().manual_seed(0), dtype=K.dtype)
     block = block.to(K.device).expand(*K.shape[:-2], *block.shape)
     for _ in range(_STEPS):
+        block = block / block.abs().amax(-2, keepdim=True)  # first: squares of large numbers overflow
         block = multiply(K, block / torch.linalg.vector_norm(block, dim=-2, keepdim=True))
     return torch.linalg.vector_norm(block.double(), dim=-2).amax(-1)
 

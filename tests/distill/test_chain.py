@@ -117,7 +117,7 @@ def test_k_near_m_is_warned_of() -> None:
         ({}, "needs a stage"),
         ({"projection": 0}, "positive number of features"),
         ({"projection": "gaussian"}, "positive number of features"),
-        ({"gradients": "pca"}, "function of kernels and targets"),
+        ({"gradients": "pca"}, "pass a function, or None"),
         ({"projection": 40, "fit": "exact"}, "choose 'nystrom'"),
         ({"gradients": lambda K, Y: K}, "due is a Distilled"),
     ],

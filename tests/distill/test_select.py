@@ -148,8 +148,13 @@ def test_the_global_generator_is_left_alone():
 def test_messages():
     with pytest.raises(InputError, match="choose one of"):
         select(K, 4, "best")
-    for count in (0, 41, 2.0, True):
-        with pytest.raises(InputError, match="from 1 to 40"):
+    for count, message in (
+        (0, "from 1 to 40"),
+        (41, "from 1 to 40"),
+        (2.0, "an integer"),
+        (True, "an integer"),
+    ):
+        with pytest.raises(InputError, match=message):
             select(K, count)
     with pytest.raises(InputError, match="leverage"):
         select(K, 4, "leverage", ridge=0.0)

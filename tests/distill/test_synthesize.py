@@ -297,7 +297,7 @@ def test_messages():
             synthesize(K, 3, method)
     with pytest.raises(InputError, match="from 1 to 40"):
         synthesize(K, 41, "pca")
-    with pytest.raises(InputError, match="one number"):
+    with pytest.raises(InputError, match="pass a number"):
         synthesize(K, 3, "galerkin", Y=Y, ridge="loo")
     with pytest.raises(ShapeError):
         synthesize(K, 3, "krylov", Y=Y[:20])

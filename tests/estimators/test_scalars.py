@@ -350,7 +350,7 @@ def test_seeds_reproduce_and_the_global_state_is_left_alone():
         ({"rtol": 2.0}, "between 0 and 1"),
         ({"num_passes": 0}, "num_passes=0"),
         ({"num_passes": 2.5}, "num_passes=2.5"),
-        ({"method": "hutch++", "num_passes": 2}, "at least 3 product columns"),
+        ({"method": "hutch++", "num_passes": 2}, "at least 6 passes: that is num_passes=6"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -174,7 +174,7 @@ ROWS = [
     (18, "another device", lambda: ntk(x=X.to("meta")), errors.DeviceError, ValueError,
      r"lives on meta, the model on cpu; move it with \.to\('cpu'\)"),
     (18, "no generator", lambda: ntkops.trace(ntk(), generator=3), errors.InputError, ValueError,
-     r"generator=3: pass None or a torch\.Generator"),
+     r"generator=3: pass a torch\.Generator, or None"),
     (19, "meta parameters", lambda: ntk(nn.Linear(3, 2, device="meta")), errors.UnsupportedModelError,
      TypeError, "'weight' has no data"),
     (19, "lazy parameters", lambda: ntk(nn.LazyLinear(2)), errors.UnsupportedModelError, TypeError,
@@ -194,7 +194,7 @@ ROWS = [
     (25, "no passes", lambda: ntkops.trace(ntk(), num_passes=0), errors.InputError, ValueError,
      "num_passes=0: pass a positive integer"),
     (25, "few passes", lambda: ntkops.trace(ntk(), method="hutch++", num_passes=2), errors.InputError,
-     ValueError, "at least 3 product columns.*num_passes=6"),
+     ValueError, "at least 6 passes: that is num_passes=6"),
     (26, "negative ridge", lambda: ntkops.KernelRidge(-1.0).fit(ntk(), torch.ones(20, 2)), errors.InputError,
      ValueError, "ridge=-1.0"),
     (26, "negative jitter", lambda: ntk().add_jitter(-1.0), errors.InputError, ValueError, "ridge=-1.0"),
@@ -234,15 +234,13 @@ ROWS = [
     (20, "float in a slice", lambda: ntk()[1.5:3], errors.OutOfRangeError, IndexError, "not 1.5"),
     (20, "float in a submatrix", lambda: ntk().submatrix([0.5], [1]), errors.OutOfRangeError, IndexError,
      "a tensor of torch.float32"),
-    (20, "choice of outputs", lambda: ntk(outputs=1.5), errors.InputError, ValueError, "'each', 'trace'"),
+    (20, "choice of outputs", lambda: ntk(outputs=1.5), errors.InputError, ValueError, "'each' or 'trace'"),
     (26, "string as jitter", lambda: ntk().add_jitter("0.1"), errors.InputError, ValueError, "ridge='0.1'"),
     (26, "None as jitter", lambda: ntk().add_jitter(None), errors.InputError, ValueError, "ridge=None"),
     (31, "inverse", lambda: torch.inverse(ntk()), errors.UnsupportedOperationError, TypeError,
      r"no inverse is formed; use K\.add_jitter\(ridge\)\.solve\(b\)"),
     (31, "inverse of a ridge", lambda: torch.linalg.inv(ntk().add_jitter(1.0)),
      errors.UnsupportedOperationError, TypeError, r"solve\(b\)"),
-    (31, "torch's trace", lambda: torch.trace(ntk()), errors.UnsupportedOperationError, TypeError,
-     r"ntkops\.trace\(K\)"),
 ]  # fmt: skip
 
 
@@ -294,6 +292,7 @@ def test_4_two_threads_get_right_results():
 
 
 def test_12_an_output_without_parameters_warns_and_is_zero():
+    assert ntk(engine="autograd").engine_info.mode  # torch warns of itself where forward mode is first used
     with pytest.warns(UserWarning, match=r"does not depend on the selected parameters \(w\)"):
         K = ntk(Constant())
     assert not K.to_dense().any()
