@@ -92,6 +92,8 @@ def problem():
         "fourth": K,
         "kernel": K,
         "K": K,
+        "A": K,
+        "M": dense.diagonal().clone(),
         "projection": ntkops.projections.SJLT(K.num_parameters, 5, 0),
         "inducing": [0, 2],
         "columns": 2,

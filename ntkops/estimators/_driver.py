@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import PassCounter, count_passes
+from ..engines.passes import take_spare
 from ..errors import BackwardLimitError, InputError, NotConvergedWarning
 from ..results import Estimate
 from ..shortage import memory_for
@@ -129,6 +130,9 @@ def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sample
         sampler = plan.sampler(method, request.generator)
         if request.num_passes is None:
             return method, sampler, None
+        price = _price(sampler, sampler.least)
+        if request.num_passes - reserve < price <= request.num_passes and take_spare(reserve):
+            reserve = 0  # no cache is made: the passes are needed
         left = request.num_passes - reserve
         highest = left // max(sampler.unit, 1)
         prices = range(min(highest, _enough(plan, sampler)) + 1)
@@ -137,7 +141,7 @@ def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sample
             limit = highest
         if limit >= sampler.least:
             return method, sampler, limit
-        least[method] = _price(sampler, sampler.least)
+        least[method] = price
     method = min(least, key=least.__getitem__)
     raise InputError(
         f"num_passes={request.num_passes} does not pay for {plan.name} by {method!r}, which takes at least "

@@ -53,9 +53,16 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
             self.idx_to_tensor_idx.cpu()[chosen], return_counts=True
         )  # runs of rows that one part has
         parts = []
+        every = slice(None)
         for owner, run in zip(owners.tolist(), chosen.split(counts.tolist()), strict=True):
-            indices[self.cat_dim] = run - int(self.cat_dim_cum_sizes[owner])
-            parts.append(self.linear_ops[owner]._getitem(*indices[-2:], *batch_indices))
+            own: list[Any] = [every, every]
+            own[self.cat_dim] = run - int(self.cat_dim_cum_sizes[owner])
+            part = self.linear_ops[owner]._getitem(*own, *batch_indices)
+            # One after the other: two tensors of positions would be taken for pairs.
+            own[self.cat_dim], own[-3 - self.cat_dim] = every, indices[-3 - self.cat_dim]
+            if own != [every, every]:
+                part = part._getitem(*own, *[every] * len(part.batch_shape))
+            parts.append(part)
         return parts[0] if len(parts) == 1 else self._like(parts)
 
     def _like(self, parts: Sequence[LinearOperator]) -> Self:

@@ -59,6 +59,8 @@ class LayerKronecker(Projection):
         True
     """
 
+    _may_be_tall = True  # rows and columns are chosen for each matrix, not for all parameters
+
     @checked
     def __init__(
         self,

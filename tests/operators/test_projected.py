@@ -453,7 +453,7 @@ BAD = {
     "not a kernel": (lambda p: projected_ntk(torch.eye(3), p.projection), InputError, "K is a Tensor"),
     "Jacobian": (lambda p: projected_ntk(p.kernel.left, p.projection), InputError, "JacobianOperator"),
     "twice": (lambda p: projected_ntk(p.sketch, p.projection), InputError, "already projected"),
-    "not a projection": (lambda p: projected_ntk(p.kernel, 12), InputError, "projection is a int"),
+    "not a projection": (lambda p: projected_ntk(p.kernel, 1.5), InputError, "projection is a float"),
     "size": (lambda p: projected_ntk(p.kernel, SJLT(37, K, 0)), ShapeError, r"\(6, 37\).*\(k, 38\)"),
     "transposed": (lambda p: projected_ntk(p.kernel, p.P.mT), ShapeError, r"\(38, 6\)"),
     "dtype": (lambda p: projected_ntk(p.kernel, p.P.float()), DtypeError, r"torch\.float32"),

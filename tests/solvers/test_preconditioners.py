@@ -180,7 +180,7 @@ def test_a_batch_has_a_preconditioner_for_each_member():
 
 def test_bad_input_is_told():
     F = torch.ones(N, 2, dtype=torch.float64)
-    with pytest.raises(InputError, match="positive ridge"):
+    with pytest.raises(InputError, match="positive, finite ridge"):
         factor_preconditioner(F, 0.0, SPACE)
     with pytest.raises(ShapeError, match="the factor needs"):
         factor_preconditioner(F[:-1], 1.0, SPACE)
