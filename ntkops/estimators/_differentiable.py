@@ -217,8 +217,7 @@ def _sampled(
             "of the value, and says nothing of its gradient; or take method='exact'"
         )
     unit = max(1, sum(operand.cost for operand in given))
-    reserve = request.reserve(given)
-    columns = (request.num_passes - reserve) // unit
+    columns = request.num_passes // unit
     sketched = method != "hutchinson"
     least = 1 + 2 * len(given) if sketched else 1
     if columns < least:
@@ -226,7 +225,7 @@ def _sampled(
             f"num_passes={request.num_passes} does not pay for {least} product columns of {unit} passes, "
             f"which {'hutch++' if sketched else 'hutchinson'} needs at least for {quantity.name}"
         )
-    with torch.no_grad(), request.capped(reserve):
+    with torch.no_grad(), request.capped():
         probes, fixed = _probes(given, columns, request.generator, sketched)
         # The terms of every probe once without a graph, for the value and its error.
         counted = [operand.multiply for operand in given]

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engines import PassCounter, count_passes
-from ..engines.passes import take_spare
 from ..errors import BackwardLimitError, InputError, NotConvergedWarning
 from ..results import Estimate
 from ..shortage import memory_for
@@ -97,15 +96,14 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         The exact value where that was asked or pays, else an estimate.
     """
     request = request.shared(plan.space)
-    reserve = request.reserve(plan.operands)
-    with torch.no_grad(), request.capped(reserve), _Account(plan, request, work) as account:
+    with torch.no_grad(), request.capped(), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
         if request.method == "exact" or request.method == "auto" and _exact_pays(plan, request, cost):
             found = account.exact(cost, needed=request.method == "exact")
             if found is not None:
                 return found
             cost = math.inf
-        method, sampler, limit = _affordable(plan, request, reserve)
+        method, sampler, limit = _affordable(plan, request)
         _require_within_reach(request, sampler, method)
         if request.rtol is None:
             return _spend(plan, request, account, sampler, method, cost, limit)
@@ -119,7 +117,7 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         return _reach(plan, request, account, courses, cost, limit)
 
 
-def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sampler, int | None]:
+def _affordable(plan: Plan, request: Request) -> tuple[str, Sampler, int | None]:
     """Return the method, its source of probes, and the columns that the cap pays for, if there is one.
 
     Raises:
@@ -131,9 +129,7 @@ def _affordable(plan: Plan, request: Request, reserve: int) -> tuple[str, Sample
         if request.num_passes is None:
             return method, sampler, None
         price = _price(sampler, sampler.least)
-        if request.num_passes - reserve < price <= request.num_passes and take_spare(reserve):
-            reserve = 0  # no cache is made: the passes are needed
-        left = request.num_passes - reserve
+        left = request.num_passes
         highest = left // max(sampler.unit, 1)
         prices = range(min(highest, _enough(plan, sampler)) + 1)
         limit = bisect_right(prices, left, key=partial(_price, sampler)) - 1

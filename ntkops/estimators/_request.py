@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..engines import spare_passes
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.counting import cache_cost, column_space, multiply, product_cost, row_space
+from ..operators.counting import column_space, multiply, product_cost, row_space
 from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
 __all__ = ["Operand", "Request", "operands", "require_finite"]
 
 DEFAULT_RTOL = 1e-2
-_CACHE_SHARE = 0.25  # of the passes that are given, for caches that make the others faster
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,10 @@ class Request:
         generator = space.common(self.generator)
         return replace(self, generator=generator, seed=generator.initial_seed())
 
-    def reserve(self, operands: Sequence[Operand]) -> int:
-        """Return the passes of the cap that are kept for caches; 0 where these would take much of it."""
-        if self.num_passes is None:
-            return 0
-        passes = math.ceil(sum(operand.cache_cost for operand in operands))
-        return passes if passes <= _CACHE_SHARE * self.num_passes else 0
-
-    def capped(self, reserve: int) -> AbstractContextManager[None]:
-        """Within it caches are made only from what is kept for them, if there is a cap."""
-        return nullcontext() if self.num_passes is None else spare_passes(reserve)
+    def capped(self) -> AbstractContextManager[None]:
+        """Return what keeps caches from being made, if there is a cap."""
+        # Rows that are spread over processes would else be given other probes than those of one process.
+        return nullcontext() if self.num_passes is None else spare_passes(0)
 
     def allows(self, passes: float) -> bool:
         """Whether so many passes in all stay below the cap."""
@@ -166,7 +159,6 @@ class Operand:
         self.dtype: torch.dtype = operator.dtype
         self.device = self.structure.device
         self.cost: int = product_cost(operator)
-        self.cache_cost: float = cache_cost(operator)
 
     @property
     def size(self) -> int:

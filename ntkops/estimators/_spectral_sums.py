@@ -191,9 +191,8 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
             or request.method == "auto"
             and not (fits and _pays(operand, exact_passes))
         ):
-            reserve = request.reserve([operand])
-            cap = _cap(operand, request, exact_passes, fits, reserve)
-            with request.capped(reserve):
+            cap = _cap(operand, request, exact_passes, fits)
+            with request.capped():
                 found = _by_quadrature(operand, quantity, options, cap, bar)
             spent = request.num_passes is not None and tally.total + exact_passes > request.num_passes
             if request.method == "auto" and fits and not spent and not all(one.converged for one in found):
@@ -211,10 +210,10 @@ def _pays(operand: Operand, exact_passes: float) -> bool:
     return operand.size <= _DENSE and exact_passes <= _USUAL * max(operand.cost, 1)
 
 
-def _cap(operand: Operand, request: Request, exact_passes: float, fits: bool, reserve: int) -> int:
+def _cap(operand: Operand, request: Request, exact_passes: float, fits: bool) -> int:
     """Return the products that one member may take."""
     if request.num_passes is not None:
-        return (request.num_passes - reserve) // (max(operand.cost, 1) * max(operand.batch_shape.numel(), 1))
+        return (request.num_passes) // (max(operand.cost, 1) * max(operand.batch_shape.numel(), 1))
     if request.method == "auto" and fits:
         exact = exact_passes / max(operand.cost, 1)
         return math.ceil(max(exact, _EIGENVALUES * operand.size, _USUAL))

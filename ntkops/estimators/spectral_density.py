@@ -127,11 +127,9 @@ def spectral_density(
             sampled = _Rules(nodes, weights, [], True)
         else:
             steps = min(num_steps or _STEPS, operand.size)
-            reserve = asked.reserve([operand])
-            left = None if num_passes is None else num_passes - reserve
-            target = _Target.of(operand, steps, num_probes, rtol, left)
+            target = _Target.of(operand, steps, num_probes, rtol, num_passes)
             with (
-                asked.capped(reserve),
+                asked.capped(),
                 tqdm(desc="spectral density", unit="product", disable=not progress) as bar,
             ):
                 sampled = _Sampler(operand, asked.generator, steps, bar).sample(target, frame)

@@ -53,14 +53,14 @@ def test_no_more_passes_are_made_than_were_given(name, engine):
     assert tried >= 5
 
 
-def test_the_cache_of_wide_outputs_is_made_only_where_it_fits():
+def test_no_cache_is_made_under_a_cap():
     (kernel, _) = kernels("layerwise", outputs=16)  # rank 17 at most: 16 backwards
     for method, cap in (("hutch++", 60), ("hutch++", 9), ("sketch", 40), ("hutchinson", 500)):
         found = ntkops.trace(kernel, method=method, num_passes=cap, generator=generator(0))
         assert cap / 2 <= found.passes <= cap
     # Whether it is held already does not change the probes.
     again = ntkops.trace(kernel, method="hutchinson", num_passes=500, generator=generator(0))
-    assert again.passes == found.passes - 16
+    assert again.passes == found.passes
     torch.testing.assert_close(again.value, found.value, rtol=1e-4, atol=0)
 
 
