@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engines import spare_passes
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.counting import column_space, multiply, product_cost, row_space
+from ..operators.counting import cache_cost, column_space, multiply, product_cost, row_space
 from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
@@ -159,6 +159,7 @@ class Operand:
         self.dtype: torch.dtype = operator.dtype
         self.device = self.structure.device
         self.cost: int = product_cost(operator)
+        self.cache_cost: float = cache_cost(operator)
 
     @property
     def size(self) -> int:

@@ -20,14 +20,14 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..engines import count_passes
+from ..engines import LayerwiseEngine, count_passes
 from ..engines.passes import report_passes
 from ..errors import NonFiniteError
 from ..vectors import Space
 from .axes import StateAxis
 from .products import ProductOperator
 
-__all__ = ["column_space", "multiply", "product_cost", "row_space"]
+__all__ = ["cache_cost", "column_space", "multiply", "product_cost", "row_space"]
 
 
 def multiply(operator: LinearOperator | Tensor, block: Tensor) -> Tensor:
@@ -113,6 +113,25 @@ def product_cost(operator: LinearOperator | Tensor) -> int:
     if any(_holds_ours(part) for part in inside):
         return sum(product_cost(part) for part in inside if _holds_ours(part))
     return operator.shape[:-2].numel()
+
+
+def cache_cost(operator: LinearOperator | Tensor) -> float:
+    """Return the most passes that caches of an operator may take once, which make its products faster."""
+    if isinstance(operator, ProductOperator):
+        engine = operator._core.engine
+        if not isinstance(engine, LayerwiseEngine):
+            return 0.0
+        axes = (operator._core.rows, operator._core.columns)
+        inputs = {id(axis.inputs): axis.inputs for axis in axes if isinstance(axis, StateAxis)}
+        return sum(engine.diagonal_passes(known, known.num_outputs) for known in inputs.values())
+    if hasattr(operator, "structure"):
+        found = operator.structure.factors()
+        return max((cache_cost(factor) for factor in found), default=0.0) if found else 0.0
+    if isinstance(operator, SumLinearOperator):
+        return sum(cache_cost(part) for part in operator.linear_ops)
+    if isinstance(operator, ConstantMulLinearOperator | BlockDiagLinearOperator):
+        return cache_cost(operator.base_linear_op)
+    return sum(cache_cost(part) for part in _inner(operator) if _holds_ours(part))
 
 
 def _inner(operator: LinearOperator | Tensor) -> tuple[LinearOperator, ...]:
