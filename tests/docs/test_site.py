@@ -187,6 +187,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @built
 @browsed
+@pytest.mark.slow  # minutes on a busy machine
 def test_formulas_render(measured: list[dict[str, Any]]) -> None:
     assert {one["page"]: one["text"] for one in measured if one["text"]} == {}
     assert [one["page"] for one in measured if one["bare"] or one["errors"]] == []
@@ -197,6 +198,7 @@ def test_formulas_render(measured: list[dict[str, Any]]) -> None:
 
 @built
 @browsed
+@pytest.mark.slow  # minutes on a busy machine
 def test_code_is_not_cut_off_and_no_page_scrolls_sideways(measured: list[dict[str, Any]]) -> None:
     assert {one["page"]: one["wide"] for one in measured if one["width"] == 1400 and one["wide"]} == {}
     assert {one["page"]: one["sideways"] for one in measured if one["width"] == 400 and one["sideways"]} == {}
