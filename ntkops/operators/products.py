@@ -146,9 +146,9 @@ class ProductOperator(Expression):
             return self._multiply(rhs)
         if not batch:  # one operator, many blocks: their columns go side by side
             lead, columns = rhs.shape[:-2], rhs.shape[-1]
-            wide = rhs.reshape(-1, *rhs.shape[-2:]).movedim(0, 1).flatten(1)  # (n, B·k)
+            wide = rhs.flatten(0, -3).movedim(0, 1).flatten(1)  # (n, B·k)
             result = self._multiply(wide)
-            return result.reshape(len(result), -1, columns).movedim(1, 0).reshape(*lead, -1, columns)
+            return result.unflatten(1, (*lead, columns)).movedim(0, -2)
         full = torch.broadcast_shapes(batch, rhs.shape[:-2])
         wide = rhs.expand(*full, *rhs.shape[-2:])
         return self._expand_batch(full)._multiply(wide)

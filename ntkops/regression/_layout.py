@@ -39,7 +39,7 @@ class Layout:
     def columns(self, labels: Tensor) -> Tensor:
         """Return labels ``(N, *tail)`` as right-hand sides ``(*batch, n, k)``."""
         if self.kind == "each":
-            return labels.reshape(len(labels), -1).mT.unsqueeze(-1)
+            return labels.reshape(len(labels), math.prod(self.tail)).mT.unsqueeze(-1)
         if self.kind == "flat":
             return labels.reshape(-1, 1)
         return labels.reshape(len(labels), math.prod(self.tail))
@@ -51,7 +51,7 @@ class Layout:
     def restore_rows(self, rows: Tensor) -> Tensor:
         """Return one number for each row of the kernels, ``(*batch, n)``, sample by sample."""
         if self.kind == "each":
-            return rows.mT.reshape(-1, *self.tail)
+            return rows.mT.reshape(rows.shape[-1], *self.tail)  # also for a process that has no rows
         return self._reshape(rows) if self.kind == "flat" else rows
 
     def _reshape(self, values: Tensor) -> Tensor:
