@@ -70,13 +70,6 @@ class OutputSelector:
     """
 
     def __init__(self, output: str | int | Callable[[Any], Any] | None, root: nn.Module | None) -> None:
-        if isinstance(output, bool) or not (
-            output is None or isinstance(output, (str, int)) or callable(output)
-        ):
-            raise OutputError(
-                f"output={output!r} is a {type(output).__name__}; pass None, a key, a position, a module "
-                "path or a callable on the model's raw output"
-            )
         self.output = output
         self.path: str | None = None
         self._call: int | None = None

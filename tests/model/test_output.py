@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntkops.errors import NtkopsWarning, OutputError, UnsupportedModelError
+from ntkops.errors import InputError, NtkopsWarning, OutputError, UnsupportedModelError
 from ntkops.model import linearize
 from tests.model.zoo import BY_NAME, DictModel, untouched
 
@@ -198,7 +198,7 @@ def test_wrong_paths_say_why(output, message):
 
 @pytest.mark.parametrize("output", [True, 1.5, ["a"]])
 def test_selectors_of_unknown_kind_are_refused_at_once(output):
-    with pytest.raises(OutputError, match="pass None, a key, a position"):
+    with pytest.raises(InputError, match="pass a string, or an integer, or a function, or None"):
         linearize(nn.Linear(3, 2), output=output)
 
 
