@@ -1,4 +1,4 @@
-"""The command line: ``python -m ntkops <command>``."""
+"""The command line: ``ntkops <command>``, or ``python -m ntkops <command>``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         NtkopsError: Instead of exit code 2, if ``--traceback`` was given.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m ntkops", description="Neural tangent kernels of PyTorch models."
-    )
+    parser = argparse.ArgumentParser(prog="ntkops", description="Neural tangent kernels of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"ntkops {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     report.add_command(commands)

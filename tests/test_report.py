@@ -583,7 +583,13 @@ def test_digits_from_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # the bar is for terminals
     record = json.loads((out / "report.json").read_text())
-    assert sorted(p.name for p in out.iterdir()) == sorted([*record["plots"], "report.json"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*record["plots"], "report.json", "report.html"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(record["plots"]) and not re.search(
+        r"(src|href)=\"[^d]", page
+    )
+    for word in ("Alignment", "Effective rank", "samples: 24", "trace"):
+        assert word in page
     assert len(record["plots"]) == 4
     assert all((out / name).read_bytes().startswith(PNG) for name in record["plots"])
     # Some builds are 2.8.0 to the package index and 2.8.0+cu128 to themselves.
@@ -645,6 +651,7 @@ def test_token_inputs_stay_integers(workplace: Path) -> None:
         (["--samples", "0"], "1 to 1400"),
         (["--samples", "1401"], "1 to 1400"),
         (["--epochs", "0"], "at least one epoch"),
+        (["--epochs", "3", "--model", "factories:make", "--data", "data.npz"], "--epochs is of the training"),
         (["--rtol", "0"], "--rtol 0.0"),
         (["--repeats", "-1"], "--repeats -1"),
         (["--seed", "-1"], "--seed -1"),

@@ -49,6 +49,12 @@ _NORMS = (torch.norm, torch.linalg.norm, torch.linalg.matrix_norm)
 class Expression(LinearOperator):
     """Arithmetic, indexing, casts and torch's functions, with every operand checked before any work."""
 
+    def __repr__(self) -> str:
+        """Show the shape, what the operator is made of, and where it lives."""
+        size = "x".join(map(str, self.shape))
+        parts = [_shown(part) for part in self._args if isinstance(part, (LinearOperator, Tensor))]
+        return f"{type(self).__name__}({', '.join([size, *parts])}, {self.dtype}, {self.device})"
+
     # NumPy leaves numpy_number * K to K, instead of turning K into an array first.
     __array_ufunc__ = None
 
@@ -404,3 +410,10 @@ def _joined(tensors: Any, dim: Any = 0) -> LinearOperator:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -ours.dim() <= dim < ours.dim():
         raise InputError(f"dim={dim!r}: an operator of shape {tuple(ours.shape)} has no such axis")
     return ours._joined_with(parts, dim % ours.dim() - ours.dim())
+
+
+def _shown(part: LinearOperator | Tensor) -> str:
+    """Show one part of an operator: its kind, or its value where that is one number."""
+    if isinstance(part, Tensor):
+        return f"{float(part):.6g}" if part.numel() == 1 else f"tensor {tuple(part.shape)}"
+    return type(part).__name__

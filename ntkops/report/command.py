@@ -20,6 +20,7 @@ from .digits import limited_threads
 from .figures import draw_figures
 from .loading import parse_device, parse_dtype
 from .measures import Report, Settings, build, number_of_steps
+from .page import write_page
 from .record import as_record, environment, peak_memory_bytes, prepare_directory, write_json
 from .subjects import Subject, digits_subject, user_subject
 from .table import print_report
@@ -29,6 +30,7 @@ __all__ = ["add_command"]
 _logger = logging.getLogger(__name__)
 
 _SAMPLES = 300  # of the digits: the whole kernel, n = 3000, is then too large to be dense here
+_EPOCHS = 30  # of training on digits
 _WIDTH = 100  # columns of the tables where there is no terminal to ask
 
 _DESCRIPTION = """\
@@ -50,7 +52,7 @@ your own network:
                                     only argument; y, one integer label a sample, serves the accuracy.
 
 example:
-  python -m ntkops report --model mynet:make --data samples.npz --params 'head.*' --samples 200
+  ntkops report --model mynet:make --data samples.npz --params 'head.*' --samples 200
 
 exit codes: 0 done, 2 wrong input (one line says what), 130 interrupted
 """
@@ -112,13 +114,13 @@ def add_command(commands: Any) -> None:
     how.add_argument(
         "--threads", type=int, help="of torch on the CPU; default: 1 for the digits, else torch's own choice"
     )
-    how.add_argument("--epochs", type=int, default=30, help="of training on digits; default: %(default)s")
+    how.add_argument("--epochs", type=int, help=f"of training on digits; default: {_EPOCHS}")
     out = parser.add_argument_group("results")
     out.add_argument(
         "--out",
         metavar="DIR",
         default="report",
-        help="directory for report.json and plots, made if missing; other files stay; default: report",
+        help="directory for report.html, report.json, plots, made if missing; others stay; default: report",
     )
     out.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(run=_run)
@@ -127,6 +129,8 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings = _settings(options)
+    if options.epochs is None and options.model is None:
+        options.epochs = _EPOCHS
     if options.threads is None and options.model is None:
         options.threads = 1  # its matrices are small: on several threads they take longer
     _require_packages(digits=options.model is None)
@@ -148,7 +152,8 @@ def _run(options: argparse.Namespace) -> None:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     path = write_json(directory / "report.json", record)
-    _show(report, [path, *plots], record)
+    page = write_page(report, plots, record, directory / "report.html")
+    _show(report, [page, path, *plots], record)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -156,6 +161,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     if (options.model is None) != (options.data is None):
         given, missing = ("--model", "--data") if options.data is None else ("--data", "--model")
         raise InputError(f"{given} needs {missing} too; without both, the report is about digits")
+    if options.epochs is not None and options.model is not None:
+        raise InputError("--epochs is of the training on digits: a network of --model is reported as it is")
     if not 0 < options.rtol < 1:
         raise InputError(f"--rtol {options.rtol}: a relative error lies between 0 and 1")
     if options.repeats < 0:

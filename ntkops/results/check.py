@@ -45,6 +45,15 @@ class CheckReport:
     checks: tuple[Check, ...]
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Show whether all passed, and a line for each check."""
+        lines = [f"CheckReport of {self.subject}: {'passed' if self.passed else 'FAILED'}"]
+        for check in self.checks:
+            error = "" if check.error is None else f", error {check.error:.1e} of at most {check.bound:.1e}"
+            state = {True: "passed", False: "FAILED", None: "not done"}[check.passed]
+            lines.append(f"  {check.name}: {state}{error}{'' if check.passed else f': {check.detail}'}")
+        return "\n".join(lines)
+
     @property
     def passed(self) -> bool:
         """Whether every property that applies holds."""

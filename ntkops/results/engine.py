@@ -73,6 +73,20 @@ class EngineInfo:
     covered: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
 
+    def __repr__(self) -> str:
+        """Show what was chosen, a line for each parameter that layer rules compute, and the reasons."""
+        lines = [f"EngineInfo: {self.engine!r}, mode {self.mode!r}, {self.passes.total} passes so far"]
+        lines.append(
+            f"  {self.batch_size} samples and {self.chunk_size} columns a pass; dense results up to "
+            f"{self.max_dense_bytes} bytes{'; products from a dense block' if self.dense else ''}"
+        )
+        lines += [
+            f"  {layer.parameter}: {layer.rule}; kernel by {layer.kernel_route}, diagonal by "
+            f"{layer.diagonal_route}, products by {layer.product_route}"
+            for layer in self.layers
+        ]
+        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+
     @property
     def rung(self) -> str:
         """The former name of `mode`."""

@@ -17,25 +17,41 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/rooms").glob("*.md")),
 ]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def blocks(page: Path) -> list[str]:
-    """Python blocks of a page, each preceded by blank lines so that tracebacks give the page's line."""
+def blocks(page: Path) -> list[tuple[str, str | None]]:
+    """Python blocks of a page and what the page says that they print.
+
+    Each is preceded by blank lines, so that tracebacks give the page's line.
+    """
     text = page.read_text(encoding="utf-8")
-    return ["\n" * text.count("\n", 0, found.start(1)) + found[1] for found in BLOCK.finditer(text)]
+    return [
+        ("\n" * text.count("\n", 0, found.start(1)) + found[1], found[2]) for found in BLOCK.finditer(text)
+    ]
+
+
+def assert_same_text(printed: str, written: str) -> None:
+    """Words must be equal, and numbers to three digits: processors round differently."""
+    assert NUMBER.split(" ".join(printed.split())) == NUMBER.split(" ".join(written.split())), printed
+    for found, due in zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True):
+        assert float(found) == pytest.approx(float(due), rel=5e-3, abs=2e-3), printed
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_name)
-def test_examples_run_in_the_order_of_the_page(page: Path) -> None:
+def test_examples_run_in_the_order_of_the_page(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {"__name__": "example"}
     with torch.random.fork_rng(devices=[]):
-        for block in blocks(page):
+        for block, written in blocks(page):
+            capsys.readouterr()
             exec(compile(block, str(page), "exec"), namespace)
+            if written is not None:
+                assert_same_text(capsys.readouterr().out, written)
 
 
 def test_the_start_pages_have_examples() -> None:
