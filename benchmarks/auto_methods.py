@@ -5,7 +5,8 @@ Run it with ``python benchmarks/auto_methods.py``; docs/coverage.md shows the re
 Each cell is a network, trained or not, a quantity and a tolerance. Every method runs with each seed on a
 kernel of its own, so that no cache is shared; its time is the median of its CPU times. The best method is the
 fastest of those that met the tolerance in 19 of 20 seeds (with fewer: in all of them); methods are given up
-beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more.
+beyond some multiple of the passes of the exact value. Cells below 20 ms may take 20 ms more. Cells of an
+earlier file stand, with its date, where they are not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from _measure import environment, one_thread
-from _models import CASES
+from _models import CASES, KERNEL_CASES
 from _tables import fill
 from torch import Tensor, nn
 
@@ -59,13 +60,23 @@ class _Hidden(nn.Module):
         return states
 
 
-def _networks(quick: bool) -> dict[str, tuple[nn.Module, Tensor]]:
-    found = {name: CASES[name].make(quick) for name in ("mlp", "cnn", "transformer")}
-    width, length, samples = (4, 3, 4) if quick else (32, 8, 50)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found["gru over time"] = _Hidden(width), torch.randn(samples, length, 4)
-    return found
+def _networks(quick: bool) -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+    """Return what makes each network and its samples: n rows are samples times outputs."""
+
+    def states(samples: int) -> tuple[nn.Module, Tensor]:
+        width, length = (4, 3) if quick else (32, 8)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _Hidden(width), torch.randn(4 if quick else samples, length, 4)
+
+    return {
+        "mlp, n=640": lambda: CASES["mlp"].make(quick),
+        "mlp, n=12800": lambda: KERNEL_CASES["mlp"].make(quick, 1280),
+        "cnn, n=160": lambda: CASES["cnn"].make(quick),
+        "transformer, n=160": lambda: CASES["transformer"].make(quick),
+        "gru over time, n=12800": lambda: states(50),
+        "gru over time, n=32000": lambda: states(125),
+    }
 
 
 def _trained(model: nn.Module, x: Tensor) -> nn.Module:
@@ -132,8 +143,10 @@ def run(
     tolerances: Iterable[float] = (0.1, 0.05, 0.01),
     networks: Iterable[str] | None = None,
     quantities: Iterable[str] | None = None,
+    states: Iterable[str] | None = None,
     seconds: float = float("inf"),
     quick: bool = False,
+    kept: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure and return what the JSON file holds.
@@ -143,8 +156,10 @@ def run(
         tolerances: Relative tolerances.
         networks: Names, or None for all.
         quantities: Names, or None for all.
+        states: "untrained" or "trained", or None for both.
         seconds: CPU time after which no further cell is begun; the file lists what was left out.
         quick: Tiny networks.
+        kept: An earlier result, whose cells stand where they are not measured again.
         say: Told what comes next.
 
     Returns:
@@ -154,13 +169,15 @@ def run(
     tolerances, limit = tuple(tolerances), None if seconds == float("inf") else seconds
     with one_thread():
         place = environment()
-        for name, (model, x) in _networks(quick).items():
+        # Quantiles load SciPy when they are first asked for.
+        ntkops.trace(
+            torch.eye(9), method="hutchinson", num_passes=4, generator=torch.Generator().manual_seed(0)
+        )
+        for name, make in _networks(quick).items():
             if networks is not None and name not in set(networks):
                 continue
-            try:
-                after = _trained(model, x)
-            except RuntimeError:  # tokens are no numbers to regress on
-                after = copy.deepcopy(model)
+            model, x = make()
+            after = _trained(model, x)
             for state, current in (("untrained", model), ("trained", after)):
                 for quantity, estimate in QUANTITIES.items():
                     if quantities is not None and quantity not in set(quantities):
@@ -168,11 +185,15 @@ def run(
                     models = [model, after] if quantity == "alignment" else [current]
                     for rtol in tolerances:
                         cell = {"network": name, "state": state, "quantity": quantity, "rtol": rtol}
+                        if states is not None and state not in set(states):
+                            continue
                         if time.process_time() - started > seconds:
                             left_out.append(cell)
                             continue
                         say(f"{name}, {state}, {quantity}, {rtol:g}")
-                        entries.append({**cell, **_cell(estimate, models, x, rtol, seeds)})
+                        entries.append({**cell, "seeds": seeds, **_cell(estimate, models, x, rtol, seeds)})
+    if kept is not None:
+        entries, left_out = _joined(kept, entries), _joined({"entries": kept["left_out"]}, left_out, entries)
     return {
         "benchmark": "auto_methods",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -190,11 +211,25 @@ def run(
     }
 
 
+def _joined(
+    kept: dict[str, Any], fresh: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Return the cells of an earlier result that are not measured again, and the fresh ones."""
+
+    def cell(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(entry[key] for key in ("network", "state", "quantity", "rtol"))
+
+    known = {cell(entry) for entry in (*fresh, *done)}
+    dated = {"date": kept["date"]} if "date" in kept else {}
+    return [{**dated, **entry} for entry in kept["entries"] if cell(entry) not in known] + list(fresh)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of all cells in Markdown."""
     count, failed, left = (len(result[part]) for part in ("entries", "failures", "left_out"))
     rows = [
-        f"Measured on {result['date']}, one thread, {result['options']['seeds']} seeds: the median ratio is "
+        f"Measured on {result['date']}, one thread, {_range(entry['seeds'] for entry in result['entries'])} "
+        f"seeds: the median ratio is "
         f"{result['median_ratio']:.2f}; {failed} of {count} cells take more than twice the best and 20 ms; "
         f"{left} were left out for lack of time.",
         "",
@@ -210,6 +245,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _range(values: Iterable[int]) -> str:
+    known = sorted(set(values))
+    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -217,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerances", type=float, nargs="+", default=(0.1, 0.05, 0.01))
     parser.add_argument("--networks", nargs="+", help="names of networks (all by default)")
     parser.add_argument("--quantities", nargs="+", help="names of quantities (all by default)")
+    parser.add_argument("--states", nargs="+", help="untrained, trained (both by default)")
+    parser.add_argument("--keep", type=Path, metavar="JSON", help="an earlier result: its other cells stand")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU time for all cells")
     parser.add_argument("--quick", action="store_true", help="tiny networks")
     parser.add_argument("--out", type=Path, help="JSON file to write (none by default)")
@@ -235,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tolerances=options.tolerances,
         networks=options.networks,
         quantities=options.quantities,
+        states=options.states,
+        kept=None if options.keep is None else json.loads(options.keep.read_text(encoding="utf-8")),
         seconds=options.seconds,
         quick=options.quick,
         say=lambda text: print(text, file=sys.stderr, flush=True),

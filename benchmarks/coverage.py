@@ -25,6 +25,7 @@ from typing import Any
 
 import scipy.stats
 import torch
+from _coverage_bound import hidden_direction
 from _coverage_spectra import HELD_OUT, Known, network_spectra, turned
 from _coverage_spectra import networks as trained_networks
 from _measure import environment, one_thread
@@ -170,6 +171,7 @@ def run(
     methods: Iterable[str] | None = None,
     quantities: Iterable[str] | None = None,
     networks: bool = True,
+    tolerances: bool = False,
     kept: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -183,8 +185,9 @@ def run(
         methods: Names, or None for all.
         quantities: Names among `QUANTITIES`, "alignment", "inner" and "partial trace", or None for all.
         networks: Whether the spectra of trained networks are among them.
+        tolerances: Whether runs to a tolerance, made one by one, are repeated although ``kept`` has them.
         kept: An earlier result, whose cells stand as they are, with their date, where they are not measured
-            again; runs to a tolerance, stratified runs and spectral sums, made one by one, are not repeated.
+            again; stratified runs and spectral sums, made one by one, are not repeated.
         say: Told what comes next.
 
     Returns:
@@ -204,7 +207,7 @@ def run(
                 if named is None or label in named:
                     chosen = [method for method in known if wanted is None or method in wanted]
                     cell = {"spectrum": name, "quantity": label}
-                    known_rtol = label != "inner" and kept is None
+                    known_rtol = label != "inner" and (kept is None or tolerances)
                     entries += _cells(
                         cell, estimate, operators, truth, chosen, passes, repetitions, tolerances=known_rtol
                     )
@@ -222,6 +225,7 @@ def run(
         "environment": place,
         "options": {"size": size, "repetitions": repetitions, "passes": list(passes), "dtype": "float64"},
         "entries": entries,
+        "hidden_direction": hidden_direction(4),
         "failures": _failures(entries),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -442,6 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", help="names of methods (all by default)")
     parser.add_argument("--quantities", nargs="+", help="names of quantities (all by default)")
     parser.add_argument("--no-networks", action="store_true", help="leave trained networks out")
+    parser.add_argument("--tolerances", action="store_true", help="with --keep: repeat runs to a tolerance")
     parser.add_argument(
         "--keep", type=Path, metavar="JSON", help="an earlier result, of which runs made one by one stand"
     )
@@ -466,6 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods=options.methods,
         quantities=options.quantities,
         networks=not options.no_networks,
+        tolerances=options.tolerances,
         kept=None if options.keep is None else json.loads(options.keep.read_text(encoding="utf-8")),
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )

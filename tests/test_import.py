@@ -14,3 +14,65 @@ def test_import_leaves_heavy_libraries_for_the_functions_that_use_them():
     loaded = done.stdout.split()
     assert "ntkops.estimators" in loaded
     assert [name for name in LATER if name in loaded] == []
+
+
+_FOREIGN = """
+import importlib, sys
+import torch
+from linear_operator import operators as kinds
+from linear_operator.operators import LinearOperator
+
+def results():
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.rand(*shape, dtype=torch.float64)
+    factor = draw(4, 4)
+    made = [
+        kinds.DenseLinearOperator(factor @ factor.T),
+        kinds.DiagLinearOperator(draw(4)),
+        kinds.ConstantDiagLinearOperator(draw(1), 4),
+        kinds.IdentityLinearOperator(4, dtype=torch.float64),
+        kinds.RootLinearOperator(draw(4, 2)),
+        kinds.LowRankRootLinearOperator(draw(4, 2)),
+        kinds.ToeplitzLinearOperator(torch.tensor([4.0, 1.0, 0.5, 0.1], dtype=torch.float64)),
+        kinds.TriangularLinearOperator(draw(4, 4).tril()),
+        kinds.KroneckerProductLinearOperator(
+            kinds.DenseLinearOperator(draw(2, 2)), kinds.DenseLinearOperator(draw(2, 2))
+        ),
+        kinds.BlockDiagLinearOperator(kinds.DenseLinearOperator(draw(2, 2, 2))),
+    ]
+    for one in made[:4]:
+        made.append(one.add_diagonal(draw(4)))
+    found = []
+    for one in made:
+        for other in [*made, draw(4, 4), draw(4, 2), draw(4)]:
+            for combine in (lambda: one @ other, lambda: one + other):
+                try:
+                    result = combine()
+                    dense = result if isinstance(result, torch.Tensor) else result.to_dense()
+                    found.append((type(result).__name__, dense.tolist()))
+                except Exception as error:
+                    found.append((type(error).__name__, str(error)))
+    return found
+
+def depth(method):
+    return 1 + depth(method.__wrapped__) if hasattr(method, "__wrapped__") else 0
+
+before = results()
+plain = {name: depth(getattr(LinearOperator, name)) for name in ("matmul", "__add__", "add_diagonal")}
+import ntkops
+assert results() == before
+for again in range(3):
+    importlib.reload(sys.modules["ntkops.operators.sandwich"])
+for name, number in plain.items():
+    assert depth(getattr(LinearOperator, name)) == number + 1, name
+assert results() == before
+print(len(before))
+"""
+
+
+def test_operators_of_others_do_what_they_did_before_the_import():
+    # linear_operator's methods that compose are given a rule for operators of ours, once however often the
+    # module is loaded; without one of ours their results have the same kinds and the same bits.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _FOREIGN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 400

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..errors import DeviceError, DtypeError, ShapeError
 from ..operators.counting import product_cost, row_space
 from ..operators.dense import DenseFallbacks
-from ..operators.ridge import dense_bytes_allowed
-from ..operators.structure import Factors, Tile, structure, tile_slices
+from ..operators.structure import Factors, Tile, dense_bytes_allowed, structure, tile_slices
 from ..vectors import Space
 from ._limits import require_room
 from ._stack import apply

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..operators.counting import multiply, row_space
 from ..operators.dense import DenseFallbacks
-from ..operators.ridge import dense_bytes_allowed
-from ..operators.structure import Factors, Tile, dense_from_tiles, structure
+from ..operators.structure import Factors, Tile, dense_bytes_allowed, dense_from_tiles, structure
 from ..vectors import Space
 from ._limits import require_room
 

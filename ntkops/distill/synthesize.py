@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..estimators import eigsh
 from ..estimators._request import checked_generator
 from ..operators.counting import multiply, row_space
-from ..operators.ridge import dense_bytes_allowed
+from ..operators.structure import dense_bytes_allowed
 from ..regression._layout import Layout, read_labels
 from ..regression._options import read_ridges
 from ._als import alternate

@@ -136,6 +136,10 @@ class Engine(EngineSizes):
         """
         raise NotImplementedError
 
+    def allows(self, distinct: int) -> bool:
+        """Return whether the user allows as many backward passes as so many outputs take."""
+        return True
+
     def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
         """Return what the diagonal costs, in passes over the samples.
 

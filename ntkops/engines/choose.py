@@ -32,6 +32,7 @@ from .differentiation import (
     linearize_batch,
     sample_gradients,
 )
+from .passes import report_passes
 
 __all__ = ["find_differentiation"]
 
@@ -106,6 +107,7 @@ def _first_mode(
     live = linearization.differentiable
     left: _Probe | None = None
     for mode in RECORDED_MODES if live else MODES:
+        report_passes(checks=2)  # of passes over the samples that a trial makes, one in each direction
         try:
             linearized = linearize_batch(mode, linearization.function, params, batch)
             pulled = linearized.pull(cotangent)

@@ -16,6 +16,7 @@ from .cost import LayerShape, written_at_once
 from .factors import Direct, Outer, in_parameter_order, outer_gradients
 from .layer_factors import Factors
 from .layer_rules import RULES, Activation, Layout, OneHot
+from .passes import report_passes
 from .units import Unit, Use, is_transposed
 
 __all__ = ["Collector", "RowCheckMaker", "backward", "collect", "require_own_rows"]
@@ -89,6 +90,7 @@ def collect(
         sent = rows.cotangents(cotangents)
 
         def at_calls(multiple: float = 1.0) -> dict[int, Tensor | None]:
+            report_passes(checks=1)
             return dict(
                 zip(numbers, backward(recording, multiple * sent, numbers, False, False), strict=True)
             )

@@ -211,7 +211,13 @@ class LayerwiseEngine(Engine):
         """Whether the output is all hidden states of a recurrent layer, whose kernels have their own way."""
         return self._coverage.states is not None
 
-    def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
+    def allows(self, distinct: int) -> bool:
+        """Return whether the user allows as many backward passes as so many outputs take."""
+        if not self._coverage.covered or self._coverage.states is not None:
+            return True
+        return self._coverage.backwards(distinct) <= self.options.max_backwards
+
+    def diagonal_passes(self, inputs, distinct: int) -> float:
         """Return what the diagonal costs, in passes over the samples."""
         over_time = states_diagonal_passes(self._source, inputs, distinct)
         if over_time is not None:
@@ -229,14 +235,11 @@ class LayerwiseEngine(Engine):
 
     def _require_few(self, what: str, *outputs: Tensor) -> None:
         """Refuse more backward passes than the user allows, before any work."""
-        if not self._coverage.covered or self._coverage.states is not None:
-            return
-        limit = self.options.max_backwards
-        if self._coverage.backwards(max(numbers.numel() for numbers in outputs)) <= limit:
+        if self.allows(max(numbers.numel() for numbers in outputs)):
             return  # even if all are distinct
         distinct = max(torch.unique(numbers).numel() for numbers in outputs)
-        passes = self._coverage.backwards(distinct)
-        if passes > limit:
+        if not self.allows(distinct):
+            passes, limit = self._coverage.backwards(distinct), self.options.max_backwards
             raise BackwardLimitError(
                 f"{what} for {distinct} outputs takes {passes} backward passes, more than "
                 f"max_backwards={limit}: choose fewer outputs (outputs=[...]), estimate (ntkops.trace, "

@@ -24,7 +24,7 @@ __all__ = [
     "take_spare",
 ]
 
-_KINDS = ("vjp", "jvp", "per_sample", "products")
+_KINDS = ("vjp", "jvp", "per_sample", "products", "checks")
 
 
 class PassCounter:
@@ -33,9 +33,11 @@ class PassCounter:
     def __init__(self) -> None:
         self._counts = dict.fromkeys(_KINDS, 0)
 
-    def add(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0, products: int = 0) -> None:
+    def add(
+        self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0, products: int = 0, checks: int = 0
+    ) -> None:
         """Add passes to the count."""
-        for kind, number in zip(_KINDS, (vjp, jvp, per_sample, products), strict=True):
+        for kind, number in zip(_KINDS, (vjp, jvp, per_sample, products, checks), strict=True):
             self._counts[kind] += int(number)
 
     @property
@@ -45,7 +47,7 @@ class PassCounter:
 
     @property
     def total(self) -> int:
-        """All passes counted so far."""
+        """All passes counted so far but those of checks."""
         return self.count.total
 
 
@@ -118,10 +120,12 @@ def take_spare(passes: float) -> bool:
     return True
 
 
-def report_passes(*, vjp: int = 0, jvp: int = 0, per_sample: int = 0, products: int = 0) -> None:
+def report_passes(
+    *, vjp: int = 0, jvp: int = 0, per_sample: int = 0, products: int = 0, checks: int = 0
+) -> None:
     """Report passes to every open counter; called by the engines where a pass is made."""
     for counter in _open_counters.get():
-        counter.add(vjp=vjp, jvp=jvp, per_sample=per_sample, products=products)
+        counter.add(vjp=vjp, jvp=jvp, per_sample=per_sample, products=products, checks=checks)
 
 
 class SharedPasses:
@@ -139,6 +143,7 @@ class SharedPasses:
         """Count what is made inside as passes over so many samples."""
         with count_apart() as counter:
             yield
+        report_passes(checks=counter.count.checks)  # one a batch, however few samples it has
         self._spent += counter.total * (count / self._samples)
         self._report(math.floor(self._spent + 1e-9))
 

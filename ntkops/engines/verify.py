@@ -28,6 +28,7 @@ from .coverage import Coverage, Signature
 from .factors import Direct, Outer, in_parameter_order
 from .layer_factors import Factors
 from .layer_rules import RULES, Layout, OneHot
+from .passes import report_passes
 from .tail import Tail, find_tail
 from .units import plan_units
 
@@ -53,6 +54,7 @@ def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
         NtkopsError: What the model floor refuses in a forward pass.
     """
     names = linearization.names
+    report_passes(checks=2)
     with linearization.safe_context(), linearization.full_precision():
         try:
             first, second = inputs.hand_over_recordings() or _recorded(linearization, inputs)

@@ -110,9 +110,10 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
         weight = getattr(plan, "product_work", 1.0)
         courses = [_Course.begin(method, sampler, weight)]
         if request.method == "auto" and request.num_passes is None:
-            others = plan.choices()[1:2] if method == "stratified" else ()
             courses += [
-                _Course.begin(other, plan.sampler(other, request.generator), weight) for other in others
+                _Course.begin(other, plan.sampler(other, request.generator), weight)
+                for other in _first_methods(plan)
+                if other != method
             ]
         return _reach(plan, request, account, courses, cost, limit)
 
@@ -175,9 +176,23 @@ def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
         return False
     if request.rtol is None:
         return True
-    sampler = plan.sampler(plan.choices()[0], request.generator)
-    wanted = sampler.columns_for(request.rtol) if isinstance(sampler, Stratified) else None
-    return cost <= sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
+    return cost <= min(_foreseen(plan, request, method) for method in _first_methods(plan))
+
+
+def _first_methods(plan: Plan) -> tuple[str, ...]:
+    """Return the methods that set out together under "auto"."""
+    choices = plan.choices()
+    return choices[: 2 if choices[0] == "stratified" else 1]
+
+
+def _foreseen(plan: Plan, request: Request, method: str) -> float:
+    """Return the work, in passes of exact work, that a method may take for a tolerance, before it begins."""
+    assert request.rtol is not None
+    sampler = plan.sampler(method, request.generator)
+    if isinstance(sampler, Stratified):
+        wanted = sampler.columns_for(request.rtol)
+        return sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
+    return getattr(plan, "product_work", 1.0) * sampler.unit * _COLUMNS_FOR_RTOL / request.rtol
 
 
 def _enough(plan: Plan, sampler: Sampler) -> int:
@@ -372,7 +387,7 @@ class _Account:
             InputError: If it costs more than the passes that were given.
             BackwardLimitError: If it is needed, and an engine refuses it.
         """
-        if not self._request.allows(cost):
+        if math.isfinite(cost) and not self._request.allows(cost):  # else the engine says why it refuses
             raise InputError(
                 f"the exact value of {self._plan.name} costs about {cost:.0f} passes, more than "
                 f"num_passes={self._request.num_passes}; raise it, or choose an estimator"
@@ -389,6 +404,7 @@ class _Account:
             value,
             passes=self._tally.total + work.passes_before,
             seconds=self._seconds + work.seconds_before,
+            checks=self._tally.count.checks,
         )
 
     def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
@@ -413,6 +429,7 @@ class _Account:
             converged=converged,
             seed=self._request.seed,
             seconds=self._seconds,
+            checks=self._tally.count.checks,
         )
 
     def not_converged(self, summary: Summary, method: str, level: float, reached: float) -> Estimate:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ZeroKernelError
+from ..operators.structure import fits_dense
 from ..spectra import RitzPairs
 from ._intervals import extremal_quantile
 from ._moments import Mean, summarize
 from ._request import Operand, require_finite
 from ._two_sided import column_dots, project_out
-from .eigsh import fits_dense
 
 __all__ = ["FIRST", "Trace", "check_options", "clamped", "dense_pays", "require_nonzero", "traces"]
 
@@ -40,8 +40,9 @@ def check_options(epsilon: float, tol: float | None, method: str, max_products: 
 
 def dense_pays(operand: Operand) -> bool:
     """Whether all eigenvalues of the dense matrix cost less than leading ones by products."""
-    tiles = operand.structure.exact_cost("tiles")
-    return operand.size <= _DENSE and fits_dense(operand) and tiles <= 2 * operand.size * max(operand.cost, 1)
+    if operand.size > _DENSE or not fits_dense(operand.operator):
+        return False
+    return operand.structure.exact_cost("tiles") <= 2 * operand.size * max(operand.cost, 1)
 
 
 def clamped(values: Tensor) -> Tensor:

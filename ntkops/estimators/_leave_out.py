@@ -33,8 +33,8 @@ from ._quantities import Inner, Trace
 __all__ = [
     # sketches of kernels
     "SketchNumbers",
+    "form_variances",
     "held_out",
-    "held_out_count",
     "leave_one_out",
     "plain",
     "ritz_values",
@@ -72,14 +72,6 @@ class SketchNumbers:
         return self.gram.shape[-1]
 
 
-def held_out_count(columns: int) -> int:
-    """Return how many of m probes stand outside the sketch that their interval is about.
-
-    A third: fewer would make Student's quantile large, and more would leave a poor approximation.
-    """
-    return min(columns, max(4, columns // 3))
-
-
 def plain(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> Tensor:
     """Return the moments of the approximation itself, ``(q, *batch)``: exact once the sketch is full."""
     return torch.stack(
@@ -92,8 +84,8 @@ def plain(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> Tensor:
     )
 
 
-def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], count: int) -> list[Mean]:
-    """Return moments whose samples are the last probes, against the sketch of the others.
+def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], fold: Sequence[int]) -> list[Mean]:
+    """Return moments whose samples are some of the probes, against the sketch of the others.
 
     Given the others, the samples are independent and alike, so that the error of their mean is the usual
     one whatever the spectrum. That is why intervals rest on them and not on `leave_one_out`, whose terms
@@ -102,19 +94,22 @@ def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], count: in
     Args:
         numbers: The sketch.
         moments: What is wanted.
-        count: How many probes are left out.
+        fold: The numbers of the probes that are left out.
 
     Returns:
-        One mean each, over ``count`` samples.
+        One mean each, over the fold; that of a trace with the variance of each sample.
     """
-    kept = numbers.columns - count
-    gram = numbers.gram
+    kept = numbers.columns - len(fold)
+    outside = set(fold)
+    order = [number for number in range(numbers.columns) if number not in outside] + list(fold)
+    gram = numbers.gram[..., order, :][..., order]
     cross = gram[..., :kept, kept:]
     shares = torch.linalg.solve(gram[..., :kept, :kept], cross)  # of the others in each probe
     squares = gram[..., kept:, kept:].diagonal(dim1=-2, dim2=-1) - (cross * shares).sum(-2)
     weights = sphere_weights(squares, numbers.size - kept, numbers.size)
     bases, insides, rests = [], [], []
-    for R in numbers.coordinates:
+    for coordinates in numbers.coordinates:
+        R = coordinates[..., order]
         basis = column_basis(R[..., :kept], numbers.eps)
         turned = R[..., kept:] - R[..., :kept] @ shares
         inside = basis @ (basis.mT @ turned)
@@ -123,17 +118,28 @@ def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], count: in
         rests.append(turned - inside)
     means = []
     for moment in moments:
+        variances = None
         if isinstance(moment, Trace):
-            basis, rest = bases[moment.of], rests[moment.of]
-            fixed = quadratic_forms(numbers.products[moment.of, moment.of], basis).sum(-1)
+            basis, rest, M = bases[moment.of], rests[moment.of], numbers.products[moment.of, moment.of]
+            fixed = quadratic_forms(M, basis).sum(-1)
             samples = rest.square().sum(-2)
+            # (K - K̂) v = F r, brought to the sphere like v
+            variances = form_variances(
+                weights * quadratic_forms(M, rest), weights * samples, numbers.size - kept
+            )
         else:
             a, b = moment.first, moment.second
             C = numbers.products[a, b]
             fixed = (bases[a].mT @ C @ bases[b]).square().sum((-2, -1))
             samples = _cross_terms(C, insides[a], rests[a], insides[b], rests[b])
-        means.append(Mean(weights * samples, fixed))
+        means.append(Mean(weights * samples, fixed, variances=variances))
     return means
+
+
+def form_variances(squares: Tensor, forms: Tensor, dimension: int | Tensor) -> Tensor:
+    """Return 2 (|A v|² - (vᵀ A v)² / d) from both, the variance of a form without bias (`_intervals`)."""
+    positive = torch.as_tensor(dimension).clamp(min=1)
+    return 2 * (squares - forms.square() / positive).clamp(min=0)
 
 
 def leave_one_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> Tensor:

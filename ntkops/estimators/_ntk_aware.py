@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ._one_sided import factors_of
-from ._quantities import Quantity
+from ._quantities import Inner, Quantity, Trace
 from ._request import Operand
 from ._sketch import by_parts
 from ._two_sided import TwoSided, column_dots, draw_probes
@@ -85,3 +85,6 @@ class NtkAware(TwoSided):
         return torch.stack(
             [column_dots(space, image, image) for space, image in zip(spaces, products, strict=True)]
         ).cpu()
+
+    def _variances(self, moment: Trace | Inner, samples: Tensor) -> Tensor | None:
+        return None if self._vjps_only else super()._variances(moment, samples)  # K v is not made

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..vectors import Space
 from ._exact import ExactWork
 from ._invariants import Invariants
-from ._moments import Moment, Pairs, Summary, summarize, summarize_product
+from ._moments import Mean, Moment, Pairs, Summary, summarize, summarize_mean, summarize_product
 from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
-from ._quantities import INNER, Quantity, exact_cost, exact_moments
+from ._quantities import INNER, TRACE, Quantity, exact_cost, exact_moments
 from ._request import Operand
 from ._sketch import SketchCore
 from ._stratified import Stratified, pays
@@ -93,6 +93,8 @@ class ScalarPlan:
         self.size = min(operands[0].rows.size, operands[0].columns.size)
         self.eps = torch.finfo(operands[0].dtype).eps
         self._orthogonalize = orthogonalize
+        if quantity in (TRACE, INNER) and all(map(_is_gram, operands)):
+            self.bounds = (0.0, torch.inf)
         if quantity.needs_square:
             operands[0].require_square(quantity.name)
 
@@ -116,9 +118,7 @@ class ScalarPlan:
         infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
         if any(info is not None and info.mode == "reverse" for info in infos):
             return (*first, "reverse" if self.quantity.needs_pairs else "rhutch")
-        known = [operand.structure.symmetric and operand.structure.factors() for operand in self.operands]
-        # K = J Jᵀ is known to be positive semidefinite
-        return (*first, "sketch" if all(known) else "hutch++", "hutchinson")
+        return (*first, "sketch" if all(map(_is_gram, self.operands)) else "hutch++", "hutchinson")
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
         if method == "stratified":
@@ -151,7 +151,14 @@ class ScalarPlan:
             (pairs,) = sampler.moments()
             assert isinstance(pairs, Pairs | Invariants)
             return summarize_product(pairs)
+        if self.quantity is TRACE and isinstance(moments[0], Mean) and moments[0].variances is not None:
+            return summarize_mean(moments[0])
         if self.quantity.free is None:
             return summarize(moments, self.quantity.combine)
         free = summarize(moments, self.quantity.free)
         return replace(free, value=free.value.clamp(*self.bounds), centre=free.value)
+
+
+def _is_gram(operand: Operand) -> bool:
+    """Whether an operator is known to be J Jᵀ, and so positive semidefinite."""
+    return operand.structure.symmetric and operand.structure.factors() is not None

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..vectors import Distribution, Space
-from ._leave_out import SketchNumbers, held_out, held_out_count, leave_one_out, plain
-from ._moments import Combination, Summary, summarize
+from ._leave_out import SketchNumbers, held_out, leave_one_out, plain
+from ._moments import Combination, Mean, Summary, summarize_folds
 from ._quantities import Inner, Trace
 from ._request import Operand
 from ._two_sided import project_out
@@ -133,13 +133,17 @@ class SketchCore:
         return plain(self.numbers, moments).movedim(0, -1)
 
     def summary(self, moments: Sequence[Trace | Inner], combine: Combination) -> Summary:
-        """Return a function of moments: the value from leaving out each probe, the error from a third."""
+        """Return a function of moments: the value from leaving out each probe, the error from folds."""
         if self.full:
             value = combine(self.approximate(moments))
             return Summary(value, torch.zeros_like(value), freedom=2**30, exact=True)
         value = combine(leave_one_out(self.numbers, moments).mean(-1).movedim(0, -1))
-        apart = summarize(held_out(self.numbers, moments, held_out_count(self.columns)), combine)
-        return Summary(value, apart.stderr, apart.freedom, apart.bend, apart.value)
+
+        def means(fold: Sequence[int]) -> list[Mean]:
+            return held_out(self.numbers, moments, fold)
+
+        alone = len(moments) == 1 and isinstance(moments[0], Trace)
+        return summarize_folds(value, self.columns, means, None if alone else combine)
 
 
 def _side(operand: Operand, empty: Tensor) -> _Factored | _Multiplied:

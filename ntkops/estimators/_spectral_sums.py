@@ -16,11 +16,12 @@ from tqdm import tqdm
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
 from ..operators.counting import row_space
-from ..results import Estimate
+from ..operators.structure import fits_dense
+from ..results import Estimate, PassCount
 from ..shortage import memory_for
 from ..spectra import FunctionTrace, function_trace
 from ._request import Operand, Request, require_finite
-from .eigsh import eigenvalues_by_tiles, fits_dense, members
+from .eigsh import eigenvalues_by_tiles, members
 
 __all__ = ["METHODS", "Options", "SpectralSum", "absolute_ridge", "added_diagonal", "spectral_sum"]
 
@@ -179,9 +180,9 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
         memory_for(quantity.name, "give fewer passes with num_passes=, or call K.free() first"),
         tqdm(desc=quantity.name, unit="product", disable=not request.progress) as bar,
     ):
-        fits = fits_dense(operand) and request.allows(exact_passes)
+        fits = fits_dense(operand.operator) and request.allows(exact_passes)
         found: list[FunctionTrace] | None = None
-        if request.method == "exact" and not request.allows(exact_passes):
+        if request.method == "exact" and math.isfinite(exact_passes) and not request.allows(exact_passes):
             raise InputError(
                 f"the exact value of {quantity.name} costs about {exact_passes:.0f} passes, more than "
                 f"num_passes={request.num_passes}; raise it, or choose 'slq'"
@@ -199,8 +200,13 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
                 found = None  # as much again as the exact value costs would be spent: take that
         if found is None:
             value = quantity.exact(eigenvalues_by_tiles(operand.structure).cpu(), eps)
-            return Estimate.of_exact(value, passes=tally.total, seconds=time.perf_counter() - start)
-    result = _wrap(operand, found, request.seed, tally.total, time.perf_counter() - start)
+            return Estimate.of_exact(
+                value,
+                passes=tally.total,
+                seconds=time.perf_counter() - start,
+                checks=tally.count.checks,
+            )
+    result = _wrap(operand, found, request.seed, tally.count, time.perf_counter() - start)
     if not result.converged:
         _warn(quantity.name, found, options)
     return result
@@ -265,7 +271,7 @@ def _shifted(operand: Operand, floor: float) -> Callable[[Tensor], Tensor]:
 
 
 def _wrap(
-    operand: Operand, found: Sequence[FunctionTrace], seed: int, passes: int, seconds: float
+    operand: Operand, found: Sequence[FunctionTrace], seed: int, passes: PassCount, seconds: float
 ) -> Estimate:
     def stack(numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64).reshape(operand.batch_shape)
@@ -276,7 +282,8 @@ def _wrap(
         interval=(stack([one.interval[0] for one in found]), stack([one.interval[1] for one in found])),
         method="slq",
         exact=False,
-        passes=passes,
+        passes=passes.total,
+        checks=passes.checks,
         converged=all(one.converged for one in found),
         seed=seed,
         seconds=seconds,

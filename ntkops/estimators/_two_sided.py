@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..vectors import Space
+from ._leave_out import form_variances
 from ._moments import Mean
-from ._quantities import Inner, Quantity
+from ._quantities import Inner, Quantity, Trace
 from ._request import Operand
 
 __all__ = ["TwoSided", "column_dots", "draw_probes", "extend_basis", "project_out", "sphere_factor"]
@@ -147,7 +148,18 @@ class TwoSided:
     def moments(self) -> list[Mean]:
         """Return the moments as they stand."""
         terms = self._terms(self._probes, self._products)
-        return [Mean(samples, fixed) for samples, fixed in zip(terms, self._fixed, strict=True)]
+        return [
+            Mean(samples, fixed, variances=self._variances(moment, samples))
+            for moment, samples, fixed in zip(self._quantity.moments, terms, self._fixed, strict=True)
+        ]
+
+    def _variances(self, moment: Trace | Inner, samples: Tensor) -> Tensor | None:
+        """Return the variance of each residual sample of a trace, from (I - QQᵀ) K v; else None."""
+        if isinstance(moment, Inner):
+            return None
+        images = self._products[moment.of]
+        lengths = self._space.sum_squares(images) - self._space.inner(self._basis, images).square().sum(-2)
+        return form_variances(lengths.cpu(), samples, self._space.size - self._basis.shape[-1])
 
     def _terms(self, probes: Tensor, products: Sequence[Tensor]) -> Tensor:
         """Return what each column adds to each moment, ``(q, *batch, k)``, float64, on the CPU."""

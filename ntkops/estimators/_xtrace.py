@@ -20,12 +20,12 @@ from torch import Tensor
 from ..errors import InputError
 from ._leave_out import (
     column_basis,
-    held_out_count,
+    form_variances,
     quadratic_forms,
     removed_directions,
     sphere_weights,
 )
-from ._moments import Combination, Mean, Summary, summarize
+from ._moments import Combination, Mean, Summary, summarize_folds
 from ._quantities import Inner, Trace
 from ._request import Operand
 from ._sketch import by_parts, new_directions
@@ -129,15 +129,19 @@ class XTrace:
         )
 
     def summary(self, moments: Sequence[Trace | Inner], combine: Combination) -> Summary:
-        """Return a function of moments: the value from leaving out each probe, the error from a third."""
+        """Return a function of moments: the value from leaving out each probe, the error from folds."""
         numbers = self._numbers()
         if self.full:
             values = [numbers.whole(m).diagonal(dim1=-2, dim2=-1).sum(-1) for m in moments]
             value = combine(torch.stack(values, dim=-1))
             return Summary(value, torch.zeros_like(value), freedom=2**30, exact=True)
         value = combine(_leave_one_out(numbers, moments).mean(-1).movedim(0, -1))
-        apart = summarize(_held_out(numbers, moments, held_out_count(self.columns)), combine)
-        return Summary(value, apart.stderr, apart.freedom, apart.bend, apart.value)
+
+        def means(fold: Sequence[int]) -> list[Mean]:
+            return _held_out(numbers, moments, fold)
+
+        alone = len(moments) == 1 and isinstance(moments[0], Trace)
+        return summarize_folds(value, self.columns, means, None if alone else combine)
 
     def approximate(self, moments: Sequence[Trace | Inner]) -> Tensor:
         """Return the moments within the range, ``(*batch, q)``."""
@@ -161,16 +165,24 @@ def _leave_one_out(numbers: _Numbers, moments: Sequence[Trace | Inner]) -> Tenso
     return torch.stack(values)
 
 
-def _held_out(numbers: _Numbers, moments: Sequence[Trace | Inner], count: int) -> list[Mean]:
-    kept = numbers.R.shape[-1] - count
-    basis = column_basis(numbers.R[..., :kept], numbers.eps)
-    R, X, B = numbers.R[..., kept:], numbers.X[..., kept:], numbers.B[..., kept:, :]
+def _held_out(numbers: _Numbers, moments: Sequence[Trace | Inner], fold: Sequence[int]) -> list[Mean]:
+    chosen, outside = list(fold), set(fold)
+    others = [number for number in range(numbers.R.shape[-1]) if number not in outside]
+    basis = column_basis(numbers.R[..., others], numbers.eps)
+    R, X, B = numbers.R[..., chosen], numbers.X[..., chosen], numbers.B[..., chosen, :]
     inside = basis @ (basis.mT @ X)
-    squares = numbers.squares[..., kept:] - inside.square().sum(-2)
+    squares = numbers.squares[..., chosen] - inside.square().sum(-2)
     rank = basis.square().sum((-2, -1)).round().unsqueeze(-1)
     weights = sphere_weights(squares, numbers.size - rank, numbers.size)
     means = []
     for moment in moments:
         fixed = quadratic_forms(numbers.whole(moment), basis).sum(-1)
-        means.append(Mean(weights * numbers.samples(moment, R, X, B, inside), fixed))
+        samples, variances = numbers.samples(moment, R, X, B, inside), None
+        if isinstance(moment, Trace):
+            # |(I - BBᵀ) K v|², with K v = Q R - Z a, whose part in Q is R - H a
+            image = R - numbers.H @ inside
+            lengths = R.square().sum(-2) - 2 * (R * (numbers.H @ inside)).sum(-2)
+            lengths = lengths + quadratic_forms(numbers.M, inside) - (basis.mT @ image).square().sum(-2)
+            variances = form_variances(weights * lengths, weights * samples, numbers.size - rank)
+        means.append(Mean(weights * samples, fixed, variances=variances))
     return means

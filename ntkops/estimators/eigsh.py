@@ -15,12 +15,12 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedError, NotConvergedWarning, UnsupportedOperationError
-from ..operators.structure import Structure, dense_from_tiles
+from ..operators.structure import Structure, dense_from_tiles, fits_dense
 from ..results import Eigenpairs
 from ..spectra import Lanczos, RitzPairs
 from ._request import Operand, checked_generator, require_finite
 
-__all__ = ["default_tolerance", "eigenvalues_by_tiles", "eigsh", "fits_dense", "members"]
+__all__ = ["default_tolerance", "eigenvalues_by_tiles", "eigsh", "members"]
 
 _DENSE = 512  # rows up to which all eigenvalues may cost less than a Krylov space
 
@@ -139,25 +139,12 @@ def _check(
         raise InputError(f"block_size={block_size!r}: pass 1 to {size}")
 
 
-def fits_dense(operand: Operand) -> bool:
-    """Whether the dense matrix may be put together: ``max_dense_bytes`` of no part forbids it."""
-    entries = operand.batch_shape.numel() * operand.rows.size * operand.columns.size
-    needed = entries * torch.finfo(operand.dtype).bits // 8
-    return needed <= _dense_limit(operand.operator)
-
-
-def _dense_limit(operator: LinearOperator | Tensor) -> float:
-    own = getattr(operator, "max_dense_bytes", None)
-    if own is not None:
-        return float(own)
-    inner = [arg for arg in getattr(operator, "_args", ()) if isinstance(arg, LinearOperator)]
-    return min((_dense_limit(part) for part in inner), default=float("inf"))
-
-
 def _dense_pays(operand: Operand, k: int) -> bool:
     krylov_passes = operand.cost * (2 * k + 30)
     small = operand.size <= _DENSE or 4 * k >= operand.size
-    return small and fits_dense(operand) and operand.structure.exact_cost("tiles") <= 4 * krylov_passes
+    if not small or not fits_dense(operand.operator):
+        return False
+    return operand.structure.exact_cost("tiles") <= 4 * krylov_passes
 
 
 def members(operand: Operand) -> Iterator[Operand]:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
+from ..operators.structure import fits_dense
 from ..results import SpectralDensity
 from ..results.density import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
 from ._request import Operand, Request
-from .eigsh import eigenvalues_by_tiles, fits_dense
+from .eigsh import eigenvalues_by_tiles
 
 __all__ = ["spectral_density"]
 
@@ -186,7 +187,7 @@ def _check(
 def _dense_pays(operand: Operand) -> bool:
     tiles = operand.structure.exact_cost("tiles")
     usual = _STEPS * _PROBES * max(operand.cost, 1)
-    return operand.size <= _DENSE and fits_dense(operand) and tiles <= 2 * usual
+    return operand.size <= _DENSE and fits_dense(operand.operator) and tiles <= 2 * usual
 
 
 @dataclass(frozen=True, eq=False)

@@ -276,15 +276,6 @@ def kernel_entries(kernel: LinearOperator) -> Any:
     return entries
 
 
-def dense_bytes_allowed(operator: Any) -> int:
-    """Return the smallest ``max_dense_bytes`` of the parts of an operator; 2⁶³ - 1 where none has one."""
-    own = getattr(operator, "max_dense_bytes", None)
-    if own is not None:
-        return int(own)
-    inner = [arg for arg in getattr(operator, "_args", ()) if isinstance(arg, LinearOperator)]
-    return min((dense_bytes_allowed(part) for part in inner), default=2**63 - 1)
-
-
 def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Generator, rtol: float) -> Any:
     """Return log det (K + D) by quadrature of log(1 + x) on the scaled kernel."""
     scaling = entries.rsqrt().unsqueeze(-1).to(kernel.dtype)

@@ -13,10 +13,10 @@ from ..errors import InputError, ShapeError
 from ..results import EnergyGap
 from ..spectra import Lanczos, RitzPairs
 from ._nystrom_structure import dense_by_tiles
-from ._ridge_system import batch_position, dense_bytes_allowed
+from ._ridge_system import batch_position
 from .counting import multiply, row_space
 from .nystrom import NystromOperator, nystrom_ntk
-from .structure import structure
+from .structure import dense_bytes_allowed, structure
 
 __all__ = ["energy_gap"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -105,6 +106,9 @@ class NTKOperator(KernelAlgebra, EngineOperator):
     # dense results
 
     def _dense_cost(self) -> float:
+        # Above the limit of backward passes the dense block is refused, by whatever way: products go on.
+        if not self._core.engine.allows(self._num_distinct()):
+            return math.inf
         return self._column_cost() if self._by_columns() else self._block_cost()
 
     def _block_cost(self) -> float:

@@ -86,12 +86,17 @@ class KernelStructure:
         return self._kernel._rebuild(self._kernel._core.with_axes(axis, axis))
 
     def exact_cost(self, quantity: str) -> float:
-        """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included."""
+        """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included.
+
+        Infinite where they are more backward passes than the engine allows.
+        """
         if self._kernel._stored_dense() is not None:
             return 0.0
         rows = self._rows
         outputs = len(rows.distinct_outputs)
         engine = self._kernel._core.engine
+        if not engine.allows(outputs):
+            return math.inf
         if quantity == "diagonal":
             return engine.diagonal_passes(rows.inputs, outputs)
         if self._over_time:

@@ -22,12 +22,12 @@ from ..errors import (
 from ..vectors import Space
 from ._inducing import induce
 from ._nystrom_structure import NystromStructure, dense_by_tiles, feature_blocks
-from ._ridge_system import dense_bytes_allowed
 from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
 from .counting import row_space
 from .dense import DenseFallbacks
+from .structure import dense_bytes_allowed
 
 __all__ = ["NystromOperator", "nystrom_ntk"]
 

@@ -30,13 +30,13 @@ from ._ridge_system import (
     SolverOptions,
     batch_position,
     checked,
-    dense_bytes_allowed,
     log_determinant,
 )
 from .dense import DenseFallbacks
 from .indexing import _same_index
+from .structure import dense_bytes_allowed, fits_dense
 
-__all__ = ["RidgeOperator", "dense_bytes_allowed"]
+__all__ = ["RidgeOperator"]
 
 
 class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
@@ -133,9 +133,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
     @property
     def _factorises(self) -> bool:
-        method = self._options.method
-        needed = self.shape.numel() * self.dtype.itemsize
-        return method == "cholesky" or (method == "auto" and needed <= self.max_dense_bytes)
+        return self._options.method == "cholesky" or self._options.method == "auto" and fits_dense(self)
 
     def _system(self) -> RidgeSystem:
         return RidgeSystem(self._linear_op, self.ridge, self._options)

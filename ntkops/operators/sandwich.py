@@ -24,12 +24,11 @@ from torch import Tensor
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
 from ._diagonal_part import DiagonalPart
-from ._ridge_system import dense_bytes_allowed
 from .algebra import KernelAlgebra
 from .counting import row_space
 from .dense import DenseFallbacks
 from .ridge import RidgeOperator
-from .structure import dense_from_tiles, structure
+from .structure import dense_bytes_allowed, dense_from_tiles, structure
 
 __all__ = ["Sandwich", "sandwich"]
 
@@ -243,8 +242,16 @@ def _kinds(base: type) -> Iterator[type]:
             yield from _kinds(kind)
 
 
-LinearOperator.matmul = _product_decides(LinearOperator.matmul)
+def _let(kind: type, name: str, decides: Callable[[Any], Any]) -> None:
+    """Put a rule around a method, in place of one that an earlier import has put there."""
+    plain = getattr(vars(kind)[name], "_plain", vars(kind)[name])
+    ruled = decides(plain)
+    ruled._plain = plain
+    setattr(kind, name, ruled)
+
+
+_let(LinearOperator, "matmul", _product_decides)
 for _kind in set(_kinds(LinearOperator)):
     for _name, _decides in (("__add__", _second_decides), ("add_diagonal", _ridge_decides)):
         if _name in vars(_kind):
-            setattr(_kind, _name, _decides(vars(_kind)[_name]))
+            _let(_kind, _name, _decides)

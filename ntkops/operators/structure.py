@@ -8,9 +8,10 @@ operator that offers nothing is multiplied with blocks of the identity, and ever
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -21,9 +22,11 @@ from ..vectors import Space
 __all__ = [
     "Structure",
     "Tile",
+    "dense_bytes_allowed",
     "dense_from_tiles",
     "diagonal_parts",
     "diagonal_step",
+    "fits_dense",
     "later_tiles",
     "paired_tiles",
     "structure",
@@ -214,3 +217,19 @@ def dense_from_tiles(source: Structure, size: int | None = None) -> Tensor:
         if source.symmetric and tile.cols.start > tile.rows.start:
             dense[..., tile.cols, tile.rows] = tile.block.mT
     return dense
+
+
+def dense_bytes_allowed(operator: Any) -> int:
+    """Return the smallest ``max_dense_bytes`` of the parts of an operator; 2⁶³ - 1 where none has one."""
+    own = getattr(operator, "max_dense_bytes", None)
+    if own is not None:
+        return int(own)
+    inner = [arg for arg in getattr(operator, "_args", ()) if isinstance(arg, LinearOperator)]
+    return min((dense_bytes_allowed(part) for part in inner), default=2**63 - 1)
+
+
+def fits_dense(operator: LinearOperator | Tensor) -> bool:
+    """Whether the dense matrix may be made: no part's limit of bytes or of backward passes forbids it."""
+    if operator.shape.numel() * operator.dtype.itemsize > dense_bytes_allowed(operator):
+        return False
+    return math.isfinite(structure(operator).exact_cost("tiles"))

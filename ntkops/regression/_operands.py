@@ -18,15 +18,13 @@ from ..errors import (
     ZeroKernelError,
 )
 from ..estimators import diagonal
-from ..estimators._request import Operand
-from ..estimators.eigsh import fits_dense
 from ..operators.counting import column_space, multiply, row_space
+from ..operators.structure import dense_bytes_allowed, fits_dense
 
 __all__ = [
     "Kernel",
     "dense_of",
     "dense_rows",
-    "fits_dense",
     "is_spread",
     "may_be_dense",
     "mean_diagonal",
@@ -155,8 +153,8 @@ def is_spread(K: Kernel) -> bool:
 
 
 def may_be_dense(K: Kernel) -> bool:
-    """Whether the dense matrix may be made: no part's ``max_dense_bytes`` forbids it."""
-    return fits_dense(Operand(K))
+    """Whether the dense matrix may be made: no part's limit of bytes or of backward passes forbids it."""
+    return fits_dense(K)
 
 
 def to_float64(K: Kernel, method: str) -> Tensor:
@@ -164,10 +162,11 @@ def to_float64(K: Kernel, method: str) -> Tensor:
 
     Raises:
         DenseMemoryError: If the operator's limit forbids it; the message names the lazy ways.
+        BackwardLimitError: If that of its engine does.
     """
     if isinstance(K, Tensor):
         return K.double()
-    if not may_be_dense(K):
+    if K.shape.numel() * K.dtype.itemsize > dense_bytes_allowed(K):
         raise DenseMemoryError(
             f"method={method!r} needs the dense {'x'.join(map(str, K.shape))} kernel, which its "
             "max_dense_bytes forbids; raise it, or take method='cg', 'lsmr' or 'nystrom'"

@@ -40,6 +40,7 @@ class Estimate:
         converged: False if a pass limit came before the requested tolerance.
         seed: Seed of the generator that drew the probes; None if nothing was drawn.
         seconds: Wall-clock time.
+        checks: Passes of trials and row checks that were made on the way, beside ``passes``: see `PassCount`.
 
     Example:
         >>> import torch
@@ -62,9 +63,12 @@ class Estimate:
     converged: bool = True
     seed: int | None = None
     seconds: float = 0.0
+    checks: int = 0
 
     @classmethod
-    def of_exact(cls, value: Tensor, *, passes: int, seconds: float = 0.0, method: str = "exact") -> Estimate:
+    def of_exact(
+        cls, value: Tensor, *, passes: int, seconds: float = 0.0, method: str = "exact", checks: int = 0
+    ) -> Estimate:
         """Wrap an exact value: no error, an interval of zero width."""
         return cls(
             value=value,
@@ -74,6 +78,7 @@ class Estimate:
             exact=True,
             passes=passes,
             seconds=seconds,
+            checks=checks,
         )
 
     # as a number
@@ -158,9 +163,9 @@ class Estimate:
             if not other.exact:
                 raise self._refusal(symbol)
             number: Any = other.value
-            passes, seconds = other.passes, other.seconds
+            passes, seconds, checks = other.passes, other.seconds, other.checks
         elif isinstance(other, Real) or isinstance(other, Tensor) and other.dim() == 0:
-            number, passes, seconds = other, 0, 0.0
+            number, passes, seconds, checks = other, 0, 0.0, 0
         else:
             return NotImplemented
         if not (self.exact or affine):
@@ -171,9 +176,13 @@ class Estimate:
             raise ShapeError(
                 f"estimates of shapes {tuple(self.value.shape)} and {tuple(number.shape)} do not fit together"
             ) from error
-        passes, seconds = self.passes + passes, self.seconds + seconds
+        made: dict[str, Any] = {
+            "passes": self.passes + passes,
+            "seconds": self.seconds + seconds,
+            "checks": self.checks + checks,
+        }
         if self.exact:
-            return Estimate.of_exact(value, passes=passes, seconds=seconds, method=self.method)
+            return Estimate.of_exact(value, method=self.method, **made)
         one, two = (function(end, number) for end in self.interval)
         slope = torch.ones_like(value) if symbol in ("+", "-") else function(torch.ones_like(value), number)
         interval = torch.minimum(one, two), torch.maximum(one, two)
@@ -182,8 +191,7 @@ class Estimate:
             value=value,
             stderr=self.stderr * slope.abs(),
             interval=interval,
-            passes=passes,
-            seconds=seconds,
+            **made,
         )
 
     def _refusal(self, symbol: str) -> EstimateError:

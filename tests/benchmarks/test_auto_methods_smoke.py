@@ -24,7 +24,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_small_run(benchmark, tmp_path):
     out, page = tmp_path / "auto.json", tmp_path / "page.md"
-    options = ["--quick", "--seeds", "1", "--tolerances", "0.1", "--networks", "mlp", "--quantities", "trace"]
+    options = ["--quick", "--seeds", "1", "--tolerances", "0.1", "--quantities", "trace"]
+    options += ["--networks", "mlp, n=640"]
     benchmark.main([*options, "--out", str(out)])
     result = json.loads(out.read_text())
     assert [entry["state"] for entry in result["entries"]] == ["untrained", "trained"]
@@ -32,6 +33,6 @@ def test_a_small_run(benchmark, tmp_path):
         assert entry["best"] in entry["seconds"] and {"auto", "exact"} <= set(entry["seconds"])
     page.write_text("<!-- auto -->\n<!-- /auto -->\n", encoding="utf-8")
     assert benchmark.main(["--markdown", str(out), "--page", str(page)]) == 0
-    assert "| mlp, trained | trace | 0.1 |" in page.read_text(encoding="utf-8")
-    late = benchmark.run(seeds=1, seconds=-1.0, quick=True, networks=["mlp"])
+    assert "| mlp, n=640, trained | trace | 0.1 |" in page.read_text(encoding="utf-8")
+    late = benchmark.run(seeds=1, seconds=-1.0, quick=True, networks=["mlp, n=640"])
     assert len(late["left_out"]) == 2 * 4 * 3 and not late["entries"]

@@ -91,3 +91,24 @@ def test_another_way_is_taken_where_the_first_does_not_fit(monkeypatch):
     (kernel, _) = kernels("layerwise")
     found = ntkops.frobenius_norm(kernel, num_passes=7, generator=generator(0))
     assert found.method == "sketch" and found.passes <= 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_trials_and_row_checks_are_reported_beside_the_passes(dtype):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3), nn.Tanh()).to(dtype),
+        torch.randn(20, 8),
+    )
+    kernel = ntkops.ntk(model, x.to(dtype), max_dense_bytes=0)
+    exact = ntkops.trace(kernel, method="exact")
+    assert exact.passes == 3 and exact.checks == 1  # a backward pass for each output, and one for the rows
+    again = ntkops.trace(kernel, method="exact")
+    assert again.passes == 3 and again.checks == 0  # these rows have been looked at
+    with ntkops.count_passes() as tally:  # J and its transpose are compared by the first product
+        product = ntkops.trace(kernel, method="hutchinson", num_passes=6, generator=generator(0))
+    assert product.passes == tally.total == 6 and product.checks == tally.count.checks >= 2
+    assert (exact + product).checks == exact.checks + product.checks
+    by_parts = ntkops.ntk(model, x.to(dtype), max_dense_bytes=0, batch_size=5)
+    found = ntkops.trace(by_parts, method="stratified", num_passes=3, generator=generator(0))
+    assert found.passes <= 3 and found.checks >= 4  # one for each of four batches

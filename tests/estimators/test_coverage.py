@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 import ntkops
-from ntkops.estimators._intervals import extremal_quantile, student_quantile
+from ntkops.estimators._intervals import extremal_quantile, norm_quantile, student_quantile
 from tests.estimators.problems import Factored, generator
 
 N = 60
@@ -85,6 +85,46 @@ def test_quantiles_fall_with_samples_and_rise_with_certainty():
     assert extremal_quantile(0.01, 20) > extremal_quantile(0.05, 20)
     assert math.isinf(extremal_quantile(0.05, 1))
     assert extremal_quantile(0.05, 10**8) == pytest.approx(1.96, abs=1e-2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 30])
+@pytest.mark.parametrize("level", [0.05, 0.01])
+def test_the_quantile_by_lengths_is_that_of_rank_one(level, count):
+    means = torch.randn(200_000, count, generator=generator(0), dtype=torch.float64).square().mean(-1)
+    missed = (1 - means).abs() > norm_quantile(level, count) * (2 * means / count).sqrt()
+    assert float(missed.double().mean()) == pytest.approx(level, rel=0.06)
+    assert norm_quantile(level, count) < extremal_quantile(level, count)
+    assert norm_quantile(level, 10**6) == pytest.approx(scipy.stats.norm.isf(level / 2), rel=1e-2)
+
+
+def quarter(n):
+    """A spike that holds a quarter of the trace."""
+    return torch.cat([torch.full((1,), (n - 1) / 3), torch.ones(n - 1)]).double()
+
+
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "rank one", "quarter", "flat"])
+@pytest.mark.parametrize("method", ["sketch", "xtrace", "hutch++", "hutchinson"])
+@pytest.mark.parametrize("passes", [8, 24])
+def test_traces_cover_with_few_probes_by_narrow_intervals(method, spectrum, passes):
+    if (method, passes) == ("xtrace", 8):
+        passes = 12  # the least
+    more = {
+        "rank one": lambda n: torch.eye(n)[0],
+        "quarter": quarter,
+        "flat": lambda n: torch.linspace(1, 2, n),
+    }
+    values = (SPECTRA | more | {"quarter": quarter})[spectrum](N).double()
+    runs, truth = 400, float(values.sum())
+    kernel = Factored(torch.diag(values.sqrt()).expand(runs, N, N))
+    found = ntkops.trace(kernel, method=method, num_passes=passes * runs, generator=generator(0))
+    low, high = found.interval
+    slack = 1e-12 * truth
+    covered = int(((low - slack <= truth) & (truth <= high + slack)).sum())
+    assert scipy.stats.binom.cdf(covered, runs, 0.93) > 1e-3, covered
+    ends = (found.value / truth).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    if float(ends[0]) > 0 and float(ends[1] - ends[0]) > 1e-9:
+        least = float(found.value.median()) * float(1 / ends[0] - 1 / ends[1])
+        assert float((high - low).median()) <= 3.5 * least
 
 
 def test_a_stationary_quantity_has_an_error():

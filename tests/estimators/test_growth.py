@@ -235,16 +235,49 @@ def test_what_is_no_operator_is_named():
         ntkops.trace(Factored(torch.eye(9)), method="hutchinson", num_passes=1)
 
 
+# Six samples of twelve outputs, where a user allows four backward passes.
+def above_the_limit(dtype=torch.float64, limit=4, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden, head = torch.nn.Linear(4, 16), torch.nn.Linear(16, 12)
+        model = torch.nn.Sequential(hidden, torch.nn.Tanh(), head, torch.nn.Tanh()).to(dtype)
+        x = torch.randn(6, 4).to(dtype)
+    return ntkops.ntk(model, x, engine=ntkops.Layerwise(max_backwards=limit), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_dense_bytes": 0}, {"outputs": "each"}])
 @pytest.mark.parametrize("name", ["trace", "diagonal", "frobenius_norm", "effective_rank", "partial_trace"])
-def test_above_the_limit_of_backwards_the_default_estimates(name):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12)).double()
-    x = torch.randn(6, 4, dtype=torch.float64)
+def test_above_the_limit_of_backwards_the_default_estimates(name, options):
+    if name == "partial_trace" and "outputs" in options:
+        options = {}  # of one output there is nothing to sum
     estimate = getattr(ntkops, name)
-    truth = estimate(ntkops.ntk(model, x), method="exact").value
-    limited = ntkops.ntk(model, x, engine=ntkops.Layerwise(max_backwards=4), max_dense_bytes=0)
-    with pytest.raises(ntkops.errors.BackwardLimitError):
-        estimate(limited, method="exact")
+    truth = estimate(above_the_limit(limit=99, **options), method="exact").value
+    limited = above_the_limit(**options)
+    for cap in ({}, {"num_passes": 5}):
+        with pytest.raises(ntkops.errors.BackwardLimitError):
+            estimate(limited, method="exact", **cap)
     found = estimate(limited, rtol=0.3, generator=generator(0))
     assert not found.exact or found.method != "exact"
     assert float((found.value - truth).norm()) <= 0.3 * float(found.value.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_above_the_limit_of_backwards_products_go_on_whatever_they_have_cost(dtype):
+    limited, whole = above_the_limit(dtype), above_the_limit(limit=99).to_dense()
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    wide = whole.to(dtype)
+    vector = torch.ones(len(whole), 1, dtype=dtype)
+    for _ in range(100):  # products have long cost more than the dense block
+        product = limited @ vector
+    torch.testing.assert_close(product, wide @ vector, **close)
+    found = ntkops.eigsh(limited, 2, generator=generator(0))
+    torch.testing.assert_close(found.values, torch.linalg.eigvalsh(whole).flip(0)[:2], rtol=1e-4, atol=0)
+    ridged = whole + torch.eye(len(whole), dtype=torch.float64)
+    low, high = ntkops.logdet(limited, 1.0, rtol=0.1, generator=generator(0)).interval
+    assert low <= torch.logdet(ridged) <= high
+    assert int(ntkops.truncation_rank(limited, 0.1, generator=generator(0)).rank) > 1
+    solution = limited.add_jitter(1.0).solve(vector)
+    expected = torch.linalg.solve(ridged, vector.double()).to(dtype)
+    torch.testing.assert_close(solution, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ntkops.errors.BackwardLimitError):
+        limited.to_dense()

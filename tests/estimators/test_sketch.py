@@ -8,9 +8,11 @@ import torch
 import ntkops
 from ntkops.errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ntkops.estimators._leave_out import held_out, leave_one_out
-from ntkops.estimators._quantities import Inner, Trace
+from ntkops.estimators._plans import ScalarPlan
+from ntkops.estimators._quantities import TRACE, Inner, Trace
 from ntkops.estimators._request import operands
 from ntkops.estimators._sketch import SketchCore
+from ntkops.estimators._xtrace import _held_out
 from tests.estimators.problems import SPECTRA, Factored, OnlyProducts, generator, rotation, with_spectrum
 
 N = 40
@@ -67,10 +69,61 @@ def test_leaving_out_equals_brute_force(factored, tolerance):
             others = [j for j in range(columns) if j != i]
             expected = brute(kernels, core._probes, others, [i])
             torch.testing.assert_close(ones[:, i : i + 1], expected, rtol=tolerance, atol=tolerance)
-        apart = held_out(core.numbers, MOMENTS, 4)
+        apart = held_out(core.numbers, MOMENTS, range(columns - 4, columns))
         expected = brute(kernels, core._probes, range(columns - 4), range(columns - 4, columns))
         found = torch.stack([mean.fixed.unsqueeze(-1) + mean.samples for mean in apart])
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_fold_of_any_probes_is_that_of_the_last_ones(factored):
+    operators = pair(factored)
+    core = sketch(operators, 9)
+    fold, others = [1, 4, 6], [0, 2, 3, 5, 7, 8]
+    found = torch.stack([m.fixed.unsqueeze(-1) + m.samples for m in held_out(core.numbers, MOMENTS, fold)])
+    expected = brute([operator.matrix for operator in operators], core._probes, others, fold)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sketch", "xtrace", "hutch++", "hutchinson"])
+def test_the_variance_of_a_form_comes_from_the_length_of_its_image(method):
+    # For v uniform on the sphere of radius √d: Var vᵀAv = 2 E[|Av|² - (vᵀAv)²/d]; A is what is left of K.
+    kernel = pair()[0]
+    plan = ScalarPlan(TRACE, operands(kernel), orthogonalize=False)
+    sampler = plan.sampler(method, generator(4))
+    sampler.grow(9)
+    if method == "sketch":
+        (mean,) = held_out(sampler.numbers, [Trace()], range(5, 9))
+        probes = sampler._probes
+        A = kernel.matrix - nystrom(kernel.matrix, probes[:, :5])
+        Q = torch.linalg.qr(probes[:, :5])[0]
+        v = probes[:, 5:]
+    elif method == "xtrace":
+        (mean,) = _held_out(sampler._numbers(), [Trace()], range(5, 9))
+        Q = torch.linalg.qr(sampler._products[:, :5])[0]
+        v, A = sampler._probes[:, 5:], kernel.matrix
+    else:
+        (mean,) = sampler.moments()
+        Q, v, A = sampler._basis, sampler._probes, kernel.matrix
+    P = torch.eye(N, dtype=torch.float64) - Q @ Q.T
+    d, v, A = N - Q.shape[1], P @ v, P @ A @ P
+    v = v * (d / v.square().sum(0)).sqrt()
+    forms, images = (v * (A @ v)).sum(0), (A @ v).square().sum(0)
+    torch.testing.assert_close(mean.samples, forms, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(mean.variances, 2 * (images - forms.square() / d), rtol=1e-8, atol=1e-8)
+    many = torch.randn(N, 40_000, generator=generator(5), dtype=torch.float64)
+    many = P @ many
+    many = many * (d / many.square().sum(0)).sqrt()
+    forms, images = (many * (A @ many)).sum(0), (A @ many).square().sum(0)
+    assert float(2 * (images - forms.square() / d).mean()) == pytest.approx(float(forms.var()), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["sketch", "xtrace", "hutch++", "hutchinson", "ntk-hutch++"])
+def test_what_cannot_vary_has_no_error(method):
+    kernel = Factored(3 * torch.eye(N, dtype=torch.float64))  # vᵀKv is the same for all v on a sphere
+    found = ntkops.trace(kernel, method=method, num_passes=24, generator=generator(0))
+    assert float(found.value) == pytest.approx(9 * N, rel=1e-12)
+    assert float(found.interval[1] - found.interval[0]) < 1e-5 * N
 
 
 def test_leaving_out_is_unbiased():
@@ -89,7 +142,7 @@ def test_leaving_out_is_unbiased():
     for seed in range(400):
         numbers = sketch(operators, 7, seed).numbers
         ones.append(leave_one_out(numbers, MOMENTS).mean(-1))
-        apart.append(torch.stack([mean.value() for mean in held_out(numbers, MOMENTS, 4)]))
+        apart.append(torch.stack([mean.value() for mean in held_out(numbers, MOMENTS, range(3, 7))]))
     for values in (torch.stack(ones), torch.stack(apart)):
         assert ((values.mean(0) - truth).abs() < 4 * values.std(0) / math.sqrt(len(values))).all()
 
