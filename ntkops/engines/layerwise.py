@@ -217,7 +217,7 @@ class LayerwiseEngine(Engine):
             return True
         return self._coverage.backwards(distinct) <= self.options.max_backwards
 
-    def diagonal_passes(self, inputs, distinct: int) -> float:
+    def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
         """Return what the diagonal costs, in passes over the samples."""
         over_time = states_diagonal_passes(self._source, inputs, distinct)
         if over_time is not None:
