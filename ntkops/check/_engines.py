@@ -26,7 +26,7 @@ def state_inputs(operator: Ours) -> StateAxis:
 
 def lazily(operator: Ours) -> Ours:
     """Return the same operator without a dense block, whose symmetry would prove nothing."""
-    return operator._rebuild(dataclasses.replace(operator._core, max_dense_bytes=0))
+    return operator._rebuild(dataclasses.replace(operator._core, limit=0))
 
 
 def engine_checks(operator: Ours, products: Products) -> Iterator[Check]:

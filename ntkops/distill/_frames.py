@@ -69,7 +69,7 @@ class Scene:
             self.linearization, self.rows.inputs, "auto", batch_size="auto", chunk_size="auto"
         )
         # K_ZZ and a chunk of K_XZ are what the method works with; the kernel's limit is for what is N wide.
-        self._core = dataclasses.replace(core, engine=engine, max_dense_bytes=_UNLIMITED)
+        self._core = dataclasses.replace(core, engine=engine, limit=_UNLIMITED)
         self._kept: Tensor | None = None  # gradients of the real samples, (*batch, N, r, R·P)
 
     @property

@@ -31,12 +31,13 @@ _SLOPE_TOLERANCE = 1e-2  # of finite differences, whose error is that of float32
 def vectors(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
     """Return seeded normal numbers in the dtype, and on the device, of a tensor."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype).to(like)
 
 
 def length(blocks: Sequence[Tensor]) -> float:
     """Return the Euclidean length of all blocks together."""
-    return sum(float(block.double().square().sum()) for block in blocks) ** 0.5
+    return sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks) ** 0.5
 
 
 def first_line(error: BaseException) -> str:
@@ -48,8 +49,13 @@ def first_line(error: BaseException) -> str:
 def _both_sides(
     cotangent: Tensor, pushed: Tensor, tangents: Parameters, pulled: Parameters
 ) -> tuple[float, float]:
-    left = float((cotangent.double() * pushed.double()).sum())
-    return left, sum(float((t.double() * g.double()).sum()) for t, g in zip(tangents, pulled, strict=True))
+    return _inner(cotangent, pushed), sum(_inner(t, g) for t, g in zip(tangents, pulled, strict=True))
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    """Return the inner product: rounded products of float32 are added in float64."""
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return float((left.to(dtype) * right.to(dtype)).sum(dtype=torch.float64))
 
 
 def check_adjoint(

@@ -78,11 +78,11 @@ class AutogradEngine(Engine):
 
     def restricted(self, free: Sequence[int], params: Parameters) -> tuple[AutogradEngine, Parameters]:
         """Return the engine for some parameters, the others held where they are, and those."""
-        found = self.differentiation  # with all of them, and known from now on
-        assert found is not None
         part = self.linearization.restricted(free, params)
         sizes = {"batch_size": self._batch_size, "chunk_size": self._chunk_size}
-        return AutogradEngine(part, None, like=self, **sizes), part.parameters
+        engine = AutogradEngine(part, None, like=self, **sizes)
+        engine._whole = self
+        return engine, part.parameters
 
     # what it costs
 
@@ -98,13 +98,18 @@ class AutogradEngine(Engine):
 
     def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor, compact: bool = False) -> Factors:
         """Return the gradients of N samples for ``(C, N, O)`` cotangents. Cost: C per-sample passes."""
-        how = self.differentiation
+        how = self.differentiated(per_sample=True)
+        if how.per_sample == "loop" and len(cotangents) > 1:
+            how = self.differentiated(columns=True)
+        assert how.per_sample is not None
+        choice = how.per_sample, how.mode
 
         def part(start: int, stop: int, batch: Batch) -> Tensor:
             self.linearization.require_independent(inputs, start, params, batch)
             sent = cotangents[:, start:stop].transpose(0, 1)
             function = self.linearization.function
-            gradients = sample_gradients(how.per_sample, how.mode, function, params, batch, sent, how.columns)
+            columns = how.columns or "loop"
+            gradients = sample_gradients(*choice, function, params, batch, sent, columns)
             return torch.cat([g.reshape(*g.shape[:2], g.shape[2:].numel()) for g in gradients], dim=-1)
 
         with self.linearization.safe_context():
@@ -146,18 +151,19 @@ class AutogradEngine(Engine):
         self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float = 0.0
     ) -> _Products:
         """Return products with J(left) and J(right)ᵀ, which share the forward pass of the same samples."""
-        return _Products(self, params, left, right)
+        return _Products(self, params, left, right, min(len(operand), self.chunk_size()) > 1)
 
-    def _linearize(self, params: Parameters, batch: Batch) -> LinearizedBatch:
-        how = self.differentiation
+    def _linearize(self, params: Parameters, batch: Batch, several: bool) -> LinearizedBatch:
+        how = self.differentiated(columns=several)
         function = self.linearization.function
-        return linearize_batch(how.mode, function, params, batch, how.columns, how.pull_columns)
+        return linearize_batch(how.mode, function, params, batch, how.columns or "loop", how.pull_columns)
 
     def _each(
         self,
         params: Parameters,
         inputs: Inputs,
         kept: _Kept,
+        several: bool,
         work: Callable[[int, int, LinearizedBatch], Result],
     ) -> Iterator[Result]:
         """Yield work on the linearised samples, batch by batch; all of them in one batch are kept."""
@@ -172,7 +178,7 @@ class AutogradEngine(Engine):
         def part(start: int, stop: int, batch: Batch) -> Result:
             if stop - start < inputs.num_samples:
                 self.linearization.require_independent(inputs, start, params, batch)
-            point = self._linearize(params, batch)
+            point = self._linearize(params, batch, several)
             result = work(start, stop, point)
             if stop - start == inputs.num_samples:
                 kept.append(point)
@@ -194,8 +200,11 @@ class AutogradEngine(Engine):
 class _Products:
     """Products with J of some samples and Jᵀ of others, in chunks of columns."""
 
-    def __init__(self, engine: AutogradEngine, params: Parameters, left: Inputs, right: Inputs) -> None:
+    def __init__(
+        self, engine: AutogradEngine, params: Parameters, left: Inputs, right: Inputs, several: bool
+    ) -> None:
         self._engine, self._params, self._left, self._right = engine, params, left, right
+        self._several = several  # columns at a time
         self._kept_right: _Kept = []
         self._kept_left: _Kept = self._kept_right if left is right else []
 
@@ -235,7 +244,7 @@ class _Products:
             return point.pull(vectors[:, start:stop])
 
         total: Parameters | None = None
-        for part in self._engine._each(self._params, self._right, self._kept_right, work):
+        for part in self._engine._each(self._params, self._right, self._kept_right, self._several, work):
             total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
         assert total is not None  # inputs are never empty
         return total
@@ -244,7 +253,7 @@ class _Products:
         def work(start: int, stop: int, point: LinearizedBatch) -> Tensor:
             return point.push(tangents)
 
-        found = list(self._engine._each(self._params, self._left, self._kept_left, work))
+        found = list(self._engine._each(self._params, self._left, self._kept_left, self._several, work))
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 

@@ -75,6 +75,7 @@ class Engine(EngineSizes):
     ) -> None:
         super().__init__(linearization, batch_size, chunk_size, like)
         self._first = first
+        self._whole: Engine | None = None  # the engine for all parameters of which these are a part
         self.identity = next(_identities)
 
     def __getstate__(self) -> dict[str, object]:
@@ -95,11 +96,24 @@ class Engine(EngineSizes):
     @property
     def differentiation(self) -> Differentiation:
         """How the model is differentiated: found once for a linearisation, when something is."""
+        return self.differentiated()
+
+    def differentiated(self, *, columns: bool = False, per_sample: bool = False) -> Differentiation:
+        """Return how the model is differentiated, what it takes for columns or per-sample Jacobians found."""
+        if self._whole is not None:
+            return self._whole.differentiated(columns=columns, per_sample=per_sample)
         verdict = self.linearization.verdict
-        if not isinstance(verdict.differentiation, Differentiation):
+        known = verdict.differentiation if isinstance(verdict.differentiation, Differentiation) else None
+        is_known = known is not None and not (
+            (columns and known.columns is None) or (per_sample and known.per_sample is None)
+        )
+        if known is None or not is_known:
             assert self._first is not None
-            verdict.differentiation = find_differentiation(self.linearization, self._first)
-        return verdict.differentiation
+            wanted = {"columns": columns, "per_sample": per_sample}
+            verdict.differentiation = known = find_differentiation(
+                self.linearization, self._first, known, **wanted
+            )
+        return known
 
     @property
     def num_parameters(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,16 +42,27 @@ _PROBED_SAMPLES = 2
 _MULTIPLES = (1.0, -2.0, 0.5)  # not as many as samples; powers of two, which round as the number itself
 
 
-def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differentiation:
-    """Try the modes on the first samples of ``inputs``.
+def find_differentiation(
+    linearization: Linearization,
+    inputs: Inputs,
+    known: Differentiation | None = None,
+    *,
+    columns: bool = False,
+    per_sample: bool = False,
+) -> Differentiation:
+    """Try the modes on the first samples of ``inputs``, and what else is asked for.
 
     Args:
         linearization: The pure function and its parameters.
         inputs: The samples; only the first two are used.
+        known: What was found before.
+        columns: Whether several vectors are wanted at a time.
+        per_sample: Whether per-sample Jacobians are.
 
     Returns:
-        What the model allows. Cost: five forward passes over two samples, and their derivatives; some more
-        where a mode does not work, or J and Jᵀ agree suspiciously badly.
+        What the model allows. Cost: two forward passes over two samples, and their derivatives, one more for
+        columns and two for per-sample Jacobians; some more where a mode does not work, or J and Jᵀ agree
+        suspiciously badly.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
@@ -64,15 +75,23 @@ def find_differentiation(linearization: Linearization, inputs: Inputs) -> Differ
     with linearization.safe_context(), torch.no_grad():
         params = tuple(p.detach() for p in params)
         batch = _two_samples(linearization, params, batch)
-        shape = torch.Size((batch.num_samples, inputs.num_outputs))
-        probe = _first_mode(linearization, params, batch, shape, reasons)
-        columns = _columns(probe, reasons)
-        slow = columns == "vmap" and linearization.convolves and params[0].device.type == "cpu"
-        per_sample = _per_sample(probe, linearization, params, batch, reasons)
+        cotangent = vectors((1, batch.num_samples, inputs.num_outputs), params[0], seed=1)
+        if known is None:
+            probe = _first_mode(linearization, params, batch, cotangent, reasons)
+            known = Differentiation(probe.mode)
+        else:
+            linearized = linearize_batch(known.mode, linearization.function, params, batch)
+            probe = _Probe(known.mode, linearized, cotangent, linearized.pull(cotangent))
+        if per_sample and known.per_sample is None:
+            known = replace(known, per_sample=_per_sample(probe, linearization, params, batch, reasons))
+        if columns and known.columns is None:
+            several = _columns(probe, params, reasons)
+            # A vmapped weight gradient of a convolution is a grouped one, 1.2 to 1.4 times slower on the CPU.
+            slow = several == "vmap" and linearization.convolves and params[0].device.type == "cpu"
+            known = replace(known, columns=several, pull_columns="loop" if slow else several)
     for reason in reasons:
         logger.info("differentiation: %s", reason)
-    # A vmapped weight gradient of a convolution becomes a grouped one, 1.2 to 1.4 times slower on the CPU.
-    return Differentiation(probe.mode, columns, "loop" if slow else columns, per_sample, tuple(reasons))
+    return replace(known, reasons=(*known.reasons, *reasons))
 
 
 def _two_samples(linearization: Linearization, params: Parameters, batch: Batch) -> Batch:
@@ -89,21 +108,22 @@ def _two_samples(linearization: Linearization, params: Parameters, batch: Batch)
 
 @dataclass(eq=False)
 class _Probe:
-    """One pair of vectors and what a mode makes of it; multiples of it are what other forms are held to."""
+    """A vector and what a mode makes of it; multiples of it are what other forms are held to."""
 
     mode: Mode
     linearized: LinearizedBatch
     cotangent: Tensor  # (1, B, O)
-    tangents: Parameters
     pulled: Parameters
-    pushed: Tensor | None  # where J p exists
+
+
+def _tangents(params: Parameters) -> Parameters:
+    return tuple(vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
 
 
 def _first_mode(
-    linearization: Linearization, params: Parameters, batch: Batch, shape: torch.Size, reasons: list[str]
+    linearization: Linearization, params: Parameters, batch: Batch, cotangent: Tensor, reasons: list[str]
 ) -> _Probe:
-    cotangent = vectors((1, *shape), params[0], seed=1)
-    tangents = tuple(vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
+    tangents = _tangents(params)
     live = linearization.differentiable
     left: _Probe | None = None
     for mode in RECORDED_MODES if live else MODES:
@@ -112,7 +132,7 @@ def _first_mode(
             linearized = linearize_batch(mode, linearization.function, params, batch)
             pulled = linearized.pull(cotangent)
             if mode == "reverse":
-                return left or _Probe(mode, linearized, cotangent, tangents, pulled, None)
+                return left or _Probe(mode, linearized, cotangent, pulled)
             pushed = linearized.push(tangents)
             if live and mode == "forward":
                 check_slope(linearization, params, batch, cotangent, tangents, reasons)
@@ -125,13 +145,13 @@ def _first_mode(
             continue
         if not bool(pushed.isfinite().all()) and all(bool(g.isfinite().all()) for g in pulled):
             # Another mode may do better; if none does, products say so.
-            left = left or _Probe(mode, linearized, cotangent, tangents, pulled, pushed)
+            left = left or _Probe(mode, linearized, cotangent, pulled)
             reasons.append(f"{mode}: J p is not finite")
             continue
         if check_adjoint(
             mode, linearization, params, batch, linearized, cotangent, tangents, pushed, pulled, reasons
         ):
-            return _Probe(mode, linearized, cotangent, tangents, pulled, pushed)
+            return _Probe(mode, linearized, cotangent, pulled)
     if left is not None:
         return left
     hooks = any("saved tensor hooks" in reason for reason in reasons)
@@ -142,23 +162,20 @@ def _first_mode(
     )
 
 
-def _columns(probe: _Probe, reasons: list[str]) -> Columns:
+def _columns(probe: _Probe, params: Parameters, reasons: list[str]) -> Columns:
     """Whether two columns may go through one vmapped pass: a multiple of what is known, and that itself."""
+    tangents = () if probe.mode == "reverse" else _tangents(params)
+    single = (*probe.pulled, *([probe.linearized.push(tangents)] if tangents else ()))
 
     def twice(tensor: Tensor) -> Tensor:
         return torch.cat([_MULTIPLES[1] * tensor, tensor])
 
     def both() -> tuple[Tensor, ...]:
         pulled = probe.linearized.pull(twice(probe.cotangent))
-        if probe.pushed is None:
-            return pulled
-        return (*pulled, probe.linearized.push(tuple(map(twice, probe.tangents))))
+        return (*pulled, probe.linearized.push(tuple(map(twice, tangents)))) if tangents else pulled
 
-    def known() -> tuple[Tensor, ...]:
-        found = probe.pulled if probe.pushed is None else (*probe.pulled, probe.pushed)
-        return tuple(map(twice, found))
-
-    return "vmap" if _vmap_agrees("columns", both, known, reasons) else "loop"
+    agrees = _vmap_agrees("columns", both, lambda: tuple(map(twice, single)), reasons)
+    return "vmap" if agrees else "loop"
 
 
 def _per_sample(

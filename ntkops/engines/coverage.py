@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .contraction import LEAST_INPUTS
-from .cost import KernelShape, written_at_once
-from .factors import Outer
-from .layer_factors import Factors
+from .cost import KernelShape, LayerShape, written_at_once
+from .factors import Direct, Outer
 from .layer_rules import Layout, OneHot
 from .summation import COLUMNS
 from .tail import Tail
+from .units import Unit
 
-__all__ = ["Coverage", "HiddenStates"]
+__all__ = ["Coverage", "HiddenStates", "LayerSizes"]
 
 Signature = tuple[object, ...]
 
@@ -33,6 +34,45 @@ class HiddenStates:
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """What the factors of one unit take.
+
+    Attributes:
+        unit: The unit.
+        shape: Its sizes as the cost model takes them; None where its gradient is written down.
+        direction: Entries of output gradients, for each sample and direction.
+        kept: The same with gradients in the place of larger factors, as kernels keep them.
+        sample: Entries of activations, for each sample.
+        gradient: Entries of its gradient that are written down at a time.
+    """
+
+    unit: Unit
+    shape: LayerShape | None
+    direction: int
+    kept: int
+    sample: int
+    gradient: int
+
+    @classmethod
+    def of(cls, layer: Outer | Direct) -> LayerSizes:
+        """Return the sizes of some samples' factors."""
+        direction = layer.gradients[:1, :1].numel()
+        if isinstance(layer, Direct):
+            return cls(layer.unit, None, direction, direction, 0, 0)
+        held, shape = layer.activations, layer.shape
+        sample = (held.index if isinstance(held, OneHot) else held)[:1].numel()
+        written = len(layer.unit.uses) == 1 and written_at_once(shape)
+        kept = shape.entries if written else direction
+        if shape.positions == shape.groups == 1:  # Gram matrices, whatever is wanted
+            gradient = 0
+        elif shape.one_hot:
+            gradient = shape.positions * shape.outputs
+        else:
+            gradient = min(shape.entries, max(COLUMNS, LEAST_INPUTS * shape.groups * shape.outputs))
+        return cls(layer.unit, shape, direction, kept, sample, gradient)
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What the layer rules cover.
 
@@ -40,7 +80,6 @@ class Coverage:
         covered: Numbers of the covered parameters.
         reasons: Why each of the others is left to automatic differentiation.
         layouts: Where the samples are in the result of each kind of call.
-        batched: Whether several directions may go through one batched backward pass.
         direction_entries: Entries of output gradients, for each sample and direction.
         kept_entries: The same with gradients in the place of larger factors, as kernels keep them.
         sample_entries: Entries of activations, for each sample.
@@ -53,7 +92,6 @@ class Coverage:
     covered: frozenset[int]
     reasons: dict[int, str]
     layouts: dict[Signature, Layout]
-    batched: bool = False
     direction_entries: int = 0
     kept_entries: int = 0
     sample_entries: int = 0
@@ -75,23 +113,16 @@ class Coverage:
         """Return the coverage with one backward pass for each output."""
         return replace(self, tail=None, body=None)
 
-    def measured(self, factors: Factors) -> Coverage:
+    def measured(self, layers: Iterable[LayerSizes]) -> Coverage:
         """Return the coverage with the sizes of its factors, seen on those of one direction."""
-        outers = [layer for layer in factors.outers if layer.unit.index in self.covered]
-        directs = [layer for layer in factors.directs if layer.unit.index in self.covered]
-        count = max(1, factors.count)
-        direct = sum(layer.gradients[:, :1].numel() for layer in directs) // count
+        own = [layer for layer in layers if layer.unit.index in self.covered]
         return replace(
             self,
-            direction_entries=direct + sum(layer.gradients[:, :1].numel() for layer in outers) // count,
-            kept_entries=direct + sum(_kept_entries(layer) for layer in outers) // count,
-            sample_entries=sum(_entries(layer) for layer in outers) // count,
-            layer_entries=max((_gradient_entries(layer) for layer in outers), default=0),
+            direction_entries=sum(layer.direction for layer in own),
+            kept_entries=sum(layer.kept for layer in own),
+            sample_entries=sum(layer.sample for layer in own),
+            layer_entries=max((layer.gradient for layer in own), default=0),
         )
-
-    def is_small(self, directions: int, count: int) -> bool:
-        """Whether so many directions of so many samples are few enough for one batched backward pass."""
-        return directions * count * self.direction_entries <= _SMALL_WORK
 
     def backwards(self, outputs: int) -> int:
         """Return how many backward passes a number of outputs takes."""
@@ -107,30 +138,5 @@ class Coverage:
         return replace(wanted, rows=tail.rank, columns=tail.rank, terms=1, kernels=1)
 
     def chunk(self, directions: int, count: int) -> int:
-        """Return how many directions go through one backward pass: as many as stay small."""
-        if not self.batched:
-            return 1
+        """Return how many directions may go through one backward pass: as many as stay small."""
         return max(1, min(directions, _SMALL_WORK // max(1, count * self.direction_entries)))
-
-
-def _entries(layer: Outer) -> int:
-    held = layer.activations
-    return held.index.numel() if isinstance(held, OneHot) else held.numel()
-
-
-def _kept_entries(layer: Outer) -> int:
-    """Entries for one direction of all samples, of gradients where these are no larger than factors."""
-    entries = layer.gradients[:, :1].numel()
-    if len(layer.unit.uses) == 1 and written_at_once(layer.shape):
-        return len(layer.gradients) * layer.shape.entries
-    return entries
-
-
-def _gradient_entries(layer: Outer) -> int:
-    """Entries of one gradient that are written down at a time."""
-    shape = layer.shape
-    if shape.positions == shape.groups == 1:  # Gram matrices, whatever is wanted
-        return 0
-    if shape.one_hot:
-        return shape.positions * shape.outputs
-    return min(shape.entries, max(COLUMNS, LEAST_INPUTS * shape.groups * shape.outputs))

@@ -53,18 +53,20 @@ class Differentiation:
 
     Attributes:
         mode: The first mode that works.
-        columns: Whether several vectors go through one vmapped pass or through a loop.
+        reasons: Why a higher choice was left, one line each.
+        columns: Whether several vectors go through one vmapped pass or through a loop; None as long as
+            nobody has asked.
         pull_columns: The same for Jᵀ alone, where a loop may be faster.
         per_sample: Whether per-sample Jacobians come from vmap over samples and outputs, from vmap over
-            samples for one output after the other ("rows"), or from a loop over samples.
-        reasons: Why a higher choice was left, one line each.
+            samples for one output after the other ("rows"), or from a loop over samples; None as long as
+            nobody has asked.
     """
 
     mode: Mode
-    columns: Columns
-    pull_columns: Columns
-    per_sample: SampleMode
-    reasons: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+    columns: Columns | None = None
+    pull_columns: Columns | None = None
+    per_sample: SampleMode | None = None
 
 
 class LinearizedBatch(Protocol):

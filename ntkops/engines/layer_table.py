@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from ..model import Inputs
 from ..results import LayerInfo
-from .cost import KernelShape, LayerShape, choose_diagonal, choose_kernel, choose_product
+from .cost import KernelShape, choose_diagonal, choose_kernel, choose_product
+from .coverage import LayerSizes
 from .source import LayerSource
 from .units import Unit
 
-__all__ = ["MeasuredLayer", "describe_layers", "measure_layers"]
+__all__ = ["describe_layers", "measure_layers"]
 
 
-@dataclass(frozen=True)
-class MeasuredLayer:
-    """One unit and the sizes of its factors; None where its gradient is written down."""
-
-    unit: Unit
-    shape: LayerShape | None
-
-
-def measure_layers(source: LayerSource, inputs: Inputs) -> list[MeasuredLayer]:
+def measure_layers(source: LayerSource, inputs: Inputs) -> list[LayerSizes]:
     """Return the units' sizes, seen on one sample: a forward and a backward pass over it."""
     first = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         factors = source.of_outputs(source.linearization.parameters, inputs.select(first), first)
-    measured = [MeasuredLayer(layer.unit, layer.shape) for layer in factors.outers]
-    return measured + [MeasuredLayer(layer.unit, None) for layer in factors.directs]
+    return [LayerSizes.of(layer) for layer in factors.layers]
 
 
 def describe_layers(
     source: LayerSource,
-    measured: Iterable[MeasuredLayer],
+    measured: Iterable[LayerSizes],
     tile: KernelShape,
     whole: KernelShape,
     directions: int,
@@ -52,7 +43,7 @@ def describe_layers(
 
 
 def _line(
-    source: LayerSource, layer: MeasuredLayer, tile: KernelShape, whole: KernelShape, directions: int
+    source: LayerSource, layer: LayerSizes, tile: KernelShape, whole: KernelShape, directions: int
 ) -> LayerInfo:
     unit, shape, names = layer.unit, layer.shape, source.linearization.names
     name, height = names[unit.index], source.linearization.shapes[unit.index]

@@ -17,11 +17,11 @@ from .attribution import CoverageChanged
 from .autograd import AutogradEngine
 from .base import Engine, Linearized, Work, is_recorded, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
-from .coverage import Coverage
+from .coverage import Coverage, LayerSizes
 from .differentiation import Differentiation, Parameters
 from .factor_cache import FactorCache
 from .layer_factors import Factors
-from .layer_table import MeasuredLayer, describe_layers, measure_layers
+from .layer_table import describe_layers, measure_layers
 from .memory import format_bytes, if_it_fits
 from .options import Layerwise
 from .products import CachedFactors
@@ -91,7 +91,7 @@ class LayerwiseEngine(Engine):
     def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
         self._cache = FactorCache(self.identity)
         self._source = LayerSource(self.fallback, coverage, options)
-        self._measured: list[MeasuredLayer] | None = None
+        self._measured: list[LayerSizes] | None = None
 
     @classmethod
     def build(
@@ -153,15 +153,14 @@ class LayerwiseEngine(Engine):
         """What the user decided."""
         return self._source.options
 
-    @property
-    def differentiation(self) -> Differentiation:
-        """What the model allows, with a line for every parameter that is not covered."""
+    def differentiated(self, *, columns: bool = False, per_sample: bool = False) -> Differentiation:
+        """Return what the model allows, with a line for every parameter that is not covered."""
         names = self.linearization.names
         reasons = tuple(
             f"layerwise: {names[i]!r} by automatic differentiation: {reason}"
             for i, reason in sorted(self._coverage.reasons.items())
         )
-        found = super().differentiation
+        found = super().differentiated(columns=columns, per_sample=per_sample)
         return replace(found, reasons=(*found.reasons, *reasons))
 
     @property
@@ -197,11 +196,15 @@ class LayerwiseEngine(Engine):
         shown = replace(wanted, left=min(wanted.left, tile), right=min(wanted.right, tile))
         return describe_layers(self._source, measured, shown, wanted, inputs.num_outputs)
 
-    def _measure(self, inputs: Inputs) -> list[MeasuredLayer]:
-        """Return the layers' sizes, seen on one sample."""
+    def _measure(self, inputs: Inputs) -> list[LayerSizes]:
+        """Return the layers' sizes, seen on one sample, once for samples of one shape."""
+        known = self.linearization.verdict.layers
         while self._measured is None and self._coverage.covered:
+            key = self._coverage.covered, inputs.sample_shapes
             try:
-                self._measured = measure_layers(self._source, inputs)
+                self._measured = known.get(key) or measure_layers(self._source, inputs)
+                if inputs.sample_shapes is not None:
+                    known[key] = self._measured
             except CoverageChanged as change:
                 self._demote(change)
         return self._measured or []

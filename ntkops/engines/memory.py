@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -344,11 +344,15 @@ def parts(
 class _Room:
     """What engines for parts of the same work share."""
 
-    # Looked up once: chunks that follow the free memory of the moment would change rounding.
-    free_bytes: int
+    device: torch.device
     kept_workspace: int | None = None
     limits: dict[str, int] = field(default_factory=dict)  # what has proved to be too much, less one step
     counter: PassCounter = field(default_factory=PassCounter)
+
+    @cached_property
+    def free_bytes(self) -> int:
+        """Looked up once: chunks that follow the free memory of the moment would change rounding."""
+        return free_bytes(self.device)
 
 
 class EngineSizes:
@@ -373,12 +377,17 @@ class EngineSizes:
         self.linearization = linearization
         self._batch_size: int | Auto = batch_size
         self._chunk_size: int | Auto = chunk_size
-        self._room: _Room = _Room(free_bytes(linearization.device)) if like is None else like._room
+        self._room: _Room = _Room(linearization.device) if like is None else like._room
 
     @property
     def passes(self) -> PassCount:
         """Passes made so far."""
         return self._room.counter.count
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that were free when it was first asked."""
+        return self._room.free_bytes
 
     def report(self, *, vjp: int = 0, jvp: int = 0, per_sample: int = 0) -> None:
         """Count passes that were made."""
@@ -410,7 +419,7 @@ class EngineSizes:
         if self._batch_size != "auto":
             return self._batch_size
         needed = self._sample_bytes(inputs) * (2 + 2 * self.chunk_size())
-        fitting = max(1, int(self._room.free_bytes // 4 // needed))
+        fitting = max(1, int(self.free_bytes // 4 // needed))
         if inputs.is_streamed:  # else memory would grow with the number of samples
             fitting = min(fitting, inputs.largest_batch)
         return self._within("samples", fitting)
@@ -431,7 +440,7 @@ class EngineSizes:
         if self._room.kept_workspace is not None:
             return self._room.kept_workspace
         low, high = _WORKSPACE_RANGE
-        return max(low, min(high, int(self._room.free_bytes * _WORKSPACE_SHARE)))
+        return max(low, min(high, int(self.free_bytes * _WORKSPACE_SHARE)))
 
     def _parameter_bytes(self) -> int:
         return self.linearization.num_parameters * self.linearization.dtype.itemsize

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..model import Batch, Inputs
 from ..model.record import record
+from ..shortage import is_out_of_memory
 from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 from .collect import collect
 from .coverage import Coverage
@@ -155,7 +157,8 @@ class LayerSource:
         if lost:
             raise CoverageChanged(lost)
         units = plan_units(recording.calls, covered)
-        chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1])
+        several = self.linearization.verdict.batched
+        chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1]) if several.get(covered, True) else 1
         cotangents = cotangents.to(recording.output)
 
         def check(numbers: Sequence[int], layout: Mapping[int, Layout]) -> RowCheck:
@@ -169,10 +172,18 @@ class LayerSource:
         seen = self.linearization.seen(inputs, start, start + batch.num_samples, key, known.count, params)
         # One sample has no rows of others.
         is_known = batch.num_samples == 1 or (seen is not None and bool(seen[known.numbers].all()))
-        asked = None if is_known else check
+        is_tried = chunk == 1 or covered in several or not units
+        asked = None if is_known and is_tried else check
+
+        def collected(chunk: int = chunk) -> Factors:
+            return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact, asked)
+
         output = recording.output.detach()
         try:
-            found = collect(recording, units, layouts, cotangents, self.dtype, chunk, compact, asked)
+            together = None if is_tried else _batched(collected)
+            found = together or collected(chunk if is_tried else 1)
+            if not is_tried:
+                several[covered] = together is not None
         except CoverageChanged:
             self.linearization.require_independent(inputs, start, params, batch, output, alone=True)
             raise
@@ -213,3 +224,16 @@ class LayerSource:
         """Take the parameters that are not covered out of ``(k, P)``."""
         starts = self.starts
         return torch.cat([vectors[:, starts[i] : starts[i + 1]] for i in self.uncovered], dim=1)
+
+
+def _batched(work: Callable[[], Factors]) -> Factors | None:
+    """Return factors from batched passes, None where these fail, differ, or are a loop in disguise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = work()
+        except (CoverageChanged, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+    return None if any("performance drop" in str(warning.message) for warning in caught) else found

@@ -9,7 +9,6 @@ with the first, and must be what the rules make of the gradients at the calls.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,13 +23,12 @@ from ..model.trial import Recordings
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collect import Collector, backward
-from .coverage import Coverage, Signature
+from .coverage import Coverage, LayerSizes, Signature
 from .factors import Direct, Outer, in_parameter_order
-from .layer_factors import Factors
 from .layer_rules import RULES, Layout, OneHot
 from .passes import report_passes
 from .tail import Tail, find_tail
-from .units import plan_units
+from .units import Unit, plan_units
 
 __all__ = ["try_rules"]
 
@@ -58,7 +56,9 @@ def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
     with linearization.safe_context(), linearization.full_precision():
         try:
             first, second = inputs.hand_over_recordings() or _recorded(linearization, inputs)
-            coverage = _Trial(linearization, first, second).coverage()
+            trial = _Trial(linearization, first, second)
+            coverage = trial.coverage()
+            linearization.verdict.layers[coverage.covered, inputs.sample_shapes] = trial.sizes
         except NtkopsError:
             raise
         except _FAILURES as error:
@@ -81,7 +81,7 @@ def _recorded(linearization: Linearization, inputs: Inputs) -> Recordings:
         part = inputs.select(index)
         (_, _, batch), *_ = part.batches(part.num_samples)
         recordings.append(record(linearization.function, linearization.parameters, batch))
-    return recordings[0], recordings[1]
+    return recordings[0], recordings[1].without_graph()
 
 
 class _Trial:
@@ -101,6 +101,12 @@ class _Trial:
         output = first.output
         self._cotangents = normal(output.numel()).view(1, *output.shape).to(output)
         self._vectors: dict[int, Tensor] = {}
+        self.sizes: list[LayerSizes] = []
+        # What stands for each parameter in calls, and what that shows of it.
+        self._places: dict[int, dict[int, Place]] = {}
+        for call in first.calls:
+            for role, place in call.places.items():
+                self._places.setdefault(place.index, {})[id(call.leaves[role])] = place
 
     def coverage(self) -> Coverage:
         """Return what is covered."""
@@ -116,25 +122,23 @@ class _Trial:
         coverage = Coverage(covered, self._reasons, layouts)
         while True:
             units = plan_units(first.calls, coverage.covered)
-            try:
-                collector = Collector(first, units, layouts, self._count, 1, self._lin.dtype)
-                collector.add(0, 1, gradients)
-                factors = collector.finish()
-                self._require_sums(factors, own, gradients)
+            self.sizes = []
+            lost: dict[int, str] = {}
+            for unit in units:
+                try:
+                    self.sizes += self._confirmed(unit, layouts, own, gradients)
+                except CoverageChanged as change:
+                    lost.update(change.lost)
+            if not lost:
                 break
-            except CoverageChanged as change:
-                for index in change.lost.keys() & coverage.covered:
-                    coverage = coverage.without(index, change.lost[index])
+            for index in lost.keys() & coverage.covered:
+                coverage = coverage.without(index, lost[index])
         used = {place.index for unit in units for place in (unit, unit.bias) if place is not None}
         if not coverage.covered & used:  # the output uses none of them
             for index in coverage.covered:
                 coverage = coverage.without(index, "the output does not use it")
             return coverage
-        coverage = coverage.measured(factors)
-        coverage = replace(
-            coverage, batched=self._can_batch(coverage, collector.numbers, gradients, others, sent)
-        )
-        return self._with_tail(coverage, factors)
+        return self._with_tail(coverage.measured(self.sizes))
 
     # -- where the samples are
 
@@ -256,75 +260,44 @@ class _Trial:
 
     # -- whether the rules hold
 
-    def _require_sums(
-        self, factors: Factors, own: dict[int, Tensor], gradients: dict[int, Tensor | None]
-    ) -> None:
-        """Compare what the rules give for every unit with the gradient of its parameter."""
-        places: dict[int, dict[int, Place]] = {}  # parameter: what stands for it, and what that shows of it
-        for call in self._first.calls:
-            for role, place in call.places.items():
-                places.setdefault(place.index, {})[id(call.leaves[role])] = place
+    def _confirmed(
+        self,
+        unit: Unit,
+        layouts: dict[Signature, Layout],
+        own: dict[int, Tensor],
+        gradients: dict[int, Tensor | None],
+    ) -> list[LayerSizes]:
+        """Compare what the rules give for one unit with the gradient of its parameter; return its sizes."""
+        collector = Collector(self._first, [unit], layouts, self._count, 1, self._lin.dtype)
+        collector.add(0, 1, gradients)
+        layers = collector.finish().layers
         lost: dict[int, str] = {}
-        for layer in factors.layers:
-            for index, start, total, scale in _sums(layer, gradients):
-                row = self._lin.sizes[index] // max(1, (self._lin.shapes[index] or (1,))[0])
-                expected = torch.zeros_like(total)
-                for leaf, place in places[index].items():
-                    if leaf in own and start <= place.start and (place.stop - start) * row <= len(expected):
-                        found = own[leaf].mT if place.transposed else own[leaf]
-                        expected[(place.start - start) * row : (place.stop - start) * row] += found.flatten()
-                difference = float((total - expected).norm())
-                # Written so that what is not a number passes: it is reported where results are looked at.
-                if difference > self._limit * scale:
-                    share = difference / max(float(expected.norm()), 1e-300)
-                    lost[index] = f"its layer rule and automatic differentiation differ by {share:.1e}"
-                    logger.warning(
-                        "parameter %r goes to automatic differentiation: %s",
-                        self._lin.names[index],
-                        lost[index],
-                    )
+        for index, start, total, scale in (found for layer in layers for found in _sums(layer, gradients)):
+            row = self._lin.sizes[index] // max(1, (self._lin.shapes[index] or (1,))[0])
+            gap = total.clone()
+            for leaf, place in self._places[index].items():
+                if leaf in own and start <= place.start and (place.stop - start) * row <= len(gap):
+                    found = own[leaf].mT if place.transposed else own[leaf]
+                    gap[(place.start - start) * row : (place.stop - start) * row] -= found.flatten()
+            difference = _length(gap)
+            # Written so that what is not a number passes: it is reported where results are looked at.
+            if difference > self._limit * scale:
+                share = difference / max(_length(total - gap), 1e-300)
+                lost[index] = f"its layer rule and automatic differentiation differ by {share:.1e}"
+                name = self._lin.names[index]
+                logger.warning("parameter %r goes to automatic differentiation: %s", name, lost[index])
         if lost:
             raise CoverageChanged(lost)
-
-    def _can_batch(
-        self,
-        coverage: Coverage,
-        numbers: Sequence[int],
-        one: dict[int, Tensor | None],
-        other: dict[int, Tensor | None],
-        sent: Tensor,
-    ) -> bool:
-        """Whether a batched backward pass works without a hidden loop and gives the same gradients."""
-        if not coverage.is_small(2, self._count):
-            return False
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                both = backward(self._first, torch.cat([self._cotangents, sent]), numbers, True, False)
-            except _FAILURES:
-                return False
-        if any("performance drop" in str(warning.message) for warning in caught):
-            return False
-        tolerance = 1e3 * torch.finfo(self._lin.dtype).eps
-        for number, found in zip(numbers, both, strict=True):
-            a, b = one[number], other[number]
-            if found is None or a is None or b is None:
-                if not found is a is b is None:
-                    return False
-                continue
-            expected = torch.cat([a, b])
-            if not bool((found - expected).norm() <= tolerance * (expected.norm() + 1e-300)):
-                return False
-        return True
+        return [LayerSizes.of(layer) for layer in layers]
 
     # -- a wide linear layer at the end
 
-    def _with_tail(self, coverage: Coverage, factors: Factors) -> Coverage:
+    def _with_tail(self, coverage: Coverage) -> Coverage:
         """Return the coverage with the linear layer that ends the model, if there is a wide one."""
         tail = find_tail(self._first, coverage.covered, coverage.layouts, self._lin.shapes)
         if tail is None:
             return coverage
-        body = replace(coverage, covered=coverage.covered - tail.parameters).measured(factors)
+        body = replace(coverage, covered=coverage.covered - tail.parameters).measured(self.sizes)
         units = plan_units(self._first.calls, body.covered)
         if not units or not self._reads_through(
             tail, sorted({use.call for unit in units for use in unit.uses})
@@ -356,9 +329,7 @@ def _sums(layer: Outer | Direct, gradients: dict[int, Tensor | None]) -> list[tu
     if isinstance(layer, Direct):
         # Over positions a gradient may cancel; its rounding is that of the terms.
         terms = [gradients[use.call] for use in unit.uses]
-        scale = float(layer.gradients.norm(dim=2).sum()) + sum(
-            float(g.norm()) for g in terms if g is not None
-        )
+        scale = float(layer.gradients.norm(dim=2).sum()) + sum(_length(g) for g in terms if g is not None)
         return [(unit.index, unit.start, layer.gradients.sum((0, 1)), scale)]
     held, signals = layer.activations, layer.gradients[:, 0]  # (B, groups, d_out, S)
     flat = signals.permute(1, 2, 0, 3).flatten(2)  # (groups, d_out, B·S)
@@ -374,6 +345,10 @@ def _sums(layer: Outer | Direct, gradients: dict[int, Tensor | None]) -> list[tu
     if unit.bias is not None:
         found.append((unit.bias.index, unit.bias.start, flat.sum(2).flatten(), float(lengths.sum())))
     return found
+
+
+def _length(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

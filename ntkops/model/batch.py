@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,7 +297,8 @@ def _first_bad_row(tensor: Tensor, axis: int) -> int | None:
     rows = max(1, _FINITE_CHUNK // max(1, tensor.numel() // tensor.shape[axis]))
     for start in range(0, tensor.shape[axis], rows):
         part = tensor.detach().narrow(axis, start, min(rows, tensor.shape[axis] - start))
-        if not bool(torch.isfinite(part).all()):
+        # A sum is finite only if all are, and takes one pass; it may overflow, though.
+        if not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
             finite = torch.isfinite(part).movedim(axis, 0).reshape(part.shape[axis], -1).all(1)
             return start + int((~finite).nonzero()[0, 0])
     return None

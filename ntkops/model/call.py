@@ -55,6 +55,8 @@ _OPAQUE = (
 )
 
 
+_PLAIN = frozenset({str, int, float, bool})  # by far the most: looked up faster than in a tuple of classes
+
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
@@ -70,7 +72,7 @@ def tensors_within(root: object) -> list[Tensor]:
     waiting: list[object] = [root]
     while waiting:
         item = waiting.pop()
-        if item is None or isinstance(item, _OPAQUE) or id(item) in seen:
+        if item is None or type(item) in _PLAIN or isinstance(item, _OPAQUE) or id(item) in seen:
             continue
         seen[id(item)] = item
         if type(item).__name__ == "FakeTensor":  # by name: its module is not imported unless needed
@@ -96,6 +98,11 @@ _STATE_DICT_HOOKS = (
 def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     """Copy a module deeply except for its tensors, without calling anything of the original."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    # Most of what modules have are empty dictionaries of hooks, over which a deep copy takes its time.
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict) and not value:
+                memo[id(value)] = type(value)()
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     # RNNBase.__getstate__ may rebuild, and on CUDA move, the weights of the module that is copied.
     for module in recurrent:
@@ -275,7 +282,8 @@ class ModuleCall(_Call):
 
     def __init__(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
         positions = {id(tensor): position for position, tensor in enumerate(tensors)}
-        self.root = _private_copy(model, tensors_within(model))
+        within = tensors_within(model)
+        self.root = _private_copy(model, within)
         self._slots: list[Slot] = []
         for module in self.root.modules():
             for kind in ("_parameters", "_buffers"):
@@ -284,7 +292,9 @@ class ModuleCall(_Call):
                         self._slots.append((module, kind, key, positions[id(tensor)]))
         placeholders = self._empty_slots()
         self._prepare()
-        self.others = _label(self.root, [t for t in tensors_within(self.root) if id(t) not in placeholders])
+        if any(id(tensor) not in positions for tensor in within):
+            others = [t for t in tensors_within(self.root) if id(t) not in placeholders]
+            self.others = _label(self.root, others)
 
     def _empty_slots(self) -> set[int]:
         """Fill the slots with placeholders without data, so that a use outside a call cannot pass unseen."""

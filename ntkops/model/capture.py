@@ -5,6 +5,7 @@ All of them act on the private copy of the model, and are gone when the call is 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,16 +85,18 @@ def storage_key(tensor: Tensor) -> int | None:
 
 
 _GUARD_LOCK = threading.RLock()
-_WRITTEN: dict[Any, tuple[frozenset[str], tuple[str, ...]]] = {}
 
 
-def _written(operation: Any) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Return the names of the arguments that an operation writes to, and the names of all in order."""
-    if operation not in _WRITTEN:
-        arguments = operation._schema.arguments
-        written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
-        _WRITTEN[operation] = (written, tuple(a.name for a in arguments))
-    return _WRITTEN[operation]
+@functools.cache
+def _described(operation: Any) -> tuple[frozenset[str], tuple[str, ...], bool, bool]:
+    """Return which arguments an operation writes to, the names of all, and what is special about it.
+
+    That is whether it may write running statistics, and whether it is a convolution.
+    """
+    arguments = operation._schema.arguments
+    written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    names = tuple(a.name for a in arguments)
+    return written, names, "running_mean" in names, "convolution" in operation.__name__
 
 
 class Guard(TorchDispatchMode):
@@ -111,6 +114,11 @@ class Guard(TorchDispatchMode):
         convolves: Whether a convolution is among the operations.
         refusal: The first refusal, kept because a model may swallow exceptions.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave torch's compiler, which takes seconds to load, alone: nothing here is compiled."""
+        return False
 
     def __init__(self, held: dict[int, str], foreign: dict[int, str]) -> None:
         super().__init__()
@@ -149,15 +157,17 @@ class Guard(TorchDispatchMode):
     ) -> Any:
         """Look at the arguments, then run the operation."""
         kwargs = kwargs or {}
-        written, names = _written(operation)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name, value in given.items():
-            self._look(operation, value, name in written)
-        # Running statistics are written without the schema saying so.
-        if given.get("running_mean") is not None and given.get("training", given.get("train")) is True:
-            self._look(operation, given["running_mean"], True)
+        written, names, has_statistics, convolves = _described(operation)
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if isinstance(value, (Tensor, list, tuple)):
+                self._look(operation, value, name in written)
+        if has_statistics:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            # Running statistics are written without the schema saying so.
+            if given.get("running_mean") is not None and given.get("training", given.get("train")) is True:
+                self._look(operation, given["running_mean"], True)
         result = operation(*args, **kwargs)
-        self.convolves |= "convolution" in operation.__name__
+        self.convolves |= convolves
         for part in result if isinstance(result, (list, tuple)) else (result,):
             if not isinstance(part, Tensor):
                 continue

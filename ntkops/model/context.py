@@ -23,7 +23,6 @@ __all__ = [
     "disturb_randomness",
     "full_precision",
     "one_at_a_time",
-    "random_state_moved",
     "safe_context",
     "untouched_randomness",
 ]
@@ -244,11 +243,20 @@ def _states(device: torch.device | None) -> list[tuple[Any, Callable[[Any], None
 
 
 @contextmanager
-def untouched_randomness(device: torch.device | None = None) -> Iterator[None]:
-    """Restore random states of torch (a CUDA device, too), Python and NumPy, also after an exception."""
+def untouched_randomness(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
+    """Restore random states of torch (a CUDA device, too), Python and NumPy, also after an exception.
+
+    Yields:
+        Tells whether one of them has moved since the block was entered.
+    """
     states = _states(device)
+
+    def moved() -> bool:
+        pairs = zip(states, _states(device), strict=False)
+        return any(not _equal(old, new) for (old, _), (new, _) in pairs)
+
     try:
-        yield
+        yield moved
     finally:
         for state, put_back in states:
             put_back(state)
@@ -261,21 +269,6 @@ def disturb_randomness(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed)
-
-
-@contextmanager
-def random_state_moved(device: torch.device | None = None) -> Iterator[list[bool]]:
-    """Tell whether a global random state moved inside the block.
-
-    Yields:
-        A list that holds one flag after the block.
-    """
-    moved: list[bool] = []
-    before = _states(device)
-    yield moved
-    moved.append(
-        any(not _equal(old, new) for (old, _), (new, _) in zip(before, _states(device), strict=False))
-    )
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -64,7 +64,7 @@ class Inputs:
 
     def head(self, count: int) -> Inputs:
         """Return copies of the first samples, fewer where there are not so many."""
-        batch = self.select(torch.arange(min(count, self.num_samples)))._whole()
+        batch = next(self._cut(min(count, self.num_samples)))
         return Inputs(batch.map(lambda t: t.detach().clone()), self.output_shape)
 
     def place(self, start: int, stop: int) -> tuple[object, Hashable]:
@@ -87,6 +87,14 @@ class Inputs:
             return self._source.sample_bytes
         held = sum(tensor.numel() * tensor.element_size() for tensor in self._source.tensors)
         return max(1, -(-held // self._source.num_samples))
+
+    @property
+    def sample_shapes(self) -> tuple[torch.Size, ...] | None:
+        """Shapes of one sample's tensors, None where they may differ from sample to sample."""
+        if isinstance(self._source, Stream):
+            return None
+        axis = self._source.batch_dim
+        return tuple(t.shape[:axis] + t.shape[axis + 1 :] for t in self._source.tensors)
 
     @property
     def largest_batch(self) -> int:

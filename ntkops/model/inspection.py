@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copyreg
+import enum
+import itertools
+import math
 import sys
 import types
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,25 +243,60 @@ def require_selected(selected: Mapping[str, Tensor]) -> None:
             )
 
 
+class _Opaque(Exception):
+    """A value of which it cannot be told whether it has changed."""
+
+
 def fingerprint(model: nn.Module) -> tuple[object, ...] | None:
     """Return all of a module but the values of its tensors; None where an attribute is opaque."""
+    named = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    met: dict[int, tuple[object, object]] = {
+        id(value): (name, value) for name, value in itertools.chain[tuple[str, Any]](*named)
+    }
     found: list[object] = []
-    for path, module in model.named_modules():
-        found.append((path, type(module)))
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                for name, tensor in value.items():
-                    if tensor is not None:
-                        found.append((name, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
-            elif key == "_modules" or isinstance(value, (dict, set, list)) and not value:
-                continue
-            elif isinstance(value, (*_PLAIN, types.FunctionType, types.BuiltinFunctionType)):
-                found.append((key, value))
-            elif isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
-                found.append((key, tuple(value)))
-            else:
-                return None
+    try:
+        for path, module in model.named_modules():
+            found.append((path, type(module)))
+            for key, value in vars(module).items():
+                if key in ("_parameters", "_buffers"):
+                    for name, tensor in value.items():
+                        if tensor is not None:
+                            flags = tensor.device, tensor.requires_grad
+                            found.append((name, tensor.shape, tensor.dtype, *flags))
+                elif key != "_modules" and (value or not isinstance(value, (dict, set, list))):
+                    found.append((key, _contents(value, met)))
+    except _Opaque:
+        return None
     return tuple(found)
+
+
+def _contents(value: Any, met: dict[int, tuple[object, object]]) -> object:
+    """Return what a deep copy of a value would copy; what was met before, and is kept so, by its name."""
+    if isinstance(value, (*_PLAIN, enum.Enum, types.FunctionType, types.BuiltinFunctionType)):
+        return type(value), value
+    if id(value) in met:
+        return "met", met[id(value)][0]
+    met[id(value)] = len(met), value
+    if type(value) in (list, tuple):
+        return type(value), tuple(_contents(part, met) for part in value)
+    if type(value) in (set, frozenset):
+        return type(value), frozenset(_contents(part, met) for part in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value), tuple((_contents(k, met), _contents(v, met)) for k, v in value.items())
+    if isinstance(value, types.MethodType):
+        return value.__func__, _contents(value.__self__, met)
+    if isinstance(value, weakref.ReferenceType):
+        return type(value), _contents(value(), met)
+    if isinstance(value, (Tensor, nn.Module)):
+        raise _Opaque
+    try:
+        make, given, *state = value.__reduce_ex__(4)
+    except Exception as error:
+        raise _Opaque from error
+    # Else there is more to it than its attributes.
+    if make is not copyreg.__newobj__ or given != (type(value),) or any(state[1:]):  # type: ignore[attr-defined]
+        raise _Opaque
+    return type(value), _contents(state[0] if state else None, met)
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -267,7 +309,8 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _FLOATING or tensor.layout != torch.strided:
             continue
         values = tensor.detach()
-        if not bool(torch.isfinite(values).all()):
+        # A sum is finite only if all are, and takes one pass; it may overflow, though.
+        if not math.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
             nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
             counts = " and ".join(f"{n} {kind}" for n, kind in ((nan, "NaN"), (infinite, "infinite")) if n)
             raise NonFiniteError(

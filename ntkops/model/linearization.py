@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import DtypeError, OutputError, ShapeError, UnsupportedModelError
-from .batch import Batch, take
+from .batch import Batch, cut
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
@@ -22,7 +22,7 @@ from .coupling import first_line, is_fault_of_model, require_own_rows
 from .inputs import Inputs, read_inputs
 from .output import OutputSelector, require_state, sample_rows
 from .stream import Stream
-from .trial import Recordings, differing_rows, examine
+from .trial import MOST_TRIED, Recordings, differing_rows, examine
 from .verdict import StateFacts, Verdict
 from .watch import Watch, require_fresh, tracked
 
@@ -351,20 +351,21 @@ class Linearization:
 
     def _tried(self, head: Batch) -> tuple[StateFacts, torch.Size, Recordings | None]:
         """Return what is known of inputs like these, the output's shape, and the passes made to know it."""
-        facts, rows = self.verdict.facts(head), differing_rows(head)
-        if facts is None or facts.tried < len(rows):
-            facts, recordings = examine(self, head, rows)
+        facts = self.verdict.facts(head)
+        if facts is None or facts.tried < MOST_TRIED and facts.tried < len(differing_rows(head)):
+            facts, recordings = examine(self, head, differing_rows(head))
             self.verdict.learn(facts)
             return facts, next(iter(facts.output_shapes.values())), recordings
-        one = take(head, rows[:1]).map(Tensor.detach)
+        one = cut(head, 0, 1)
         shapes = tuple(tensor.shape for tensor in one.tensors)
         if shapes not in facts.output_shapes:
             try:
                 with torch.no_grad(), self.safe_context():
-                    state = self.raw_state(tuple(p.detach() for p in self.parameters), one)
+                    values = tuple(p.detach() for p in self.parameters)
+                    state = self.raw_state(values, one.map(lambda t: t.detach().clone()))
                 state = require_state(state, 1, self.batch_dim, self.output_name)
             except Exception:  # the trial says what it is
-                found, recordings = examine(self, head, rows)
+                found, recordings = examine(self, head, differing_rows(head))
                 facts.output_shapes.update(found.output_shapes)
                 return facts, facts.output_shapes[shapes], recordings
             facts.output_shapes[shapes] = state.movedim(self.batch_dim, 0).shape[1:]

@@ -9,13 +9,16 @@ modules, and not a count that could miss a use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 
 from .batch import Batch
 
@@ -65,7 +68,7 @@ class Call:
         arguments: The arguments by name; tensors are detached.
         places: The parameter in each role.
         leaves: What stands in the graph for the parameter in each role.
-        edge: Where the gradient of the result is found in the graph.
+        edge: Where the gradient of the result is found in the graph; None once that is gone.
         shape: Shape of the result.
     """
 
@@ -73,7 +76,7 @@ class Call:
     arguments: dict[str, Any]
     places: dict[str, Place]
     leaves: dict[str, Tensor]
-    edge: GradientEdge
+    edge: Any
     shape: torch.Size
 
     @property
@@ -95,6 +98,14 @@ class Recording:
     output: Tensor
     calls: list[Call]
     uncovered: dict[int, str]
+
+    def without_graph(self) -> Recording:
+        """Return what can be told without gradients; the graph and the parameters are not held."""
+        calls = []
+        for call in self.calls:
+            kept = {name: value for name, value in call.arguments.items() if name not in call.places}
+            calls.append(replace(call, arguments=kept, leaves={}, edge=None))
+        return Recording(self.output.detach(), calls, self.uncovered)
 
 
 _CATALOGUE: dict[Any, Entry] = {}
@@ -246,7 +257,11 @@ class Recorder(TorchFunctionMode):
                     frontier.append(get_gradient_edge(value).node)
         if not places:
             return function(*args, **kwargs)
-        aliases = {name: self._alias(given[name]) for name in places}
+        # Nothing is computed, so that whoever watches operations need not be told.
+        is_plain = all(type(v) in (Tensor, Parameter) for v in given.values() if isinstance(v, Tensor))
+        with no_dispatch() if is_plain else nullcontext():
+            aliases = {name: self._alias(given[name]) for name in places}
+            detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
         names = entry.arguments[: len(args)]
         result = function(
             *(aliases.get(name, value) for name, value in zip(names, args, strict=True)),
@@ -254,7 +269,6 @@ class Recorder(TorchFunctionMode):
         )
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
-        detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
         call = Call(entry.name, detached, places, aliases, get_gradient_edge(result), result.shape)
         number = len(self._traced)
         self._aliases.update({id(alias): number for alias in aliases.values()})

@@ -29,7 +29,7 @@ from ..errors import (
 )
 from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
-from .context import random_state_moved, untouched_randomness
+from .context import untouched_randomness
 from .coupling import SampleAxis, first_line, is_fault_of_model
 from .output import require_state, sample_rows
 from .record import Recorder, Recording
@@ -39,9 +39,9 @@ from .watch import Watch, same_bits
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-__all__ = ["Recordings", "differing_rows", "examine"]
+__all__ = ["MOST_TRIED", "Recordings", "differing_rows", "examine"]
 
-_PROBED = 4  # samples of the trial run
+MOST_TRIED = 4  # samples of the trial run
 _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
 _COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
@@ -74,10 +74,11 @@ def examine(linearization: Linearization, batch: Batch, rows: Tensor) -> tuple[S
         CoupledSamplesError: If a sample's output depends on other samples, or on its place among them.
     """
     sample = take(batch, rows).map(Tensor.detach)
-    with untouched_randomness(linearization.device), linearization.safe_context():
+    with untouched_randomness(linearization.device) as moved, linearization.safe_context():
         trial = _Trial(linearization, sample, rows, batch)
         recordings = trial.two_passes()
-        if recordings is None:
+        if recordings is None or moved():
+            recordings = None
             trial.search()
     shape = trial.output_shape
     shapes = {tuple(tensor.shape for tensor in take(sample, torch.tensor([0])).tensors): shape}
@@ -95,7 +96,7 @@ def differing_rows(batch: Batch) -> Tensor:
     for row in dict.fromkeys(places):
         if not any(all(torch.equal(column[row], column[other]) for column in columns) for other in chosen):
             chosen.append(row)
-        if len(chosen) == _PROBED:
+        if len(chosen) == MOST_TRIED:
             break
     return torch.tensor(sorted(chosen))
 
@@ -191,18 +192,20 @@ class _Trial:
         is_small = sum(p.nbytes for p in self.params) <= _COPIED
         params = tuple(p.clone() for p in self.params) if is_small else self.params
         guard, recorder = Guard(self._held(params), {}), Recorder(params)
-        with random_state_moved(self.lin.device) as moved, guard, torch.enable_grad():
+        with guard, torch.enable_grad():
             batch = take(several, order)
             guard.hold(zip(batch.layout.labels, batch.tensors, strict=True))
             with recorder:
                 other = self.lin.raw_state(recorder.leaves, batch)
             other = require_state(other, batch.num_samples, self.axis, self.lin.output_name)
-            recording = recorder.recording(sample_rows(other, self.axis, self.params[0].dtype))
+            recording = recorder.recording(
+                sample_rows(other, self.axis, self.params[0].dtype)
+            ).without_graph()
         expected = state.index_select(self.axis, order.to(state.device))
         self._require_read(guard.read)
-        if moved[0] or not self.samples.close(expected, other.detach()):
+        if not self.samples.close(expected, other.detach()):
             raise _Unusual
-        return recording
+        return recording.without_graph()
 
     # -- the search
 
@@ -380,9 +383,10 @@ class _Trial:
         is_small = sum(p.nbytes for p in self.params) <= _COPIED
         params = tuple(p.clone() for p in self.params) if is_small else self.params
         guard = Guard(self._held(params), {})
-        with random_state_moved(self.lin.device) as moved, guard:
+        with untouched_randomness(self.lin.device) as moved, guard:
             again = [self.state(self.sample, params).detach()]
-        if moved[0]:
+            draws = moved()
+        if draws:
             again += [self.state(self.sample) for _ in range(_REPEATS)]  # each with numbers of its own
             self.lin.call.draws = True  # from now on, calls leave the global state as they find it
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,11 +52,16 @@ class Verdict:
         states: One entry for each kind of input.
         coverage: What the layer rules cover; None as long as nobody has asked.
         differentiation: How it is differentiated; None as long as nothing has been.
+        batched: Whether several backward passes may go through one batched pass, by the parameters for which
+            they are made.
+        layers: Sizes of layers, by the parameters that rules cover and the shapes of a sample.
     """
 
     states: list[StateFacts] = field(default_factory=list)
     coverage: object | None = None
     differentiation: object | None = None
+    batched: dict[Hashable, bool] = field(default_factory=dict)
+    layers: dict[Hashable, Any] = field(default_factory=dict)
     _seen: weakref.WeakKeyDictionary[object, dict[Hashable, Tensor]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -64,7 +69,7 @@ class Verdict:
     def copied(self) -> Verdict:
         """Return what is known for the same model at other values; which batches were looked at is not."""
         states = [facts for facts in self.states if not facts.watches]
-        return Verdict(states, self.coverage, self.differentiation)
+        return Verdict(states, self.coverage, self.differentiation, dict(self.batched), dict(self.layers))
 
     def facts(self, batch: Batch) -> StateFacts | None:
         """Return what is known of inputs like these."""
@@ -100,7 +105,8 @@ class Verdict:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what depends on this process: batches, and tensors outside the model."""
-        return {"coverage": self.coverage, "differentiation": self.differentiation}
+        kept = "coverage", "differentiation", "batched", "layers"
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Start with no kinds of input and no batches."""

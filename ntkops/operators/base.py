@@ -38,11 +38,13 @@ class EngineOperator(IndexedOperator):
         engine = self._core.engine
         axis, _ = self._state_axes()
         layers = self._layers()  # first: it may find that the layerwise way has to be left
+        how = engine.differentiated(per_sample=True)
+        assert how.per_sample is not None
         return EngineInfo(
             engine=engine.name,
-            mode=engine.differentiation.mode,
-            per_sample=engine.differentiation.per_sample,
-            reasons=engine.differentiation.reasons,
+            mode=how.mode,
+            per_sample=how.per_sample,
+            reasons=how.reasons,
             dense=self._stored_dense() is not None,
             batch_size=min(engine.batch_size(axis.inputs), axis.inputs.num_samples),
             chunk_size=engine.chunk_size(),

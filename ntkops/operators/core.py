@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..engines import Engine, free_bytes
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedOperationError
 from .axes import Axis
 
 __all__ = ["Core", "Spending", "dense_limit"]
@@ -53,8 +53,28 @@ class Core:
     engine: Engine
     rows: Axis
     columns: Axis
-    max_dense_bytes: int
+    limit: int | Literal["auto"]  # of dense results, in bytes
     spending: Spending = field(default_factory=Spending)
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that is none; memory is looked at when a dense result is in question."""
+        if self.limit != "auto":
+            dense_limit(self.limit, self.engine.linearization.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Refuse what another version has pickled."""
+        missing = [part.name for part in dataclasses.fields(self) if part.name not in state]
+        if missing:
+            raise UnsupportedOperationError(
+                "this operator was pickled by another version of ntkops (it has no "
+                f"{', '.join(map(repr, missing))}): build it again from the model"
+            )
+        vars(self).update(state)
+
+    @property
+    def max_dense_bytes(self) -> int:
+        """Largest dense result allowed."""
+        return self.engine.free_bytes // 4 if self.limit == "auto" else self.limit
 
     @property
     def symmetric(self) -> bool:

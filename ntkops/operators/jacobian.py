@@ -16,7 +16,7 @@ from ..model import Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
-from .core import Core, dense_limit
+from .core import Core
 
 __all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "state_axis"]
 
@@ -180,6 +180,6 @@ def jacobian(
         engine=build_engine(linearization, axis.inputs, engine, batch_size=batch_size, chunk_size=chunk_size),
         rows=axis,
         columns=ParameterAxis.beside(axis, linearization.num_parameters),
-        max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),
+        limit=max_dense_bytes,
     )
     return JacobianOperator(*linearization.parameters, core=core)

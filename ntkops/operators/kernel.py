@@ -17,7 +17,7 @@ from ..model import linearize
 from .algebra import KernelAlgebra
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
-from .core import Core, dense_limit
+from .core import Core
 from .jacobian import JacobianOperator, state_axis
 
 __all__ = ["NTKOperator", "ntk"]
@@ -336,6 +336,6 @@ def ntk(
         ),
         rows=rows,
         columns=columns,
-        max_dense_bytes=dense_limit(max_dense_bytes, linearization.device),
+        limit=max_dense_bytes,
     )
     return NTKOperator(*linearization.parameters, core=core)

@@ -19,7 +19,7 @@ from ._projected_maps import MatrixProjection, as_projection
 from ._projected_operator import ProjectionOperator
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
-from .core import Core, Spending, dense_limit
+from .core import Core, Spending
 from .kernel import NTKOperator
 from .sharded import ShardedKernelOperator
 
@@ -345,12 +345,11 @@ def projected_ntk(
         sharded: Any = sharded_projected_ntk(K, projection)
         return sharded
     found = as_projection(projection, K.num_parameters, K.dtype, K.device)
-    limit = K.max_dense_bytes if max_dense_bytes is None else dense_limit(max_dense_bytes, K.device)
     core = ProjectedCore(
         engine=K._core.engine,
         rows=K._core.rows,
         columns=K._core.columns,
-        max_dense_bytes=limit,
+        limit=K._core.limit if max_dense_bytes is None else max_dense_bytes,
         spending=Spending(),
         projection=found,
     )

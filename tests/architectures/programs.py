@@ -566,12 +566,11 @@ class Program:
         """The kinds of its steps."""
         return {name for name, _, _ in self.steps}
 
-    @property
-    def is_coupled(self) -> bool:
-        """Whether a sample has another output among these samples than alone."""
+    def is_coupled(self, seed: int = 1) -> bool:
+        """Whether a sample has another output among the samples of a seed than alone."""
         if not self.kinds & set(COUPLED):
             return False
-        model, batch = self.build(), self.data()
+        model, batch = self.build(), self.data(seed=seed)
         singles = [[tensor[n : n + 1] for tensor in batch] for n in range(self.samples)]
         with torch.no_grad():
             alone = torch.cat([model(*sample) for sample in singles])

@@ -67,16 +67,17 @@ def test_per_sample_gradients_by_vmap_and_by_loop(case):
     _, _, batch = next(iter(K._core.rows.inputs.batches(None)))
     cotangents = torch.randn(3, 2, outputs, dtype=torch.float64)
     expected = torch.einsum("iro,iop->irp", cotangents, J.reshape(3, outputs, -1))
-    for mode in {"loop", engine.differentiation.per_sample}:
+    how = engine.differentiated(columns=True, per_sample=True)
+    for mode in {"loop", how.per_sample}:
         with linearization.safe_context():
             gradients = sample_gradients(
                 mode,
-                engine.differentiation.mode,
+                how.mode,
                 linearization.function,
                 linearization.parameters,
                 batch,
                 cotangents,
-                engine.differentiation.columns,
+                how.columns,
             )
         rows = torch.cat([g.reshape(*g.shape[:2], -1) for g in gradients], dim=2)
         torch.testing.assert_close(rows, expected)

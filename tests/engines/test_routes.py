@@ -21,7 +21,7 @@ NAMES = ["mlp", "conv", "tied", "lstm", "encoder-eval", "grouped", "padded", "fu
 
 def rerouted(engine, options):
     """The same engine with other choices, nothing tried again."""
-    return LayerwiseEngine(engine.linearization, engine.differentiation, engine._coverage, options=options)
+    return LayerwiseEngine(engine.linearization, engine._first, engine._coverage, options=options)
 
 
 @BOTH

@@ -138,7 +138,7 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
         "the options": described,
     }
     outputs = share.shape()
-    differentiation = None if share.engine is None else share.engine.differentiation
+    differentiation = None if share.engine is None else share.engine.differentiated(per_sample=True)
     mode = None if differentiation is None else differentiation.mode
     told = ranks.share((mine, None if outputs is None else tuple(outputs), mode, differentiation))
     for rank, (theirs, _, _, _) in enumerate(told[1:], 1):

@@ -87,11 +87,13 @@ class _ShardedOperator(ProductOperator):
         axis = self._core.rows if isinstance(self._core.rows, StateAxis) else self._core.columns
         assert isinstance(axis, StateAxis)
         sized = local is not None and axis.inputs.num_samples > 0
+        how = engine.differentiation
+        assert how.per_sample is not None
         return EngineInfo(
             engine="sharded" if local is None else f"sharded {local.name}",
-            mode=engine.differentiation.mode,
-            per_sample=engine.differentiation.per_sample,
-            reasons=engine.differentiation.reasons,
+            mode=how.mode,
+            per_sample=how.per_sample,
+            reasons=how.reasons,
             batch_size=local.batch_size(axis.inputs) if sized and local is not None else None,
             chunk_size=None if local is None else local.chunk_size(),
             max_dense_bytes=0,
@@ -331,4 +333,4 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
 def core_of(engine: ShardedEngine, rows: Axis, columns: Axis) -> Core:
     """Return the core of an operator over ranks, which never builds anything dense."""
     opaque: Any = engine
-    return Core(engine=opaque, rows=rows, columns=columns, max_dense_bytes=0)
+    return Core(engine=opaque, rows=rows, columns=columns, limit=0)

@@ -94,7 +94,7 @@ class ShardedStructure:
 
     def _alone(self, engine: Engine, rows: StateAxis, columns: StateAxis) -> NTKOperator:
         """Return a local kernel between samples that this rank has."""
-        return NTKOperator(*self._kernel._args, core=Core(engine, rows, columns, max_dense_bytes=0))
+        return NTKOperator(*self._kernel._args, core=Core(engine, rows, columns, limit=0))
 
     def _own(self, engine: Engine) -> KernelStructure:
         return KernelStructure(self._alone(engine, self._rows, self._rows))
