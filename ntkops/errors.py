@@ -54,6 +54,7 @@ __all__ = [
     "NotFittedError",
     "NotConvergedWarning",
     "RoundingWarning",
+    "TiedPartsWarning",
     # projections
     "InterpolationWarning",
 ]
@@ -210,6 +211,10 @@ class NotConvergedWarning(NtkopsWarning):
 
 class RoundingWarning(NtkopsWarning):
     """The rounding of a kernel or of its products may decide digits of the answer that are asked for."""
+
+
+class TiedPartsWarning(NtkopsWarning):
+    """A tied parameter is in two parts of a partition by its names, and counts for the first."""
 
 
 class InterpolationWarning(NtkopsWarning):

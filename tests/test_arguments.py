@@ -84,6 +84,8 @@ def problem():
     U = torch.eye(6, dtype=torch.float64)[:, :3]
     return {
         "model": model,
+        "models": [model, model],
+        "jacobians": {"u": K.left, "r": K.left},
         "x": x,
         "operator": K,
         "first": K,
@@ -189,6 +191,9 @@ def arguments(name, signature, given):
         values["checkpoints"] = [given["model"].state_dict()]
     if short == "class_mean":
         values["K"] = given["each"]
+    if short == "balance":
+        J = ntkops.stack(given["jacobians"])
+        values["operator"] = J @ J.mT
     if short == "lsmr":
         values["columns"] = given["space"]
     if short in ("projection_residual", "one_step_regret"):

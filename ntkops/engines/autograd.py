@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -130,6 +130,21 @@ class AutogradEngine(Engine):
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients, which these are."""
         return factors.directs[0].gradients
+
+    def divided(self, factors: Factors, owners: Mapping[str, int], count: int) -> list[Factors]:
+        """Return the gradients of each part, given the part of each parameter by name."""
+        pieces = factors.directs[0].gradients.split(list(self.linearization.sizes), dim=2)
+        found: list[list[Tensor]] = [[] for _ in range(count)]
+        for name, piece in zip(self.linearization.names, pieces, strict=True):
+            found[owners[name]].append(piece)
+        return [
+            Factors(
+                factors.count,
+                [],
+                [Direct(_EVERYTHING, own[0] if len(own) == 1 else torch.cat(own, dim=2))] if own else [],
+            )
+            for own in found
+        ]
 
     def tile(self, directions: int) -> int:
         """Return how many samples' gradients fit into the workspace."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from .differentiation import Differentiation, Parameters
 from .factors import is_transformed
 from .memory import EngineSizes, shared_store
 from .tail_blocks import tail_diagonal, tail_kernel
-from .tiles import Source, gram
+from .tiles import Source, gram, own_kernels, part_kernels
 
 __all__ = ["Engine", "Linearized", "Work", "is_recorded", "require_finite_product"]
 
@@ -270,6 +270,50 @@ class Engine(EngineSizes):
             params, (inputs,), lambda source, chosen: tail_diagonal(source, chosen, inputs, outputs)
         )
         require_finite_product(result, "the diagonal", self.linearization, outputs)
+        return result
+
+    def part_kernels(
+        self,
+        params: Parameters,
+        left: Inputs,
+        right: Inputs,
+        outputs: tuple[Tensor, Tensor],
+        owners: Mapping[str, int],
+        count: int,
+    ) -> Tensor:
+        """Return dense kernels of parts of the parameters, ``(L, M, N₁·r₁, N₂·r₂)``, as `tiles.part_kernels`.
+
+        Cost: that of one kernel, and the memory of L.
+
+        Raises:
+            BackwardLimitError: If the outputs take more backward passes than the user allows.
+        """
+        self._require_few("the kernels of parts", *outputs)
+
+        def work(source: Source, chosen: Parameters) -> Tensor:
+            return part_kernels(source, chosen, left, right, outputs, owners, count)
+
+        result = self._summed(params, (left, right), work)
+        require_finite_product(result, "the kernels of parts", self.linearization, outputs[0])
+        return result
+
+    def own_kernels(
+        self, params: Parameters, inputs: Inputs, numbers: tuple[Tensor, Tensor], left: Tensor, right: Tensor
+    ) -> Tensor:
+        """Return ``(M, r₁, r₂)`` sums of kernels of single samples, in float64; see `tiles.own_kernels`.
+
+        Cost: one pass for each distinct output. No pair of two samples is made.
+
+        Raises:
+            BackwardLimitError: If the outputs take more backward passes than the user allows.
+        """
+        self._require_few("the kernel of single samples", left, right)
+        result = self._summed(
+            params,
+            (inputs,),
+            lambda source, chosen: own_kernels(source, chosen, inputs, numbers, left, right),
+        )
+        require_finite_product(result, "the kernel of single samples", self.linearization, left)
         return result
 
     def sample_gram(self, params: Parameters, inputs: Inputs, cotangents: Tensor) -> Tensor:

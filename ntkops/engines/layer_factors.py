@@ -133,6 +133,21 @@ class Factors:
         found += [own_products(direct.gradients) for direct in self.directs]
         return torch.stack(found).sum(0)
 
+    def divided(self, owners: Sequence[int], count: int) -> list[Factors]:
+        """Return the factors of each of ``count`` parts, given the part of each parameter's number."""
+        parts = [replace(self, outers=[], directs=[]) for _ in range(count)]
+        for layer in self.outers:
+            own, bias = owners[layer.unit.index], layer.unit.bias
+            if bias is not None and owners[bias.index] != own:  # it no longer rides with the weight
+                gradients = layer.gradients.sum(-1).flatten(2)
+                unit = Unit(bias.index, bias.start, bias.stop, "direct", ())
+                parts[owners[bias.index]].directs.append(Direct(unit, gradients))
+                layer = replace(layer, unit=replace(layer.unit, bias=None))
+            parts[own].outers.append(layer)
+        for direct in self.directs:
+            parts[owners[direct.unit.index]].directs.append(direct)
+        return parts
+
     def write(self, out: Tensor, rows: Mapping[int, tuple[int, int]]) -> None:
         """Add gradients to ``(B, C, P)``, given the start and the entries of a row of each parameter."""
         for layer in self.layers:

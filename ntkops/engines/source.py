@@ -210,6 +210,10 @@ class LayerSource:
         factors.write(tile, self.rows)
         return tile
 
+    def divided(self, factors: Factors, owners: Mapping[str, int], count: int) -> list[Factors]:
+        """Return the factors of each part, given the part of each parameter by name."""
+        return factors.divided([owners[name] for name in self.linearization.names], count)
+
     def scattered(self, target: Tensor, rest: Tensor) -> Tensor:
         """Add ``(..., P')`` of the parameters that are not covered to where they belong in ``(..., P)``."""
         offset = 0

@@ -7,17 +7,17 @@ memory runs out. Memory is that of the result and two tiles, never the whole Jac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..model import Inputs, Linearization
 from .differentiation import Parameters
-from .layer_factors import Factors
+from .layer_factors import Factors, matched
 from .memory import Share, even_size, parts, retry
 from .options import Layerwise
 from .summation import Workspace
@@ -32,6 +32,8 @@ __all__ = [
     "kernel",
     "mirror",
     "over_parts",
+    "own_kernels",
+    "part_kernels",
     "rows_of_parts",
     "sample_slices",
 ]
@@ -41,6 +43,7 @@ Tile = TypeVar("Tile")
 Result = TypeVar("Result")
 _HELD_BYTES = 2**23  # samples of a stream that are in memory as one part
 _MIRRORED_ROWS = 512
+_OWN_OUTPUTS = 256  # gradients of one sample that meet each other at a time, where fewer suffice
 
 
 class Source(Protocol):
@@ -62,6 +65,10 @@ class Source(Protocol):
 
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients."""
+        ...
+
+    def divided(self, factors: Factors, owners: Mapping[str, int], count: int) -> list[Factors]:
+        """Return the factors of each part, given the part of each parameter by name."""
         ...
 
     def tile(self, directions: int) -> int:
@@ -258,6 +265,58 @@ class _Kernels:
         return result
 
 
+class _PartKernels:
+    """Kernels of parts of the parameters while tiles arrive."""
+
+    def __init__(self, parts: list[_Kernels], source: Source, owners: Mapping[str, int]) -> None:
+        self._parts, self._source, self._owners = parts, source, owners
+
+    def add(self, rows: slice, columns: slice, first: Factors, second: Factors) -> None:
+        """Add the products of two tiles, each part's to its own kernels."""
+        if first is not second:
+            first, second = matched((first, second))
+        left = self._source.divided(first, self._owners, len(self._parts))
+        right = left if first is second else self._source.divided(second, self._owners, len(self._parts))
+        for part, one, two in zip(self._parts, left, right, strict=True):
+            part.add(rows, columns, one, two)
+
+    def clear(self, samples: slice) -> None:
+        """Take back what was added to the rows of some samples."""
+        for part in self._parts:
+            part.clear(samples)
+
+    def finish(self) -> Tensor:
+        """Return the kernels of all parts, ``(L, M, N₁·r₁, N₂·r₂)``."""
+        return torch.stack([part.finish() for part in self._parts])
+
+
+def part_kernels(
+    source: Source,
+    params: Parameters,
+    left: Inputs,
+    right: Inputs,
+    outputs: tuple[Tensor, Tensor],
+    owners: Mapping[str, int],
+    count: int,
+) -> Tensor:
+    """Return the kernels of parts of the parameters, ``(L, M, N₁·r₁, N₂·r₂)``, from the factors of one sweep.
+
+    Args:
+        source: Where factors come from.
+        params: The selected parameters.
+        left: N₁ samples.
+        right: N₂ samples.
+        outputs: Output numbers ``(M, R, r₁)`` and ``(M, R, r₂)``.
+        owners: Number of the part of each parameter, by name.
+        count: Number L of parts.
+    """
+
+    def gather(*described: Any) -> _PartKernels:
+        return _PartKernels([_Kernels(*described) for _ in range(count)], source, owners)
+
+    return _all_outputs(source, params, left, right, *outputs, gather)
+
+
 def kernel(
     source: Source,
     params: Parameters,
@@ -320,6 +379,7 @@ def _all_outputs(
     right: Inputs,
     left_outputs: Tensor,
     right_outputs: Tensor,
+    gather: Callable[..., _Kernels | _PartKernels] = _Kernels,
 ) -> Tensor:
     """The same kernels with all outputs at a time, tile by tile."""
     same = torch.equal(left_outputs, right_outputs)
@@ -328,7 +388,7 @@ def _all_outputs(
     if not same:
         right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
     symmetric, shared = left is right and same, left is right and torch.equal(left_numbers, right_numbers)
-    result = _Kernels(source, (left.num_samples, right.num_samples), (left_index, right_index), symmetric)
+    result = gather(source, (left.num_samples, right.num_samples), (left_index, right_index), symmetric)
     tile = source.tile_share(max(len(left_numbers), len(right_numbers)))
     made = 0
 
@@ -397,6 +457,52 @@ def gram(source: Source, params: Parameters, inputs: Inputs, cotangents: Tensor)
     fill_lower(inputs, source.tile_share(width), make, result.add, result.clear)
     source.count_rows(made, inputs)
     return result.finish().view(count, width, count, width)
+
+
+def own_kernels(
+    source: Source,
+    params: Parameters,
+    inputs: Inputs,
+    numbers: tuple[Tensor, Tensor],
+    left: Tensor,
+    right: Tensor,
+) -> Tensor:
+    """Return ``(M, r₁, r₂)`` sums of kernels of single samples.
+
+    Args:
+        source: Where factors come from.
+        params: The selected parameters.
+        inputs: N samples.
+        numbers: ``(L,)`` kernel, and ``(L,)`` sample, of each of L terms.
+        left: ``(L, r₁)`` output numbers of each term.
+        right: ``(L, r₂)``.
+    """
+    kernels, samples = numbers
+    width, count = left.shape[1], int(kernels.max()) + 1
+    # The same outputs of other samples are in one pass; those that never meet need not be in one.
+    patterns, which = torch.unique(torch.cat([left, right], dim=1), dim=0, return_inverse=True)
+    step = max(1, _OWN_OUTPUTS // patterns.shape[1])
+    whole: Tensor | None = None
+    for first in range(0, len(patterns), step):
+        outputs, place = torch.unique(patterns[first : first + step], return_inverse=True)
+        terms = ((which >= first) & (which < first + step)).nonzero().flatten()
+        terms = terms[samples[terms].argsort(stable=True)]
+
+        def grams(start: int, stop: int, part: Inputs, outputs: Tensor = outputs) -> Tensor:
+            return source.of_outputs(params, part, outputs).grams()  # (n, u, u)
+
+        for start, stop, found in over_parts(inputs, source.passing_share(len(outputs)), grams):
+            some = terms[(samples[terms] >= start) & (samples[terms] < stop)]
+            at = place[which[some] - first].to(found.device)
+            own = (samples[some] - start).to(found.device)[:, None, None]
+            blocks = found[own, at[:, :width, None], at[:, None, width:]]
+            if whole is None:
+                whole = blocks.new_zeros((count, *blocks.shape[1:]))
+            add = whole.index_add if blocks.requires_grad else whole.index_add_
+            whole = add(0, kernels[some].to(found.device), blocks)
+        source.count_rows(inputs.num_samples * len(outputs), inputs)
+    assert whole is not None  # there is a term
+    return whole
 
 
 def mirror(result: Tensor) -> None:

@@ -1,15 +1,19 @@
 """Quantities of operators, exact or estimated with an error: one quantity a module."""
 
 from .alignment import alignment
+from .compare import compare
+from .condition_number import condition_number
 from .diagonal import diagonal
 from .effective_dimension import effective_dimension
 from .effective_rank import effective_rank
 from .eigsh import eigsh
 from .frobenius_norm import frobenius_norm
+from .hessian_norm import hessian_norm
 from .inner import inner
 from .logdet import logdet
 from .one_sided import one_sided_product_trace
 from .partial_trace import partial_trace
+from .partition import partition
 from .redundancy import data_redundancy, parameter_redundancy
 from .sketch import Sketch
 from .spectral_density import spectral_density
@@ -24,13 +28,18 @@ __all__ = [
     "alignment",
     "effective_rank",
     "one_sided_product_trace",
+    "hessian_norm",
+    # networks side by side
+    "compare",
     # one sketch for many scalars
     "Sketch",
     # vectors and matrices
     "diagonal",
     "partial_trace",
+    "partition",
     # spectra
     "eigsh",
+    "condition_number",
     "spectral_density",
     "truncation_rank",
     "data_redundancy",

@@ -54,6 +54,9 @@ class StateAxes:
             ShapeError: If the shape does not fit the operator.
         """
         sizes = _sizes(operator, shape)
+        own: dict[str, int] = getattr(operator, "axes", {})
+        if axes is None and own and sizes[1:] == tuple(own.values()):  # named when the kernel was made
+            axes = list(own)
         names = _names(axes, sizes)
         items: Sequence[Any] = (
             list(over) if isinstance(over, Sequence) and not isinstance(over, str) else [over]
@@ -130,7 +133,9 @@ def _own_shape(operator: Any) -> tuple[int, ...] | None:
     if samples * outputs != operator.shape[-1]:
         return None
     whole = getattr(operator.structure, "sample_shape", None) is not None
-    inner = tuple(operator.output_shape) if whole else (outputs,)
+    inner = tuple(getattr(operator, "axes", {}).values()) or (
+        tuple(operator.output_shape) if whole else (outputs,)
+    )
     return (samples, *(inner or (1,)))
 
 

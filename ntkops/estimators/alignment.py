@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
+from ..errors import InputError
+from ..operators.centred import centred
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
 from ._driver import PAIR_METHODS, estimate
@@ -24,6 +27,7 @@ def alignment(
     first: LinearOperator | Tensor,
     second: LinearOperator | Tensor,
     *,
+    center: Literal["samples"] | None = None,
     rtol: float | None = None,
     num_passes: int | None = None,
     method: str = "auto",
@@ -35,13 +39,16 @@ def alignment(
 ) -> Estimate:
     r"""Estimate or compute the alignment :math:`\langle K_1, K_2 \rangle_F / (|K_1|_F |K_2|_F)`.
 
-    The cosine of two kernels, in [0, 1] for positive semidefinite ones, not centred. All three terms share
-    their sketch and their probes, so that noise cancels in the ratio; the error is the jackknife's. The
-    ratio has a bias of relative order 1/m. Source: paper, section 3.3 and Proposition 1.
+    The cosine of two kernels, in [0, 1] for positive semidefinite ones; not centred by default. All three
+    terms share their sketch and their probes, so that noise cancels in the ratio; the error is the
+    jackknife's. The ratio has a bias of relative order 1/m. Source: paper, section 3.3 and Proposition 1.
 
     Args:
         first: ``(*batch, m, n)`` operator or tensor.
         second: One of the same shape.
+        center: "samples" for the centred alignment of :math:`H K_1 H` and :math:`H K_2 H`, with
+            :math:`H = (I - 11^\top / N) \otimes I_O`: each output minus its mean over the samples (Cortes,
+            Mohri & Rostamizadeh 2012). O products more a kernel. A matrix has one row a sample.
         rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 where
             ``num_passes`` is None too.
         num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
@@ -78,7 +85,7 @@ def alignment(
     Raises:
         CheckpointError: If the file belongs to other work, or cannot be read or written.
         InputError: If an option is not understood, or the passes do not pay for the method.
-        ShapeError: If the shapes differ.
+        ShapeError: If the shapes differ, or rows to be centred are no whole samples.
         ZeroKernelError: If one of the kernels is zero.
         UnsupportedOperationError: If a one-sided method is asked of an operator without factors.
         DtypeError: If the operator is not of a real floating dtype, or two of them differ.
@@ -93,6 +100,12 @@ def alignment(
         >>> float(ntkops.alignment(A, 2 * A))
         1.0
     """
+    if center is not None:
+        if center != "samples":
+            raise InputError(f"center={center!r}: pass 'samples', or None for kernels as they are")
+        if differentiable or checkpoint is not None:
+            raise InputError("center='samples' goes neither with differentiable=True nor with checkpoint=")
+        first, second = centred(first, "the first kernel"), centred(second, "the second kernel")
     if differentiable:
         require_no_checkpoint(checkpoint)
         return differentiable_estimate(

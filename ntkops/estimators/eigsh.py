@@ -101,7 +101,9 @@ def eigsh(
                     solver = krylov(member, generator, block_size, bar, sign)
                     checked = k if limit >= 2 * k else 0  # products kept for the residuals
                     pairs = solver.solve(k, tolerance=tolerance, max_products=limit - checked)
-                    solved.append(_verified(member, pairs, sign, tolerance if checked else None))
+                    solved.append(
+                        _verified(member, pairs, sign, tolerance * solver.scale if checked else None)
+                    )
             parts = _restack(operand, [pairs for pairs, _ in solved])
             method, converged, drawn = "lanczos", all(good for _, good in solved), seed
     result = Eigenpairs(*parts, converged, tally.total, method, drawn, time.perf_counter() - start)
@@ -177,18 +179,16 @@ def krylov(
     )
 
 
-def _verified(
-    operand: Operand, pairs: RitzPairs, sign: float, tolerance: float | None
-) -> tuple[RitzPairs, bool]:
+def _verified(operand: Operand, pairs: RitzPairs, sign: float, limit: float | None) -> tuple[RitzPairs, bool]:
     """Return the pairs with residuals from fresh products, and whether they are as good as they were."""
     values = sign * pairs.values
-    if tolerance is None:  # too few products were allowed for that
+    if limit is None:  # too few products were allowed for that
         found = RitzPairs(values, pairs.vectors, pairs.residuals, pairs.converged, pairs.products)
         return found, pairs.converged
     outside = operand.multiply(pairs.vectors) - pairs.vectors * values.to(pairs.vectors.dtype)
     residuals = operand.rows.sum_squares(outside).sqrt()
     # Products of another width round differently, so that a residual at the limit may cross it.
-    good = bool((residuals <= 2 * tolerance * values.abs().max()).all())
+    good = bool((residuals <= 2 * limit).all())
     found = RitzPairs(values, pairs.vectors, residuals, pairs.converged, pairs.products)
     return found, pairs.converged and operand.rows.any(good)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .batch import Batch
 from .build import linearize
+from .entries import Entries
 from .inputs import Inputs
 from .linearization import Linearization
 from .slices import Batches
 
-__all__ = ["Batch", "Batches", "Inputs", "Linearization", "linearize"]
+__all__ = ["Batch", "Batches", "Entries", "Inputs", "Linearization", "linearize"]

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
-from .call import FunctionCall, ModuleCall, uncompiled
+from .call import CallFacts, FunctionCall, ModuleCall, uncompiled
+from .entries import Entries
 from .inspection import (
     fingerprint,
+    function_fingerprint,
     require_finite,
     require_mode,
     require_selected,
@@ -34,7 +36,7 @@ Output = str | int | Callable[[Any], Any] | None
 @checked
 def linearize(
     model: nn.Module | Callable[..., Any] | Linearization,
-    params: Selector = None,
+    params: Selector | Entries = None,
     output: Output = None,
     *,
     batch_dim: int = 0,
@@ -58,7 +60,7 @@ def linearize(
             output`` of a dict of tensors and one batch as it was passed.
         params: The selected parameters: None for all that require grad; a name, a glob pattern, a module of
             the model for all of its parameters, or several of these; a predicate ``(name, parameter) ->
-            bool``; or a dict of values at which to linearise.
+            bool``; a dict of values at which to linearise; or `Entries` for single weights.
             A tied parameter is selected once, by any of its names. For a function: the dict of all its
             parameters.
         output: The state: None where the model returns a tensor; a key or position; a callable on the raw
@@ -107,9 +109,26 @@ def linearize(
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise InputError(f"batch_dim={batch_dim!r}; it is the number of an axis, counted from 0")
     with torch.inference_mode(False):
+        if isinstance(params, Entries):
+            return _of_entries(model, params, output, batch_dim, differentiable)
         if isinstance(model, nn.Module):
             return _of_module(uncompiled(model), params, output, batch_dim, differentiable)
         return _of_function(model, params, output, batch_dim, differentiable)
+
+
+def _of_entries(
+    model: Any, entries: Entries, output: Output, batch_dim: int, differentiable: bool
+) -> Linearization:
+    if not isinstance(model, nn.Module):
+        raise ParameterSelectionError(
+            "params=Entries(...) selects entries of a module's parameters; the parameters of a plain "
+            "function are the dict that it is given: let the function put its entries into place"
+        )
+    model = uncompiled(model)
+    require_supported(model)
+    selected, index = entries.resolve(dict(model.named_parameters(remove_duplicate=False)))
+    whole = _of_module(model, list(selected), output, batch_dim, differentiable)
+    return whole.of_entries(list(index.values()))
 
 
 def _of_module(
@@ -144,33 +163,37 @@ def _of_module(
         origins=origins,
     )
     if not others and (output is None or isinstance(output, (str, int))):
-        _recall(linearization, model, (tuple(selected), output, batch_dim, differentiable))
+        choices = (tuple(selected), output, batch_dim, differentiable)
+        _recall(linearization, model, fingerprint(model), choices)
     return linearization
 
 
-def _recall(linearization: Linearization, model: nn.Module, choices: Hashable) -> None:
-    """Take over what is known of a module from the last time, if nothing but its values has changed.
+def _recall(linearization: Linearization, model: object, look: Hashable, choices: Hashable) -> None:
+    """Take over what is known of a model from the last time, if nothing but its values has changed.
 
     A loop over checkpoints then tries a model once. What depends on data is checked on every batch all the
     same; what is taken on trust is that a forward pass without randomness and side effects still has none.
     """
-    look = fingerprint(model)
     if look is None:
         return
     known = _KNOWN.setdefault(model, {})
     before = known.get((look, choices))
     if before is not None and not before[1].draws:  # random numbers without effect are looked at again
-        verdict, call = before
+        verdict, facts = before
         linearization.verdict = verdict.copied()
-        linearization.call.replicate, linearization.call.differentiates = call.replicate, call.differentiates
+        linearization.call.replicate, linearization.call.differentiates = (
+            facts.replicate,
+            facts.differentiates,
+        )
     known.pop((look, choices), None)
-    known[look, choices] = linearization.verdict, linearization.call
+    known[look, choices] = linearization.verdict, linearization.call.facts
     while len(known) > _CHOICES:
         known.pop(next(iter(known)))
 
 
-Known = dict[Hashable, tuple[Verdict, ModuleCall | FunctionCall]]
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+Known = dict[Hashable, tuple[Verdict, CallFacts]]
+# By module, or by the code of a function: closures that are made anew in every step are the same function.
+_KNOWN: weakref.WeakKeyDictionary[object, Known] = weakref.WeakKeyDictionary()
 _CHOICES = 8  # of parameters and outputs of one module that are remembered
 
 
@@ -209,7 +232,7 @@ def _of_function(
     require_selected(selected)
     require_finite(selected)
     positions = {name: position for position, name in enumerate(selected)}
-    return Linearization(
+    linearization = Linearization(
         FunctionCall(model, [(name, positions[first[id(value)]]) for name, value in params.items()]),
         OutputSelector(output, None),
         _live(selected) if differentiable else _copies(selected),
@@ -219,6 +242,12 @@ def _of_function(
         differentiable=differentiable,
         origins=origins,
     )
+    if output is None or isinstance(output, (str, int)):
+        kinds = tuple((key, positions[first[id(value)]]) for key, value in params.items())
+        sizes = tuple((value.shape, value.dtype, value.device) for value in selected.values())
+        choices = (kinds, sizes, output, batch_dim, differentiable)
+        _recall(linearization, getattr(model, "__code__", None), function_fingerprint(model), choices)
+    return linearization
 
 
 def _live(selected: dict[str, Tensor]) -> dict[str, Tensor]:

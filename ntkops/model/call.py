@@ -21,6 +21,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -221,20 +222,40 @@ def _pickle_parametrized(item: object) -> bytes:
     return target.getvalue()
 
 
-class _Call:
-    """What calls of modules and of functions share.
+@dataclass
+class CallFacts:
+    """What a trial finds out about calls.
 
     Attributes:
-        others: Tensors that the model holds outside parameters and buffers, each with a label.
         replicate: Whether calls need a copy each, since their graph calls the modules again.
         draws: Whether the forward pass draws global random numbers (without effect on the output).
         differentiates: Whether the forward pass differentiates, and so needs gradient mode.
     """
 
+    replicate: bool = False
+    draws: bool = False
+    differentiates: bool = False
+
+
+def _fact(name: str) -> Any:
+    return property(
+        lambda self: getattr(self.facts, name), lambda self, value: setattr(self.facts, name, value)
+    )
+
+
+class _Call:
+    """What calls of modules and of functions share.
+
+    Attributes:
+        others: Tensors that the model holds outside parameters and buffers, each with a label.
+        facts: What is known of calls, apart from what is called: it may be remembered longer.
+    """
+
     others: tuple[tuple[str, Tensor], ...] = ()
-    replicate = False
-    draws = False
-    differentiates = False
+    replicate, draws, differentiates = _fact("replicate"), _fact("draws"), _fact("differentiates")
+
+    def __init__(self) -> None:
+        self.facts = CallFacts()
 
     def run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
         """Call the model once.
@@ -281,6 +302,7 @@ class ModuleCall(_Call):
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
         positions = {id(tensor): position for position, tensor in enumerate(tensors)}
         within = tensors_within(model)
         self.root = _private_copy(model, within)
@@ -431,6 +453,7 @@ class FunctionCall(_Call):
     """
 
     def __init__(self, function: Callable[..., Any], keys: Sequence[tuple[str, int]]) -> None:
+        super().__init__()
         self.function = function
         self.keys = tuple(keys)
 

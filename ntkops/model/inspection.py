@@ -299,6 +299,59 @@ def _contents(value: Any, met: dict[int, tuple[object, object]]) -> object:
     return type(value), _contents(state[0] if state else None, met)
 
 
+def function_fingerprint(
+    function: object, seen: tuple[types.CodeType, ...] = ()
+) -> tuple[object, ...] | None:
+    """Return what a function is made of: its code, and what it reads beside its arguments.
+
+    None where that is opaque: then nothing of it can be known in advance.
+    """
+    if not isinstance(function, types.FunctionType):
+        return None
+    code = function.__code__
+    if code in seen:
+        return (code,)
+    found: list[object] = [code]
+    values: list[tuple[str, object]] = [("defaults", function.__defaults__ or ())]
+    values += sorted((function.__kwdefaults__ or {}).items())
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            values.append((name, cell.cell_contents))
+        except ValueError:  # not filled yet
+            return None
+    if not function.__module__.startswith("torch."):  # whose functions read nothing that changes
+        names = sorted(_names_in(code))
+        values += [(name, function.__globals__[name]) for name in names if name in function.__globals__]
+    for name, value in values:
+        part = _made_of(value, (*seen, code))
+        if part is None:
+            return None
+        found.append((name, part))
+    return tuple(found)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Return the names that some code, and the functions made in it, may read."""
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _made_of(value: object, seen: tuple[types.CodeType, ...]) -> object | None:
+    if isinstance(value, nn.Module):
+        return fingerprint(value)
+    if isinstance(value, types.FunctionType):
+        plain = value.__module__.startswith("torch.") and not value.__closure__
+        return value if plain else function_fingerprint(value, seen)
+    if isinstance(value, (*_PLAIN, types.BuiltinFunctionType, types.ModuleType)):
+        return (type(value), value)
+    if isinstance(value, Tensor):  # what the output depends on is watched, and tried again
+        return (id(value), value.shape, value.dtype, value.device)
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_made_of(part, seen) for part in value)
+        return None if None in parts else (type(value), parts)
+    return None
+
+
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise if a parameter holds NaN or infinity.
 

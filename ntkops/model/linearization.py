@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,52 @@ __all__ = ["Linearization"]
 
 _HEAD = 64  # samples among which the trial run finds differing ones
 _COMPARED = 8  # samples of a batch whose outputs are computed again: the cost stays small beside the batch
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Some parameters, or entries of them, that stay free while the others are held.
+
+    Attributes:
+        parent: The function of all of them.
+        free: Numbers of the parameters that stay free.
+        values: Values of all.
+        index: For each free one the positions that are, or None for all.
+    """
+
+    parent: Linearization
+    free: tuple[int, ...]
+    values: tuple[Tensor, ...]
+    index: tuple[Tensor | None, ...]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return the values of what is free."""
+        free = (self.values[i] for i in self.free)
+        return tuple(
+            value if index is None else value.flatten()[index]
+            for value, index in zip(free, self.index, strict=True)
+        )
+
+    def fill(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return all parameters of the parent, given what is free."""
+        values = list(self.values)
+        for position, index, part in zip(self.free, self.index, parts, strict=True):
+            own = values[position]
+            values[position] = (
+                part if index is None else own.flatten().index_put((index,), part).view(own.shape)
+            )
+        return values
+
+    def whole(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return all parameters of the call, given what is free."""
+        return self.parent.whole(self.fill(parts))
+
+    def of(self, parent: Linearization) -> _Held:
+        """Return the same of a parent of another dtype, or on another device."""
+        same = all(a is b for a, b in zip(self.values, self.parent.parameters, strict=True))
+        moved = tuple(tracked(value.to(device=parent.device, dtype=parent.dtype)) for value in self.values)
+        index = tuple(None if i is None else i.to(parent.device) for i in self.index)
+        return _Held(parent, self.free, parent.parameters if same else moved, index)
 
 
 class Linearization:
@@ -72,7 +119,7 @@ class Linearization:
         self.batch_dim = batch_dim
         self.differentiable = differentiable
         self.verdict = Verdict()
-        self._held: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None
+        self._held: _Held | None = None
         self._watches = watches
         # Weak: to recognise the user's tensors in the trial run, without keeping them alive.
         self._origins = tuple((label, weakref.ref(tensor)) for label, tensor in (origins or {}).items())
@@ -133,6 +180,22 @@ class Linearization:
     def is_complex(self) -> bool:
         """Whether the model computes with complex numbers."""
         return any(facts.is_complex for facts in self.verdict.states)
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Return all names of each selected parameter, its canonical one first: tied ones have several."""
+        found: dict[str, list[str]] = {name: [name] for name in self.names}
+        if isinstance(self.call, ModuleCall):
+            first: dict[int, str] = {}
+            for name, parameter in self.call.root.named_parameters(remove_duplicate=False):
+                own = first.setdefault(id(parameter), name)
+                if own in found and name != own:
+                    found[own].append(name)
+        else:
+            own_names = dict(reversed([(position, key) for key, position in self.call.keys]))
+            for key, position in self.call.keys:
+                if own_names[position] in found and key != own_names[position]:
+                    found[own_names[position]].append(key)
+        return {name: tuple(names) for name, names in found.items()}
 
     # -- what the trial run needs to know
 
@@ -219,12 +282,7 @@ class Linearization:
 
     def whole(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return all parameters of the call, given those that are free."""
-        if self._held is None:
-            return params
-        free, values = self._held[0], list(self._held[1])
-        for position, value in zip(free, params, strict=True):
-            values[position] = value
-        return values
+        return params if self._held is None else self._held.whole(params)
 
     def restricted(self, free: Sequence[int], params: Sequence[Tensor]) -> Linearization:
         """Return the same function of some of its parameters, the others held where they are.
@@ -233,10 +291,23 @@ class Linearization:
             free: Numbers of the parameters that stay free.
             params: Values of all selected parameters.
         """
+        return self._holding(_Held(self, tuple(free), tuple(params), (None,) * len(free)))
+
+    def of_entries(self, index: Sequence[Tensor]) -> Linearization:
+        """Return the same function of single entries of the parameters, the others held where they are.
+
+        Args:
+            index: Positions in each flattened parameter.
+        """
+        every = tuple(range(len(self.names)))
+        return self._holding(_Held(self, every, self.parameters, tuple(index)))
+
+    def _holding(self, held: _Held) -> Linearization:
         part = copy.copy(self)
-        part.names = tuple(self.names[i] for i in free)
-        part.parameters = tuple(params[i] for i in free)
-        part._held = tuple(free), tuple(params)
+        part.names = tuple(self.names[i] for i in held.free)
+        part.parameters = held.parts()
+        part._held = held
+        part.verdict = self.verdict.restricted()
         return part
 
     def require_independent(
@@ -265,16 +336,19 @@ class Linearization:
             CoupledSamplesError: Naming the sample.
         """
         count = batch.num_samples
+        base, whole = self, params
+        while (held := base._held) is not None:
+            base, whole = held.parent, held.fill(whole)
         if alone:
             for chosen in torch.arange(count).split(1):
-                require_own_rows(self, start, params, batch, rows, chosen)
+                require_own_rows(base, start, whole, batch, rows, chosen)
             return
         seen = self.seen(inputs, start, start + count, "independent", 1, params)
         if count == 1 or (seen is not None and bool(seen.all())):
             return
         generator = torch.Generator().manual_seed(start + count)
         some = torch.randperm(count, generator=generator)[: min(count // 2, _COMPARED)].sort().values
-        require_own_rows(self, start, params, batch, rows, some)
+        require_own_rows(base, start, whole, batch, rows, some)
         if seen is not None:
             seen.fill_(True)
 
@@ -336,6 +410,11 @@ class Linearization:
         """
         if isinstance(x, Inputs):
             return x
+        if self._held is not None:  # the trial is of all parameters
+            known = self._held.parent.inputs(x)
+            known.hand_over_recordings()
+            self.verdict.states = self._held.parent.verdict.states
+            return known
         with torch.inference_mode(False):
             source, watches = read_inputs(
                 x, self.batch_dim, self._dtypes(), self.device, live=self.differentiable
@@ -411,6 +490,10 @@ class Linearization:
         """
         if dtype is not None and not dtype.is_floating_point:
             raise DtypeError(f"cannot cast a model to {dtype}; pass a floating dtype")
+
+        if self._held is not None:
+            parent = self._held.parent.to(dtype, device)
+            return self if parent is self._held.parent else parent._holding(self._held.of(parent))
 
         def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {

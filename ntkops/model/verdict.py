@@ -71,6 +71,10 @@ class Verdict:
         states = [facts for facts in self.states if not facts.watches]
         return Verdict(states, self.coverage, self.differentiation, dict(self.batched), dict(self.layers))
 
+    def restricted(self) -> Verdict:
+        """Return what is known for some of the parameters, whose numbers are others: nothing that names them."""
+        return Verdict(self.states, None, self.differentiation)
+
     def facts(self, batch: Batch) -> StateFacts | None:
         """Return what is known of inputs like these."""
         return next((facts for facts in self.states if same_kind(facts.example, batch)), None)

@@ -6,8 +6,10 @@ from .kernel import NTKOperator, ntk
 from .nystrom import NystromOperator, nystrom_ntk
 from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
 from .ridge import RidgeOperator
+from .sample_kernel import SampleKernelOperator
 from .sandwich import Sandwich, sandwich
 from .sharded import ShardedKernelOperator
+from .stacked import BlockKernelOperator, balance, stack
 
 __all__ = [
     # operators
@@ -15,7 +17,9 @@ __all__ = [
     "NTKOperator",
     "NystromOperator",
     "RidgeOperator",
+    "SampleKernelOperator",
     "Sandwich",
+    "BlockKernelOperator",
     "ProjectedNTKOperator",
     "FeatureOperator",
     "ProjectionOperator",
@@ -26,6 +30,8 @@ __all__ = [
     "nystrom_ntk",
     "projected_ntk",
     "sandwich",
+    "stack",
+    "balance",
     # what an approximation leaves out
     "energy_gap",
 ]

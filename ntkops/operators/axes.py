@@ -53,11 +53,16 @@ class StateAxis:
         inputs: The N samples.
         outputs: ``(*batch, R, r)`` output numbers on the CPU.
         pick: ``(n,)`` positions among the N·r rows, or None for all in order.
+        labels: Names and sizes of the axes into which the r outputs unfold, where they have names.
+        folded: Whether samples count as outputs: the numbers are then sample · O + output, there are r rows,
+            and a term or a member of the batch may be a single sample.
     """
 
     inputs: Inputs
     outputs: Tensor
     pick: Tensor | None = None
+    labels: tuple[tuple[str, int], ...] = ()
+    folded: bool = False
     key: int = field(default_factory=lambda: next(_keys))
 
     @property
@@ -71,9 +76,15 @@ class StateAxis:
         return self.outputs.shape[-2]
 
     @property
+    def _shape(self) -> tuple[int, int]:
+        """Samples and outputs that the numbers count: N and O, or 1 and N·O where samples are folded."""
+        count, outputs = self.inputs.num_samples, self.inputs.num_outputs
+        return (1, count * outputs) if self.folded else (count, outputs)
+
+    @property
     def grid(self) -> int:
-        """Number N·r of rows before picking."""
-        return self.inputs.num_samples * self.outputs.shape[-1]
+        """Number N·r of rows before picking, r where samples are folded."""
+        return self._shape[0] * self.outputs.shape[-1]
 
     @property
     def length(self) -> int:
@@ -88,16 +99,17 @@ class StateAxis:
     @property
     def distinct_outputs(self) -> Tensor:
         """The output numbers that occur."""
-        return torch.unique(self.outputs)
+        return torch.unique(self.outputs % self.inputs.num_outputs if self.folded else self.outputs)
 
     def _is_whole(self) -> bool:
-        count = self.inputs.num_outputs
+        count = self._shape[1]
         flat = self.flat_outputs
         return flat.shape == (1, 1, count) and torch.equal(flat[0, 0], torch.arange(count))
 
     def embed(self, vectors: Tensor) -> Tensor:
         """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, N, O)``."""
-        count, columns = self.inputs.num_samples, vectors.shape[-1]
+        (count, width), columns = self._shape, vectors.shape[-1]
+        whole = self.inputs.num_samples, self.inputs.num_outputs
         flat = vectors.reshape(self.batch_shape.numel(), self.length, columns)  # (M, n, k)
         if self.pick is not None:
             pick = self.pick.to(flat.device)
@@ -106,22 +118,22 @@ class StateAxis:
             0, 3, 1, 2
         )  # (M, k, N, r)
         if self._is_whole():
-            return rows.reshape(columns, count, self.inputs.num_outputs)
+            return rows.reshape(columns, *whole)
         outputs = self.flat_outputs.to(rows.device)
         shape = (len(outputs), self.terms, columns, count)
         index = outputs[:, :, None, None, :].expand(*shape, outputs.shape[-1])
-        block = rows.new_zeros((*shape, self.inputs.num_outputs))
-        return block.scatter_add(-1, index, rows.unsqueeze(1).expand_as(index)).flatten(0, 2)
+        block = rows.new_zeros((*shape, width))
+        return block.scatter_add(-1, index, rows.unsqueeze(1).expand_as(index)).reshape(-1, *whole)
 
     def extract(self, block: Tensor) -> Tensor:
         """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, N, O)``, summing the terms."""
-        kernels, count = self.batch_shape.numel(), self.inputs.num_samples
+        kernels, (count, width) = self.batch_shape.numel(), self._shape
         if self._is_whole():
             rows = block.unsqueeze(0)  # (1, k, N, O)
         else:
             outputs = self.flat_outputs.to(block.device)
             columns = len(block) // max(kernels * self.terms, 1)
-            split = block.reshape(kernels, self.terms, columns, count, self.inputs.num_outputs)
+            split = block.reshape(kernels, self.terms, columns, count, width)
             index = outputs[:, :, None, None, :].expand(*split.shape[:-1], outputs.shape[-1])
             rows = split.gather(-1, index).sum(1)  # (M, k, N, r)
         flat = rows.reshape(kernels, rows.shape[1], self.grid)
@@ -142,16 +154,22 @@ class StateAxis:
         columns, column = torch.unique(rows % width, return_inverse=True)
         pick = sample * len(columns) + column
         everything = len(pick) == len(samples) * len(columns) and torch.equal(pick, torch.arange(len(pick)))
-        whole = len(samples) == self.inputs.num_samples
+        whole = len(samples) == self._shape[0]
         return StateAxis(
             inputs=self.inputs if whole else self.inputs.select(samples),
             outputs=self.outputs[..., columns],
             pick=None if everything else pick,
+            labels=self.labels if len(columns) == width else (),
+            folded=self.folded,
         )
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> StateAxis:
         """Apply a reshaping of ``(*batch, R, r)`` to the output numbers."""
-        return StateAxis(self.inputs, change(self.outputs), self.pick)
+        return StateAxis(self.inputs, change(self.outputs), self.pick, self.labels, self.folded)
+
+    def of(self, inputs: Inputs) -> StateAxis:
+        """Return the same rows of as many other samples, or of these samples held elsewhere."""
+        return StateAxis(inputs, self.outputs, self.pick, self.labels, self.folded)
 
 
 @dataclass(frozen=True, eq=False)

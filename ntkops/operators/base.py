@@ -130,7 +130,7 @@ class EngineOperator(IndexedOperator):
                 return axis
             if id(axis.inputs) not in moved:  # shared inputs stay shared
                 moved[id(axis.inputs)] = axis.inputs.to(dtype=dtype, device=device)
-            return StateAxis(moved[id(axis.inputs)], axis.outputs, axis.pick)
+            return axis.of(moved[id(axis.inputs)])
 
         core = dataclasses.replace(
             self._core.map_axes(move), engine=self._core.engine.to(dtype=dtype, device=device)

@@ -76,7 +76,7 @@ def same_operator(first: Any, second: Any) -> bool:
     if isinstance(first, Core) and isinstance(second, Core):
         return _same_core(first, second)
     if not isinstance(first, LinearOperator):
-        simple = isinstance(first, int | float | str | tuple | torch.Size | None)
+        simple = isinstance(first, int | float | str | tuple | torch.Size | torch.device | None)
         return simple and type(first) is type(second) and first == second
     if type(first) is not type(second) or first.shape != second.shape:
         return False

@@ -12,11 +12,13 @@ from torch import Tensor
 from ..arguments import checked
 from ..engines import Engine, EngineChoice, build_engine
 from ..engines.tiles import sample_slices
+from ..errors import DeviceError, DtypeError, ParameterSelectionError
 from ..model import Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core
+from .output_choice import labelled
 
 __all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "state_axis"]
 
@@ -46,7 +48,47 @@ class JacobianOperator(EngineOperator):
             if _same_rows(rows, columns):
                 columns = rows
             return NTKOperator(*self._args, core=self._core.with_axes(rows, columns))
+        if isinstance(other, JacobianOperator):
+            inner, facing = self._core.columns, other._core.rows
+            if isinstance(inner, ParameterAxis) and isinstance(facing, ParameterAxis):
+                self.require_same_parameters(other, "the Jacobians of a product J1 @ J2.mT")
         return super().matmul(other)
+
+    def require_same_parameters(self, other: JacobianOperator, what: str) -> None:
+        """Raise where two Jacobians are with respect to different parameters, or at different values.
+
+        Their numbers of columns may agree all the same, and a product would mean nothing.
+
+        Args:
+            other: Another Jacobian, or its transpose.
+            what: How messages call the two.
+
+        Raises:
+            DtypeError: If their dtypes differ.
+            DeviceError: If they live apart.
+            ParameterSelectionError: Naming the first parameter in which they differ.
+        """
+        if self.dtype != other.dtype:
+            raise DtypeError(f"{what} have the dtypes {self.dtype} and {other.dtype}; cast one of them")
+        if self.device != other.device:
+            raise DeviceError(f"{what} live on {self.device} and {other.device}; move one of them")
+        one, two = self._core.engine.linearization, other._core.engine.linearization
+        way_out = "; where that is meant, pass their dense rows, J.to_dense()"
+        if one.names != two.names or one.shapes != two.shapes:
+            first = next(
+                (
+                    f"{a!r}, {tuple(s)}, and {b!r}, {tuple(t)}"
+                    for a, b, s, t in zip(one.names, two.names, one.shapes, two.shapes, strict=False)
+                    if (a, s) != (b, t)
+                ),
+                f"{len(one.names)} and {len(two.names)} of them",
+            )
+            raise ParameterSelectionError(f"{what} have different parameters: {first}{way_out}")
+        for name, a, b in zip(one.names, self._args, other._args, strict=True):
+            if a is not b and not torch.equal(a, b):
+                raise ParameterSelectionError(
+                    f"{what} have different values of the parameter {name!r}{way_out}"
+                )
 
     def _meets(self, other: JacobianOperator) -> bool:
         inner, facing = self._core.columns, other._core.rows
@@ -128,6 +170,7 @@ def jacobian(
     output: Any = None,
     engine: EngineChoice = "auto",
     *,
+    axes: Sequence[str] | None = None,
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
@@ -145,12 +188,14 @@ def jacobian(
         x: N samples: a tensor, a tuple (positional arguments), a dict (keyword arguments), or a
             re-iterable of batches of these.
         params: Selects parameters: None (all that require grad), names, glob patterns, modules of the model,
-            a predicate ``(name, parameter) -> bool``, or a dict of values at which to linearise.
+            a predicate ``(name, parameter) -> bool``, a dict of values at which to linearise, or
+            `ntkops.Entries` for single weights.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
         engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
             `Layerwise` is "layerwise" with routes, and a limit of backward passes, of your own choice.
             Results do not depend on it.
+        axes: Names of the axes of one sample's output, which ``J @ J.mT`` hands on to `partial_trace`.
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now, 0 never.
@@ -175,7 +220,7 @@ def jacobian(
         (torch.Size([10, 8]), torch.Size([10]), torch.Size([8]))
     """
     linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
-    axis = state_axis(linearization, x)
+    axis = labelled(state_axis(linearization, x), axes)
     core = Core(
         engine=build_engine(linearization, axis.inputs, engine, batch_size=batch_size, chunk_size=chunk_size),
         rows=axis,

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from linear_operator.operators import CatLinearOperator, LinearOperator, to_linear_operator
+from linear_operator.operators import (
+    CatLinearOperator,
+    ConstantMulLinearOperator,
+    LinearOperator,
+    to_linear_operator,
+)
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, ShapeError, UnsupportedOperationError
 from .algebra import KernelAlgebra
-from .axes import resolve_index
+from .axes import ParameterAxis, resolve_index
 from .dense import DenseFallbacks
+from .jacobian import JacobianOperator
 
 __all__ = ["JoinedOperator", "join"]
 
@@ -24,6 +30,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         *linear_ops: At least two, ``(*batch, n, m)``, of one size but along ``dim``.
         dim: -2, one below the other, or -1, side by side.
         output_device: Accepted for linear_operator's sake; all parts live on one device.
+        names: Of the parts, where they have some.
 
     Example:
         >>> import torch, ntkops
@@ -36,6 +43,40 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([8]))
     """
 
+    def __init__(
+        self,
+        *linear_ops: LinearOperator,
+        dim: int = 0,
+        output_device: Any = None,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__(*linear_ops, dim=dim, output_device=output_device)
+        self.names = names
+        self._kwargs["names"] = names  # what linear_operator makes it anew from
+
+    def _check_args(self, *linear_ops: LinearOperator, **kwargs: Any) -> str | None:
+        return None if len(linear_ops) == 1 else super()._check_args(*linear_ops, **kwargs)
+
+    def matmul(self, other: Any) -> Any:
+        """Multiply; stacks of Jacobians that meet over the parameters give the kernel with blocks.
+
+        Args:
+            other: ``(n,)``, ``(n, k)``, or an operator.
+
+        Returns:
+            A tensor for a tensor; a `BlockKernelOperator` for ``J1 @ J2.mT``; else a lazy product.
+        """
+        if isinstance(other, LinearOperator) and _is_stack(self) and _is_stack(other.mT):
+            from .stacked import BlockKernelOperator
+
+            return BlockKernelOperator(self, other)
+        return super().matmul(other)
+
+    def _transpose_nonbatch(self) -> Self:
+        dim = -1 if self.cat_dim == -2 else -2
+        parts = [part._transpose_nonbatch() for part in self.linear_ops]
+        return type(self)(*parts, dim=dim, output_device=self.output_device, names=self.names)
+
     def _matmul(self, rhs: Tensor) -> Tensor:
         if self.cat_dim == -2:
             return torch.cat([part._matmul(rhs) for part in self.linear_ops], dim=-2)
@@ -47,7 +88,8 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         # linear_operator's own takes no steps, and no part of a slice that ends where a part does.
         indices = [*batch_indices, row_index, col_index]
         if indices[self.cat_dim] == slice(None):
-            return self._like([part._getitem(*indices[-2:], *batch_indices) for part in self.linear_ops])
+            kept = [part._getitem(*indices[-2:], *batch_indices) for part in self.linear_ops]
+            return type(self)(*kept, dim=self.cat_dim, output_device=kept[0].device, names=self.names)
         chosen = resolve_index(indices[self.cat_dim], self.shape[self.cat_dim])
         owners, counts = torch.unique_consecutive(
             self.idx_to_tensor_idx.cpu()[chosen], return_counts=True
@@ -69,7 +111,22 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         return type(self)(*parts, dim=self.cat_dim, output_device=parts[0].device)
 
     def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
-        return self._like([part.to(dtype=dtype, device=device) for part in self.linear_ops])
+        parts = [part.to(dtype=dtype, device=device) for part in self.linear_ops]
+        return type(self)(*parts, dim=self.cat_dim, output_device=device, names=self.names)
+
+
+def _is_stack(operator: LinearOperator) -> bool:
+    """Whether it is Jacobians over all parameters, scaled or not, one below the other."""
+    if isinstance(operator, JoinedOperator):
+        return operator.cat_dim == -2 and all(map(_is_stack, operator.linear_ops))
+    if isinstance(operator, ConstantMulLinearOperator):
+        return operator._constant.numel() == 1 and _is_stack(operator.base_linear_op)
+    return (
+        isinstance(operator, JacobianOperator)
+        and isinstance(operator._core.columns, ParameterAxis)
+        and operator._core.columns.pick is None
+        and not operator.batch_shape
+    )
 
 
 def join(parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
@@ -88,6 +145,7 @@ def join(parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
         ShapeError: If the parts do not fit together.
         DtypeError: If they differ in dtype.
         DeviceError: If they live on different devices.
+        ParameterSelectionError: If Jacobians have other parameters, or other values of them.
     """
     if dim < -2:
         raise UnsupportedOperationError(
@@ -109,4 +167,8 @@ def join(parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
             raise DeviceError(f"cannot join operators on {first.device} and {part.device}")
     if len(parts) == 1:
         return to_linear_operator(first)
+    if isinstance(first, JacobianOperator) and dim == -2:
+        for part in parts[1:]:
+            if isinstance(part, JacobianOperator):
+                first.require_same_parameters(part, "the Jacobians that are joined")
     return JoinedOperator(*map(to_linear_operator, parts), dim=dim, output_device=first.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..engines import EngineChoice, build_engine, tensor_bytes
-from ..errors import InputError, OutOfRangeError, ShapeError, UnsupportedOperationError
+from ..errors import InputError, ShapeError, UnknownParameterError, UnsupportedOperationError
 from ..model import linearize
 from .algebra import KernelAlgebra
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
-from .core import Core
+from .core import Core, Spending
 from .jacobian import JacobianOperator, state_axis
+from .output_choice import OutputChoice, choose_outputs, labelled, over_samples
+from .sample_kernel import SampleKernelOperator
 
 __all__ = ["NTKOperator", "ntk"]
 
@@ -53,6 +56,11 @@ class NTKOperator(KernelAlgebra, EngineOperator):
     def output_shape(self) -> torch.Size:
         """Shape of the model's output for one sample, before flattening."""
         return self._rows.inputs.output_shape
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Names and sizes of the axes into which the rows of a sample unfold; empty where they have none."""
+        return dict(self._rows.labels)
 
     @property
     def left(self) -> JacobianOperator:
@@ -101,7 +109,7 @@ class NTKOperator(KernelAlgebra, EngineOperator):
                 f"the new samples have outputs of shape {tuple(inputs.output_shape)}, those of the kernel "
                 f"{tuple(columns.inputs.output_shape)}"
             )
-        return self._rebuild(core.with_axes(StateAxis(inputs, columns.outputs), columns))
+        return self._rebuild(core.with_axes(columns.of(inputs), columns))
 
     # dense results
 
@@ -158,6 +166,50 @@ class NTKOperator(KernelAlgebra, EngineOperator):
             diagonal = diagonal[:, rows.pick.to(diagonal.device)]
         return diagonal.reshape(*self.batch_shape, -1)
 
+    def of_parameters(self, names: Sequence[str]) -> NTKOperator:
+        """Return the kernel of some of the selected parameters, over the same rows and columns.
+
+        Args:
+            names: Canonical names, as `ntkops.linearize(model).names` has them.
+
+        Returns:
+            Lazy operator of this shape. The kernels of parts that make up all parameters sum to this one.
+
+        Raises:
+            UnknownParameterError: If a name is not among the selected parameters.
+        """
+        core, known = self._core, self._core.engine.linearization.names
+        for name in names:
+            if name not in known:
+                raise UnknownParameterError(f"{name!r} is not among the parameters of this kernel")
+        chosen = [number for number, name in enumerate(known) if name in names]
+        part = core.engine.linearization.restricted(chosen, self._args)
+        choice: EngineChoice = "autograd" if core.engine.name == "autograd" else "auto"
+        engine = build_engine(part, self._rows.inputs, choice)
+        return NTKOperator(
+            *part.parameters, core=dataclasses.replace(core, engine=engine, spending=Spending())
+        )
+
+    def part_blocks(
+        self, rows: StateAxis, columns: StateAxis, owners: Mapping[str, int], count: int
+    ) -> Tensor:
+        """Return dense blocks of the kernels of parts of the parameters, ``(L, *batch, r, c)``."""
+        self._check_fresh()
+        with torch.no_grad():
+            blocks = self._core.engine.part_kernels(
+                self._args,
+                rows.inputs,
+                columns.inputs,
+                (rows.flat_outputs, columns.flat_outputs),
+                owners,
+                count,
+            )
+        if rows.pick is not None:
+            blocks = blocks[..., rows.pick.to(blocks.device), :]
+        if columns.pick is not None:
+            blocks = blocks[..., columns.pick.to(blocks.device)]
+        return blocks.reshape(count, *self.batch_shape, *blocks.shape[-2:])
+
     def sample_gram(self, cotangents: Tensor) -> Tensor:
         r"""Return the Gram matrix of per-sample gradients :math:`g_{ir} = J_i^\top v_{ir}`.
 
@@ -194,39 +246,6 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         return self._map_batch(merge)
 
 
-OutputChoice = Literal["all", "each", "trace"] | int | Sequence[int]
-
-
-def _choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
-    """Return the axis for a choice of outputs; its output numbers have shape (*batch, R, r)."""
-    count = axis.inputs.num_outputs
-    if isinstance(outputs, str):
-        shapes = {"all": (1, count), "each": (count, 1, 1), "trace": (count, 1)}
-        if outputs in shapes:
-            return StateAxis(axis.inputs, torch.arange(count).reshape(shapes[outputs]))
-        if str(outputs) == "sum":
-            raise InputError(
-                "outputs='sum' has two readings: outputs='trace' sums the kernels of the outputs; for the "
-                "kernel of the summed output pass output=lambda y: y.sum(-1, keepdim=True)"
-            )
-        raise InputError(
-            f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
-        )
-    numbers = [outputs] if isinstance(outputs, int) else outputs
-    if (
-        not isinstance(numbers, Sequence)
-        or not numbers
-        or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
-    ):
-        raise InputError(
-            f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, or a list of them"
-        )
-    for number in numbers:
-        if not -count <= number < count:
-            raise OutOfRangeError(f"output {number} does not exist: the model has {count} outputs a sample")
-    return StateAxis(axis.inputs, torch.tensor([[n % count for n in numbers]]))
-
-
 @checked
 def ntk(
     model: Any,
@@ -240,6 +259,7 @@ def ntk(
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
     *,
+    axes: Sequence[str] | None = None,
     batch_dim: int = 0,
     differentiable: bool = False,
     group: Any = None,
@@ -254,9 +274,14 @@ def ntk(
         x2: M samples of the columns; None for the square kernel of ``x``.
         outputs: "all" for all outputs, ``(N·O, M·O)``, sample-major; "each" for the batch of O kernels
             of single outputs, ``(O, N, M)``; "trace" for their sum, ``(N, M)``; a number for one of
-            them; a list for a kernel over some, ``(N·len, M·len)``.
+            them; a list for a kernel over some, ``(N·len, M·len)``. With ``axes``, a dict by their names:
+            "each" axes become the batch, in the order of ``axes``, "trace" axes are summed over, and the
+            others are "all": ``{"time": "trace", "class": "each"}`` is ``(C, N, M)``. "samples" is the name
+            of one more axis, for square kernels: ``{"samples": "trace"}`` is ``(O, O)``, the sum of the
+            kernels of single samples, and ``{"samples": "each"}`` these, ``(N, O, O)``.
         params: Selects parameters: None (all that require grad), names, glob patterns, modules of the model,
-            a predicate ``(name, parameter) -> bool``, or a dict of values at which to linearise.
+            a predicate ``(name, parameter) -> bool``, a dict of values at which to linearise, or
+            `ntkops.Entries` for single weights.
         output: What the state is: None (the model returns a tensor), a key or position, a callable
             on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
         engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
@@ -268,6 +293,7 @@ def ntk(
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside
             it products may switch to a dense block once that is cheaper (`engine_info.dense`); at 0
             nothing dense is ever built.
+        axes: Names of the axes of one sample's output, such as ``("time", "class")``.
         batch_dim: Position of the sample axis in inputs and output.
         differentiable: Keep the live tensors instead of a snapshot, so that products can be
             differentiated.
@@ -278,10 +304,12 @@ def ntk(
     Returns:
         `NTKOperator`. Cost of ``K @ V``: at most one vjp and one jvp a column (times O for
         "each", "trace"); less where layer factors are cached, or a dense block has been paid for.
+        Over "samples" a `SampleKernelOperator`, whose blocks cost one per-sample pass an output.
 
     Raises:
-        InputError: If ``outputs`` or ``engine`` is not understood.
-        ShapeError: If the outputs of ``x`` and ``x2`` have different shapes.
+        InputError: If ``outputs``, ``axes`` or ``engine`` is not understood.
+        ShapeError: If the outputs of ``x`` and ``x2`` have different shapes, or ``axes`` does not name
+            each axis of the output.
         OutOfRangeError: If an output number does not exist.
         ShardingError: If the ranks of ``group`` bring different models, options or output shapes.
         RankFailedError: If another rank of ``group`` has failed.
@@ -300,7 +328,26 @@ def ntk(
         (torch.Size([10, 10]), torch.Size([10]))
         >>> ntkops.ntk(model, x, outputs="each").shape, K.cross(torch.randn(4, 3)).shape
         (torch.Size([2, 5, 5]), torch.Size([8, 10]))
+        >>> gru = torch.nn.GRU(3, 2, batch_first=True)
+        >>> ntkops.ntk(
+        ...     gru,
+        ...     torch.randn(5, 4, 3),
+        ...     output=0,
+        ...     axes=("time", "hidden"),
+        ...     outputs={"time": "each"},
+        ... ).shape
+        torch.Size([4, 10, 10])
     """
+    of_samples = over_samples(outputs)
+    if of_samples and (x2 is not None or group is not None):
+        raise InputError(
+            f"outputs={outputs!r}: kernels of single samples are square, and of one process: leave x2=None "
+            "and group=None"
+        )
+
+    def choose(axis: StateAxis) -> StateAxis:
+        return choose_outputs(labelled(axis, axes), outputs)
+
     if group is not None:
         from .sharded.build import sharded_ntk
 
@@ -310,7 +357,7 @@ def ntk(
             model,
             x,
             x2,
-            lambda axis: _choose_outputs(axis, outputs),
+            choose,
             params=params,
             output=output,
             engine=engine,
@@ -318,13 +365,13 @@ def ntk(
             chunk_size=chunk_size,
             batch_dim=batch_dim,
             group=group,
-            described={"outputs": outputs, "batch_dim": batch_dim, "engine": repr(engine)},
+            described={"outputs": outputs, "axes": axes, "batch_dim": batch_dim, "engine": repr(engine)},
         )
         return sharded
     linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
     whole = state_axis(linearization, x)
-    rows = _choose_outputs(whole, outputs)
-    columns = rows if x2 is None else _choose_outputs(state_axis(linearization, x2), outputs)
+    rows = choose(whole)
+    columns = rows if x2 is None else choose(state_axis(linearization, x2))
     if columns.inputs.output_shape != rows.inputs.output_shape:
         raise ShapeError(
             f"the outputs of x have shape {tuple(rows.inputs.output_shape)} a sample, those of x2 "
@@ -338,4 +385,7 @@ def ntk(
         columns=columns,
         limit=max_dense_bytes,
     )
+    if of_samples:
+        kernels: Any = SampleKernelOperator(*linearization.parameters, core=core)
+        return kernels
     return NTKOperator(*linearization.parameters, core=core)

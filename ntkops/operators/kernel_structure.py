@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,11 +126,12 @@ class KernelStructure:
         engine = self._kernel._core.engine
         return isinstance(engine, LayerwiseEngine) and engine.over_time
 
-    def tile_size(self) -> int:
-        """Return the rows of a tile for which the workspace suffices."""
+    def tile_size(self, parts: int = 1) -> int:
+        """Return the rows of a tile for which the workspace suffices, one of each of so many kernels."""
         workspace = self._kernel._core.engine.workspace_bytes()
         if self._by_layers:  # the tiles themselves are what takes the memory
-            fit = max(1, math.isqrt(workspace // (4 * self.dtype.itemsize * self._rows.batch_shape.numel())))
+            entry = 4 * self.dtype.itemsize * self._rows.batch_shape.numel() * parts
+            fit = max(1, math.isqrt(workspace // entry))
         else:
             fit = max(1, workspace // self._row_bytes())
         width, inputs = self._rows.outputs.shape[-1], self._rows.inputs
@@ -246,6 +247,27 @@ class KernelStructure:
             return self._within(joined(parts))
 
         return kernel_of
+
+    def part_tiles(self, owners: Mapping[str, int], count: int) -> Iterator[Tile]:
+        """Yield tiles of the kernels of parts of the parameters, ``(L, *batch, r, c)``, as `tiles` does.
+
+        Args:
+            owners: Number of the part of each parameter, by name.
+            count: Number L of parts.
+        """
+        size = self.tile_size(count)
+        right = AxisReader(self._kernel._columns)
+        left = right if self.symmetric else AxisReader(self._kernel._rows)
+        with SharedPasses(self._rows.inputs.num_samples) as passes:
+            for rows in tile_slices(self.shape[-2], size):
+                one = left.take(rows)
+                for columns in tile_slices(self.shape[-1], size):
+                    if self.symmetric and columns.start < rows.start:
+                        continue
+                    other = one if self.symmetric and columns == rows else right.take(columns)
+                    with passes.over(one.inputs.num_samples):
+                        block = self._kernel.part_blocks(one, other, owners, count)
+                    yield Tile(rows, columns, block)
 
     def _within(self, part: Inputs) -> NTKOperator:
         axis = StateAxis(part, self._rows.outputs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from linear_operator.operators import (
     BlockDiagLinearOperator,
+    CatLinearOperator,
     ConstantMulLinearOperator,
     DenseLinearOperator,
     DiagLinearOperator,
@@ -287,7 +288,8 @@ class _ProductStructure(_ColumnStructure):
         self._middle = structure(chain[half]) if len(chain) % 2 else None
         self._even = is_symmetric_chain(chain, self._middle is not None and self._middle.symmetric)
         self.symmetric = self._even and not whole
-        left, right = Rows.of(chain[0]), Rows.of(chain[-1].mT)
+        left = Rows.of(chain[0])
+        right = left if self._even else Rows.of(chain[-1].mT)
         self._ends = None if left is None or right is None else (left, right)
 
     def diagonal(self) -> Tensor:
@@ -362,19 +364,27 @@ def _root_of(operator: LinearOperator, known: Structure) -> LinearOperator | Non
 
 
 class Rows:
-    """Dense rows of an operator that has them: stored ones, and per-sample gradients.
+    """Dense rows of an operator that has them: stored ones, per-sample gradients, and stacks of these.
 
     Args:
-        operator: A dense operator, or a Jacobian.
+        operator: A dense operator, a Jacobian, or several one below the other.
 
     Attributes:
         passes: Passes that all rows take.
         fit: Rows that one tile may have.
     """
 
-    def __init__(self, operator: DenseLinearOperator | JacobianOperator) -> None:
+    def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
         self.passes, self.fit = 0.0, _TILE
+        self._parts: list[tuple[int, Rows]] = []  # first row, rows
+        if isinstance(operator, CatLinearOperator | ConstantMulLinearOperator):
+            start = 0
+            for part in _stacked(operator):
+                self._parts.append((start, Rows(part)))
+                start += part.shape[-2]
+            self.passes = sum(rows.passes for _, rows in self._parts)
+            self.fit = min(rows.fit for _, rows in self._parts)
         if isinstance(operator, JacobianOperator):
             axis, engine = operator._state_axis(), operator._core.engine
             self.passes = float(len(axis.distinct_outputs))
@@ -386,17 +396,40 @@ class Rows:
     @classmethod
     def of(cls, operator: LinearOperator) -> Rows | None:
         """Return the rows of an operator, or None where only products give them."""
-        jacobian = isinstance(operator, JacobianOperator) and isinstance(operator._core.rows, StateAxis)
-        return cls(operator) if jacobian or isinstance(operator, DenseLinearOperator) else None
+        return cls(operator) if _has_rows(operator) else None
 
     def take(self, rows: slice) -> Tensor:
         """Return some rows, ``(*batch, r, p)``."""
         operator = self._operator
+        if isinstance(operator, ConstantMulLinearOperator):
+            return operator._constant.detach().reshape(()) * self._parts[0][1].take(rows)
+        if self._parts:
+            own = [
+                (_overlap(rows, slice(start, start + part._operator.shape[-2])), start, part)
+                for start, part in self._parts
+            ]
+            return torch.cat(
+                [part.take(_shift(some, start)) for some, start, part in own if some.start < some.stop],
+                dim=-2,
+            )
         if isinstance(operator, DenseLinearOperator):
             return operator.tensor[..., rows, :].detach()
         part = operator[..., rows, :]
         part._check_fresh()
         return part._dense_values(part._args).detach()
+
+
+def _has_rows(operator: LinearOperator) -> bool:
+    if isinstance(operator, CatLinearOperator | ConstantMulLinearOperator):
+        below = isinstance(operator, ConstantMulLinearOperator) or operator.cat_dim == -2
+        plain = isinstance(operator, CatLinearOperator) or operator._constant.numel() == 1
+        return below and plain and all(map(_has_rows, _stacked(operator)))
+    jacobian = isinstance(operator, JacobianOperator) and isinstance(operator._core.rows, StateAxis)
+    return jacobian or isinstance(operator, DenseLinearOperator)
+
+
+def _stacked(operator: CatLinearOperator | ConstantMulLinearOperator) -> list[LinearOperator]:
+    return list(operator.linear_ops) if isinstance(operator, CatLinearOperator) else [operator.base_linear_op]
 
 
 class _WeightedStructure(_Base):

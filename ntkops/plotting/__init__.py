@@ -17,6 +17,7 @@ from .distillation import (
 from .estimates import plot_error_against_passes, plot_estimates
 from .history import plot_history
 from .kernels import plot_kernel
+from .partition import plot_partition
 from .regression import plot_label_energy, plot_ridge_path
 from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
 
@@ -41,6 +42,8 @@ __all__ = [
     "plot_coverage_gap",
     # along training
     "plot_history",
+    # parts of the parameters
+    "plot_partition",
     # dense blocks
     "plot_kernel",
 ]

@@ -23,6 +23,7 @@ _LABELS = {
     "effective_rank": r"effective rank, $(\mathrm{tr}\,K)^2 / |K|_F^2$",
     "alignment": r"alignment with the first kernel",
     "kernel_distance": r"distance from the first kernel",
+    "kernel_velocity": r"distance from the kernel before",
     "target_alignment": r"alignment with the targets",
     "top_eigenvalues": r"largest eigenvalues $\lambda_i$",
     "parameter_distance": r"$|\theta - \theta_0|$",

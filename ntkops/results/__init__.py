@@ -2,6 +2,7 @@
 
 from .chain import ChainReport, ChainRun, ChainStep
 from .check import Check, CheckReport
+from .comparison import Comparison
 from .density import SpectralDensity
 from .distillation import DistillationInfo
 from .energy import EnergyGap
@@ -9,6 +10,7 @@ from .engine import EngineInfo, LayerInfo
 from .estimate import Estimate
 from .history import History
 from .local_global import Containment, LocalGlobalProperties, LocalGlobalTrial, VarianceTransfer
+from .partition import Partition
 from .passes import PassCount
 from .redundancy import Redundancy
 from .regression import (
@@ -26,6 +28,7 @@ from .synthesis import Barycenter, InducingPoints, SyntheticData
 __all__ = [
     # estimates
     "Estimate",
+    "Partition",
     # spectra
     "Eigenpairs",
     "SpectralDensity",
@@ -58,6 +61,8 @@ __all__ = [
     "InducingPoints",
     # along training
     "History",
+    # networks side by side
+    "Comparison",
     # checks
     "Check",
     "CheckReport",

@@ -31,6 +31,7 @@ class Ledger:
         digests: A digest of the values of each row's checkpoint.
         route: Chunk sizes, threads and the like, as the first row had them.
         first: Values of the first checkpoint, where quantities compare with it.
+        last: Values of the last checkpoint, likewise.
         fingerprint: Digests of model, data and options.
     """
 
@@ -38,11 +39,13 @@ class Ledger:
     digests: list[str] = field(default_factory=list)
     route: dict[str, Any] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put the table into a file, atomically."""
         tensors = {f"first/{name}": value for name, value in self.first.items()}
+        tensors |= {f"last/{name}": value for name, value in self.last.items()}
         for column in _COLUMNS:
             for name, value in getattr(self.history, column).items():
                 tensors[f"{column}/{name}"] = value
@@ -60,18 +63,18 @@ class Ledger:
         """Read a table that was computed from the same model, data and options."""
         found = checkpoint.load(path, fingerprint, kind=KIND)
         metadata = found.metadata
-        columns: dict[str, dict[str, Tensor]] = {column: {} for column in (*_COLUMNS, "first")}
+        columns: dict[str, dict[str, Tensor]] = {column: {} for column in (*_COLUMNS, "first", "last")}
         for key, value in found.tensors.items():
             column, _, name = key.partition("/")
             columns[column][name] = value
-        first = columns.pop("first")
+        first, last = columns.pop("first"), columns.pop("last")
         history = History(
             quantities=tuple(metadata["quantities"]),
             steps=tuple(metadata["steps"]),
             seed=metadata["seed"],
             **columns,
         )
-        return cls(history, metadata["digests"], metadata["route"], first, dict(fingerprint))
+        return cls(history, metadata["digests"], metadata["route"], first, last, dict(fingerprint))
 
 
 def structure_of(linearization: Linearization) -> tuple[Any, ...]:

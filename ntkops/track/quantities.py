@@ -6,6 +6,8 @@ r"""What can be tracked: each quantity as a function of one checkpoint and the f
 ``effective_rank``   :math:`(\mathrm{tr}\,K)^2 / |K|_F^2`
 ``alignment``        :math:`\langle K, K_0 \rangle / (|K|_F |K_0|_F)`, with the kernel of the first checkpoint
 ``kernel_distance``  :math:`1 -` alignment
+``kernel_velocity``  :math:`1 - \langle K, K_- \rangle / (|K|_F |K_-|_F)`, with the kernel of the row before
+                     (NaN in the first row)
 ``target_alignment`` :math:`\langle K, Y Y^\top \rangle / (|K|_F |Y Y^\top|_F)`
 ``top_eigenvalues``  the largest eigenvalues of K
 ``parameter_distance`` :math:`|\theta - \theta_0|_2` over the selected parameters
@@ -30,10 +32,19 @@ from ..errors import InputError, ShapeError
 from ..estimators import alignment, effective_rank, eigsh, frobenius_norm, trace
 from ..model import Inputs, Linearization
 from ..operators import NTKOperator, jacobian, ntk
-from ..operators.kernel import OutputChoice
+from ..operators.output_choice import OutputChoice
 from ..results import Estimate
 
-__all__ = ["BUILT_IN", "KernelOptions", "Options", "Point", "Quantity", "needs_first", "own_quantity"]
+__all__ = [
+    "BUILT_IN",
+    "KernelOptions",
+    "Options",
+    "Point",
+    "Quantity",
+    "needs_first",
+    "needs_previous",
+    "own_quantity",
+]
 
 
 @dataclass(frozen=True)
@@ -90,12 +101,14 @@ class Point:
         inputs: The samples.
         options: How the kernel is made.
         estimates: Estimates that quantities share.
+        previous: The checkpoint of the row before, None for the first.
     """
 
     linearization: Linearization
     inputs: Inputs
     options: KernelOptions
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    previous: Point | None = None
 
     @cached_property
     def kernel(self) -> NTKOperator:
@@ -170,7 +183,18 @@ def _alignment(point: Point, first: Point, options: Options) -> Estimate:
 
 
 def _kernel_distance(point: Point, first: Point, options: Options) -> Estimate:
-    cosine = _alignment(point, first, options)
+    return _distance(_alignment(point, first, options))
+
+
+def _kernel_velocity(point: Point, first: Point, options: Options) -> Estimate:
+    if point.previous is None:  # nothing to compare with
+        return Estimate.of_exact(
+            torch.full(point.kernel.batch_shape, torch.nan, dtype=torch.float64), passes=0
+        )
+    return _distance(alignment(point.kernel, point.previous.kernel, **options.estimator()))
+
+
+def _distance(cosine: Estimate) -> Estimate:
     low, high = cosine.interval
     return dataclasses.replace(cosine, value=1 - cosine.value, interval=(1 - high, 1 - low))
 
@@ -239,12 +263,18 @@ BUILT_IN: Mapping[str, Quantity] = {
     "effective_rank": _effective_rank,
     "alignment": _alignment,
     "kernel_distance": _kernel_distance,
+    "kernel_velocity": _kernel_velocity,
     "target_alignment": _target_alignment,
     "top_eigenvalues": _top_eigenvalues,
     "parameter_distance": _parameter_distance,
     "linearization_error": _linearization_error,
 }
 _WITH_FIRST = frozenset({"alignment", "kernel_distance", "parameter_distance", "linearization_error"})
+
+
+def needs_previous(names: tuple[str, ...]) -> bool:
+    """Whether one of the quantities compares with the row before."""
+    return "kernel_velocity" in names
 
 
 def needs_first(names: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from ..arguments import check_arguments
 from ..engines import EngineChoice
 from ..errors import DtypeError, InputError, NonFiniteError
 from ..estimators._request import checked_generator
-from ..operators.kernel import OutputChoice
+from ..operators.output_choice import OutputChoice
 from ..results import History
 from .quantities import BUILT_IN, KernelOptions, Options, Quantity, own_quantity
 from .tracker import Tracker, known_name
@@ -64,9 +64,10 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
     r"""Compute quantities of the kernel along training, from checkpoints or inside a training loop.
 
     Quantities by name: "trace", "frobenius_norm", "effective_rank", "alignment" (with the kernel of the first
-    checkpoint, :math:`\cos(K, K_0)`), "kernel_distance" (one minus that), "target_alignment"
-    (:math:`\cos(K, Y Y^\top)`), "top_eigenvalues", "parameter_distance" (:math:`|\theta - \theta_0|`), and
-    "linearization_error", :math:`|f - f_{\mathrm{lin}}| / |f - f_0|` with
+    checkpoint, :math:`\cos(K, K_0)`), "kernel_distance" (one minus that), "kernel_velocity" (one minus the
+    same with the kernel of the row before), "target_alignment" (:math:`\cos(K, Y Y^\top)`),
+    "top_eigenvalues", "parameter_distance" (:math:`|\theta - \theta_0|`), and "linearization_error",
+    :math:`|f - f_{\mathrm{lin}}| / |f - f_0|` with
     :math:`f_{\mathrm{lin}} = f_0 + J_0 (\theta - \theta_0)`: near 0 training is lazy, of order 1 it is not.
     It is NaN where nothing moved, and its error is the rounding of the outputs beside their change.
 

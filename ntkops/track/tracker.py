@@ -20,7 +20,7 @@ from ..model.call import uncompiled
 from ..results import Estimate, History
 from .ledger import Ledger, data_digest, name_of, parameter_digest, structure_of
 from .places import Places, stored_values
-from .quantities import KernelOptions, Options, Point, Quantity, needs_first, target_columns
+from .quantities import KernelOptions, Options, Point, Quantity, needs_first, needs_previous, target_columns
 from .weights import Weights, live_values, read_weights
 
 __all__ = ["Tracker"]
@@ -63,9 +63,10 @@ class Tracker:
         self._quantities, self._options, self._kernel = dict(quantities), options, kernel
         self._path = None if path is None else Path(path)
         self._first: Linearization | None = None
+        self._previous: Linearization | None = None
         self._calls = 0
         names = tuple(quantities)
-        self._keeps_first = needs_first(names)
+        self._keeps_first, self._keeps_last = needs_first(names), needs_previous(names)
         self._ledger = Ledger(History.empty(names, options.seed))
         if self._path is not None:
             self._ledger.fingerprint = self._fingerprint(base)
@@ -112,10 +113,12 @@ class Tracker:
                     name: quantity(point, first, self._options) for name, quantity in self._quantities.items()
                 }
         finally:
-            point.free()
-            first.free()
+            for used in (point, first, point.previous):
+                if used is not None:
+                    used.free()
         self._append(number, row, linearization)
         self._first = first.linearization
+        self._previous = linearization if self._keeps_last else None
         self._calls += 1
         logger.info("step %g recorded in %.1f s", number, time.perf_counter() - start)
         return row
@@ -124,7 +127,8 @@ class Tracker:
         """Drop the rows after a step, for training that is taken up again at an older state.
 
         Args:
-            step: The last step to keep; rows follow the order in which they were recorded.
+            step: The last step to keep; rows follow the order in which they were recorded. Its values are not
+                kept, so that the next row has no "kernel_velocity".
 
         Raises:
             InputError: If there is no row of that step.
@@ -133,6 +137,8 @@ class Tracker:
             raise InputError(f"no row has step {step!r}; there are {list(self.history.steps)}")
         count = self.history.steps.index(step) + 1
         kept = self.history.head(count), self._ledger.digests[:count]
+        if count < len(self.history):
+            self._previous, self._ledger.last = None, {}
         self._ledger = dataclasses.replace(self._ledger, history=kept[0], digests=kept[1])
         self._calls = min(self._calls, count)
         self._write()
@@ -160,6 +166,10 @@ class Tracker:
             target_columns(self._options.targets, point.kernel)  # before any work
         if self._first is None and self._ledger.first:
             self._first = self._places.at(self._ledger.first, "the first checkpoint")
+        if self._previous is None and self._ledger.last:
+            self._previous = self._places.at(self._ledger.last, "the last checkpoint")
+        if self._previous is not None:
+            point.previous = Point(self._previous, self._inputs, self._pinned())
         if self._first is None:
             return point, point
         return point, Point(self._first, self._inputs, self._pinned())
@@ -177,6 +187,8 @@ class Tracker:
             digests = [*digests, parameter_digest(linearization)]
             if self._keeps_first and not ledger.first:
                 ledger.first = stored_values(self._places, linearization)
+            if self._keeps_last:
+                ledger.last = stored_values(self._places, linearization)
         self._ledger = dataclasses.replace(ledger, history=history, digests=digests)
         self._write()
 

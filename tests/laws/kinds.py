@@ -149,6 +149,32 @@ def _cross(problem: Problem, count: int, outputs: Any = "all") -> Subject:
 
 
 @kind
+def each_sample(problem: Problem) -> Subject:
+    """The kernels of single samples."""
+    J = problem.J().unflatten(0, (N, -1))
+    return Subject(problem.ntk({"samples": "each"}), J @ J.mT)
+
+
+@kind
+def summed_samples(problem: Problem) -> Subject:
+    J = problem.J().unflatten(0, (N, -1))
+    return Subject(problem.ntk({"samples": "trace"}), (J @ J.mT).sum(0))
+
+
+@kind
+def stacked(problem: Problem) -> Subject:
+    """Two sets of samples one below the other, the second weighted."""
+    options = problem.options()
+    parts = {
+        "a": ntkops.jacobian(problem.model, problem.data(), **options),
+        "b": ntkops.jacobian(problem.model, problem.data(3, seed=2), **options),
+    }
+    J = ntkops.stack(parts, {"a": 1.0, "b": 4.0})
+    rows = torch.cat([problem.J(), 2 * problem.J(3, 2)])
+    return Subject(J @ J.mT, rows @ rows.mT)
+
+
+@kind
 def cross(problem: Problem) -> Subject:
     return _cross(problem, 3)
 

@@ -101,7 +101,11 @@ def tiles_are_dense(problem, make, tolerance):
     subject = make(problem)
     n, m = subject.expected.shape[-2:]
     scale = float(subject.expected.norm())
-    for rows, columns in ((slice(0, 3), slice(1, 3)), (slice(3, n), slice(0, 2)), (slice(2, 3), slice(0, m))):
+    for rows, columns in (
+        (slice(0, 3), slice(1, 3)),
+        (slice(min(3, n - 1), n), slice(0, 2)),
+        (slice(2, 3), slice(0, m)),
+    ):
         tile = subject.operator[..., rows, columns].to_dense()
         close(tile, subject.expected[..., rows, columns], tolerance, f"{rows} {columns}", scale)
 

@@ -1,0 +1,260 @@
+"""Jobs of the field against the plain way of doing them: CPU time, ratios within one run.
+
+Run it with ``python benchmarks/jobs.py --out benchmarks/results/jobs.json``; docs/jobs.md shows the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import environment, interleaved, one_thread, ratio
+from _tables import fill
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+
+import ntkops
+
+__all__ = ["JOBS", "Job", "main", "measure"]
+
+Work = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in two ways that give the same numbers.
+
+    Attributes:
+        title: What is done, and against what.
+        most: Largest ratio of CPU times that is claimed.
+        make: From whether the size is small, the library's way and the plain one.
+        tolerance: Relative difference of the two that is allowed.
+    """
+
+    title: str
+    most: float
+    make: Callable[[bool], tuple[Work, Work]]
+    tolerance: float
+
+
+def nine_layers() -> nn.Module:
+    """Return eight convolutions and a linear layer."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    inputs = 3
+    for number, width in enumerate((16, 16, 16, 32, 32, 32, 32, 32)):
+        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+        layers += [nn.AvgPool2d(2)] if number == 2 else []
+        inputs = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def partition(quick: bool) -> tuple[Work, Work]:
+    """Traces, norms and alignments of nine layers, against one sweep over the kernel for its norm."""
+    model = ntkops.linearize(nine_layers())
+    x = torch.randn((6 if quick else 64), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    # Tiles alone: nothing dense is kept from one timing to the next.
+    made = ntkops.ntk(model, x, max_dense_bytes=0)
+    return (
+        lambda: ntkops.partition(made).whole_norm.value,
+        lambda: ntkops.frobenius_norm(made, method="exact").value,
+    )
+
+
+def small_networks() -> list[nn.Module]:
+    """Return twelve networks with three convolutions, new modules each time."""
+    found: list[nn.Module] = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        inputs = 3
+        for width in (16, 16, 32):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU() if seed % 2 else nn.Tanh()]
+            inputs = width
+        found.append(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10)))
+    return found
+
+
+def compare(quick: bool) -> tuple[Work, Work]:
+    """Traces of networks that nothing is known of, by as many probes, which are not the same ones."""
+    x = torch.randn((4 if quick else 32), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def ours() -> Tensor:
+        return ntkops.compare(small_networks(), x, generator=torch.Generator().manual_seed(2))["trace"]
+
+    def plain() -> Tensor:
+        traces = []
+        for model in small_networks():
+            params = {name: value.detach() for name, value in model.named_parameters()}
+            generator = torch.Generator().manual_seed(3)
+            total = torch.zeros(())
+            for _ in range(4):
+                probe = {
+                    name: torch.randn(value.shape, generator=generator) for name, value in params.items()
+                }
+                _, moved = jvp(partial(_called, model, x), (params,), (probe,))
+                total += moved.square().sum()
+            traces.append(total / 4)
+        return torch.stack(traces)
+
+    return ours, plain
+
+
+def _called(model: nn.Module, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    return functional_call(model, params, (x,))
+
+
+def pinn(count: int) -> Callable[[bool], tuple[Work, Work]]:
+    """Return a job: traces of blocks and eigenvalues for values and Laplacians at ``count`` points each."""
+    # Linearising is timed, too: the functions are the same, as in training, and their parameters new.
+
+    def make(quick: bool) -> tuple[Work, Work]:
+        points = 8 if quick else count
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(2, 50), nn.Tanh()]
+        for _ in range(2):
+            layers += [nn.Linear(50, 50), nn.Tanh()]
+        net = nn.Sequential(*layers, nn.Linear(50, 1)).double()
+        params = {name: value.detach() for name, value in net.named_parameters()}
+        ends, inside = torch.rand(points, 2).double(), torch.rand(points, 2).double()
+
+        def value(p: dict[str, Tensor], z: Tensor) -> Tensor:
+            return functional_call(net, p, (z[None],))[0, 0]
+
+        def laplacian(p: dict[str, Tensor], z: Tensor) -> Tensor:
+            return hessian(lambda y: value(p, y))(z).diagonal().sum()
+
+        def u(p: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(net, p, (x,))
+
+        def residual(p: dict[str, Tensor], x: Tensor) -> Tensor:
+            return vmap(lambda z: laplacian(p, z))(x)
+
+        def fresh() -> dict[str, Tensor]:
+            return {name: value.clone() for name, value in params.items()}
+
+        def ours() -> Tensor:
+            now = fresh()
+            J = ntkops.stack(
+                {
+                    "u": ntkops.jacobian(u, ends, params=now),
+                    "r": ntkops.jacobian(residual, inside, params=now),
+                }
+            )
+            K = J @ J.mT
+            eigenvalues = torch.linalg.eigvalsh(K.to_dense())
+            return torch.cat([K.blocks.trace.value, eigenvalues])
+
+        def plain() -> Tensor:
+            now, rows = fresh(), []
+            for function, x in ((value, ends), (laplacian, inside)):
+                gradients = vmap(grad(function), (None, 0))(now, x)
+                rows.append(torch.cat([part.flatten(1) for part in gradients.values()], dim=1))
+            J = torch.cat(rows)
+            K = J @ J.mT
+            traces = torch.stack([K[:points, :points].trace(), K[points:, points:].trace()])
+            return torch.cat([traces, torch.linalg.eigvalsh(K)])
+
+        return ours, plain
+
+    return make
+
+
+JOBS = {
+    "partition": Job("partition of a 9-layer CNN, against one kernel's sweep", 1.3, partition, 1e-6),
+    "compare": Job("traces of 12 small CNNs, 4 jvps each, against torch.func", 2.0, compare, 0.5),
+    "pinn_400": Job(
+        "kernel of a PINN, second derivatives, N = 400, against torch.func", 1.5, pinn(400), 1e-10
+    ),
+    "pinn_60": Job("kernel of a PINN, second derivatives, N = 60, against torch.func", 3.0, pinn(60), 1e-10),
+}
+
+
+def measure(name: str, *, quick: bool = False, repetitions: int = 5) -> dict[str, Any]:
+    """Compare and time both ways of a job.
+
+    Args:
+        name: Among `JOBS`.
+        quick: Take the small size.
+        repetitions: Times that each is timed.
+
+    Returns:
+        One entry of the JSON.
+
+    Raises:
+        ArithmeticError: If the two ways differ.
+    """
+    job = JOBS[name]
+    ours, plain = job.make(quick)
+    one, other = ours().double(), plain().double()
+    difference = float((one - other).norm() / other.norm())
+    if not difference <= job.tolerance:
+        raise ArithmeticError(f"{name}: the two ways differ by {difference:.2g}")
+    series = interleaved({"ours": ours, "plain": plain}, repetitions)
+    found = ratio(series["ours"], series["plain"])
+    return {
+        "job": name,
+        "title": job.title,
+        "difference": float(f"{difference:.2g}"),
+        "time": {key: times.summary() for key, times in series.items()},
+        "ratio": found,
+        "most": job.most,
+        "held": found["cpu"]["median"] <= job.most,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table that the page shows."""
+    lines = ["| job | CPU time, times the plain way | at most |", "|:--|--:|--:|"]
+    for entry in result["jobs"]:
+        cpu = entry["ratio"]["cpu"]
+        shown = f"{cpu['median']:.2f} ({cpu['min']:.2f} to {cpu['max']:.2f})"
+        lines.append(f"| {entry['title']} | {shown} | {entry['most']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the jobs, print the table, write the JSON; return 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
+    parser.add_argument("--repetitions", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--markdown", type=Path, default=None, help="print the table of a result, run nothing"
+    )
+    parser.add_argument("--page", type=Path, default=None, help="with --markdown: put it into a page")
+    options = parser.parse_args(arguments)
+    if options.markdown is not None:
+        table = markdown(json.loads(options.markdown.read_text(encoding="utf-8")))
+        if options.page is not None:
+            page = options.page.read_text(encoding="utf-8")
+            options.page.write_text(fill(page, "jobs", table), encoding="utf-8")
+        print(table, end="")
+        return 0
+    repetitions = options.repetitions or (2 if options.quick else 7)
+    with one_thread():
+        result = {
+            "benchmark": "jobs",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "environment": environment(),
+            "options": {"quick": options.quick, "repetitions": repetitions},
+            "jobs": [measure(name, quick=options.quick, repetitions=repetitions) for name in options.jobs],
+        }
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(markdown(result), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
