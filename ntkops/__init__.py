@@ -9,6 +9,7 @@ with _warnings.catch_warnings():
 
 from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
+from .dynamics import Gaussian, Trajectory, gradient_descent, gradient_flow, max_learning_rate
 from .engines import Layerwise, count_passes
 from .errors import NtkopsError, NtkopsWarning
 from .estimators import (
@@ -43,6 +44,7 @@ from .operators import (
     balance,
     energy_gap,
     jacobian,
+    nngp,
     ntk,
     nystrom_ntk,
     projected_ntk,
@@ -76,6 +78,7 @@ __all__ = [
     "sandwich",
     "stack",
     "balance",
+    "nngp",
     "linearize",
     "Batches",
     "Entries",
@@ -112,6 +115,11 @@ __all__ = [
     # regression
     "KernelRidge",
     # along training
+    "gradient_flow",
+    "gradient_descent",
+    "max_learning_rate",
+    "Trajectory",
+    "Gaussian",
     "track",
     # checks
     "check_operator",

@@ -152,6 +152,12 @@ def problem():
         "means": torch.ones(3),
         "variances": torch.ones(3),
         "factor": dense[:, :2],
+        "times": [1.0],
+        "steps": [1],
+        "lr": 0.01,
+        "head": "2",
+        "weight_variance": 1.0,
+        "bias_variance": 0.1,
     }
 
 

@@ -3,6 +3,7 @@
 from .energy_gap import energy_gap
 from .jacobian import JacobianOperator, jacobian
 from .kernel import NTKOperator, ntk
+from .nngp import nngp
 from .nystrom import NystromOperator, nystrom_ntk
 from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
 from .ridge import RidgeOperator
@@ -32,6 +33,7 @@ __all__ = [
     "sandwich",
     "stack",
     "balance",
+    "nngp",
     # what an approximation leaves out
     "energy_gap",
 ]

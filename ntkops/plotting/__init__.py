@@ -20,6 +20,7 @@ from .kernels import plot_kernel
 from .partition import plot_partition
 from .regression import plot_label_energy, plot_ridge_path
 from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
+from .trajectory import plot_losses, plot_outputs
 
 __all__ = [
     # spectra
@@ -42,6 +43,8 @@ __all__ = [
     "plot_coverage_gap",
     # along training
     "plot_history",
+    "plot_losses",
+    "plot_outputs",
     # parts of the parameters
     "plot_partition",
     # dense blocks

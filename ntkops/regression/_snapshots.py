@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,9 +13,10 @@ from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOper
 from ..model import Linearization
 from ..operators.axes import StateAxis
 from ..operators.products import ProductOperator
+from ._layout import Layout
 from ._operands import Kernel
 
-__all__ = ["network_outputs", "require_same_snapshot"]
+__all__ = ["network_labels", "network_outputs", "require_same_snapshot"]
 
 
 def _sources(operator: object) -> Iterator[ProductOperator]:
@@ -136,6 +138,23 @@ def network_outputs(K: Kernel) -> Tensor:
     if axis.pick is not None:
         rows = rows[:, axis.pick.to(rows.device)]
     return rows.reshape(*axis.batch_shape, rows.shape[-1])
+
+
+def network_labels(K: Kernel, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """Return what the network says at the rows of a kernel, in the shape of labels.
+
+    Raises:
+        ShapeError: If it has other outputs than the labels.
+    """
+    outputs = layout.restore_rows(network_outputs(K))
+    if outputs.numel() == math.prod(shape):  # (N, 1) labels of one output, too
+        return outputs.reshape(shape)
+    if layout.kind == "shared" and outputs.dim() == 1:
+        raise ShapeError(
+            f"the kernel's rows belong to one output of the network, the labels {shape} have several "
+            "targets: offset='network' needs outputs='each' or 'all'"
+        )
+    raise ShapeError(f"the network's outputs {tuple(outputs.shape)} do not fit labels of shape {shape}")
 
 
 def _forward(linearization: Linearization, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -20,7 +19,7 @@ from ._options import check_cutoff, read_ridges
 from ._parameters import Parameters, not_fitted
 from ._rounding import added_share
 from ._routes import Problem, choose, solve
-from ._snapshots import network_outputs, require_same_snapshot
+from ._snapshots import network_labels, require_same_snapshot
 from .metrics import accuracy, r2_score
 
 __all__ = ["KernelRidge"]
@@ -239,7 +238,7 @@ class KernelRidge(Parameters):
         elif isinstance(self.offset, str):
             if self.offset != "network":
                 raise InputError(f"offset={self.offset!r}: None, 'network', a number or a tensor")
-            values = self._network(K, layout, shape)
+            values = network_labels(K, layout, shape)
         else:
             values = torch.as_tensor(self.offset, dtype=K.dtype, device=K.device)
             try:
@@ -251,18 +250,6 @@ class KernelRidge(Parameters):
         if values.dtype != K.dtype:
             raise DtypeError(f"the kernel has dtype {K.dtype}, the offset {values.dtype}; cast one of them")
         return require_finite(values, "the offset")
-
-    def _network(self, K: LinearOperator | Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-        outputs = layout.restore_rows(network_outputs(K))
-        if outputs.numel() == math.prod(shape):  # (N, 1) labels of one output, too
-            return outputs.reshape(shape)
-        if layout.kind == "shared" and outputs.dim() == 1:
-            raise ShapeError(
-                f"the kernel's rows belong to one output of the network, the labels {shape} have "
-                "several targets: "
-                "offset='network' needs outputs='each' or 'all'"
-            )
-        raise ShapeError(f"the network's outputs {tuple(outputs.shape)} do not fit labels of shape {shape}")
 
     # predicting
 

@@ -24,6 +24,7 @@ from .regression import (
 from .solve import Solution, SolveInfo
 from .spectra import Eigenpairs, TruncationRank
 from .synthesis import Barycenter, InducingPoints, SyntheticData
+from .trajectory import TrajectoryInfo
 
 __all__ = [
     # estimates
@@ -63,6 +64,7 @@ __all__ = [
     "History",
     # networks side by side
     "Comparison",
+    "TrajectoryInfo",
     # checks
     "Check",
     "CheckReport",

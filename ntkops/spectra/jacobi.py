@@ -90,6 +90,22 @@ class Jacobi:
         while self.steps < steps and self._space.any(bool(self.alive.any())):
             self._step()
 
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return combinations of the basis vectors of each start.
+
+        Args:
+            coefficients: ``(p, m, t)``, one for each of the m steps.
+
+        Returns:
+            ``(p, n, t)`` in the dtype of the vectors.
+        """
+        return self._basis[:, : coefficients.shape[-2]].mT @ coefficients.to(self._basis.dtype)
+
+    def decompositions(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues ``(p, m)``, ascending, and eigenvectors ``(p, m, m)`` of the Jacobi matrices."""
+        values, vectors = torch.linalg.eigh(self._matrices(self.steps))
+        return values, vectors
+
     def forget(self) -> None:
         """Free the vectors; the rules stay, and can not be extended any more."""
         self._basis, self._current = self._basis[:, :0], self._current[:, :0]
