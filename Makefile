@@ -13,7 +13,7 @@ unit long doctest notebooks test-models: export OMP_NUM_THREADS ?= 1
 # A notice about the future of the documentation's theme, which says nothing about this build.
 docs: export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help report test lint types floors unit long doctest notebooks docs fuzz test-models bench clean
+.PHONY: help report test lint types floors unit long doctest notebooks docs fuzz test-models bench gpu clean
 .NOTPARALLEL:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make fuzz       random networks against dense Jacobians, FUZZ_EXAMPLES=2500 for each test"
 	@echo "make test-models  the whole table of models: transformers, peft, timm, torchvision; none downloaded"
 	@echo "make bench      benchmarks, JSON into benchmarks/results/"
+	@echo "make gpu        tests that need a CUDA device, then large networks on it: 8 minutes"
 	@echo "make clean      remove build products and caches, keep $(VENV)"
 
 # ---------------------------------------------------------------------------------- environment
@@ -109,6 +110,12 @@ bench: $(DEMO)
 	set -e; for script in benchmarks/[!_]*.py; do \
 	  $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).json; \
 	done
+
+gpu: $(DEMO) $(TEST)
+	@mkdir -p benchmarks/results
+	timeout 180 $(PYTEST) -m gpu
+	timeout 300 $(BIN)/python benchmarks/real_networks.py --device cuda --dtypes float32 bfloat16 --seconds 200 \
+	  --out benchmarks/results/real_networks_gpu.json
 
 clean:
 	rm -rf build site report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

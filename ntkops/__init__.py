@@ -10,7 +10,7 @@ with _warnings.catch_warnings():
 from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
 from .dynamics import Gaussian, Trajectory, gradient_descent, gradient_flow, max_learning_rate
-from .engines import Layerwise, count_passes
+from .engines import Layerwise, count_passes, set_memory_budget
 from .errors import NtkopsError, NtkopsWarning
 from .estimators import (
     Sketch,
@@ -83,6 +83,7 @@ __all__ = [
     "Batches",
     "Entries",
     "Layerwise",
+    "set_memory_budget",
     "JacobianOperator",
     "NTKOperator",
     "SampleKernelOperator",

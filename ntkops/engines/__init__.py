@@ -6,7 +6,14 @@ from .choose import find_differentiation
 from .cost import KernelShape
 from .differentiation import Differentiation
 from .layerwise import LayerwiseEngine
-from .memory import TensorStore, format_bytes, free_bytes, shared_store, tensor_bytes
+from .memory import (
+    TensorStore,
+    format_bytes,
+    free_bytes,
+    set_memory_budget,
+    shared_store,
+    tensor_bytes,
+)
 from .options import Layerwise
 from .passes import PassCounter, count_passes, report_passes, spare_passes
 
@@ -28,6 +35,7 @@ __all__ = [
     "TensorStore",
     "format_bytes",
     "free_bytes",
+    "set_memory_budget",
     "shared_store",
     "tensor_bytes",
     # passes

@@ -137,7 +137,7 @@ class RowCheck:
             gradients: ``(1, *shape)`` of u.
             again: Gives the same for a multiple of u; asked only where something differs.
         """
-        found = {n: mask for n in self._numbers if (mask := self._differs(n, gradients[n])).any()}
+        found = self.suspects(gradients)
         if not found:
             return []
         multiples = again(_MULTIPLE)
@@ -146,6 +146,10 @@ class RowCheck:
             for number, mask in found.items()
             if not self._is_rounding(number, mask, gradients, multiples)
         ]
+
+    def suspects(self, gradients: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+        """Return the calls at which the gradients of u differ, by rounding or not, and their rows that do."""
+        return {n: mask for n in self._numbers if (mask := self._differs(n, gradients[n])).any()}
 
     def _differs(self, number: int, found: Tensor | None) -> Tensor:
         """Return which rows are others than they must be."""

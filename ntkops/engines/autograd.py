@@ -127,6 +127,9 @@ class AutogradEngine(Engine):
         unit[torch.arange(len(outputs)), 0, outputs] = 1
         return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1))
 
+    def sweep(self, params: Parameters, inputs: Inputs, outputs: Tensor, rows: int) -> None:
+        """Return None: there are no stages."""
+
     def written_down(self, factors: Factors) -> Tensor:
         """Return ``(B, C, P)`` gradients, which these are."""
         return factors.directs[0].gradients

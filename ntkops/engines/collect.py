@@ -44,7 +44,7 @@ def backward(
     return list(found) if batched else [None if g is None else g.unsqueeze(0) for g in found]
 
 
-RowCheckMaker = Callable[[Sequence[int], Mapping[int, Layout]], RowCheck]
+RowCheckMaker = Callable[..., RowCheck]  # given the numbers of calls, their layouts, and s and w if known
 
 
 def collect(

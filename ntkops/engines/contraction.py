@@ -15,10 +15,11 @@ from torch import Tensor
 from .cost import DiagonalRoute, KernelRoute, choose_diagonal
 from .factors import Direct, Outer, outer_gradients
 from .layer_rules import Activation, OneHot
+from .memory import even_size
 from .summation import COLUMNS, Total, Workspace, long_product, slabs
 
 __all__ = [
-    "LEAST_INPUTS",
+    "SLAB_ENTRIES",
     "Picker",
     "add_directs",
     "add_outers",
@@ -34,7 +35,7 @@ _GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
 _LENGTH_ENTRIES = 2**20  # entries of gradients that are squared at a time: what stays near the processor
 _SMALL_SAMPLES = 160  # up to which kernels of single outputs go through one batched product
 _SHORT = 1024  # gradients that are copied side by side
-LEAST_INPUTS = 16  # columns below which products that write gradients down are slow
+SLAB_ENTRIES = 2**21  # entries of gradients that are written down at a time
 
 
 def recorded_kernel(one: Direct, other: Direct, left_index: Tensor, right_index: Tensor) -> Tensor:
@@ -101,6 +102,8 @@ def add_outers(
         _add_gradients(target, left, right, pick_left, pick_right, symmetric, workspace)
     elif left.shape.positions == right.shape.positions == 1:
         _add_gram(target, left, right, pick_left, pick_right, symmetric, workspace)
+    elif pick_left.shape[2] * pick_right.shape[2] > 1:
+        _add_half_gram(target, left, right, pick_left, pick_right, symmetric)
     else:
         _add_position_gram(target, left, right, pick_left, pick_right, symmetric)
 
@@ -171,6 +174,47 @@ def _add_position_gram(
             block[start * r1 : stop * r1, : end * r2].add_(found)
 
 
+def _add_half_gram(
+    target: Tensor, left: Outer, right: Outer, pick_left: Picker, pick_right: Picker, symmetric: bool
+) -> None:
+    r"""With S positions and several outputs: K_nn' += G_n (W_nn' G_n')ᵀ with W_nn' = A_nᵀ A_n'.
+
+    Only the Gram matrix of activations is made, and the output gradients are moved through it: none of the
+    (r S)² inner products of output gradients of two samples is.
+    """
+    (n1, _, _, outputs, s1), s2 = left.gradients.shape, right.gradients.shape[-1]
+    one, other = pick_left(left.gradients.squeeze(2)), pick_right(right.gradients.squeeze(2))
+    terms, r1, r2 = pick_left.shape[1], pick_left.shape[2], pick_right.shape[2]
+    shift = 0 if left.unit.bias is None else 1
+    wide = target.dtype if target.device.type == "mps" else torch.float64
+    a_dtype = left.gradients.dtype
+    for n in range(n1):
+        end = n + 1 if symmetric else len(right.gradients)
+        gram = _pair_grams(left.activations, right.activations, n, end).to(a_dtype) + shift  # (n', S₁, S₂)
+        step = even_size(outputs, min(COLUMNS, SLAB_ENTRIES // (end * terms * r2)) // s1)
+        for block, a, b in zip(target, one, other, strict=True):  # (N, R, r, d_out, S)
+            found = torch.zeros((r1, end, r2), dtype=wide, device=target.device)
+            for start in range(0, outputs, step):
+                part = slice(start, start + step)
+                signals = b[:end, :, :, part].reshape(end, -1, s2)
+                moved = torch.bmm(signals, gram.mT).view(end, terms, r2, -1)
+                for term in range(terms):
+                    rows = a[n, term, :, part].reshape(r1, -1)
+                    columns = moved[:, term].reshape(end * r2, -1)
+                    found += (rows @ columns.mT).view(r1, end, r2)
+            block[n * r1 : (n + 1) * r1, : end * r2] += found.flatten(1)
+
+
+def _pair_grams(left: Activation, right: Activation, sample: int, end: int) -> Tensor:
+    """Return ``(n', S₁, S₂)`` inner products of the activations of one sample with those of others."""
+    if isinstance(left, OneHot):
+        assert isinstance(right, OneHot)
+        return (left.index[sample, :, None] == right.index[:end, None, :]).float()
+    assert isinstance(right, Tensor)
+    others = right[:end, 0]  # (n', d_in, S₂)
+    return left[sample, 0].mT @ others
+
+
 def _position_rows(pick: Picker, layer: Outer) -> list[Tensor]:
     """Return M blocks ``(B, r, S, R·d_out)`` of output gradients."""
     picked = pick(layer.gradients.squeeze(2))  # (M, B, R, r, d_out, S)
@@ -190,15 +234,20 @@ def _add_gradients(
     first, second = left.activations, right.activations
     if isinstance(first, OneHot) and isinstance(second, OneHot):
         first, second = _compressed(first, second)
-    height = left.shape.groups * left.shape.outputs
-    width = first.size if isinstance(first, OneHot) else left.shape.inputs
-    step = width if isinstance(first, OneHot) else max(LEAST_INPUTS, COLUMNS // height)
-    total = Total(target, len(left.gradients), symmetric, height * width * pick_left.shape[1], workspace)
-    for start in range(0, width, step):
-        part = slice(start, min(start + step, width))
-        one = _written_down(left.gradients, _inputs(first, part), workspace, "left")
+    shape, terms = left.shape, pick_left.shape[1]
+    width = first.size if isinstance(first, OneHot) else shape.inputs
+    # Some outputs with all inputs: the products that write gradients down are wide, and rows of the result
+    # lie in memory as the products that follow read them.
+    rows = max(left.gradients[:, :, 0, 0, 0].numel(), right.gradients[:, :, 0, 0, 0].numel())
+    step = even_size(shape.outputs, SLAB_ENTRIES // max(1, rows * shape.groups * width))
+    total = Total(
+        target, len(left.gradients), symmetric, shape.groups * shape.outputs * width * terms, workspace
+    )
+    for start in range(0, shape.outputs, step):
+        part = slice(start, start + step)
+        one = _written_down(left.gradients[:, :, :, part], first, workspace, "left")
         other = (
-            one if symmetric else _written_down(right.gradients, _inputs(second, part), workspace, "right")
+            one if symmetric else _written_down(right.gradients[:, :, :, part], second, workspace, "right")
         )
         _add_rows(total, one, other, pick_left, pick_right, symmetric)
     if left.unit.bias is not None:
@@ -221,10 +270,6 @@ def _add_rows(
     other = one if symmetric else pick_right.rows(right)
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
         total.add(number, a, b)
-
-
-def _inputs(activations: Activation, part: slice) -> Activation:
-    return activations if isinstance(activations, OneHot) else activations[:, :, part]
 
 
 def _written_down(gradients: Tensor, activations: Activation, workspace: Workspace, side: str) -> Tensor:

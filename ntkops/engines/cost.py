@@ -41,6 +41,7 @@ ProductRoute = Literal["factors", "dual", "gradient"]
 # An entrywise operation on a large array costs about as much as this many multiplications inside a
 # matrix product, since it is bound by memory: 140 against 2 billion a second and core.
 _ENTRYWISE = 64
+_NARROW = 1.3  # of products of two samples against products of all: 65 against 83 billion a second
 _SYMMETRIC = 0.6  # share of a product of a matrix with its own transpose that symmetric blocks need
 _PASS = 6.0
 _SPEED = 4.0  # of matrix products against passes, which spend their time on memory and on calls
@@ -110,8 +111,10 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
     r"""Return the cost of each way to a kernel.
 
     With N samples, C outputs and S positions: per-sample gradients cost
-    :math:`2 N C S d_{in} d_{out} + 2 (N C)^2 d_{in} d_{out}`, Gram matrices
-    :math:`2 (N S)^2 d_{in} + 2 (N C S)^2 d_{out}` (one group only) and an entrywise product.
+    :math:`2 N C S d_{in} d_{out} + 2 (N C)^2 d_{in} d_{out}`. Gram matrices (one group only) cost
+    :math:`2 (N S)^2 d_{in}`, and for one output, or the sum of C, :math:`2 (N S)^2 C d_{out}` with an
+    entrywise product; for C outputs the output gradients are moved through the Gram matrix of activations,
+    :math:`2 (N S)^2 C d_{out} + 2 (N C)^2 S d_{out}`.
     """
     share = _SYMMETRIC if wanted.symmetric else 1.0
     sides = wanted.left * wanted.rows + (0 if wanted.symmetric else wanted.right * wanted.columns)
@@ -125,10 +128,15 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
     if layer.groups == 1:
         pairs = layer.positions**2
         inner = 1 if layer.one_hot else layer.inputs
-        gram = 2 * wanted.left * wanted.right * pairs * inner
-        gram += 2 * wanted.entries * wanted.terms * pairs * layer.outputs
-        # With one position the entrywise product is fused into the accumulation.
-        gram += wanted.entries * pairs * (4 if layer.positions == 1 else _ENTRYWISE)
+        gram = 2.0 * wanted.left * wanted.right * pairs * inner
+        products = wanted.entries * wanted.terms
+        if layer.positions == 1:  # the entrywise product is fused into the accumulation
+            gram += 2 * products * layer.outputs + 4 * wanted.entries
+        elif wanted.rows == wanted.columns == 1:
+            gram += 2 * products * pairs * layer.outputs + _ENTRYWISE * wanted.entries * pairs
+        else:
+            moved = wanted.left * wanted.right * wanted.columns * repeats * pairs * layer.outputs
+            gram += _NARROW * 2 * (moved + products * layer.positions * layer.outputs)
         costs["gram"] = share * gram
     return costs
 

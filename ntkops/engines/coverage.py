@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .contraction import LEAST_INPUTS
-from .cost import KernelShape, LayerShape, written_at_once
+from .contraction import SLAB_ENTRIES
+from .cost import KernelShape, LayerShape, ProductRoute, choose_product, written_at_once
 from .factors import Direct, Outer
 from .layer_rules import Layout, OneHot
-from .summation import COLUMNS
 from .tail import Tail
 from .units import Unit
 
@@ -68,7 +67,7 @@ class LayerSizes:
         elif shape.one_hot:
             gradient = shape.positions * shape.outputs
         else:
-            gradient = min(shape.entries, max(COLUMNS, LEAST_INPUTS * shape.groups * shape.outputs))
+            gradient = min(shape.entries, max(SLAB_ENTRIES // 2**9, shape.groups * shape.inputs))
         return cls(layer.unit, shape, direction, kept, sample, gradient)
 
 
@@ -84,6 +83,7 @@ class Coverage:
         kept_entries: The same with gradients in the place of larger factors, as kernels keep them.
         sample_entries: Entries of activations, for each sample.
         layer_entries: Entries of the largest layer's gradient.
+        shapes: Sizes of every layer whose gradients are outer products.
         states: What the output is if it is all hidden states of a recurrent layer, else None.
         tail: The linear layer with which the model ends, if it is wider than what it reads.
         body: The coverage of what is before the tail.
@@ -96,6 +96,7 @@ class Coverage:
     kept_entries: int = 0
     sample_entries: int = 0
     layer_entries: int = 0
+    shapes: tuple[LayerShape, ...] = ()
     states: HiddenStates | None = None
     tail: Tail | None = None
     body: Coverage | None = None
@@ -122,7 +123,18 @@ class Coverage:
             kept_entries=sum(layer.kept for layer in own),
             sample_entries=sum(layer.sample for layer in own),
             layer_entries=max((layer.gradient for layer in own), default=0),
+            shapes=tuple(layer.shape for layer in own if layer.shape is not None),
         )
+
+    def product_entries(self, directions: int, route: ProductRoute | None) -> int:
+        """Return the entries of one sample while factors for products are made and kept."""
+        written = sum(
+            directions * shape.entries
+            for shape in self.shapes
+            if choose_product(shape, 1, 1, directions, route) == "gradient"
+        )
+        # Gram matrices of activations are used only where they are smaller than twice the activations.
+        return written + directions * self.direction_entries + 3 * self.sample_entries
 
     def backwards(self, outputs: int) -> int:
         """Return how many backward passes a number of outputs takes."""

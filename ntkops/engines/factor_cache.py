@@ -8,8 +8,9 @@ import weakref
 import torch
 
 from ..model import Inputs
+from .cost import ProductRoute
 from .differentiation import Parameters
-from .memory import free_bytes, shared_store
+from .memory import budget_bytes, shared_store
 from .passes import take_spare
 from .products import CachedFactors, prepare_products
 from .source import LayerSource
@@ -56,34 +57,48 @@ class FactorCache:
         spent = self._spent.get(inputs, 0.0) + columns * _PRODUCT_PASSES
         self._spent[inputs] = spent
         backwards = source.coverage.backwards(inputs.num_outputs)
-        if backwards > min(spent, source.options.max_backwards) or not self.fits(source, inputs):
+        if (
+            backwards > min(spent, source.options.max_backwards)
+            or (route := self._route(source, inputs)) is None
+        ):
             return None
         if not take_spare(backwards):
             return None
-        return self._make(source, params, inputs, number, state)
+        return self._make(source, params, inputs, number, state, *route)
 
     def fits(self, source: LayerSource, inputs: Inputs) -> bool:
         """Return whether the factors of some samples fit into their share of free memory."""
+        return self._route(source, inputs) is not None
+
+    def _route(self, source: LayerSource, inputs: Inputs) -> tuple[ProductRoute | None] | None:
+        """Return the way of products whose factors fit, (None,) for the cheapest in each layer."""
         if inputs.is_streamed:  # what is read batch by batch is never held whole
-            return False
+            return None
         cover, directions = source.coverage, inputs.num_outputs
         read, tail, body = 0, cover.tail, cover.body
         if tail is not None and body is not None and tail.rank < directions:
             cover, directions, read = body, tail.rank, tail.rank
-        # Gram matrices of activations are used only where they are smaller than twice the activations.
-        entries = directions * cover.direction_entries + 3 * cover.sample_entries + read
-        if source.options.product == "gradient":
-            entries += directions * source.linearization.num_parameters
-        needed = inputs.num_samples * entries * source.dtype.itemsize
-        return needed <= _CACHE_SHARE * free_bytes(source.device)
+        fitting = _CACHE_SHARE * budget_bytes(source.device)
+        routes: tuple[ProductRoute | None, ...] = (source.options.product, "factors")
+        for route in routes:
+            entries = inputs.num_samples * (cover.product_entries(directions, route) + read)
+            if entries * source.dtype.itemsize <= fitting:
+                return (route,)
+        return None
 
     def _make(
-        self, source: LayerSource, params: Parameters, inputs: Inputs, number: int, state: object
+        self,
+        source: LayerSource,
+        params: Parameters,
+        inputs: Inputs,
+        number: int,
+        state: object,
+        route: ProductRoute | None,
     ) -> CachedFactors | None:
-        ready: CachedFactors | None = prepare_tail(source, params, inputs)
+        ready: CachedFactors | None = prepare_tail(source, params, inputs, route)
         if ready is None:
             factors = source.of_outputs(params, inputs, torch.arange(inputs.num_outputs))
-            ready = prepare_products(factors, source.rows, source.options.product)
+            ready = prepare_products(factors, source.rows, route)
         rows = source.coverage.backwards(inputs.num_outputs)
         source.count_rows(inputs.num_samples * rows, inputs)
         for position, tensor in enumerate(ready.tensors()):

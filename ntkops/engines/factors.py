@@ -22,9 +22,11 @@ __all__ = [
     "join_samples",
     "outer_gradients",
     "with_positions",
+    "without_zeros",
     "written_pieces",
 ]
 
+_SMALL_GRADIENTS = 2**16  # entries that are not worth a look
 Piece = tuple[int, int, int, Tensor]  # parameter, first row, the row after the last, (B, C, p)
 
 
@@ -120,6 +122,25 @@ def written_pieces(layer: Outer | Direct) -> list[Piece]:
         bias = unit.bias
         pieces.append((bias.index, bias.start, bias.stop, layer.gradients.sum(-1).flatten(2)))
     return pieces
+
+
+def without_zeros(layer: Outer) -> Outer | None:
+    """Return a layer without positions at which no output gradient is; None where there are none at all.
+
+    Behind a class token, a last position that is read, or a branch that is scaled by zero, most of them are.
+    """
+    gradients = layer.gradients
+    if gradients.numel() <= _SMALL_GRADIENTS or bool(gradients[0, 0].ne(0).any(1).all()):
+        return layer
+    # Not a number is not zero.
+    live = torch.linalg.vector_norm(gradients, ord=torch.inf, dim=(0, 1, 2, 3)).ne(0)
+    if bool(live.all()):
+        return layer
+    if not bool(live.any()):
+        return None
+    held = layer.activations
+    kept: Activation = OneHot(held.index[:, live], held.size) if isinstance(held, OneHot) else held[..., live]
+    return replace(layer, activations=kept, gradients=gradients[..., live])
 
 
 def with_positions(layer: Outer, positions: int) -> Outer:

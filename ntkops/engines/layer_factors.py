@@ -19,7 +19,7 @@ from .contraction import (
     squared,
 )
 from .cost import DiagonalRoute, KernelRoute, KernelShape, choose_kernel
-from .factors import Direct, Outer, is_watched, join_samples, with_positions, written_pieces
+from .factors import Direct, Outer, is_watched, join_samples, with_positions, without_zeros, written_pieces
 from .layer_rules import OneHot
 from .summation import Workspace
 from .units import Unit
@@ -111,8 +111,12 @@ class Factors:
         kernels, terms, width = left_index.shape
         wanted = KernelShape(left.count, right.count, width, right_index.shape[2], terms, kernels, same)
         picks = Picker(left_index), Picker(right_index)
-        for one, two in zip(left.outers, right.outers, strict=True):
-            add_outers(into, one, two, *picks, same, workspace, choose_kernel(one.shape, wanted, force))
+        for layer, other_layer in zip(left.outers, right.outers, strict=True):
+            one = without_zeros(layer)
+            two = one if layer is other_layer else without_zeros(other_layer)
+            if one is not None and two is not None:
+                route = choose_kernel(one.shape, wanted, force)
+                add_outers(into, one, two, *picks, same, workspace, route)
         if left.directs:
             add_directs(into, left.directs, right.directs, *picks, same, workspace)
 

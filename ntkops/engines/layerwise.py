@@ -34,6 +34,9 @@ __all__ = ["LayerwiseEngine"]
 
 logger = logging.getLogger(__name__)
 
+_LARGE_FACTORS = 2**24  # entries of factors that a small kernel replaces where it can
+_BLOCK_ENTRIES = 2**23  # of what lies in between, for a block of columns
+
 Auto = Literal["auto"]
 Result = TypeVar("Result")
 
@@ -338,6 +341,14 @@ class LayerwiseEngine(Engine):
         ready = self._ready(params, left, right, columns, operand)
         return otherwise if ready is None else _Products(self, params, (left, right), ready, otherwise)
 
+    def large_factor_passes(self, inputs: Inputs) -> float:
+        """Return in how many backward passes factors for products would be made; 0 where they are small."""
+        cover, directions = self._coverage, inputs.num_outputs
+        if not cover.covered or cover.tail is not None:
+            return 0.0
+        entries = inputs.num_samples * cover.product_entries(directions, self.options.product)
+        return float(directions) if entries > _LARGE_FACTORS else 0.0
+
     def may_cache(self, inputs: Inputs, limit: int) -> bool:
         """Return whether factors of some samples fit, and take at most so many backward passes."""
         if not self._coverage.covered or self._cache.closed:
@@ -416,7 +427,7 @@ class _Products:
             engine._source.scattered(result, rest.vjp(params, right, vectors))
 
         found = self._made(
-            "Jᵀv", vectors, lambda: self._columns.pull(vectors, engine.num_parameters), add, vjp=1
+            "Jᵀv", vectors, lambda some: self._columns.pull(some, engine.num_parameters), add, vjp=1
         )
         return self._otherwise.pull(vectors) if found is None else found
 
@@ -426,7 +437,7 @@ class _Products:
         def add(result: Tensor, rest: AutogradEngine, params: Parameters) -> None:
             result += rest.jvp(params, self._left, self._engine._source.gathered(tangents))
 
-        found = self._made("J p", tangents, lambda: self._rows.push(tangents), add, jvp=1)
+        found = self._made("J p", tangents, self._rows.push, add, jvp=1)
         return self._otherwise.push(tangents) if found is None else found
 
     def through(self, vectors: Tensor) -> Tensor:
@@ -436,7 +447,7 @@ class _Products:
             result += rest.product(params, self._left, self._right, vectors)
 
         found = self._made(
-            "K v", vectors, lambda: self._rows.through(self._columns, vectors), add, vjp=1, jvp=1
+            "K v", vectors, lambda some: self._rows.through(self._columns, some), add, vjp=1, jvp=1
         )
         return self._otherwise.through(vectors) if found is None else found
 
@@ -444,14 +455,14 @@ class _Products:
         self,
         what: str,
         block: Tensor,
-        work: Callable[[], Tensor],
+        work: Callable[[Tensor], Tensor],
         add: Callable[[Tensor, AutogradEngine, Parameters], None],
         **passes: int,
     ) -> Tensor | None:
         """Return work with factors and add the rest; None where memory does not suffice for factors."""
         engine = self._engine
         with torch.no_grad():
-            result = engine._from_factors(work)
+            result = engine._from_factors(lambda: self._in_blocks(block, work))
             if result is None:
                 return None
             rest = engine._rest(self._params)
@@ -460,4 +471,21 @@ class _Products:
             else:
                 add(result, *rest)
         require_finite_product(result, what, engine.linearization, block)
+        return result
+
+    def _in_blocks(self, block: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return work on some columns after the others: what lies in between grows with their number."""
+        entries = max(self._rows.column_entries, self._columns.column_entries)
+        step = max(1, _BLOCK_ENTRIES // max(1, entries))
+        if self._engine._chunk_size != "auto":
+            step = min(step, self._engine._chunk_size)
+        if len(block) <= step:
+            return work(block)
+        result: Tensor | None = None
+        for start in range(0, len(block), step):
+            found = work(block[start : start + step])
+            if result is None:
+                result = found.new_empty((len(block), *found.shape[1:]))
+            result[start : start + step] = found
+        assert result is not None
         return result

@@ -39,12 +39,14 @@ __all__ = [
     "EngineSizes",
     "Share",
     "TensorStore",
+    "budget_bytes",
     "even_size",
     "format_bytes",
     "free_bytes",
     "if_it_fits",
     "parts",
     "retry",
+    "set_memory_budget",
     "shared_store",
     "tensor_bytes",
 ]
@@ -139,6 +141,39 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
     return _free_host_bytes()
 
 
+_budget: int | None = None
+
+
+def set_memory_budget(budget: int | None) -> None:
+    """Limit what this process holds beside models, samples and results: passes, tiles and caches.
+
+    A quarter of it is for what is kept (dense kernels and factors that products come from), the rest for what
+    work holds while it runs; sizes that you choose (``batch_size``, ``chunk_size``) stand as they are.
+    Operators that are made from now on follow it; results are limited by ``max_dense_bytes``.
+
+    Args:
+        budget: Bytes, on each device; None for what is free there, which is the default.
+
+    Raises:
+        InputError: If that is neither None nor a positive whole number.
+
+    Example:
+        >>> import ntkops
+        >>> ntkops.set_memory_budget(2 * 1024**3)
+        >>> ntkops.set_memory_budget(None)
+    """
+    global _budget
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise InputError(f"budget={budget!r}: pass a positive number of bytes, or None for what is free")
+    _budget = budget
+
+
+def budget_bytes(device: torch.device | str = "cpu") -> int:
+    """Return the bytes that passes, tiles and caches may take on a device: the budget, or what is free."""
+    free = free_bytes(device)
+    return free if _budget is None else min(free, _budget)
+
+
 class TensorStore:
     """Recomputable tensors of all engines, least recently used first out, up to a fraction of free memory."""
 
@@ -177,7 +212,9 @@ class TensorStore:
         size = tensor_bytes(item.shape, item.dtype)
         item = tracked(item)  # also used outside of the inference mode in which it may have been made
         with self._lock:
-            limit = self.fraction * (free_bytes(item.device) + self.held_bytes(item.device))
+            limit = self.fraction * budget_bytes(item.device)
+            if _budget is None:  # what is held is not free
+                limit += self.fraction * self.held_bytes(item.device)
             if size > limit:
                 return False
             self._items[owner, key] = item, item._version
@@ -352,7 +389,7 @@ class _Room:
     @cached_property
     def free_bytes(self) -> int:
         """Looked up once: chunks that follow the free memory of the moment would change rounding."""
-        return free_bytes(self.device)
+        return budget_bytes(self.device)
 
 
 class EngineSizes:
@@ -424,6 +461,12 @@ class EngineSizes:
             fitting = min(fitting, inputs.largest_batch)
         return self._within("samples", fitting)
 
+    def may_hold(self, count: int) -> bool:
+        """Whether one pass may take so many samples: nobody chose fewer, and memory has not run out."""
+        if self._batch_size != "auto":
+            return count <= self._batch_size
+        return count <= self._room.limits.get("samples", count)
+
     def workspace_bytes(self) -> int:
         """Bytes for one tile of per-sample gradients."""
         return self._within("workspace", self._workspace())
@@ -440,7 +483,8 @@ class EngineSizes:
         if self._room.kept_workspace is not None:
             return self._room.kept_workspace
         low, high = _WORKSPACE_RANGE
-        return max(low, min(high, int(self.free_bytes * _WORKSPACE_SHARE)))
+        share = int(self.free_bytes * _WORKSPACE_SHARE)
+        return max(min(low, share) if _budget is not None else low, min(high, share))
 
     def _parameter_bytes(self) -> int:
         return self.linearization.num_parameters * self.linearization.dtype.itemsize

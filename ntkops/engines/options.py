@@ -19,8 +19,10 @@ class Layerwise:
 
     With activations a and output gradients g of S positions, a layer's kernel is
     :math:`\sum_{s,t} (a_s^\top a_t') (g_s^\top g_t')` ("gram") or the product of the per-sample gradients
-    :math:`\sum_s g_s a_s^\top` ("gradient"). All routes give the same numbers up to rounding; "auto"
-    takes the one with the fewest operations, layer by layer, and ``K.engine_info.layers`` shows which.
+    :math:`\sum_s g_s a_s^\top` ("gradient"). For several outputs "gram" moves the output gradients of one
+    side through the inner products of activations, instead of making those of output gradients. All
+    routes give the same numbers up to rounding; "auto" takes the one with the fewest operations, layer by
+    layer, and ``K.engine_info.layers`` shows which.
     A layer for which a route does not exist (Gram matrices of grouped convolutions; parameters whose
     gradients are written down in any case) takes the other one.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contraction import gram_of_activations
 from .cost import ProductRoute, choose_product
-from .factors import Outer, in_parameter_order, outer_gradients
+from .factors import Direct, Outer, in_parameter_order, written_pieces
 from .layer_factors import Factors
 from .layer_rules import OneHot
 from .summation import long_product
@@ -45,6 +45,11 @@ class CachedFactors(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """Return what takes memory."""
+        ...
+
+    @property
+    def column_entries(self) -> int:
+        """Entries that one column of a product takes in between."""
         ...
 
     def pull(self, vectors: Tensor, size: int) -> Tensor:
@@ -98,6 +103,12 @@ class ProductFactors:
                 layer.activations.index if isinstance(layer.activations, OneHot) else layer.activations
             )
         return held
+
+    @property
+    def column_entries(self) -> int:
+        """Entries that one column of a product takes in between."""
+        signals = max((layer.gradients[:, :1].numel() for layer in self.outers), default=0)
+        return max(signals, self.count * self.directions)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -181,30 +192,34 @@ def prepare_products(
         factors = factors.to(torch.float64)
     outers: list[Outer] = []
     outer_spans: list[tuple[Span, Span | None]] = []
-    dense: list[Tensor] = []
-    dense_spans: list[Span] = []
-    directions = 0
-    for layer in factors.outers:
-        directions = layer.gradients.shape[1]
+    written: list[Outer | Direct] = []
+    spans: list[Span] = []
+    for layer in factors.layers:
         weight, bias = unit_spans(layer.unit, rows)
-        if choose_product(layer.shape, factors.count, factors.count, directions, route) == "gradient":
-            dense.append(
-                in_parameter_order(outer_gradients(layer.gradients, layer.activations), layer.transposed)
-            )
-            dense_spans.append(weight)
-            if bias is not None:
-                dense.append(layer.gradients.sum(-1).flatten(2))
-                dense_spans.append(bias)
+        sizes = factors.count, factors.count, factors.directions
+        if isinstance(layer, Direct) or choose_product(layer.shape, *sizes, route) == "gradient":
+            written.append(layer)
+            spans += [weight] if bias is None or isinstance(layer, Direct) else [weight, bias]
         else:
             # Samples first in memory, too: every product reads them that way.
             outers.append(replace(layer, gradients=layer.gradients.contiguous()))
             outer_spans.append((weight, bias))
-    for direct in factors.directs:
-        directions = direct.gradients.shape[1]
-        dense.append(direct.gradients)
-        dense_spans.append(unit_spans(direct.unit, rows)[0])
-    joined = torch.cat(dense, dim=2).flatten(0, 1) if dense else None
-    return ProductFactors(factors.count, directions, outers, outer_spans, joined, dense_spans, route)
+    dense = _side_by_side(factors, written, spans)
+    return ProductFactors(factors.count, factors.directions, outers, outer_spans, dense, spans, route)
+
+
+def _side_by_side(factors: Factors, written: list[Outer | Direct], spans: list[Span]) -> Tensor | None:
+    """Return ``(N·C, p)`` gradients of layers, one after the other in memory that is made first."""
+    if not written:
+        return None
+    width = sum(span.stop - span.start for span in spans)
+    whole = written[0].gradients.new_empty((factors.count, factors.directions, width))
+    offset = 0
+    for layer in written:
+        for _, _, _, gradients in written_pieces(layer):
+            whole[:, :, offset : offset + gradients.shape[2]] = gradients
+            offset += gradients.shape[2]
+    return whole.flatten(0, 1)
 
 
 def unit_spans(unit: Unit, rows: Mapping[int, tuple[int, int]]) -> tuple[Span, Span | None]:

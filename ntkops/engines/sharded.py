@@ -23,7 +23,7 @@ from ..results import PassCount
 from .base import Engine, Linearized
 from .differentiation import Differentiation, Parameters
 from .layerwise import LayerwiseEngine
-from .memory import free_bytes
+from .memory import budget_bytes
 from .passes import report_passes
 
 __all__ = ["ShardedEngine"]
@@ -66,7 +66,7 @@ class ShardedEngine:
         )
         self.num_parameters = linearization.num_parameters
         column = max(1, self.num_parameters * linearization.dtype.itemsize)
-        mine = int(free_bytes(linearization.device) * _BLOCK_SHARE) // column
+        mine = int(budget_bytes(linearization.device) * _BLOCK_SHARE) // column
         self._columns = max(1, int(-ranks.largest(-mine)))
         self._settled: weakref.WeakKeyDictionary[Inputs, bool] = weakref.WeakKeyDictionary()
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..model import Batch, Inputs
-from ..model.record import record
+from ..model.record import Recording, record
 from ..shortage import is_out_of_memory
 from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
-from .collect import collect
+from .collect import RowCheckMaker, collect
 from .coverage import Coverage
 from .differentiation import Parameters
 from .layer_factors import Factors, joined
 from .layer_rules import Layout
 from .memory import EngineSizes, Share
 from .options import Layerwise
+from .stages import Sweep, largest_stage, plan_stages, walk
 from .summation import Workspace
-from .units import plan_units
+from .units import Unit, plan_units
 
 __all__ = ["LayerSource"]
 
 _PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
+_STAGE_BYTES = 2**25  # of output gradients in one stage, where there are cuts
+_SWEEP_WORKSPACES = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Known:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    """A forward pass over ``count`` samples, and what is made of it."""
+
+    recording: Recording
+    units: list[Unit]
+    count: int
+
+
 class LayerSource:
     """Makes the factors of the covered parameters, as much at a time as fits, and counts the passes."""
 
@@ -56,6 +68,7 @@ class LayerSource:
         self.dtype: torch.dtype = self.linearization.dtype
         self.device: torch.device = self.linearization.device
         self.workspace = Workspace()
+        self._whole: set[tuple[frozenset[int], int]] = set()  # sweeps that were found not to fit
         self._generator = torch.Generator().manual_seed(20)
         self._fixed = torch.empty(0, dtype=self.dtype, device=self.device)
         entries, shapes = self.linearization.sizes, self.linearization.shapes
@@ -106,10 +119,66 @@ class LayerSource:
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
     ) -> Factors:
         """Return the factors of all samples for single outputs, ``(r,)`` numbers."""
+        cotangents, known = self._directions(params, inputs, outputs)
+        return self.of(params, inputs, cotangents, compact, known)
+
+    def _directions(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> tuple[Tensor, Known]:
+        """Return cotangents ``(C, N, O)`` for some numbers, and what they are called."""
         unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=self.dtype, device=self.device)
         unit[torch.arange(len(outputs)), 0, outputs] = 1
-        known = Known("outputs", outputs, inputs.num_outputs)
-        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1), compact, known)
+        return unit.expand(-1, inputs.num_samples, -1), Known("outputs", outputs, inputs.num_outputs)
+
+    def sweep(self, params: Parameters, inputs: Inputs, outputs: Tensor, rows: int) -> Sweep | None:
+        """Return the factors of all samples for ``(r,)`` numbers by stages; None where tiles are better.
+
+        That is where the samples or their number of a pass are given, where factors are so few that one tile
+        is as good, and where the graph of all samples and the gradients of one stage do not fit.
+        """
+        if not self._may_sweep(inputs, len(outputs)):
+            return None
+        cotangents, known = self._directions(params, inputs, outputs)
+        with self.linearization.safe_context():
+            (_, _, batch), *_ = inputs.batches(inputs.num_samples)
+            made = self._recorded(params, inputs, 0, batch)
+            # As long for the other side of a cross kernel, whose ``rows`` may be more.
+            entries = _STAGE_BYTES // self.dtype.itemsize * inputs.num_samples // rows
+            stages = plan_stages(made.recording, made.units, entries)
+            held = largest_stage(made.recording, stages) * (len(outputs) + 1) * self.dtype.itemsize
+        if len(stages) < 2 or held + self._graph_bytes(inputs.num_samples) > self._sweep_bytes():
+            self._whole.add((self.coverage.covered, inputs.num_samples * len(outputs)))
+            return None
+        check, done = self._row_check(made, cotangents, known, params, inputs, 0)
+        # Whether several passes may go as one is tried by `_collect`, with a way back.
+        batched = self.linearization.verdict.batched.get(self.coverage.covered, False)
+        chunk = self.coverage.chunk(len(outputs), inputs.num_samples) if batched else 1
+        sent = cotangents.to(made.recording.output)
+        found = walk(made.recording, stages, self.coverage.layouts, sent, self.dtype, chunk, check)
+        return Sweep.of(stages, self._guarded(found, done))
+
+    def _may_sweep(self, inputs: Inputs, directions: int) -> bool:
+        count = inputs.num_samples
+        factors = count * directions * self.coverage.direction_entries * self.dtype.itemsize
+        if factors <= 2 * _STAGE_BYTES or inputs.is_streamed:
+            return False
+        fits = self._graph_bytes(count) <= self._sweep_bytes() and self.sizes.may_hold(count)
+        return fits and (self.coverage.covered, count * directions) not in self._whole
+
+    def _graph_bytes(self, count: int) -> int:
+        return count * self.linearization.activation_bytes
+
+    def _sweep_bytes(self) -> int:
+        """Bytes that the graph of all samples and the gradients of a stage may take."""
+        return _SWEEP_WORKSPACES * self.sizes.workspace_bytes()
+
+    def _guarded(self, stages: Iterator[Factors], done: Callable[[], None]) -> Iterator[Factors]:
+        """Yield the stages, each made in the context that derivatives want."""
+        while True:
+            with self.linearization.safe_context():
+                stage = next(stages, None)
+            if stage is None:
+                break
+            yield stage
+        done()
 
     def of(
         self,
@@ -131,7 +200,7 @@ class LayerSource:
             found = self.sizes.over_samples(
                 inputs,
                 lambda start, stop, batch: self._collect(
-                    params, inputs, start, batch, cotangents[:, start:stop], compact, known
+                    params, inputs, start, batch, cotangents[:, start:stop], known, compact
                 ),
             )
             parts = [part for _, _, part in found]
@@ -144,39 +213,19 @@ class LayerSource:
         start: int,
         batch: Batch,
         cotangents: Tensor,
-        compact: bool,
         known: Known | None,
+        compact: bool,
     ) -> Factors:
-        recording = record(self.linearization.function, params, batch)
-        self.linearization.require_independent(inputs, start, params, batch, recording.output)
-        layouts, covered = self.coverage.layouts, self.coverage.covered
-        lost = dict(recording.uncovered)
-        for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
-            lost.update({place.index: reason for place in recording.calls[number].places.values()})
-        lost = {index: reason for index, reason in lost.items() if index in covered}
-        if lost:
-            raise CoverageChanged(lost)
-        units = plan_units(recording.calls, covered)
+        made = self._recorded(params, inputs, start, batch)
+        recording, layouts, covered = made.recording, self.coverage.layouts, self.coverage.covered
         several = self.linearization.verdict.batched
         chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1]) if several.get(covered, True) else 1
         cotangents = cotangents.to(recording.output)
-
-        def check(numbers: Sequence[int], layout: Mapping[int, Layout]) -> RowCheck:
-            limit = limit_of(self.linearization.lowest_dtype)
-            return RowCheck(numbers, layout, cotangents, limit, self._normal, self._vector)
-
-        # What holds for all outputs holds for every combination of them.
-        named = known is not None
-        known = known or Known("outputs", torch.arange(inputs.num_outputs), inputs.num_outputs)
-        key = known.name, covered
-        seen = self.linearization.seen(inputs, start, start + batch.num_samples, key, known.count, params)
-        # One sample has no rows of others.
-        is_known = batch.num_samples == 1 or (seen is not None and bool(seen[known.numbers].all()))
-        is_tried = chunk == 1 or covered in several or not units
-        asked = None if is_known and is_tried else check
+        is_tried = chunk == 1 or covered in several or not made.units
+        check, done = self._row_check(made, cotangents, known, params, inputs, start, anew=not is_tried)
 
         def collected(chunk: int = chunk) -> Factors:
-            return collect(recording, units, layouts, cotangents, self.dtype, chunk, compact, asked)
+            return collect(recording, made.units, layouts, cotangents, self.dtype, chunk, compact, check)
 
         output = recording.output.detach()
         try:
@@ -187,9 +236,56 @@ class LayerSource:
         except CoverageChanged:
             self.linearization.require_independent(inputs, start, params, batch, output, alone=True)
             raise
-        if seen is not None and named:
-            seen[known.numbers] = True
+        done()
         return found
+
+    def _recorded(self, params: Parameters, inputs: Inputs, start: int, batch: Batch) -> _Recorded:
+        """Return a forward pass over some samples, whose uses of parameters are those of the coverage."""
+        recording = record(self.linearization.function, params, batch)
+        self.linearization.require_independent(inputs, start, params, batch, recording.output)
+        layouts, covered = self.coverage.layouts, self.coverage.covered
+        lost = dict(recording.uncovered)
+        for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
+            lost.update({place.index: reason for place in recording.calls[number].places.values()})
+        lost = {index: reason for index, reason in lost.items() if index in covered}
+        if lost:
+            raise CoverageChanged(lost)
+        return _Recorded(recording, plan_units(recording.calls, covered), batch.num_samples)
+
+    def _row_check(
+        self,
+        made: _Recorded,
+        cotangents: Tensor,
+        known: Known | None,
+        params: Parameters,
+        inputs: Inputs,
+        start: int,
+        anew: bool = False,
+    ) -> tuple[RowCheckMaker | None, Callable[[], None]]:
+        """Return what makes the check of rows, None where they are known, and what to do once they are.
+
+        ``anew`` checks known rows too: they tell whether several passes may go as one.
+        """
+
+        def check(
+            numbers: Sequence[int], layout: Mapping[int, Layout], factors: tuple[Tensor, Tensor] | None = None
+        ) -> RowCheck:
+            limit = limit_of(self.linearization.lowest_dtype)
+            return RowCheck(numbers, layout, cotangents, limit, self._normal, self._vector, factors)
+
+        # What holds for all outputs holds for every combination of them.
+        named = known is not None
+        known = known or Known("outputs", torch.arange(inputs.num_outputs), inputs.num_outputs)
+        key = known.name, self.coverage.covered
+        seen = self.linearization.seen(inputs, start, start + made.count, key, known.count, params)
+        # One sample has no rows of others.
+        is_known = made.count == 1 or (seen is not None and bool(seen[known.numbers].all()))
+
+        def done() -> None:
+            if seen is not None and named:
+                seen[known.numbers] = True
+
+        return None if is_known and not anew else check, done
 
     def _normal(self, count: int) -> Tensor:
         """Return fresh normal numbers in float64."""

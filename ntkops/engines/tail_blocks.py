@@ -12,7 +12,6 @@ from ..model.record import record
 from .attribution import CoverageChanged
 from .collect import backward
 from .differentiation import Parameters
-from .layer_factors import Factors
 from .recurrent import states_diagonal, states_kernel
 from .source import Known, LayerSource
 from .tail import Tail, read_positions
@@ -100,19 +99,17 @@ class TailSource(LayerSource):
         super().__init__(source.sizes, source.coverage.body, source.options)
         self.workspace = source.workspace
         self._tail, self._reduction = source.coverage.tail, reduction
-        self._directions = reduction.directions
+        self._basis = reduction.directions
 
-    def of_outputs(
-        self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
-    ) -> Factors:
-        """Return the factors of all samples for some of the directions, the head's place confirmed."""
+    def _directions(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> tuple[Tensor, Known]:
+        """Return some of the directions, the head's place confirmed."""
         if not confirmed(self, self._tail, self._reduction, params, inputs):
             raise CoverageChanged(
                 {}, "a batch does not end with the linear layer that the first samples ended with"
             )
-        chosen = self._directions[outputs.to(self._directions.device)]
-        known = Known(self._reduction.name, outputs, len(self._directions))
-        return self.of(params, inputs, chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), compact, known)
+        chosen = self._basis[outputs.to(self._basis.device)]
+        known = Known(self._reduction.name, outputs, len(self._basis))
+        return chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), known
 
 
 def confirmed(

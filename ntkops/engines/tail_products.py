@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs
+from .cost import ProductRoute
 from .differentiation import Parameters
 from .products import ProductFactors, Span, prepare_products
 from .source import LayerSource
@@ -46,6 +47,11 @@ class TailFactors:
     def tensors(self) -> list[Tensor]:
         """Return what takes memory."""
         return [*self.body.tensors(), self.basis, self.read]
+
+    @property
+    def column_entries(self) -> int:
+        """Entries that one column of a product takes in between."""
+        return max(self.body.column_entries, len(self.read) * len(self.tail.positions) * self.tail.classes)
 
     def _by_position(self, vectors: Tensor) -> Tensor:
         return vectors.unflatten(2, (len(self.tail.positions), self.tail.classes))  # (k, N, S, V)
@@ -94,7 +100,9 @@ class TailFactors:
         return (result + moved.view_as(result)).flatten(2)
 
 
-def prepare_tail(source: LayerSource, params: Parameters, inputs: Inputs) -> TailFactors | None:
+def prepare_tail(
+    source: LayerSource, params: Parameters, inputs: Inputs, route: ProductRoute | None
+) -> TailFactors | None:
     """Return the factors of N samples for products, or None if no tail makes them fewer."""
     tail = source.coverage.tail
     if tail is None:
@@ -104,7 +112,7 @@ def prepare_tail(source: LayerSource, params: Parameters, inputs: Inputs) -> Tai
         return None
     body = TailSource(source, reduction.prepare())
     factors = body.of_outputs(params, inputs, torch.arange(reduction.size))
-    ready = prepare_products(factors, source.rows, source.options.product)
+    ready = prepare_products(factors, source.rows, route)
     starts = source.starts
     weight = Span(starts[tail.weight], starts[tail.weight + 1])
     bias = None if tail.bias is None else Span(starts[tail.bias], starts[tail.bias + 1])

@@ -1,4 +1,7 @@
-"""Kernels, diagonals and Gram matrices from factors, tile by tile: the one walk of all engines.
+"""Kernels, diagonals and Gram matrices from factors, in a sweep or tile by tile: the walk of all engines.
+
+A sweep contracts the factors of all samples stage by stage, while the backward passes run; it is taken where
+the graph of all samples and the gradients of one stage fit.
 
 A tile holds the factors of as many samples as the workspace allows, for all outputs that are wanted; where
 not even two samples fit, outputs are taken in groups. As few tiles are made as possible, smaller ones where
@@ -16,10 +19,12 @@ import torch
 from torch import Tensor
 
 from ..model import Inputs, Linearization
+from .attribution import CoverageChanged
 from .differentiation import Parameters
 from .layer_factors import Factors, matched
-from .memory import Share, even_size, parts, retry
+from .memory import Share, even_size, if_it_fits, parts, retry
 from .options import Layerwise
+from .stages import Sweep
 from .summation import Workspace
 
 __all__ = [
@@ -61,6 +66,13 @@ class Source(Protocol):
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
     ) -> Factors:
         """Return the factors of N samples for single outputs, ``(C,)`` numbers."""
+        ...
+
+    def sweep(self, params: Parameters, inputs: Inputs, outputs: Tensor, rows: int) -> Sweep | None:
+        """Return the factors of all samples for ``(r,)`` numbers, stage by stage; None for tiles.
+
+        ``rows`` is the number of rows of the larger side.
+        """
         ...
 
     def written_down(self, factors: Factors) -> Tensor:
@@ -314,7 +326,9 @@ def part_kernels(
     def gather(*described: Any) -> _PartKernels:
         return _PartKernels([_Kernels(*described) for _ in range(count)], source, owners)
 
-    return _all_outputs(source, params, left, right, *outputs, gather)
+    found = _all_outputs(source, params, left, right, *outputs, gather)
+    assert found is not None
+    return found
 
 
 def kernel(
@@ -330,8 +344,9 @@ def kernel(
     if source.tile(max(left_outputs.numel(), right_outputs.numel())) < few:  # repeated ones count once
         widest = max(torch.unique(left_outputs).numel(), torch.unique(right_outputs).numel())
     in_one = widest == 1 or source.tile(widest) >= few
-    make = _all_outputs if in_one else _in_groups
-    return make(source, params, left, right, left_outputs, right_outputs)
+    sides = source, params, left, right, left_outputs, right_outputs
+    found = _all_outputs(*sides, in_tiles=in_one)
+    return _in_groups(*sides) if found is None else found
 
 
 def _in_groups(
@@ -361,8 +376,9 @@ def _in_groups(
     for a in range(0, r1, size):
         for b in range(a if symmetric else 0, r2, size):
             rows, columns = left_outputs[..., a : a + size], right_outputs[..., b : b + size]
-            block = _all_outputs(source, params, left, right, rows, columns)
-            block = block.view(left.num_samples, rows.shape[2], right.num_samples, columns.shape[2])
+            found = _all_outputs(source, params, left, right, rows, columns)
+            assert found is not None
+            block = found.view(left.num_samples, rows.shape[2], right.num_samples, columns.shape[2])
             if result is None:
                 result = block.new_empty((left.num_samples, r1, right.num_samples, r2))
             result[:, a : a + size, :, b : b + size] = block
@@ -380,8 +396,9 @@ def _all_outputs(
     left_outputs: Tensor,
     right_outputs: Tensor,
     gather: Callable[..., _Kernels | _PartKernels] = _Kernels,
-) -> Tensor:
-    """The same kernels with all outputs at a time, tile by tile."""
+    in_tiles: bool = True,
+) -> Tensor | None:
+    """The same kernels with all outputs at a time, in one sweep or else in tiles; None without tiles."""
     same = torch.equal(left_outputs, right_outputs)
     left_numbers, left_index = torch.unique(left_outputs, return_inverse=True)
     right_numbers, right_index = left_numbers, left_index
@@ -389,6 +406,11 @@ def _all_outputs(
         right_numbers, right_index = torch.unique(right_outputs, return_inverse=True)
     symmetric, shared = left is right and same, left is right and torch.equal(left_numbers, right_numbers)
     result = gather(source, (left.num_samples, right.num_samples), (left_index, right_index), symmetric)
+    numbers = left_numbers, left_numbers if shared else right_numbers
+    if isinstance(result, _Kernels) and _swept(source, params, (left, right), numbers, shared, result):
+        return result.finish()
+    if not in_tiles:
+        return None
     tile = source.tile_share(max(len(left_numbers), len(right_numbers)))
     made = 0
 
@@ -412,6 +434,44 @@ def _all_outputs(
             pass
     source.count_rows(made, left)
     return result.finish()
+
+
+def _swept(
+    source: Source,
+    params: Parameters,
+    sides: tuple[Inputs, Inputs],
+    numbers: tuple[Tensor, Tensor],
+    shared: bool,
+    result: _Kernels,
+) -> bool:
+    """Add the kernels of all samples, contracted while the backward passes run.
+
+    A kernel is the sum of those of the stages. Memory is that of the graph of all samples and of one stage.
+
+    Returns:
+        Whether it was done; if not, nothing was added, and tiles are to be made.
+    """
+    most = max(side.num_samples * len(some) for side, some in zip(sides, numbers, strict=True))
+    first = source.sweep(params, sides[0], numbers[0], most)
+    second = first if shared or first is None else source.sweep(params, sides[1], numbers[1], most)
+    if first is None or second is None or first.units != second.units:
+        return False
+    rows, columns = (slice(0, side.num_samples) for side in sides)
+
+    def work() -> None:
+        for one in first.stages:
+            result.add(rows, columns, one, one if shared else next(second.stages))
+
+    try:
+        done = if_it_fits(work)
+    except CoverageChanged:  # tiles tell rounding from rows of other samples, and which parameters they lose
+        done = ""
+    if isinstance(done, str):
+        result.clear(rows)
+        return False
+    for side, some in zip(sides[: 1 if shared else 2], numbers, strict=False):
+        source.count_rows(side.num_samples * len(some), sides[0])
+    return True
 
 
 def diagonal(

@@ -184,6 +184,7 @@ class Recorder(TorchFunctionMode):
             int, Tensor
         ] = {}  # the leaf that stands for a parameter, or a view of one, in calls
         self._names: dict[int, set[str]] = {}
+        self._ranges: dict[int, Tensor] = {}  # what `torch.arange` made in the model, kept as above
 
     def recording(self, output: Tensor) -> Recording:
         """Return what was seen up to an output ``(B, O)``."""
@@ -211,9 +212,19 @@ class Recorder(TorchFunctionMode):
         self.differentiates |= function in _DERIVATIVES
         places = list(self._found((*args, *kwargs.values())))
         if not places:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if function is torch.arange or (function in _RESHAPES and args and id(args[0]) in self._ranges):
+                self._ranges[id(result)] = result
+            return result
         if function in _VIEWS:
             return self._view(function, args, kwargs)
+        # Positions that the model counts itself, not samples that happen to be counted.
+        counted = bool(args) and id(args[0]) in self._ranges and not self.runs_again
+        if function is torch.nn.functional.embedding and counted:
+            with self:
+                rows = _consecutive_rows(*args, **kwargs)
+            if rows is not None:
+                return rows
         entry = _CATALOGUE.get(function)
         if entry is not None and len(args) <= len(entry.arguments):
             return self._run(entry, function, args, kwargs)
@@ -350,8 +361,33 @@ def _interior(head: Node, frontier: set[Node]) -> tuple[set[Node], list[Node]]:
     return interior, reached
 
 
+def _consecutive_rows(
+    index: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    """Return a look-up of rows a, a + 1, ..., b as the view that it is, None for any other.
+
+    Positions are looked up so, once for all samples: the look-up has no sample axis, what it is added to has.
+    """
+    plain = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
+    if not plain or index.dim() > 2 or index.numel() < 2 or index.numel() != index.shape[-1]:
+        return None
+    first, count = int(index.flatten()[0]), index.numel()
+    if not torch.equal(index.flatten(), torch.arange(first, first + count).to(index)):
+        return None
+    rows = weight[first : first + count]
+    return rows[None] if index.dim() == 2 else rows
+
+
 def _place_of(part: Tensor, source: Tensor, place: Place) -> Place | None:
     """Return what a view of a tracked tensor shows, or None if it is not a transpose or a range of rows."""
+    if part.dim() == source.dim() + 1 and part.shape[0] == 1:
+        part = part[0]  # an axis for the samples, along which it will be repeated
     if part.dim() != source.dim() or part.dtype != source.dtype or part.device != source.device:
         return None
     if part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
@@ -388,4 +424,5 @@ _VIEWS = {
     torch.Tensor.unbind,
     torch.unbind,
 }
+_RESHAPES = {torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__, torch.Tensor.view}
 _DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}

@@ -72,7 +72,7 @@ class Verdict:
         return Verdict(states, self.coverage, self.differentiation, dict(self.batched), dict(self.layers))
 
     def restricted(self) -> Verdict:
-        """Return what is known for some of the parameters, whose numbers are others: nothing that names them."""
+        """Return what is known for some of the parameters: nothing that names them by number."""
         return Verdict(self.states, None, self.differentiation)
 
     def facts(self, batch: Batch) -> StateFacts | None:

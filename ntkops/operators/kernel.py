@@ -12,8 +12,13 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
-from ..engines import EngineChoice, build_engine, tensor_bytes
-from ..errors import InputError, ShapeError, UnknownParameterError, UnsupportedOperationError
+from ..engines import EngineChoice, LayerwiseEngine, build_engine, tensor_bytes
+from ..errors import (
+    InputError,
+    ShapeError,
+    UnknownParameterError,
+    UnsupportedOperationError,
+)
 from ..model import linearize
 from .algebra import KernelAlgebra
 from .axes import ParameterAxis, StateAxis
@@ -121,6 +126,12 @@ class NTKOperator(KernelAlgebra, EngineOperator):
 
     def _block_cost(self) -> float:
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
+
+    def _factor_passes(self) -> float:
+        core, rows = self._core, self._rows
+        if not isinstance(core.engine, LayerwiseEngine) or not core.symmetric:
+            return 0.0
+        return core.engine.large_factor_passes(rows.inputs)
 
     def _column_cost(self) -> float:
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms

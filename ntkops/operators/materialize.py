@@ -71,6 +71,10 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         """Cost of a dense block in passes over the samples of one side."""
         raise NotImplementedError
 
+    def _factor_passes(self) -> float:
+        """Passes in which large factors for products would be made; 0 where none are."""
+        return 0.0
+
     def _dense_by_columns(self, params: Sequence[Tensor]) -> Tensor:
         operator = self._rebuild(self._core, params)
         rows, columns = self.shape[-2:]
@@ -118,7 +122,10 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         core = self._core
         core.spending.passes += self.passes_per_column * columns
         cost = self._dense_cost()
-        if core.spending.passes <= cost or self._dense_key() is None:
+        # Large factors take the memory of all layers: a block that takes hardly more passes is made in their
+        # place, as soon as they would be.
+        instead = self._factor_passes() * 1.5 >= cost
+        if core.spending.passes <= (cost / 2 if instead else cost) or self._dense_key() is None:
             return None
         logger.info(
             "building the dense %s block (%s): products have cost %.0f passes, the block costs about %.0f",

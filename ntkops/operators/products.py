@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,8 @@ from .core import Core
 from .expression import Expression
 
 __all__ = ["ProductOperator"]
+
+_BLOCK_ENTRIES = 2**23  # entries of a block of columns as an engine has it
 
 
 class ProductOperator(Expression):
@@ -200,15 +202,24 @@ class ProductOperator(Expression):
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._core.rows, self._core.columns
-        block, params = columns.embed(rhs), tuple(params)
-        if isinstance(rows, StateAxis) and isinstance(columns, StateAxis):
-            result = engine.product(params, rows.inputs, columns.inputs, block)
-        elif isinstance(rows, StateAxis):
-            result = engine.jvp(params, rows.inputs, block)
-        else:
-            assert isinstance(columns, StateAxis)
-            result = engine.vjp(params, columns.inputs, block)
-        return rows.extract(result)
+        sides = [axis.inputs for axis in (rows, columns) if isinstance(axis, StateAxis)]
+        count, width = rhs.shape[-1], rows.batch_shape.numel() * rows.terms
+        made = engine.linearized(tuple(params), sides[0], sides[-1], rhs, width * count * len(sides) / 2)
+        multiply: Callable[[Tensor], Tensor] = made.through
+        if len(sides) == 1:
+            multiply = made.push if isinstance(rows, StateAxis) else made.pull
+        # The engine's block has all outputs of all samples for each column, and each kernel of a batch.
+        entries = width * max(
+            self.num_parameters if len(sides) == 1 else 1, *(s.num_samples * s.num_outputs for s in sides)
+        )
+        step = count if self._is_recorded(rhs) else max(1, _BLOCK_ENTRIES // max(1, entries))
+        if count <= step:
+            return rows.extract(multiply(columns.embed(rhs)))
+        result = rhs.new_empty((*rhs.shape[:-2], rows.length, count))
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            result[..., some] = rows.extract(multiply(columns.embed(rhs[..., some])))
+        return result
 
     def _check_fresh(self) -> None:
         self._core.engine.linearization.check_fresh()

@@ -45,7 +45,7 @@ def test_kernel_costs_are_the_formulas():
     build = 2 * 3 * 5 * 7 * (2 * 6 + 4 * 6)
     contract = 2 * (2 * 6) * (4 * 6) * 5 * 7
     assert costs["gradient"] >= build + contract
-    gram = 2 * (2 * 3) * (4 * 3) * 5 + 2 * (2 * 6 * 3) * (4 * 6 * 3) * 7
+    gram = 2 * (2 * 3) * (4 * 3) * 5 + 2 * (2 * 3) * (4 * 3) * 6 * 7 + 2 * (2 * 6) * (4 * 6) * 3 * 7
     assert costs["gram"] >= gram
     symmetric = KernelShape(left=4, right=4, rows=6, columns=6, symmetric=True)
     assert (
