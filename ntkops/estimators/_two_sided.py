@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..vectors import Space
-from ._leave_out import form_variances
 from ._moments import Mean
 from ._quantities import Inner, Quantity, Trace
 from ._request import Operand
@@ -158,8 +157,11 @@ class TwoSided:
         if isinstance(moment, Inner):
             return None
         images = self._products[moment.of]
-        lengths = self._space.sum_squares(images) - self._space.inner(self._basis, images).square().sum(-2)
-        return form_variances(lengths.cpu(), samples, self._space.size - self._basis.shape[-1])
+        rest = images - self._basis @ self._space.inner(self._basis, images).to(images)
+        count = max(self._space.size - self._basis.shape[-1], 1)
+        # |A v|² - (vᵀ A v)² / d, as the length of what is left: the difference itself would cancel near c I.
+        rest = rest - self._probes * (samples / count).unsqueeze(-2).to(rest)
+        return 2 * self._space.sum_squares(rest).cpu()
 
     def _terms(self, probes: Tensor, products: Sequence[Tensor]) -> Tensor:
         """Return what each column adds to each moment, ``(q, *batch, k)``, float64, on the CPU."""

@@ -12,6 +12,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..errors import InputError, UnsupportedOperationError
 from ..results import Solution, SolveInfo
 from ..solvers import (
@@ -24,6 +25,7 @@ from ..solvers import (
     refinement,
     rpcholesky,
 )
+from ..solvers._outcome import check_options
 from ..spectra import function_trace
 from .counting import multiply, row_space
 from .indexing import IndexedOperator
@@ -74,12 +76,19 @@ class SolverOptions:
     made: dict[Any, FactorPreconditioner | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the choices by name; numbers are checked where they are used."""
+        """Check the choices before any work: a dense solve reads few of them, and later ones read all."""
         if self.method not in _METHODS:
             raise InputError(f"method={self.method!r}: choose one of {', '.join(map(repr, _METHODS))}")
         if self.preconditioner not in _PRECONDITIONERS:
             names = ", ".join(map(repr, _PRECONDITIONERS))
             raise InputError(f"preconditioner={self.preconditioner!r}: choose one of {names}")
+        check_options(self.tolerance, self.max_iterations)
+        if self.rank != "auto":
+            check_arguments(nystrom_preconditioner, {"rank": self.rank})
+            if self.rank < 1:
+                raise InputError(f"rank={self.rank}: pass a positive integer, or 'auto'")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InputError(f"seed={self.seed!r}: pass an integer")
 
     def again(self, **changes: Any) -> SolverOptions:
         """Return the options for another operator, without what was made for this one."""

@@ -113,13 +113,14 @@ def require_resolved(
             f"the kernel is numerically singular ({known}{ends_are}), so without a ridge it has no inverse: "
             f"{way_out}{cut}"
         )
-    relative = "" if scale is None else f" (relative: {rounding / scale:.2g})"
+    smallest = rounding - min(low, 0.0)  # what rounding has pushed below 0 is made good first
+    relative = "" if scale is None else f" (relative: {smallest / scale:.2g})"
     finer = (
         "" if dtype == torch.float64 else ", or compute the kernel in float64 (model.double(), inputs too)"
     )
     raise SingularKernelError(
         f"the ridge {ridge:.2g} is below the rounding of this {dtype} kernel ({ends_are}): the smallest "
-        f"ridge that means something here is {rounding:.2g}{relative}; pass one well above it{finer}"
+        f"ridge that means something here is {smallest:.2g}{relative}; pass one well above it{finer}"
     )
 
 

@@ -102,6 +102,8 @@ def read_labels(
     if labels is None:
         raise InputError("a regression requires y to be passed, but the target y is None: pass the labels")
     values = labels.detach() if isinstance(labels, Tensor) else read_array(labels, "the labels", dtype)
+    if values.dtype.is_complex:
+        raise InputError(f"the labels: Complex data not supported, got {values.dtype}; pass .real")
     if not values.dtype.is_floating_point:
         raise InputError(
             f"the labels have dtype {values.dtype}: a regression on class numbers would call class 2 twice "

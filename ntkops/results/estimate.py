@@ -252,6 +252,7 @@ class Estimate:
             "method": self.method,
             "exact": self.exact,
             "passes": self.passes,
+            "checks": self.checks,
             "converged": self.converged,
             "seed": self.seed,
             "seconds": self.seconds,

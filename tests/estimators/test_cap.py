@@ -102,6 +102,7 @@ def test_trials_and_row_checks_are_reported_beside_the_passes(dtype):
     )
     kernel = ntkops.ntk(model, x.to(dtype), max_dense_bytes=0)
     exact = ntkops.trace(kernel, method="exact")
+    assert exact.to_dict()["checks"] == exact.checks
     assert exact.passes == 3 and exact.checks == 1  # a backward pass for each output, and one for the rows
     again = ntkops.trace(kernel, method="exact")
     assert again.passes == 3 and again.checks == 0  # these rows have been looked at

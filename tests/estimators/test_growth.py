@@ -127,12 +127,27 @@ def test_one_direction_stays_one_direction():
     assert result.passes <= 300 and not result.converged
 
 
-def test_a_single_residual_probe_has_no_error():
-    A = OnlyProducts(with_spectrum(SPECTRA["power law"](40)))
-    for method, passes in (("hutchinson", 1), ("hutch++", 3)):
-        result = ntkops.trace(A, method=method, num_passes=passes, generator=generator(0))
-        assert math.isinf(float(result.stderr)) and math.isinf(float(result.interval[1]))
-        assert math.isfinite(float(result))
+@pytest.mark.parametrize(("method", "passes"), [("hutchinson", 1), ("hutch++", 3)])
+def test_the_length_of_one_product_is_the_error_of_a_single_residual_probe(method, passes):
+    matrix = with_spectrum(SPECTRA["power law"](40))
+    A, exact, runs = OnlyProducts(matrix), float(matrix.trace()), 100
+    found = [ntkops.trace(A, method=method, num_passes=passes, generator=generator(s)) for s in range(runs)]
+    covered = sum(float(one.interval[0]) <= exact <= float(one.interval[1]) for one in found)
+    assert scipy.stats.binom.cdf(covered, runs, 0.95) > 1e-3
+    assert all(math.isfinite(float(one.stderr)) for one in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variances_near_a_multiple_of_the_identity_do_not_cancel(dtype):
+    eps = torch.finfo(dtype).eps
+    for shift in (0.0, 1e3 * eps):
+        matrix = 3 * torch.eye(50, dtype=torch.float64) + shift * with_spectrum(SPECTRA["power law"](50))
+        result = ntkops.trace(
+            OnlyProducts(matrix.to(dtype)), method="hutchinson", num_passes=32, generator=generator(0)
+        )
+        variance = 2 * (matrix.square().sum() - matrix.trace().square() / 50) * 50 / 52
+        expected = float((variance / 32).sqrt())
+        assert float(result.stderr) <= 2 * expected + 10 * eps
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])

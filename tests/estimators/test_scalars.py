@@ -375,7 +375,7 @@ def test_bad_operators_are_named():
 def test_a_share_of_the_trace_is_a_number():
     first = ntkops.trace(torch.eye(3))
     assert float(first / ntkops.trace(2 * torch.eye(3))) == 0.5
-    assert set(first.to_dict()) >= {"value", "stderr", "interval", "method", "passes"}
+    assert set(first.to_dict()) >= {"value", "stderr", "interval", "method", "passes", "checks"}
     assert "exact" in str(first)
 
 

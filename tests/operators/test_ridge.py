@@ -214,8 +214,17 @@ def test_bad_input_is_told():
         A.solve(columns(11, 1))
     with pytest.raises(DtypeError, match="float32"):
         A.solve(columns(12, 1).float())
-    with pytest.raises(InputError, match="tolerance"):
-        A.with_solver(tolerance=2.0).solve(columns(12, 1))
+    for name, value in [
+        ("tolerance", 2.0),
+        ("tolerance", "x"),
+        ("max_iterations", 0),
+        ("max_iterations", 1.5),
+    ]:
+        with pytest.raises(InputError, match=f"{name}="):
+            A.with_solver(**{name: value})
+    for name, value in [("rank", 0), ("rank", 1.5), ("rank", "all"), ("seed", "a"), ("seed", True)]:
+        with pytest.raises(InputError, match=f"{name}="):
+            A.with_solver(**{name: value})
 
 
 def test_a_dense_kernel_takes_part():

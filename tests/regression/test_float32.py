@@ -1,6 +1,7 @@
 """What float32 leaves of a regression: exact duals, rounding of predictions, ridges that mean something."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -70,6 +71,23 @@ def test_a_ridge_that_float32_decides_is_refused_by_every_method(problems):
         ntkops.ntk(network().double(), draw(300, 8, seed=1).double(), params="2.*"), problems[1].double()
     )
     assert float(dense.diagonal().mean()) > 0
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh"])
+def test_the_ridge_that_a_refusal_names_is_one_that_is_taken(method):
+    K = gram(24, dtype=torch.float32)
+    values, vectors = torch.linalg.eigh(K.double())
+    values[0] = -5e-7 * values[-1]  # as far below 0 as float32 may push a zero
+    pushed = vectors * values @ vectors.mT
+    K, y = ((pushed + pushed.mT) / 2).float(), labels(len(K), dtype=torch.float32)
+    with pytest.raises(errors.SingularKernelError) as caught:
+        KernelRidge(1e-9, relative=False, method=method).fit(K, y)
+    named = float(re.search(r"means something here is ([\d.e+-]+)", str(caught.value))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.RoundingWarning)
+        KernelRidge(1.1 * named, relative=False, method=method).fit(K, y)
+    with pytest.raises(errors.SingularKernelError):
+        KernelRidge(0.8 * named, relative=False, method=method).fit(K, y)
 
 
 def near_duplicates():
@@ -257,6 +275,7 @@ def test_labels_of_one_output():
         (["a"] * 12, errors.DtypeError, "no number"),
         ([object()] * 12, errors.DtypeError, "no number"),
         ([1j] * 12, errors.InputError, "Complex"),
+        (torch.ones(12, dtype=torch.complex64), errors.InputError, "Complex"),
         ([[1.0], [1.0, 2.0]] * 6, errors.ShapeError, "no array"),
         ("labels", errors.InputError, "expected"),
         ([1] * 12, errors.InputError, "one_hot"),
