@@ -101,6 +101,7 @@ def problem():
         "columns": 2,
         "source": [x],
         "batch_size": 3,
+        "budget": None,
         "dim": 20,
         "k": 4,
         "n": 10,

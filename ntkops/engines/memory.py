@@ -391,6 +391,10 @@ class _Room:
         """Looked up once: chunks that follow the free memory of the moment would change rounding."""
         return budget_bytes(self.device)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Look it up before: a copy rounds as the original does."""
+        return {**vars(self), "free_bytes": self.free_bytes}
+
 
 class EngineSizes:
     """Batch size (samples a pass), chunk size (columns a pass), workspace and passes of an engine.

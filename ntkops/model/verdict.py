@@ -108,10 +108,10 @@ class Verdict:
         return held[whole]
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out what depends on this process: batches, and tensors outside the model."""
-        kept = "coverage", "differentiation", "batched", "layers"
+        """Leave out what depends on this process: batches, outer tensors, what torch can batch."""
+        kept = "coverage", "differentiation", "layers"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Start with no kinds of input and no batches."""
-        vars(self).update(state, states=[], _seen=weakref.WeakKeyDictionary())
+        vars(self).update(state, states=[], batched={}, _seen=weakref.WeakKeyDictionary())

@@ -188,7 +188,6 @@ UNCOVERED = {
     "weight-norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
     "embedding-bag": {"bag.weight"},
     "functional": {"layer.weight"},
-    "positions": {"place.weight"},
 }
 ALL = [*CASES, REVERSE_ONLY, *ODD.values()]
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

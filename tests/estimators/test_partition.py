@@ -207,9 +207,9 @@ def test_bad_operators_and_names():
 
 
 def test_bars():
-    pytest.importorskip("matplotlib").use("agg")
+    figures = pytest.importorskip("matplotlib.figure")
     p = ntkops.partition(ntkops.ntk(network(), data()))
-    ax = ntkops.plotting.plot_partition(p)
+    ax = ntkops.plotting.plot_partition(p, figures.Figure().subplots())
     assert [tick.get_text() for tick in ax.get_yticklabels()] == list(p.names)
     assert [bar.get_width() for bar in ax.patches] == p.trace.value.tolist()
     each = ntkops.partition(ntkops.ntk(network(), data(), outputs="each"))
