@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -107,6 +108,17 @@ class _ShardedOperator(ProductOperator):
         whole = f"{self.space.size}x{self.domain.size}"
         name = type(self).__name__
         return f"{name}({here} of {whole}, rank {rank} of {count}, {self.dtype}, {self.device})"
+
+    def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
+        """Leave blocks of columns to the engine, which cuts them on all ranks alike."""
+        engine, rows, columns = self._engine, self._core.rows, self._core.columns
+        block, params = columns.embed(rhs), tuple(params)
+        if isinstance(rows, StateAxis) and isinstance(columns, StateAxis):
+            return rows.extract(engine.product(params, rows.inputs, columns.inputs, block))
+        if isinstance(rows, StateAxis):
+            return rows.extract(engine.jvp(params, rows.inputs, block))
+        assert isinstance(columns, StateAxis)
+        return rows.extract(engine.vjp(params, columns.inputs, block))
 
     def with_engine(
         self,
