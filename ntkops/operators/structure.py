@@ -230,6 +230,8 @@ def dense_bytes_allowed(operator: Any) -> int:
 
 def fits_dense(operator: LinearOperator | Tensor) -> bool:
     """Whether the dense matrix may be made: no part's limit of bytes or of backward passes forbids it."""
-    if operator.shape.numel() * operator.dtype.itemsize > dense_bytes_allowed(operator):
+    allowed = dense_bytes_allowed(operator)
+    # 0 is "never", also for a process that has none of the rows.
+    if allowed == 0 or operator.shape.numel() * operator.dtype.itemsize > allowed:
         return False
     return math.isfinite(structure(operator).exact_cost("tiles"))
