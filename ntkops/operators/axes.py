@@ -122,8 +122,8 @@ class StateAxis:
         outputs = self.flat_outputs.to(rows.device)
         shape = (len(outputs), self.terms, columns, count)
         index = outputs[:, :, None, None, :].expand(*shape, outputs.shape[-1])
-        block = rows.new_zeros((*shape, width))
-        return block.scatter_add(-1, index, rows.unsqueeze(1).expand_as(index)).reshape(-1, *whole)
+        block = rows.new_zeros((*shape, width)).scatter_add(-1, index, rows.unsqueeze(1).expand_as(index))
+        return block.reshape(math.prod(shape[:3]), *whole)  # also of a process without samples
 
     def extract(self, block: Tensor) -> Tensor:
         """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, N, O)``, summing the terms."""
