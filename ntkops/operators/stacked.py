@@ -131,12 +131,8 @@ def _weights(weights: Any, names: tuple[str, ...]) -> list[float]:
 class BlockKernelOperator(Sandwich):
     """The kernel J₁ J₂ᵀ of several functions of the same parameters, with blocks; made by ``J1 @ J2.mT``.
 
-    A product takes one vjp and one jvp for each function; diagonals, tiles and dense results come from
-    per-sample gradients.
-
-    Args:
-        left_linear_op: A stack, ``(n, P)``; see `ntkops.stack`.
-        right_linear_op: The transpose of a stack.
+    The factors are a stack, ``(n, P)``, and the transpose of a stack; see `ntkops.stack`. A product takes one
+    vjp and one jvp for each function; diagonals, tiles and dense results come from per-sample gradients.
 
     Example:
         >>> import torch, ntkops
