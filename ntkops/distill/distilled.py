@@ -14,6 +14,7 @@ from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, OutOfR
 from ..operators.structure import structure
 from ..regression._layout import read_labels
 from ..results import DistillationInfo
+from ..results.html import facts_html
 from ._kernels import Kernels, read_kernels, read_square
 from ._operator import DistilledOperator
 from .ridge import DistilledRidge
@@ -254,6 +255,17 @@ class Distilled:
                 f"{tuple(kernel.shape)}"
             )
         _require_match(self.U, kernel)
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook."""
+        facts = {
+            "method": self.info.method,
+            "made by": "selection" if self.indices is not None else "synthesis",
+            "U": " x ".join(map(str, self.U.shape)),
+            "dtype": self.U.dtype,
+            "seconds": f"{self.info.seconds:.3g}",
+        }
+        return facts_html("Distilled", facts)
 
     def __repr__(self) -> str:
         """Show the method, the sizes and what there is."""

@@ -24,6 +24,7 @@ from ..errors import (
     ShapeError,
     UnsupportedOperationError,
 )
+from ..results.html import facts_html
 from .export import to_scipy
 from .positions import tensor_positions
 
@@ -54,6 +55,19 @@ class Expression(LinearOperator):
         size = "x".join(map(str, self.shape))
         parts = [_shown(part) for part in self._args if isinstance(part, (LinearOperator, Tensor))]
         return f"{type(self).__name__}({', '.join([size, *parts])}, {self.dtype}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook, a row for each part."""
+        parts = [part for part in self._args if isinstance(part, (LinearOperator, Tensor))]
+        info = getattr(self, "num_parameters", None)
+        facts: dict[str, object] = {
+            "shape": " x ".join(map(str, self.shape)),
+            "parameters": info,
+            "made of": ", ".join(map(_shown, parts)) if parts and info is None else None,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+        return facts_html(type(self).__name__, facts)
 
     # NumPy leaves numpy_number * K to K, instead of turning K into an array first.
     __array_ufunc__ = None

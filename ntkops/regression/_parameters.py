@@ -6,7 +6,10 @@ import inspect
 import sys
 from typing import Any, Self
 
+from torch import Tensor
+
 from ..errors import InputError, MissingDependencyError, NotFittedError
+from ..results.html import facts_html
 
 __all__ = ["Parameters", "not_fitted"]
 
@@ -81,6 +84,15 @@ class Parameters:
     def __sklearn_is_fitted__(self) -> bool:
         """Whether `fit` has been called."""
         return hasattr(self, "dual_coef_")
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook the parameters, and what came out of `fit`."""
+        facts: dict[str, Any] = {name: repr(value) for name, value in self.get_params().items()}
+        for name in ("method_", "ridge_", "solve_info_"):
+            found = getattr(self, name, None)
+            if not isinstance(found, Tensor) or found.numel() == 1:
+                facts[name] = found
+        return facts_html(type(self).__name__, facts)
 
     def __repr__(self) -> str:
         """Show the parameters that differ from their defaults."""

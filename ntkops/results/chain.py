@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .html import table_html
 from .passes import PassCount
 
 __all__ = ["ChainReport", "ChainRun", "ChainStep"]
@@ -80,7 +81,10 @@ class ChainRun:
         )
 
 
-@dataclass(frozen=True)
+_HEADER = ("", "points", "features", "gradients", "accuracy", "fidelity", "seconds")
+
+
+@dataclass(frozen=True, repr=False)
 class ChainReport:
     """Runs of the distilled chain, stage upon stage, and with one stage left out.
 
@@ -101,6 +105,37 @@ class ChainReport:
     def distilled(self) -> ChainRun:
         """The run with all stages."""
         return self.stages[-1]
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        runs = [*self.stages, *self.ablations.values()]
+        names = [" + ".join(run.stages) or "nothing distilled" for run in self.stages]
+        names += [f"without {name}" for name in self.ablations]
+        return [
+            (
+                name,
+                str(run.num_points),
+                str(run.num_features),
+                str(run.num_gradients),
+                "" if run.accuracy is None else f"{run.accuracy:.3f}",
+                "" if run.fidelity is None else f"{run.fidelity:.3f}",
+                f"{run.seconds:.3g}",
+            )
+            for name, run in zip(names, runs, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        """Show a line for each run."""
+        rows = [_HEADER, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Show the same table in a notebook."""
+        return table_html(_HEADER, self._rows())
 
     def reduction(self, run: ChainRun | None = None) -> dict[str, float]:
         """Return how many times less a run takes than the full one: each figure by itself, never multiplied.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .estimate import Estimate, format_with_interval
+from .html import table_html
 
 __all__ = ["Comparison"]
 
@@ -55,11 +56,20 @@ class Comparison:
         columns = {score: [e.to_dict() for e in column] for score, column in self.estimates.items()}
         return {"names": list(self.names), "estimates": columns}
 
-    def __str__(self) -> str:
-        """Show a line for each network."""
+    def _rows(self) -> list[list[str]]:
         rows = [["", *self.estimates]]
         for number, name in enumerate(self.names):
             rows.append([name, *(_cell(column[number]) for column in self.estimates.values())])
+        return rows
+
+    def _repr_html_(self) -> str:
+        """Show the same table in a notebook."""
+        header, *rows = self._rows()
+        return table_html(header, rows)
+
+    def __str__(self) -> str:
+        """Show a line for each network."""
+        rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows

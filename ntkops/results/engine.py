@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from ..errors import NtkopsWarning
+from .html import facts_html, table_html
 from .passes import PassCount
 
 __all__ = ["EngineInfo", "LayerInfo"]
@@ -86,6 +87,26 @@ class EngineInfo:
             for layer in self.layers
         ]
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook, with a table of the layers."""
+        title, *_ = repr(self).splitlines()
+        header = ("parameter", "rule", "kernel by", "why", "diagonal by", "products by", "positions")
+        rows = [
+            (
+                layer.parameter,
+                layer.rule,
+                layer.kernel_route,
+                layer.why,
+                layer.diagonal_route,
+                layer.product_route,
+                layer.positions or "",
+            )
+            for layer in self.layers
+        ]
+        facts = {"samples a pass": self.batch_size, "columns a pass": self.chunk_size}
+        reasons = {f"reason {number}": reason for number, reason in enumerate(self.reasons, 1)}
+        return facts_html(title, facts | reasons) + (table_html(header, rows) if rows else "")
 
     @property
     def rung(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EstimateError, ShapeError
+from .html import facts_html
 
 __all__ = ["Estimate", "format_with_interval"]
 
@@ -282,6 +283,24 @@ class Estimate:
         return f"{value} ({', '.join([f'95 %: {low} to {high}', *notes])})"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook, a row for each of value, interval, method and passes."""
+        single = self.value.numel() == 1
+        ends = None
+        if single and not self.exact:
+            value, *pair = format_with_interval(float(self), *self._ends())
+            ends = " to ".join(pair)
+        else:
+            value = f"{float(self):.6g}" if single else self._range()
+        facts = {
+            "value": value,
+            "95 % interval": ends,
+            "method": self.method,
+            "passes": self.passes,
+            "converged": None if self.converged else "no",
+        }
+        return facts_html("Estimate", facts)
 
     def _range(self) -> str:
         """Describe many values by the least and the greatest, and by the widest interval."""

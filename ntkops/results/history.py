@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from .estimate import Estimate, format_with_interval
+from .html import table_html
 
 __all__ = ["History"]
 
@@ -186,18 +187,26 @@ class History:
                 found[f"{name}[{position}]"] = tuple(column[:, position] for column in wide)
         return found
 
-    def __str__(self) -> str:
-        """Show a line for each row; a value that is not exact shows its 95 % interval."""
-        flat = self._flat()
+    def _columns(self) -> list[list[str]]:
         columns = [["step", *(f"{step:g}" for step in self.steps)]]
-        for name, (values, _, lows, highs) in flat.items():
+        for name, (values, _, lows, highs) in self._flat().items():
             cells = zip(values.tolist(), lows.tolist(), highs.tolist(), strict=True)
             columns.append([name, *(_cell(*cell) for cell in cells)])
+        return columns
+
+    def __str__(self) -> str:
+        """Show a line for each row; a value that is not exact shows its 95 % interval."""
+        columns = self._columns()
         widths = [max(map(len, column)) for column in columns]
         lines = zip(*columns, strict=True)
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
         )
+
+    def _repr_html_(self) -> str:
+        """Show the same table in a notebook."""
+        header, *rows = zip(*self._columns(), strict=True)
+        return table_html(header, rows, repr(self))
 
     def __repr__(self) -> str:
         """Show the size of the table."""

@@ -26,7 +26,9 @@ def test_one_version_everywhere() -> None:
     assert ntkops.__version__ == version
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(rf"^version: {re.escape(version)}$", citation, re.MULTILINE)
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    heading = "Unreleased" if ".dev" in version else version
+    assert f"## [{heading}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_tested_versions_lie_in_the_declared_ranges() -> None:

@@ -1,0 +1,49 @@
+"""How results show themselves in a notebook: small tables, every text escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["facts_html", "table_html"]
+
+
+def table_html(header: Sequence[object], rows: Iterable[Sequence[object]], title: str = "") -> str:
+    """Return a table with a header.
+
+    Args:
+        header: One text a column.
+        rows: Their cells; what is no text is shown as ``str`` shows it.
+        title: A line above it.
+
+    Returns:
+        HTML without scripts and styles of its own: a notebook's apply.
+    """
+    lines = ["<table>"]
+    if title:
+        lines.append(f"<caption>{html.escape(title)}</caption>")
+    lines.append("<thead>" + _row(header, "th") + "</thead><tbody>")
+    lines += [_row(row, "td") for row in rows]
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """Return a table of two columns under a title, what is None left out.
+
+    Args:
+        title: What it is about.
+        facts: Name and value of each row.
+
+    Returns:
+        HTML.
+    """
+    rows = [
+        f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in facts.items()
+        if value is not None
+    ]
+    return "\n".join([f"<table><caption>{html.escape(title)}</caption><tbody>", *rows, "</tbody></table>"])
+
+
+def _row(cells: Sequence[object], kind: str) -> str:
+    return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
