@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..model import Batch, Inputs, Linearization
-from .base import Engine, Work, require_finite_product
-from .cost import KernelShape, autograd_kernel_passes
+from .base import Engine, Work, is_recorded, require_finite_product
+from .cost import KernelShape, autograd_kernel_passes, tile_repeats
 from .differentiation import LinearizedBatch, Parameters, linearize_batch, sample_gradients
 from .factors import Direct
 from .layer_factors import Factors
@@ -90,6 +91,10 @@ class AutogradEngine(Engine):
         """Return what a dense kernel costs, in passes over the samples of its rows."""
         return autograd_kernel_passes(wanted, distinct)
 
+    def kernel_repeats(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return how many times each backward pass of a dense kernel is made, where pairs of tiles meet."""
+        return tile_repeats(self.tile, wanted, distinct)
+
     def diagonal_passes(self, inputs: Inputs, distinct: int) -> float:
         """Return what the diagonal costs: a pass over the samples for each output."""
         return float(distinct)
@@ -121,11 +126,60 @@ class AutogradEngine(Engine):
     def of_outputs(
         self, params: Parameters, inputs: Inputs, outputs: Tensor, compact: bool = False
     ) -> Factors:
-        """Return the gradients of N samples for single outputs, ``(C,)`` numbers."""
+        """Return the gradients of N samples for single outputs, ``(C,)`` numbers.
+
+        Cost: C per-sample passes, or P jvps of the samples where these are fewer.
+        """
+        if self._takes_columns(params, inputs, len(outputs)):
+            return self._by_columns(params, inputs, outputs)
         device, dtype = self.linearization.device, self.linearization.dtype
         unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=dtype, device=device)
         unit[torch.arange(len(outputs)), 0, outputs] = 1
         return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1))
+
+    def _takes_columns(self, params: Parameters, inputs: Inputs, directions: int) -> bool:
+        """Whether J is made column by column, by a jvp of all samples for each entry of the parameters."""
+        # A jvp takes no more than a backward pass, and is not made sample by sample.
+        if self.num_parameters > directions:
+            return False
+        if is_recorded(params, (inputs,), self.linearization.differentiable):
+            return False  # formulas of jvps need not be differentiable themselves
+        how = self.differentiated(columns=True)
+        return how.mode == "forward" and how.columns == "vmap"
+
+    def _by_columns(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> Factors:
+        """Return the gradients of N samples for single outputs. Cost: P jvps."""
+        entries, like = self.num_parameters, torch.empty(0, dtype=self.linearization.dtype)
+        like = like.to(self.linearization.device)
+
+        def part(start: int, stop: int, batch: Batch) -> Tensor:
+            self.linearization.require_independent(inputs, start, params, batch)
+            point = self._linearize(params, batch, True)
+            made = like.new_empty((stop - start, len(outputs), entries))
+
+            def push(first: int, last: int) -> None:
+                units = like.new_zeros((last - first, entries))
+                units[:, first:last].fill_diagonal_(1)
+                made[:, :, first:last] = point.push(self._split(units))[..., outputs].permute(1, 2, 0)
+
+            for _ in parts(entries, self._unit_share(stop - start), push):
+                pass
+            return made
+
+        with torch.no_grad(), self.linearization.safe_context():
+            found = [made for _, _, made in self.over_samples(inputs, part)]
+        tile = found[0] if len(found) == 1 else torch.cat(found)
+        require_finite_product(tile, "J p", self.linearization, outputs)
+        return Factors(len(tile), [], [Direct(_EVERYTHING, tile)])
+
+    def _unit_share(self, count: int) -> Share:
+        """Return how many columns of J go through one pass over ``count`` samples."""
+        share = self.column_share()
+        if share.chosen:
+            return share
+        # The tangents of what a pass computes, in the workspace: small models spend their time on calls.
+        held = max(1, count * self.linearization.activation_bytes + self._parameter_bytes())
+        return replace(share, read=lambda: self._within("columns", max(1, self.workspace_bytes() // held)))
 
     def sweep(self, params: Parameters, inputs: Inputs, outputs: Tensor, rows: int) -> None:
         """Return None: there are no stages."""
@@ -158,7 +212,11 @@ class AutogradEngine(Engine):
         return self.tile_share(directions)
 
     def _summed(
-        self, params: Parameters, watched: Sequence[Tensor | Inputs], work: Work, by_parameter: bool = False
+        self,
+        params: Parameters,
+        watched: Sequence[Tensor | Inputs],
+        work: Work,
+        by_parameter: bool = False,
     ) -> Tensor:
         with self.linearization.full_precision():
             return work(self, params)

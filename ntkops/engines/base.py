@@ -150,6 +150,16 @@ class Engine(EngineSizes):
         """
         raise NotImplementedError
 
+    def kernel_repeats(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return how many times each backward pass of a dense kernel is made, where pairs of tiles meet.
+
+        Args:
+            inputs: Samples of the rows.
+            wanted: The kernel.
+            distinct: Number of distinct outputs in it.
+        """
+        raise NotImplementedError
+
     def allows(self, distinct: int) -> bool:
         """Return whether the user allows as many backward passes as so many outputs take."""
         return True

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _GRAM_ENTRIES = 2**22  # entries of one block of the Gram matrix of positions
+_MANY_POSITIONS = 128  # rows of such a block below which more blocks cost more than they save
 _LENGTH_ENTRIES = 2**20  # entries of gradients that are squared at a time: what stays near the processor
 _SMALL_SAMPLES = 160  # up to which kernels of single outputs go through one batched product
 _SHORT = 1024  # gradients that are copied side by side
@@ -162,6 +163,8 @@ def _add_position_gram(
     other = one if symmetric else _position_rows(pick_right, right)
     r1, r2 = pick_left.shape[2], pick_right.shape[2]
     step = max(1, _GRAM_ENTRIES // max(1, r1 * s1 * n2 * r2 * s2))
+    if symmetric:  # blocks below the diagonal alone: five of eight parts of the work
+        step = min(step, max(-(-n1 // 4), -(-_MANY_POSITIONS // s1)))
     wide = target.dtype if target.device.type == "mps" else torch.float64
     for block, a, b in zip(target, one, other, strict=True):
         for start in range(0, n1, step):

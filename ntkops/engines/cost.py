@@ -13,7 +13,7 @@ and those of the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "kernel_costs",
     "layerwise_kernel_passes",
     "product_costs",
+    "tile_repeats",
     "written_at_once",
 ]
 
@@ -233,6 +234,27 @@ def autograd_kernel_passes(wanted: KernelShape, distinct: int) -> float:
     share = 0.5 if wanted.symmetric else 1.0
     # Per-sample gradients count twice, as they are slower; their products cost 2 P an entry.
     return 2.0 * _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * wanted.left)
+
+
+def tile_repeats(tile: Callable[[int], int], wanted: KernelShape, distinct: int) -> float:
+    """Return how many times each gradient pass of a kernel is made, where tiles of samples meet in pairs.
+
+    With T tiles, passes of the rows are made once, those of the columns for each of them: (1 + T) N rows for
+    two sides, half as many of a symmetric kernel. Where not even two samples fit with all outputs, pairs of G
+    parts of the outputs meet, too: each part is made G times.
+
+    Args:
+        tile: How many samples fit with so many outputs.
+        wanted: The kernel.
+        distinct: Number of distinct outputs in it.
+    """
+    size, few = max(wanted.rows, wanted.columns, 1), min(2, wanted.left)
+    directions = distinct if tile(distinct) >= few else size
+    while directions > 1 and tile(directions) < few:
+        directions = -(-directions // 2)
+    tiles = math.ceil(wanted.left / max(1, tile(directions)))
+    groups = math.ceil(size / directions) if directions < size else 1
+    return groups * (1 + tiles) / 2
 
 
 def layerwise_kernel_passes(

@@ -16,7 +16,7 @@ from ..results import LayerInfo
 from .attribution import CoverageChanged
 from .autograd import AutogradEngine
 from .base import Engine, Linearized, Work, is_recorded, require_finite_product
-from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes
+from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes, tile_repeats
 from .coverage import Coverage, LayerSizes
 from .differentiation import Differentiation, Parameters
 from .factor_cache import FactorCache
@@ -185,6 +185,15 @@ class LayerwiseEngine(Engine):
             return covered
         share = sum(self.linearization.sizes[i] for i in self._source.uncovered) / self.num_parameters
         return covered + share * autograd_kernel_passes(wanted, distinct)
+
+    def kernel_repeats(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
+        """Return how many times each backward pass of a dense kernel is made, where pairs of tiles meet."""
+        if not self._coverage.covered:
+            return tile_repeats(self.fallback.tile, wanted, distinct)
+        distinct, wanted = self._coverage.backwards(distinct), self._coverage.reduced(wanted)
+        if self.over_time or self._source.may_sweep(inputs, distinct):
+            return 1.0
+        return tile_repeats(self._source.tile, wanted, distinct)
 
     def layers(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> tuple[LayerInfo, ...]:
         """Return how each parameter is computed, in the parameters' order.

@@ -134,7 +134,7 @@ class LayerSource:
         That is where the samples or their number of a pass are given, where factors are so few that one tile
         is as good, and where the graph of all samples and the gradients of one stage do not fit.
         """
-        if not self._may_sweep(inputs, len(outputs)):
+        if not self.may_sweep(inputs, len(outputs)):
             return None
         cotangents, known = self._directions(params, inputs, outputs)
         with self.linearization.safe_context():
@@ -155,7 +155,8 @@ class LayerSource:
         found = walk(made.recording, stages, self.coverage.layouts, sent, self.dtype, chunk, check)
         return Sweep.of(stages, self._guarded(found, done))
 
-    def _may_sweep(self, inputs: Inputs, directions: int) -> bool:
+    def may_sweep(self, inputs: Inputs, directions: int) -> bool:
+        """Whether all samples may go through one backward pass, by what is known before it is recorded."""
         count = inputs.num_samples
         factors = count * directions * self.coverage.direction_entries * self.dtype.itemsize
         if factors <= 2 * _STAGE_BYTES or inputs.is_streamed:

@@ -125,6 +125,12 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         return self._column_cost() if self._by_columns() else self._block_cost()
 
     def _block_cost(self) -> float:
+        engine, inputs, distinct = self._core.engine, self._rows.inputs, self._num_distinct()
+        repeats = engine.kernel_repeats(inputs, self._kernel_shape(), distinct)
+        return self._tile_cost() + distinct * (repeats - 1)
+
+    def _tile_cost(self) -> float:
+        """Return what a dense kernel costs that fits into one tile of samples."""
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _factor_passes(self) -> float:

@@ -100,11 +100,11 @@ class KernelStructure:
         if quantity == "diagonal":
             return engine.diagonal_passes(rows.inputs, outputs)
         if self._over_time:
-            return self._kernel._block_cost()
+            return self._kernel._tile_cost()
         size = self.tile_size()
         count, others = (math.ceil(length / size) for length in self.shape[-2:])
         slabs = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
-        return max(0.0, slabs - outputs) + self._kernel._block_cost()
+        return max(0.0, slabs - outputs) + self._kernel._tile_cost()
 
     @property
     def _rows(self) -> StateAxis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -58,7 +59,18 @@ ROUTES = {
     "each": lambda model, x: ntkops.ntk(model, x, outputs="each").to_dense,
     "cross": lambda model, x: ntkops.ntk(model, x, x.flip(0)).to_dense,
     "diagonal": lambda model, x: ntkops.ntk(model, x).diagonal,
+    "product": lambda model, x: partial(torch.matmul, ntkops.ntk(model, x), columns(8)),
+    "product of many columns": lambda model, x: partial(torch.matmul, ntkops.ntk(model, x), columns(200)),
+    "vjp": lambda model, x: partial(torch.matmul, ntkops.jacobian(model, x).mT, columns(3)),
+    "dense by differentiation": lambda model, x: ntkops.ntk(model, x[:4], engine="autograd").to_dense,
+    "product by differentiation": lambda model, x: partial(
+        torch.matmul, ntkops.ntk(model, x, engine="autograd"), columns(8)
+    ),
 }
+
+
+def columns(count: int) -> Tensor:
+    return torch.randn(N * WIDTH, count, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -69,6 +81,19 @@ def test_a_route_stays_inside_the_budget(route, budget, monkeypatch):
     most, result = peak(ROUTES[route](model, x))
     own = result.numel() * result.element_size()
     assert most <= budget + own, f"{most / 2**20:.1f} MiB"
+
+
+def test_products_with_a_small_budget_make_no_kernel_of_many_tiles(budget):
+    """A dense block of N / 2 tiles and one output at a time takes ten times the passes of eight columns."""
+    torch.manual_seed(0)
+    model, x = Deep(), torch.randn(N, 2, SIDE, SIDE)
+    K = ntkops.ntk(model, x)
+    with ntkops.count_passes() as passes, torch.no_grad():
+        found = K @ columns(8)
+    assert passes.total <= 2 * 8
+    ntkops.set_memory_budget(None)
+    exact = ntkops.ntk(model.double(), x.double()).to_dense() @ columns(8).double()
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-6
 
 
 def test_budgets_are_numbers_of_bytes():
