@@ -29,6 +29,7 @@ __all__ = [
     "choose_product",
     "diagonal_costs",
     "kernel_costs",
+    "kernel_reason",
     "layerwise_kernel_passes",
     "product_costs",
     "tile_repeats",
@@ -142,24 +143,33 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
     return costs
 
 
-def _settled(layer: LayerShape, force: KernelRoute | None) -> KernelRoute | None:
-    """Return the way that needs no comparison of costs, if there is one."""
+def _settled(layer: LayerShape, force: KernelRoute | None) -> tuple[KernelRoute, str] | None:
+    """Return the way that needs no comparison of costs, and why, if there is one."""
     if layer.groups > 1:
-        return "gradient"
+        return "gradient", "grouped: gradients alone"
     if force is not None:
-        return force
+        return force, "as chosen"
     if layer.positions == 1:
-        return "gram"
-    return "gradient" if written_at_once(layer) else None
+        return "gram", "no shared weights"
+    return ("gradient", "gradients are no larger than their factors") if written_at_once(layer) else None
 
 
 def choose_kernel(layer: LayerShape, wanted: KernelShape, force: KernelRoute | None = None) -> KernelRoute:
     """Return the cheaper way to a kernel, or the forced one; without shared weights always Gram matrices."""
     settled = _settled(layer, force)
     if settled is not None:
-        return settled
+        return settled[0]
     costs = kernel_costs(layer, wanted)
     return min(costs, key=lambda route: costs[route])
+
+
+def kernel_reason(layer: LayerShape, wanted: KernelShape, force: KernelRoute | None = None) -> str:
+    """Return why `choose_kernel` takes its way, for whoever reads the table of layers."""
+    settled = _settled(layer, force)
+    if settled is not None:
+        return settled[1]
+    costs = kernel_costs(layer, wanted)
+    return ", ".join(f"{route} {cost / 1e9:.2g} GFLOP" for route, cost in sorted(costs.items()))
 
 
 def diagonal_costs(layer: LayerShape) -> dict[DiagonalRoute, float]:
@@ -179,7 +189,7 @@ def choose_diagonal(layer: LayerShape, force: DiagonalRoute | None = None) -> Di
     """Return the cheaper way to the diagonal, or the forced one; without shared weights lengths multiply."""
     settled = _settled(layer, force)
     if settled is not None:
-        return settled
+        return settled[0]
     costs = diagonal_costs(layer)
     return min(costs, key=lambda route: costs[route])
 

@@ -8,7 +8,7 @@ import torch
 
 from ..model import Inputs
 from ..results import LayerInfo
-from .cost import KernelShape, choose_diagonal, choose_kernel, choose_product
+from .cost import KernelShape, choose_diagonal, choose_kernel, choose_product, kernel_reason
 from .coverage import LayerSizes
 from .source import LayerSource
 from .units import Unit
@@ -38,7 +38,8 @@ def describe_layers(
     }
     for index in source.uncovered:
         name = source.linearization.names[index]
-        lines[index, 0] = LayerInfo(name, "none", "autograd", "autograd", "autograd", "autograd", 0)
+        why = source.coverage.reasons.get(index, "")
+        lines[index, 0] = LayerInfo(name, "none", "autograd", "autograd", "autograd", "autograd", 0, why=why)
     return tuple(lines[key] for key in sorted(lines))
 
 
@@ -52,7 +53,8 @@ def _line(
     bias = None if unit.bias is None else names[unit.bias.index]
     rule = _rule(source, unit)
     if shape is None:
-        return LayerInfo(name, rule, "direct", "gradient", "gradient", "gradient", 0, bias)
+        why = "gradients are small"
+        return LayerInfo(name, rule, "direct", "gradient", "gradient", "gradient", 0, bias, why)
     options = source.options
     tail = source.coverage.tail
     return LayerInfo(
@@ -64,6 +66,7 @@ def _line(
         choose_product(shape, whole.left, whole.right, directions, options.product),
         shape.positions,
         bias,
+        kernel_reason(shape, tile, options.kernel),
     )
 
 

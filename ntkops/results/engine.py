@@ -29,6 +29,7 @@ class LayerInfo:
         positions: Number of positions (pixels, time steps, calls) of one sample that share it; 0 where
             its gradients are written down.
         bias: Name of the bias that is computed together with it, if any.
+        why: Why dense kernels take their route: the operations of each way, or what leaves no choice.
     """
 
     parameter: str
@@ -39,6 +40,7 @@ class LayerInfo:
     product_route: str
     positions: int
     bias: str | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class EngineInfo:
             f"{self.max_dense_bytes} bytes{'; products from a dense block' if self.dense else ''}"
         )
         lines += [
-            f"  {layer.parameter}: {layer.rule}; kernel by {layer.kernel_route}, diagonal by "
-            f"{layer.diagonal_route}, products by {layer.product_route}"
+            f"  {layer.parameter}: {layer.rule}; kernel by {layer.kernel_route}"
+            f"{f' ({layer.why})' if layer.why else ''}, diagonal by {layer.diagonal_route}, products by "
+            f"{layer.product_route}"
             for layer in self.layers
         ]
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])

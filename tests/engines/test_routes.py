@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,8 +75,10 @@ def test_the_table_shows_every_parameter_once_and_what_is_done_with_it():
     info = ntkops.ntk(case.make(), case.data(3)).engine_info
     weight, bias, head = info.layers
     autograd = LayerInfo("layer.weight", "none", "autograd", "autograd", "autograd", "autograd", 0)
-    assert weight == autograd
-    assert bias == LayerInfo("layer.bias", "linear", "direct", "gradient", "gradient", "gradient", 0)
+    assert replace(weight, why="") == autograd and weight.why == "no rule for square"
+    direct = LayerInfo("layer.bias", "linear", "direct", "gradient", "gradient", "gradient", 0)
+    assert replace(bias, why="") == direct and bias.why == "gradients are small"
+    assert head.why == "no shared weights"
     assert (head.parameter, head.bias, head.rule, head.positions) == ("head.weight", "head.bias", "linear", 1)
     assert head.kind == "outer" and head.kernel_route == head.diagonal_route == "gram"
     assert info.covered == ("layer.bias", "head.weight", "head.bias")
@@ -86,6 +89,9 @@ def test_the_table_shows_positions_and_rows():
     layers = ntkops.ntk(model, torch.ones(4, 2, 6, 6).double()).engine_info.layers
     assert [layer.parameter for layer in layers] == ["0.weight", "1.weight", "1.bias", "3.weight"]
     assert [layer.positions for layer in layers] == [16, 0, 0, 1]
+    assert layers[0].why.startswith("gradient ") and ", gram " in layers[0].why
+    forced = ntkops.ntk(model, torch.ones(4, 2, 6, 6).double(), engine=ntkops.Layerwise("gram")).engine_info
+    assert forced.layers[0].why == "as chosen"
     assert [layer.rule for layer in layers] == ["convolution", "group_norm", "group_norm", "linear"]
     case = BY_NAME["encoder-eval"]
     names = [layer.parameter for layer in ntkops.ntk(case.make(), case.data(3)).engine_info.layers]
