@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _kernel_peers import layer_hooks
 from _measure import environment
 from _peers import attention_with_derivatives
 from _real_models import REAL_CASES, RealCase
@@ -108,6 +109,39 @@ def _looped(model: nn.Module, x: Tensor, block: Tensor) -> Tensor:
         return torch.stack([torch.func.jvp(forward, (params,), (pull(v)[0],))[1] for v in block.mT], 1)
 
 
+def _hooked(model: nn.Module, x: Tensor) -> Tensor:
+    """The kernel by NNGeometry, from hooks on layers; it knows linear layers, convolutions and some norms."""
+    return layer_hooks(model, x)()
+
+
+def _curvature(model: nn.Module, x: Tensor, block: Tensor) -> Tensor:
+    """K V by the Jacobian operators of curvlinops."""
+    from curvlinops import JacobianLinearOperator, TransposedJacobianLinearOperator
+
+    params = [p for p in model.parameters() if p.requires_grad]
+    data = [(x, x)]
+    sizes = {"check_deterministic": False}
+    with attention_with_derivatives():
+        pull = TransposedJacobianLinearOperator(model, params, data, **sizes)
+        push = JacobianLinearOperator(model, params, data, **sizes)
+        return push @ (pull @ block)
+
+
+def _peer(
+    entry: dict[str, Any], name: str, work: Callable[[], Tensor], exact: Tensor, device: torch.device
+) -> None:
+    """Note what another library takes, or why it takes nothing: it refuses the model, or is wrong on it."""
+    try:
+        found, taken = _once(work, device)
+    except Exception as error:
+        entry[name] = {"left_out": (str(error).strip().splitlines() or [type(error).__name__])[0][:120]}
+        return
+    distance = float((found.double() - exact).norm() / exact.norm())
+    if not distance < 1e-2:
+        taken = {"left_out": f"differs by {distance:.1g}"}
+    entry[name] = taken
+
+
 def _error(model: nn.Module, x: Tensor, found: Tensor) -> float:
     """Return the relative error of the block of the first two samples against float64."""
     exact = _contracted(
@@ -115,6 +149,15 @@ def _error(model: nn.Module, x: Tensor, found: Tensor) -> float:
     )
     part = found[: len(exact), : len(exact)].double()
     return float(f"{float((part - exact).norm() / exact.norm()):.2g}")
+
+
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Import, on a network of no size, what is imported with the first kernel of a process."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).to(device, dtype)
+    x = torch.ones(2, 2, dtype=dtype, device=device)
+    ntkops.ntk(model, x).to_dense()
+    _contracted(model, x, "all")
+    _looped(model, x, x[:, :1])
 
 
 def measure(
@@ -141,6 +184,7 @@ def measure(
         "samples": len(x),
         "dtype": str(dtype)[6:],
     }
+    _warm_up(device, dtype)
     kernel, entry["make"] = _once(lambda: ntkops.ntk(model, x), device)
     entry["parameters"] = kernel.num_parameters
     with torch.no_grad():
@@ -159,10 +203,13 @@ def measure(
         for kind, name in (("all", "dense"), ("trace", "trace"), ("scalar", "scalar")):
             found, entry[f"torch.func {name}"] = _once(lambda kind=kind: _contracted(model, x, kind), device)
             if kind == "all":
-                wanted = found.double() @ block.double()
+                exact = found.double()
+                wanted = exact @ block.double()
                 entry["agreement"] = float(f"{float((product - wanted).norm() / wanted.norm()):.2g}")
             del found
         _, entry["loop K V"] = _once(lambda: _looped(model, x, block), device)
+        _peer(entry, "nngeometry dense", lambda: _hooked(model, x), exact, device)
+        _peer(entry, "curvlinops K V", lambda: _curvature(model, x, block), wanted, device)
     return entry
 
 
@@ -207,17 +254,26 @@ def run(
     }
 
 
+def _seconds(taken: dict[str, Any] | None) -> str:
+    if taken is None:
+        return "-"
+    if "left_out" in taken:
+        return "wrong" if taken["left_out"].startswith("differs") else "refused"
+    return f"{taken['seconds']:.3g}"
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
     lines = [
         "| network | N | P | K made | dense, first (again) | torch.func | ratio with, without making K "
-        "| peak MB | torch.func | error | traced ratio | K V, first: s (MB) | loop |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| peak MB | torch.func | error | traced ratio | exact trace | NNGeometry, dense "
+        "| K V, first: s (MB) | loop | curvlinops |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for entry in result["entries"]:
         func, loop = entry.get("torch.func dense"), entry.get("loop K V")
         make, dense, again = (entry[key]["seconds"] for key in ("make", "dense", "dense again"))
-        shown = ["-"] * 5
+        shown = ["-"] * 6
         if func and loop:
             seconds = func["seconds"]
             traced = entry["torch.func trace"]["seconds"] / entry["trace"]["seconds"]
@@ -226,6 +282,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{seconds / (make + dense):.2f}, {seconds / again:.2f}",
                 f"{func['peak_mb']}",
                 f"{traced:.2f}",
+                f"{entry['torch.func scalar']['seconds'] / entry['scalar']['seconds']:.2f}",
                 f"{loop['seconds']:.3g}",
             ]
         product = entry["K V"]
@@ -239,9 +296,11 @@ def markdown(result: dict[str, Any]) -> str:
             str(entry["dense"]["peak_mb"]),
             shown[2],
             f"{entry['error']:.1e}",
-            shown[3],
+            *shown[3:5],
+            _seconds(entry.get("nngeometry dense")),
             f"{product['seconds']:.3g} ({product['peak_mb']})",
-            shown[4],
+            shown[5],
+            _seconds(entry.get("curvlinops K V")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
