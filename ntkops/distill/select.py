@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -32,7 +32,7 @@ _STARTS = 8  # starts of k-medoids
 def select(
     K: Kernels,
     s: int,
-    method: str = "rpcholesky",
+    method: Literal["random", "leverage", "kmedoids", "fps", "rpcholesky", "greedy"] = "rpcholesky",
     *,
     Y: Tensor | None = None,
     ridge: float = 1e-4,

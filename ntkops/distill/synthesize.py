@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -35,7 +35,7 @@ _STARTS = 8  # starts of k-means where the dense kernel makes them cheap
 def synthesize(
     K: Kernels,
     s: int,
-    method: str = "krylov",
+    method: Literal["pca", "kmeans", "krylov", "galerkin", "als"] = "krylov",
     *,
     Y: Tensor | None = None,
     ridge: float = 1e-4,

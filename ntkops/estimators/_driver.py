@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,13 +28,27 @@ from ._quantities import Quantity
 from ._request import Operand, Request
 from ._stratified import Stratified
 
-__all__ = ["NORM_METHODS", "PAIR_METHODS", "TRACE_METHODS", "Plan", "Sampler", "estimate", "run"]
+__all__ = [
+    "NORM_METHODS",
+    "PAIR_METHODS",
+    "TRACE_METHODS",
+    "NormMethod",
+    "PairMethod",
+    "Plan",
+    "Sampler",
+    "TraceMethod",
+    "estimate",
+    "run",
+]
 
-_FIRST_CHOICES = ("exact", "stratified", "sketch")
-_PRODUCTS = ("ntk-hutch++", "hutch++", "hutchinson")
-TRACE_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "rhutch", "fhutch")
-NORM_METHODS = (*_FIRST_CHOICES, "xtrace", *_PRODUCTS, "reverse", "forward")
-PAIR_METHODS = (*_FIRST_CHOICES, *_PRODUCTS, "reverse", "forward")
+_First = Literal["auto", "exact", "stratified", "sketch"]
+_Product = Literal["ntk-hutch++", "hutch++", "hutchinson"]
+TraceMethod = Literal[_First, Literal["xtrace"], _Product, Literal["rhutch", "fhutch"]]
+NormMethod = Literal[_First, Literal["xtrace"], _Product, Literal["reverse", "forward"]]
+PairMethod = Literal[_First, _Product, Literal["reverse", "forward"]]
+TRACE_METHODS, NORM_METHODS, PAIR_METHODS = (
+    get_args(kind)[1:] for kind in (TraceMethod, NormMethod, PairMethod)
+)
 
 _FIRST = 24  # columns before the error is looked at for the first time
 _PARTS_WORK = 2.0  # of a per-sample pass where the Gram matrix is made of pairs of parts

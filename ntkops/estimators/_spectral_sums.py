@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
@@ -23,9 +24,18 @@ from ..spectra import FunctionTrace, function_trace
 from ._request import Operand, Request, require_finite
 from .eigsh import eigenvalues_by_tiles, members
 
-__all__ = ["METHODS", "Options", "SpectralSum", "absolute_ridge", "added_diagonal", "spectral_sum"]
+__all__ = [
+    "METHODS",
+    "Options",
+    "SpectralSum",
+    "SumMethod",
+    "absolute_ridge",
+    "added_diagonal",
+    "spectral_sum",
+]
 
-METHODS = ("exact", "slq")
+SumMethod = Literal["auto", "exact", "slq"]
+METHODS = get_args(SumMethod)[1:]
 
 _DENSE = 2048  # rows up to which all eigenvalues are computed at once where tiles are cheap
 _USUAL = 800  # products that an estimate may well take

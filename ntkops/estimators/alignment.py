@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..operators.centred import centred
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
-from ._driver import PAIR_METHODS, estimate
+from ._driver import PAIR_METHODS, PairMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import ALIGNMENT
 from ._request import operands
@@ -30,7 +30,7 @@ def alignment(
     center: Literal["samples"] | None = None,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: PairMethod = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
     differentiable: bool = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -28,7 +30,7 @@ def diagonal(
     *,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: Literal["auto", "exact", "hutchinson", "fhutch"] = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Estimate:

@@ -10,7 +10,7 @@ from ..arguments import checked
 from ..errors import InputError
 from ..results import Estimate
 from ._request import Operand, Request
-from ._spectral_sums import METHODS, Options, SpectralSum, absolute_ridge, spectral_sum
+from ._spectral_sums import METHODS, Options, SpectralSum, SumMethod, absolute_ridge, spectral_sum
 
 __all__ = ["effective_dimension"]
 
@@ -25,7 +25,7 @@ def effective_dimension(
     atol: float = 0.0,
     num_passes: int | None = None,
     deflation: int | None = None,
-    method: str = "auto",
+    method: SumMethod = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Estimate:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
-from ._driver import NORM_METHODS, estimate
+from ._driver import NORM_METHODS, NormMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import EFFECTIVE_RANK
 from ._request import operands
@@ -25,7 +25,7 @@ def effective_rank(
     *,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: NormMethod = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
     differentiable: bool = False,

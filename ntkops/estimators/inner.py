@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
-from ._driver import PAIR_METHODS, estimate
+from ._driver import PAIR_METHODS, PairMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import INNER
 from ._request import operands
@@ -26,7 +26,7 @@ def inner(
     *,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: PairMethod = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
     differentiable: bool = False,

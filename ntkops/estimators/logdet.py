@@ -11,7 +11,15 @@ from torch import Tensor
 from ..arguments import checked
 from ..results import Estimate
 from ._request import Operand, Request
-from ._spectral_sums import METHODS, Options, SpectralSum, absolute_ridge, added_diagonal, spectral_sum
+from ._spectral_sums import (
+    METHODS,
+    Options,
+    SpectralSum,
+    SumMethod,
+    absolute_ridge,
+    added_diagonal,
+    spectral_sum,
+)
 
 __all__ = ["logdet"]
 
@@ -26,7 +34,7 @@ def logdet(
     atol: float = 0.0,
     num_passes: int | None = None,
     deflation: int | None = None,
-    method: str = "auto",
+    method: SumMethod = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -38,7 +38,7 @@ def partial_trace(
     shape: Sequence[int] | None = None,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: Literal["auto", "exact", "hutchinson", "stratified"] = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Estimate:

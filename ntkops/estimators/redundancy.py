@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from linear_operator.operators import LinearOperator, RootLinearOperator, to_linear_operator
@@ -31,7 +32,7 @@ def data_redundancy(
     epsilon: float = 0.05,
     *,
     tol: float | None = None,
-    method: str = "auto",
+    method: Literal["auto", "dense", "lanczos"] = "auto",
     max_products: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -108,7 +109,7 @@ def parameter_redundancy(
     *,
     num_parameters: int | None = None,
     tol: float | None = None,
-    method: str = "auto",
+    method: Literal["auto", "dense", "lanczos"] = "auto",
     max_products: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -46,7 +46,7 @@ def spectral_density(
     grid: Tensor | None = None,
     bandwidth: float | None = None,
     scale: str = "linear",
-    method: str = "auto",
+    method: Literal["auto", "exact", "slq"] = "auto",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SpectralDensity:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..results import Estimate
 from ._differentiable import differentiable_estimate
-from ._driver import TRACE_METHODS, estimate
+from ._driver import TRACE_METHODS, TraceMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import TRACE
 from ._request import operands
@@ -25,7 +25,7 @@ def trace(
     *,
     rtol: float | None = None,
     num_passes: int | None = None,
-    method: str = "auto",
+    method: TraceMethod = "auto",
     orthogonalize: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,

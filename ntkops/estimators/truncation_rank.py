@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -28,7 +29,7 @@ def truncation_rank(
     epsilon: float = 0.05,
     *,
     tol: float | None = None,
-    method: str = "auto",
+    method: Literal["auto", "dense", "lanczos"] = "auto",
     max_products: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 import torch
 from linear_operator.operators import LinearOperator, ZeroLinearOperator
@@ -68,6 +68,23 @@ class Expression(LinearOperator):
             "device": self.device,
         }
         return facts_html(type(self).__name__, facts)
+
+    if TYPE_CHECKING:  # what linear_operator, which has no annotations, gives
+        shape: torch.Size
+
+        @property
+        def dtype(self) -> torch.dtype: ...  # noqa: D102
+        @property
+        def device(self) -> torch.device: ...  # noqa: D102
+        @overload
+        def __matmul__(self, other: Tensor) -> Tensor: ...
+        @overload
+        def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+        def __matmul__(self, other: Any) -> Any: ...  # noqa: D105
+
+        def to_dense(self) -> Tensor: ...  # noqa: D102
+
+        def diagonal(self, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor: ...  # noqa: D102
 
     # NumPy leaves numpy_number * K to K, instead of turning K into an array first.
     __array_ufunc__ = None

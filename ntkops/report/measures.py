@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,7 +17,8 @@ from .subjects import Subject
 
 __all__ = ["Convergence", "KernelReport", "Report", "Settings", "build", "number_of_steps"]
 
-_TRACE_METHODS = ("hutchinson", "hutch++", "rhutch", "fhutch")
+_TraceMethod = Literal["hutchinson", "hutch++", "rhutch", "fhutch"]
+_TRACE_METHODS: tuple[_TraceMethod, ...] = get_args(_TraceMethod)
 _WARM_UP = 16  # columns
 _MOST_CLASSES = 32  # above that, outputs are hardly classes, and their spectra no longer a picture
 

@@ -107,8 +107,10 @@ class EngineInfo:
             )
             for layer in self.layers
         ]
-        facts = {"samples a pass": self.batch_size, "columns a pass": self.chunk_size}
-        reasons = {f"reason {number}": reason for number, reason in enumerate(self.reasons, 1)}
+        facts: dict[str, object] = {"samples a pass": self.batch_size, "columns a pass": self.chunk_size}
+        reasons: dict[str, object] = {
+            f"reason {number}": reason for number, reason in enumerate(self.reasons, 1)
+        }
         return facts_html(title, facts | reasons) + (table_html(header, rows) if rows else "")
 
     @property
