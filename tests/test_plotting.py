@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+import ntkops
 from ntkops import plotting
 from ntkops.errors import EstimateError, NonFiniteError, NtkopsError, ShapeError
 from ntkops.results import Eigenpairs, Estimate, TruncationRank
@@ -204,7 +205,46 @@ def test_error_against_passes_draws_root_mean_squares_and_reported_errors() -> N
 def test_error_of_a_negative_quantity_and_of_none_at_all() -> None:
     curve = [estimate(-110.0, 1.0, 4), estimate(-100.0, 0.0, 8)]
     ax = plotting.plot_error_against_passes({"a": curve}, -100.0, axes(), predicted=False)
-    assert np.allclose(ax.get_lines()[0].get_ydata(), [0.1, np.finfo(float).eps])
+    assert np.allclose(ax.get_lines()[0].get_ydata(), [0.1])
+    assert legend(ax) == ["a (exact with 8 passes)"]
+
+
+def test_a_short_spectrum_leaves_the_ticks_of_a_long_one() -> None:
+    ax = plotting.plot_spectrum(torch.logspace(0, -6, 80), axes())
+    before = ax.xaxis.get_major_locator()
+    plotting.plot_spectrum(torch.logspace(0, -3, 20), ax)
+    assert ax.get_xscale() == "log" and ax.xaxis.get_major_locator() is before
+    swapped = plotting.plot_spectrum(torch.logspace(0, -3, 20), axes())
+    plotting.plot_spectrum(torch.logspace(0, -6, 80), swapped)
+    assert swapped.get_xscale() == "log" and len(swapped.get_xticks()) < 20
+
+
+def overlaps(ax: Axes) -> bool:
+    """Whether two names under an axis lie on each other."""
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    return any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("count", [3, 10, 24, 100])
+@pytest.mark.parametrize("named", [False, True])
+def test_names_of_classes_never_overlap(count: int, named: bool) -> None:
+    names = [f"class {c}" for c in range(count)] if named and count < 50 else None
+    ax = plotting.plot_truncation_ranks({"before": range(1, count + 1)}, axes(), labels=names)
+    assert not overlaps(ax)
+
+
+def test_a_kernel_may_be_an_operator_or_a_partial_trace_with_named_classes() -> None:
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    K = ntkops.ntk(model, x)
+    (image,) = plotting.plot_kernel(K, axes()).get_images()
+    assert np.allclose(image.get_array(), K.to_dense().detach())
+    traced = ntkops.partial_trace(K, over="samples")
+    ax = plotting.plot_kernel(traced, axes(), labels=["cat", "dog"])
+    assert np.allclose(ax.get_images()[0].get_array(), traced.value)
+    assert [text.get_text() for text in (*ax.get_yticklabels(), *ax.get_xticklabels())] == ["cat", "dog"] * 2
+    with pytest.raises(ShapeError, match="2 rows, but there are 3 labels"):
+        plotting.plot_kernel(traced, labels=["a", "b", "c"])
 
 
 def test_kernel_has_a_colour_scale_that_shows_where_zero_is() -> None:

@@ -61,7 +61,8 @@ def plot_error_against_passes(
     """Draw relative errors against the passes that were really made, one line for each method.
 
     Estimates of one method with the same number of passes are repetitions: the line goes through the root
-    mean square of their errors, which is what a standard error predicts.
+    mean square of their errors, which is what a standard error predicts. Estimates without any error have no
+    place on a logarithmic axis: the legend names the fewest passes that gave one.
 
     Args:
         estimates: Name of a method to scalar estimates with any numbers of passes.
@@ -82,15 +83,26 @@ def plot_error_against_passes(
     if not exact or not estimates or not all(estimates.values()):
         raise ShapeError("relative errors need a reference that is not zero and an estimate for each method")
     ax = new_axes(ax)
-    passes = {name: np.array([e.passes for e in repeated]) for name, repeated in estimates.items()}
     for position, (name, repeated) in enumerate(estimates.items()):
+        passes = np.array([e.passes for e in repeated])
         errors = np.array([abs(float(e) - exact) for e in repeated]) / abs(exact)
+        groups, means = _root_mean_squares(passes, errors)
+        drawn = (means > 0) & (groups > 0)  # neither no error nor no pass has a place on a logarithmic axis
+        label = name if (means > 0).all() else f"{name} (exact with {groups[means == 0][0]} passes)"
         style = {**line_style(position), "marker": marker(position), "markersize": 5, **kwargs}
-        ax.plot(*_root_mean_squares(passes[name], errors), label=name, **style)
+        ax.plot(groups[drawn], means[drawn], label=label, **style)
         if predicted:
             reported = np.array([float(e.stderr) for e in repeated]) / abs(exact)
-            drawn = _root_mean_squares(passes[name], reported)
-            ax.plot(*drawn, color=style["color"], linestyle=":", linewidth=1, label="_reported")
+            _, means = _root_mean_squares(passes, reported)
+            drawn = (means > 0) & (groups > 0)
+            ax.plot(
+                groups[drawn],
+                means[drawn],
+                color=style["color"],
+                linestyle=":",
+                linewidth=1,
+                label="_reported",
+            )
     if predicted:
         ax.plot([], [], color="0.4", linestyle=":", linewidth=1, label="standard error as reported")
     ax.set_xscale("log", base=2)
@@ -107,4 +119,4 @@ def _root_mean_squares(passes: np.ndarray, errors: np.ndarray) -> tuple[np.ndarr
     """Return the distinct numbers of passes, and the root mean square of the errors with each."""
     groups = np.unique(passes)
     means = np.array([np.sqrt(np.mean(errors[passes == count] ** 2)) for count in groups])
-    return groups, np.maximum(means, np.finfo(float).eps)  # no error at all has no place on a log axis
+    return groups, means

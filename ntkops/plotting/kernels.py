@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..results import Estimate
 from ._axes import finite_array, new_axes
 
 if TYPE_CHECKING:
@@ -17,25 +18,42 @@ if TYPE_CHECKING:
 __all__ = ["plot_kernel"]
 
 
-def plot_kernel(matrix: Tensor | Sequence[Sequence[float]], ax: Axes | None = None, **kwargs: Any) -> Axes:
-    """Draw a dense block of a kernel as an image; the colours start at zero, or are symmetric around it.
+def plot_kernel(
+    matrix: Any,
+    ax: Axes | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw a kernel, or a block of one, as an image; the colours start at zero, or are symmetric around it.
 
     Args:
-        matrix: ``(r, c)`` entries, such as ``K[:50, :50].to_dense()``.
+        matrix: ``(r, c)`` entries: a tensor, an operator such as ``K[:50, :50]``, which is made dense, or an
+            `Estimate` of a matrix, such as ``ntkops.partial_trace(K, over="samples")``.
         ax: Axes to draw on; None for new ones.
+        labels: r names of the rows, and of the columns where these are as many, such as the classes; None for
+            numbers.
         **kwargs: For `matplotlib.axes.Axes.imshow`.
 
     Returns:
         The axes.
 
     Raises:
-        ShapeError: If the entries are not a matrix.
+        ShapeError: If the entries are not a matrix, or its rows do not number as the labels.
+        DenseMemoryError: If an operator is too large to be made dense.
         NonFiniteError: If one is not finite.
         MissingDependencyError: If matplotlib is missing.
     """
+    if isinstance(matrix, Estimate):
+        matrix = matrix.value
+    elif hasattr(matrix, "to_dense") and not isinstance(matrix, Tensor):
+        matrix = matrix.to_dense()
     entries = finite_array(matrix, "the matrix")
     if entries.ndim != 2 or not entries.size:
         raise ShapeError(f"an image needs a matrix, got shape {entries.shape}")
+    names = None if labels is None else [str(name) for name in labels]
+    if names is not None and len(names) != len(entries):
+        raise ShapeError(f"the matrix has {len(entries)} rows, but there are {len(names)} labels")
     ax = new_axes(ax)
     top = float(np.abs(entries).max()) or 1.0
     signed = bool((entries < 0).any())
@@ -44,4 +62,8 @@ def plot_kernel(matrix: Tensor | Sequence[Sequence[float]], ax: Axes | None = No
     ax.figure.colorbar(image, ax=ax, label="entry of K", shrink=0.8)
     ax.set_xlabel("column")
     ax.set_ylabel("row")
+    if names is not None:
+        ax.set_yticks(range(len(names)), names)
+        if entries.shape[1] == len(names):
+            ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
     return ax

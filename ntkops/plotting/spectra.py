@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_class_spectra", "plot_spectrum", "plot_truncation_ranks"]
 
+_MOST_LETTERS, _MOST_NUMBERS = 50, 16  # below an axis of the usual width
+
 
 def _draw_spectrum(
     ax: Axes, values: np.ndarray, label: str | None, style: dict[str, Any], say_hidden: bool = True
@@ -34,7 +36,7 @@ def _finish_spectrum(ax: Axes, count: int, ylabel: str) -> None:
     logarithmic(ax, np.concatenate(drawn) if drawn else np.empty(0))
     if count > 50:
         ax.set_xscale("log")
-    else:
+    elif ax.get_xscale() == "linear":  # a longer spectrum may be there already: its ticks stay
         from matplotlib.ticker import MaxNLocator
 
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -104,6 +106,14 @@ def plot_spectrum(
     share = r"share of the sum, $\lambda_i / \sum_j \lambda_j$"
     _finish_spectrum(ax, values.size, share if relative else r"eigenvalue $\lambda_i$")
     return ax
+
+
+def _name_classes(ax: Axes, names: Sequence[str]) -> None:
+    """Write names under the classes, upright where they would overlap; too many numbers, sparsely."""
+    step = -(-len(names) // _MOST_NUMBERS) if all(map(str.isdigit, names)) else 1
+    upright = max(map(len, names)) * len(names) > _MOST_LETTERS and step == 1
+    shown = range(0, len(names), step)
+    ax.set_xticks(list(shown), [names[c] for c in shown], rotation=90 if upright else 0)
 
 
 def plot_class_spectra(
@@ -196,7 +206,7 @@ def plot_truncation_ranks(
         ax.bar(classes + shift, values, width, label=name, **style)
     if limit is not None:
         ax.axhline(limit, color="0.4", linestyle=":", label=f"size of the kernel ({limit})")
-    ax.set_xticks(classes, [str(c) for c in classes] if labels is None else list(labels))
+    _name_classes(ax, [str(c) for c in classes] if labels is None else list(labels))
     ax.set_xlabel("class")
     ax.set_ylabel("truncation rank (number of eigenvalues)")
     ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
