@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["facts_html", "table_html"]
@@ -21,7 +20,7 @@ def table_html(header: Sequence[object], rows: Iterable[Sequence[object]], title
     """
     lines = ["<table>"]
     if title:
-        lines.append(f"<caption>{html.escape(title)}</caption>")
+        lines.append(f"<caption>{_escaped(title)}</caption>")
     lines.append("<thead>" + _row(header, "th") + "</thead><tbody>")
     lines += [_row(row, "td") for row in rows]
     return "\n".join([*lines, "</tbody></table>"])
@@ -38,12 +37,18 @@ def facts_html(title: str, facts: Mapping[str, object]) -> str:
         HTML.
     """
     rows = [
-        f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th scope='row'>{_escaped(name)}</th><td>{_escaped(value)}</td></tr>"
         for name, value in facts.items()
         if value is not None
     ]
-    return "\n".join([f"<table><caption>{html.escape(title)}</caption><tbody>", *rows, "</tbody></table>"])
+    return "\n".join([f"<table><caption>{_escaped(title)}</caption><tbody>", *rows, "</tbody></table>"])
+
+
+def _escaped(value: object) -> str:
+    from html import escape  # which no import of the package needs
+
+    return escape(str(value))
 
 
 def _row(cells: Sequence[object], kind: str) -> str:
-    return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{kind}>{_escaped(cell)}</{kind}>" for cell in cells) + "</tr>"
