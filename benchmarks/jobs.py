@@ -19,7 +19,7 @@ import torch
 from _measure import environment, interleaved, one_thread, ratio
 from _tables import fill
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import ntkops
 
@@ -168,6 +168,74 @@ def pinn(count: int) -> Callable[[bool], tuple[Work, Work]]:
     return make
 
 
+def written_down(model: nn.Module, *x: Tensor) -> Tensor:
+    """Return J of all outputs of one call, ``(outputs, P)``, by torch.func."""
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    parts = jacrev(lambda p: functional_call(model, p, x).flatten())(params)
+    return torch.cat([part.flatten(1) for part in parts.values()], dim=1)
+
+
+class Convolutions(nn.Module):
+    """Two graph convolutions, outputs (nodes, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return adjacency @ self.last(torch.relu(adjacency @ self.first(x)))
+
+
+def graph(quick: bool) -> tuple[Work, Work]:
+    """Return the kernel of all nodes and classes of one graph."""
+    torch.manual_seed(0)
+    model, nodes = Convolutions().double(), 20 if quick else 250
+    linked = (torch.rand(nodes, nodes) < 0.05) | torch.eye(nodes).bool()
+    adjacency = linked.double() / linked.sum(1, keepdim=True)
+    x = torch.randn(nodes, 32, dtype=torch.float64)
+    point = ntkops.linearize(model, batch_dim=None)
+
+    def plain() -> Tensor:
+        J = written_down(model, x, adjacency)
+        return J @ J.mT
+
+    return lambda: ntkops.ntk(point, (x, adjacency)).to_dense(), plain
+
+
+class Tagger(nn.Module):
+    """A small transformer, outputs (samples, positions, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.tags = nn.Embedding(50, 32), nn.Linear(32, 3)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
+        return self.tags(self.layer(self.words(tokens), src_key_padding_mask=~real))
+
+
+def padded(sequences: list[Tensor]) -> dict[str, Tensor]:
+    """Pad token numbers with zeros, which are no token."""
+    tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return {"tokens": tokens, "real": tokens != 0}
+
+
+def unlike_lengths(quick: bool) -> tuple[Work, Work]:
+    """Return the kernel of sequences of 4 to 24 tokens, padded in batches, against one after the other."""
+    torch.manual_seed(0)
+    model = Tagger().double()
+    lengths = torch.randint(4, 25, (4 if quick else 48,)).tolist()
+    sequences = [torch.randint(1, 50, (length,)) for length in lengths]
+    point = ntkops.linearize(model)
+    batches = ntkops.Batches(sequences, 8, collate=padded, mask="real")
+
+    def plain() -> Tensor:
+        J = torch.cat([written_down(model, *padded([one]).values()) for one in sequences])
+        return J @ J.mT
+
+    return lambda: ntkops.ntk(point, batches).to_dense(), plain
+
+
 JOBS = {
     "partition": Job("partition of a 9-layer CNN, against one kernel's sweep", 1.3, partition, 1e-6),
     "compare": Job("traces of 12 small CNNs, 4 jvps each, against torch.func", 2.0, compare, 0.5),
@@ -175,6 +243,10 @@ JOBS = {
         "kernel of a PINN, second derivatives, N = 400, against torch.func", 1.5, pinn(400), 1e-10
     ),
     "pinn_60": Job("kernel of a PINN, second derivatives, N = 60, against torch.func", 3.0, pinn(60), 1e-10),
+    "graph": Job("node kernel of a GCN, 250 nodes, 4 classes, against torch.func", 2.0, graph, 1e-10),
+    "unlike_lengths": Job(
+        "kernel of 48 sequences of 4 to 24 tokens, against torch.func", 3.0, unlike_lengths, 1e-10
+    ),
 }
 
 

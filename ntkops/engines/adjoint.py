@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import DifferentiationError
 from ..model import Batch, Linearization
-from ..model.output import sample_rows
 from ..model.rounding import neighbours
 from .differentiation import LinearizedBatch, Mode, Parameters, linearize_batch
 
@@ -152,7 +151,7 @@ def _reach(linearization: Linearization, params: Parameters, batch: Batch, cotan
     ]
     with torch.enable_grad():
         state = linearization.raw_state(leaves[: len(selected)], batch, constants=leaves[len(selected) :])
-        rows = sample_rows(state, linearization.batch_dim, params[0].dtype)
+        rows = linearization.rows_of(state, batch, params[0].dtype)
     along = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(rows, along, cotangent[0], allow_unused=True) if rows.requires_grad else ()
     return length([rows.detach()]) + length([g for g in found if g is not None])

@@ -89,7 +89,10 @@ class AutogradEngine(Engine):
 
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
         """Return what a dense kernel costs, in passes over the samples of its rows."""
-        return autograd_kernel_passes(wanted, distinct)
+        if not inputs.is_coupled:
+            return autograd_kernel_passes(wanted, distinct)
+        made = autograd_kernel_passes(wanted, distinct, inputs.output_shape[0])
+        return made + (self.groups(distinct) - 1) * distinct
 
     def kernel_repeats(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
         """Return how many times each backward pass of a dense kernel is made, where pairs of tiles meet."""
@@ -206,6 +209,10 @@ class AutogradEngine(Engine):
     def tile(self, directions: int) -> int:
         """Return how many samples' gradients fit into the workspace."""
         return self.workspace_bytes() // max(1, directions * self._parameter_bytes())
+
+    def groups(self, directions: int) -> int:
+        """Return in how many groups the gradients of one sample are taken, for its kernel with itself."""
+        return -(-directions * self._parameter_bytes() // self.workspace_bytes())
 
     def passing_share(self, directions: int) -> Share:
         """Return `tile` samples at a time."""

@@ -96,7 +96,7 @@ def find_differentiation(
 
 def _two_samples(linearization: Linearization, params: Parameters, batch: Batch) -> Batch:
     """Return the batch, doubled if it is one sample, which shows nothing of samples taken for vectors."""
-    if batch.num_samples > 1:
+    if batch.num_samples > 1 or batch.layout.coupled:
         return batch
     double = take(batch, torch.tensor([0, 0]))
     try:

@@ -238,10 +238,15 @@ def _sides(wanted: KernelShape, distinct: int) -> float:
     return distinct * (1.0 if wanted.symmetric else 1.0 + wanted.right / wanted.left)
 
 
-def autograd_kernel_passes(wanted: KernelShape, distinct: int) -> float:
-    """Return the passes, over the rows' samples, of a kernel from per-sample gradients."""
+def autograd_kernel_passes(wanted: KernelShape, distinct: int, nodes: int | None = None) -> float:
+    """Return the passes, over the rows' samples, of a kernel from per-sample gradients.
+
+    ``nodes`` is the number of coupled samples: to the engine they are one, whose pass goes over all of them.
+    """
     entries = wanted.entries * wanted.terms
     share = 0.5 if wanted.symmetric else 1.0
+    if nodes is not None:
+        return _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * nodes)
     # Per-sample gradients count twice, as they are slower; their products cost 2 P an entry.
     return 2.0 * _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * wanted.left)
 

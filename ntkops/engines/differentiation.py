@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError
 from ..model import Batch
+from ..model.batch import cut
 
 __all__ = [
     "MODES",
@@ -294,18 +295,19 @@ def sample_gradients(
 
 
 def _single_samples(batch: Batch) -> list[tuple[Tensor, ...]]:
-    axis = batch.batch_dim
-    return list(zip(*(leaf.split(1, dim=axis) for leaf in batch.tensors), strict=True))
+    return [cut(batch, index, index + 1).tensors for index in range(batch.num_samples)]
 
 
 def _vmapped(function: Function, params: Parameters, batch: Batch, cotangents: Tensor) -> Parameters:
-    axis = batch.batch_dim
+    axes = batch.layout.axes
 
     def single(leaves: tuple[Tensor, ...], vectors: Tensor) -> Parameters:
-        sample = batch.replace(tuple(leaf.unsqueeze(axis) for leaf in leaves))
+        sample = batch.replace(leaves).map_samples(lambda leaf, axis: leaf.unsqueeze(axis))
         pull = torch.func.vjp(lambda *values: function(values, sample)[0], *params)[1]
         if len(vectors) == 1:
             return tuple(g.unsqueeze(0) for g in pull(vectors[0]))
         return torch.func.vmap(pull)(vectors)
 
-    return torch.func.vmap(single, in_dims=((axis,) * len(batch.tensors), 0))(batch.tensors, cotangents)
+    if batch.layout.coupled:
+        return tuple(g.unsqueeze(0) for g in single(batch.tensors, cotangents[0]))
+    return torch.func.vmap(single, in_dims=(axes, 0))(batch.tensors, cotangents)

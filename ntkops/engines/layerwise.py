@@ -16,7 +16,7 @@ from ..results import LayerInfo
 from .attribution import CoverageChanged
 from .autograd import AutogradEngine
 from .base import Engine, Linearized, Work, is_recorded, require_finite_product
-from .cost import KernelShape, autograd_kernel_passes, layerwise_kernel_passes, tile_repeats
+from .cost import KernelShape, layerwise_kernel_passes, tile_repeats
 from .coverage import Coverage, LayerSizes
 from .differentiation import Differentiation, Parameters
 from .factor_cache import FactorCache
@@ -174,17 +174,19 @@ class LayerwiseEngine(Engine):
     def kernel_passes(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
         """Return what a dense kernel costs, in passes over the samples of its rows."""
         if not self._coverage.covered:
-            return autograd_kernel_passes(wanted, distinct)
+            return self.fallback.kernel_passes(inputs, wanted, distinct)
         over_time = states_kernel_passes(self._source, inputs, wanted)
         if over_time is not None:
             return over_time
         distinct, wanted = self._coverage.backwards(distinct), self._coverage.reduced(wanted)
         shapes = [layer.shape for layer in self._measure(inputs) if layer.shape is not None]
         covered = layerwise_kernel_passes(wanted, distinct, shapes, self.options.kernel)
+        if inputs.is_coupled:
+            covered += (self._source.groups(inputs, distinct) - 1) * distinct
         if not self._source.uncovered:
             return covered
         share = sum(self.linearization.sizes[i] for i in self._source.uncovered) / self.num_parameters
-        return covered + share * autograd_kernel_passes(wanted, distinct)
+        return covered + share * self.fallback.kernel_passes(inputs, wanted, distinct)
 
     def kernel_repeats(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> float:
         """Return how many times each backward pass of a dense kernel is made, where pairs of tiles meet."""

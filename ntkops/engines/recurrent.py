@@ -60,7 +60,9 @@ def _tile(states: HiddenStates, inputs: Inputs) -> int:
 
 
 def _fits(source: LayerSource, states: HiddenStates, inputs: Inputs) -> bool:
-    """Whether the step Jacobians of one sample, three times, are well inside the workspace."""
+    """Whether outputs are whole sequences whose step Jacobians, three times, fit well into the workspace."""
+    if inputs.lengths is not None:
+        return False
     length, size = _sizes(states, inputs)
     return 3 * length * size * size * source.dtype.itemsize <= 2 * source.sizes.workspace_bytes()
 
@@ -246,6 +248,8 @@ def trusted_states(source: LayerSource, inputs: Inputs) -> HiddenStates | None:
     """
     linearization = source.linearization
     if not source.coverage.covered or source.uncovered or not linearization.is_recurrent:
+        return None
+    if inputs.lengths is not None:
         return None
     params = tuple(p.detach() for p in linearization.parameters)
     part = inputs.select(torch.arange(min(_CHECKED_SAMPLES, inputs.num_samples)))

@@ -99,6 +99,12 @@ class LayerSource:
         """Return how many samples' factors, and one layer's gradients, fit into the workspace."""
         return 2 * self.sizes.workspace_bytes() // self._sample_bytes(directions)
 
+    def groups(self, inputs: Inputs, directions: int) -> int:
+        """Return in how many groups the factors of one sample are made, for its kernel with itself."""
+        if self._may_sweep(inputs, directions):
+            return 1
+        return -(-self._sample_bytes(directions) // (2 * self.sizes.workspace_bytes()))
+
     def tile_share(self, directions: int) -> Share:
         """Return `tile` samples at a time, and less where memory runs out."""
         return self.sizes.tile_share(directions, lambda: max(1, self.tile(directions)))
@@ -159,7 +165,7 @@ class LayerSource:
         """Whether all samples may go through one backward pass, by what is known before it is recorded."""
         count = inputs.num_samples
         factors = count * directions * self.coverage.direction_entries * self.dtype.itemsize
-        if factors <= 2 * _STAGE_BYTES or inputs.is_streamed:
+        if factors <= 2 * _STAGE_BYTES or not inputs.is_one_batch:
             return False
         fits = self._graph_bytes(count) <= self._sweep_bytes() and self.sizes.may_hold(count)
         return fits and (self.coverage.covered, count * directions) not in self._whole

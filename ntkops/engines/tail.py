@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model import Inputs
 from ..model.record import Call, Recording
 from .collect import backward
 from .layer_rules import RULES, Layout
@@ -43,6 +44,10 @@ class Tail:
     classes: int
     width: int
     positions: tuple[int, ...]
+
+    def ends(self, inputs: Inputs) -> bool:
+        """Whether outputs of these samples are at the head's positions: all have them, and no others."""
+        return inputs.lengths is None and inputs.num_outputs == len(self.positions) * self.classes
 
     @property
     def parameters(self) -> frozenset[int]:

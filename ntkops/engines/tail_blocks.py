@@ -153,11 +153,11 @@ def confirmed(
     return difference <= (1e3 * torch.finfo(source.dtype).eps) ** 2 * scale
 
 
-def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, inputs: Inputs) -> Reduction | None:
+def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, *inputs: Inputs) -> Reduction | None:
     tail = source.coverage.tail
-    if tail is None:
+    if tail is None or not all(map(tail.ends, inputs)):
         return None
-    reduction = Reduction(tail, params, outputs, inputs.num_outputs)
+    reduction = Reduction(tail, params, outputs, inputs[0].num_outputs)
     return reduction.prepare() if reduction.pays else None
 
 
@@ -202,7 +202,7 @@ def tail_kernel(
     if over_time is not None:
         return over_time
     both = torch.cat([left_outputs.flatten(), right_outputs.flatten()])
-    reduction = _reduced(source, params, both, left)
+    reduction = _reduced(source, params, both, left, right)
     if reduction is None:
         return kernel(source, params, left, right, left_outputs, right_outputs)
     body = TailSource(source, reduction)

@@ -105,7 +105,7 @@ def prepare_tail(
 ) -> TailFactors | None:
     """Return the factors of N samples for products, or None if no tail makes them fewer."""
     tail = source.coverage.tail
-    if tail is None:
+    if tail is None or not tail.ends(inputs):
         return None
     reduction = Reduction(tail, params, torch.arange(inputs.num_outputs), inputs.num_outputs)
     if not reduction.pays:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import NtkopsError
 from ..model import Inputs, Linearization
+from ..model.batch import take
 from ..model.record import Call, Place, Recording, record
 from ..model.trial import Recordings
 from .adjoint import first_line
@@ -73,14 +74,15 @@ def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
 
 def _recorded(linearization: Linearization, inputs: Inputs) -> Recordings:
     """Record a pass over a few samples, and one over fewer of them."""
-    count = min(_TRIED, inputs.num_samples)
-    whole = torch.arange(count) if count > 1 else torch.tensor([0, 0])
+    _, _, head = next(iter(inputs.batches(_TRIED)))
+    count = head.num_samples
+    whole = torch.arange(count) if count > 1 or inputs.is_coupled else torch.tensor([0, 0])
     fewer = whole[: len(whole) // 2] if len(whole) > 2 else torch.cat([whole, whole[:1]])
+    if inputs.is_coupled:
+        fewer = whole
     recordings = []
     for index in (whole, fewer):
-        part = inputs.select(index)
-        (_, _, batch), *_ = part.batches(part.num_samples)
-        recordings.append(record(linearization.function, linearization.parameters, batch))
+        recordings.append(record(linearization.function, linearization.parameters, take(head, index)))
     return recordings[0], recordings[1].without_graph()
 
 
@@ -234,6 +236,8 @@ class _Trial:
     def _candidates(self, call: Call, other: Call) -> list[Layout]:
         """Return the layouts that the sizes of a call allow, in batches of two lengths."""
         fewer = len(self._second.output)
+        if self._lin.state_dim is None:  # one sample, to which every row belongs
+            return [Layout(axis) for axis in RULES[call.rule].sample_axes(call)[:1]]
         found = []
         for axis in RULES[call.rule].sample_axes(call):
             size, small = call.shape[axis], other.shape[axis]

@@ -130,9 +130,14 @@ def _own_shape(operator: Any) -> tuple[int, ...] | None:
     if not hasattr(operator, "output_shape"):
         return None
     samples, outputs = operator.num_samples, operator.num_outputs
+    if operator._core.rows.inputs.lengths is not None and samples * outputs != operator.shape[-1]:
+        raise InputError(
+            "samples differ in length, so that rows are no grid of axes: sum over axes when the kernel is "
+            "made, as in ntkops.ntk(..., axes=('time', 'class'), outputs={'class': 'trace'})"
+        )
     if samples * outputs != operator.shape[-1]:
         return None
-    whole = getattr(operator.structure, "sample_shape", None) is not None
+    whole = operator.output_shape.numel() == outputs
     inner = tuple(getattr(operator, "axes", {}).values()) or (
         tuple(operator.output_shape) if whole else (outputs,)
     )

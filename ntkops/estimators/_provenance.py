@@ -64,7 +64,8 @@ def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
     data = []
     if axis.inputs.num_samples:
         data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
-    return [data, axis.outputs, axis.pick]
+    lengths = [] if axis.inputs.lengths is None else [axis.inputs.lengths]
+    return [data, axis.outputs, axis.pick, *lengths]
 
 
 def place_of(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from ..arguments import checked
 from ..engines import EngineChoice
 from ..errors import InputError, NtkopsError
-from ..model import linearize
+from ..model import BatchDim, linearize
 from ..operators.kernel import NTKOperator, ntk
 from ..results import Comparison, Estimate
 from ._request import checked_generator
@@ -39,7 +39,7 @@ def compare(
     num_probes: int = 4,
     params: Any = None,
     output: Any = None,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     generator: torch.Generator | None = None,
 ) -> Comparison:
     r"""Score networks at initialisation by their kernels, as architecture searches do.

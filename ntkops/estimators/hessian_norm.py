@@ -14,7 +14,7 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..engines.passes import report_passes
 from ..errors import DifferentiationError, InputError, NonFiniteError
-from ..model import Linearization, linearize
+from ..model import BatchDim, Linearization, linearize
 from ..results import Estimate
 from ._intervals import student_quantile
 from ._request import checked_generator
@@ -45,7 +45,7 @@ def hessian_norm(
     output: Any = None,
     *,
     num_probes: int = 32,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Estimate:
@@ -100,7 +100,7 @@ def hessian_norm(
     linearization = linearize(model, params, output, batch_dim=batch_dim)
     inputs = linearization.inputs(x)
     drawn, seed = checked_generator(generator)
-    start, entries = time.perf_counter(), inputs.num_samples * inputs.num_outputs
+    start, entries = time.perf_counter(), inputs.num_rows
     squares = []
     with count_passes() as counter:
         for _ in tqdm(range(num_probes), desc="the norm of the Hessian", disable=not progress):

@@ -154,6 +154,8 @@ class _Plan:
         self._operand, self._axes, self.operands = operand, axes, [operand]
         self.space, self.size = operand.rows, axes.terms
         self.eps = torch.finfo(operand.dtype).eps
+        # Blocks of coupled samples come from one graph of all of them.
+        self._over_nodes = axes.over_samples and getattr(operand.structure, "is_coupled", False)
         self._traced = self._traced_kernel()
 
     def _traced_kernel(self) -> Any:
@@ -162,6 +164,8 @@ class _Plan:
         known = getattr(self._operand.operator, "num_samples", None) == self._axes.sizes[0]
         if not known or not hasattr(own, "output_traced") or own.exact_cost("tiles") == 0:
             return None
+        if self._over_nodes:
+            return own.node_blocks(self._axes.rows()) if own.symmetric else None
         inner = self._axes.of_outputs()
         rows = inner.rows() if inner.traced else torch.arange(inner.size)[None]
         return own.output_traced(rows)
@@ -178,7 +182,7 @@ class _Plan:
         """Return the exact entries, ``(*batch, r²)``."""
         if self._traced is None:
             value = self._from_tiles(work)
-        elif self._axes.over_samples:
+        elif self._axes.over_samples and not self._over_nodes:
             value = self._over_samples(work)
         else:
             value = dense_from_tiles(structure(self._traced)).double()

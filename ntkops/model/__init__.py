@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .batch import Batch
+from .batch import Batch, BatchDim
 from .build import linearize
 from .entries import Entries
 from .inputs import Inputs
 from .linearization import Linearization
 from .slices import Batches
 
-__all__ = ["Batch", "Batches", "Entries", "Inputs", "Linearization", "linearize"]
+__all__ = ["Batch", "BatchDim", "Batches", "Entries", "Inputs", "Linearization", "linearize"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..errors import InputError, ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
+from ..errors import ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
+from .batch import BatchDim, are_coupled, require_batch_dim
 from .call import CallFacts, FunctionCall, ModuleCall, uncompiled
 from .entries import Entries
 from .inspection import (
@@ -39,7 +40,7 @@ def linearize(
     params: Selector | Entries = None,
     output: Output = None,
     *,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     differentiable: bool = False,
 ) -> Linearization:
     r"""Fix a model at its parameters, as the pure function :math:`f(\theta, x)` that kernels are made of.
@@ -66,7 +67,10 @@ def linearize(
         output: The state: None where the model returns a tensor; a key or position; a callable on the raw
             output; or the path of a module whose output is captured (``"rnn[0]"`` for a part of it,
             ``"block@1"`` for its second call).
-        batch_dim: The axis of inputs and output on which the samples lie.
+        batch_dim: The axis of inputs and output on which the samples lie. None says that they are coupled, as
+            the nodes of a graph are: all inputs are one sample, and the first axis of the output counts its
+            nodes. A dict by keyword, or a tuple by position, gives each input an axis of its own, None to
+            what all samples share; the output then has its samples first.
         differentiable: Keep parameters and inputs live, so that derivatives of results flow to them.
 
     Returns:
@@ -74,7 +78,7 @@ def linearize(
 
     Raises:
         UnsupportedOperationError: Other choices for a model that is linearised already.
-        InputError: A ``batch_dim`` that is no axis.
+        InputError: A ``batch_dim`` that is neither an axis, None, nor these by input.
         UnsupportedModelError: TorchScript, DataParallel, FSDP, parameters without data, complex or integer
             ones, or a module that cannot be copied.
         UnknownParameterError: A name or pattern that matches nothing.
@@ -106,8 +110,7 @@ def linearize(
                 "itself to choose others"
             )
         return model
-    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
-        raise InputError(f"batch_dim={batch_dim!r}; it is the number of an axis, counted from 0")
+    require_batch_dim(batch_dim)
     with torch.inference_mode(False):
         if isinstance(params, Entries):
             return _of_entries(model, params, output, batch_dim, differentiable)
@@ -117,7 +120,7 @@ def linearize(
 
 
 def _of_entries(
-    model: Any, entries: Entries, output: Output, batch_dim: int, differentiable: bool
+    model: Any, entries: Entries, output: Output, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     if not isinstance(model, nn.Module):
         raise ParameterSelectionError(
@@ -132,7 +135,7 @@ def _of_entries(
 
 
 def _of_module(
-    model: nn.Module, params: Selector, output: Output, batch_dim: int, differentiable: bool
+    model: nn.Module, params: Selector, output: Output, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     require_supported(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
@@ -144,11 +147,12 @@ def _of_module(
     require_tensors(origins.items())
     selected = select_parameters(dict(model.named_parameters(remove_duplicate=False)), params)
     require_selected(selected)
-    require_mode(model)
+    coupled = are_coupled(batch_dim)
+    require_mode(model, coupled)
     frozen = {name: tensor for name, tensor in parameters.items() if name not in selected}
     require_finite({**frozen, **selected})
     originals = [*(parameters[name] for name in selected), *frozen.values(), *buffers.values()]
-    call = ModuleCall(model, originals)
+    call = ModuleCall(model, originals, coupled)
     kept, watches = _keep(frozen)
     others = [(label, tensor) for label, tensor in call.others if not tensor.is_inference()]
     linearization = Linearization(
@@ -163,7 +167,7 @@ def _of_module(
         origins=origins,
     )
     if not others and (output is None or isinstance(output, (str, int))):
-        choices = (tuple(selected), output, batch_dim, differentiable)
+        choices = (tuple(selected), output, repr(batch_dim), differentiable)
         _recall(linearization, model, fingerprint(model), choices)
     return linearization
 
@@ -198,7 +202,7 @@ _CHOICES = 8  # of parameters and outputs of one module that are remembered
 
 
 def _of_function(
-    model: Any, params: Any, output: Output, batch_dim: int, differentiable: bool
+    model: Any, params: Any, output: Output, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     if not callable(model) or isinstance(model, type):
         raise UnsupportedModelError(
@@ -245,7 +249,7 @@ def _of_function(
     if output is None or isinstance(output, (str, int)):
         kinds = tuple((key, positions[first[id(value)]]) for key, value in params.items())
         sizes = tuple((value.shape, value.dtype, value.device) for value in selected.values())
-        choices = (kinds, sizes, output, batch_dim, differentiable)
+        choices = (kinds, sizes, output, repr(batch_dim), differentiable)
         _recall(linearization, getattr(model, "__code__", None), function_fingerprint(model), choices)
     return linearization
 

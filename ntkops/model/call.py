@@ -171,6 +171,13 @@ def _neutralise(module: nn.Module) -> None:
         vars(module)["forward"] = functools.partial(_embed, module)
 
 
+def _keep_no_statistics(root: nn.Module) -> None:
+    """Let batch statistics of a private copy be used, and not averaged: what is written is never read."""
+    for module in root.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            module.track_running_stats = False
+
+
 def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes as its class in torch does."""
     return type(module).forward is kind.forward and "forward" not in vars(module)
@@ -296,16 +303,19 @@ class ModuleCall(_Call):
         model: The user's module; it is read, never kept.
         tensors: Every parameter and buffer of it, each once, in the order in which calls hand their
             stand-ins.
+        coupled: Whether batch statistics are consented to.
 
     Attributes:
         root: The private copy.
     """
 
-    def __init__(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, tensors: Sequence[Tensor], coupled: bool = False) -> None:
         super().__init__()
         positions = {id(tensor): position for position, tensor in enumerate(tensors)}
         within = tensors_within(model)
         self.root = _private_copy(model, within)
+        if coupled:
+            _keep_no_statistics(self.root)
         self._slots: list[Slot] = []
         for module in self.root.modules():
             for kind in ("_parameters", "_buffers"):

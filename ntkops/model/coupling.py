@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CoupledSamplesError, NtkopsError, OutputError, UnsupportedModelError
 from .batch import Batch, take
+from .output import samples_first
 from .precision import lowest_dtype
 from .rounding import UNITS, neighbours
 
@@ -45,7 +45,8 @@ class SampleAxis:
         evaluate: Callable[..., Tensor],
     ) -> None:
         self._lin, self._sample, self._params = linearization, sample, tuple(params)
-        self._evaluate, self._axis = evaluate, linearization.batch_dim
+        self._evaluate, self._state_dim = evaluate, linearization.state_dim
+        self._axis = linearization.state_dim or 0  # of coupled samples no axis is ever asked for
 
     def require_independent(self, state: Tensor) -> None:
         """Raise if changing one sample changes the output of another."""
@@ -145,23 +146,25 @@ class SampleAxis:
         return CoupledSamplesError(
             f"samples are coupled: changing sample {changed} changes the output of others, so that the "
             "kernel has no sample structure; look for normalisation, attention, sorting or pooling over the "
-            f"batch axis (dimension {self._axis})"
+            f"batch axis (dimension {self._axis}), or consent with batch_dim=None: rows are then nodes of "
+            "one whole"
         )
 
     def _independent_along(self, axis: int) -> bool:
-        sizes = {tensor.shape[axis] if tensor.dim() > axis else 0 for tensor in self._sample.tensors}
+        placed = [tensor for tensor, own in self._sample.placed if own is not None]
+        sizes = {tensor.shape[axis] if tensor.dim() > axis else 0 for tensor in placed}
         if len(sizes) != 1 or (size := sizes.pop()) < 2:
             return False
-        rows = torch.arange(min(size, _PROBED), device=self._sample.tensors[0].device)
+        rows = torch.arange(min(size, _PROBED), device=placed[0].device)
         swapped = rows.clone()
         swapped[0] = 1
+
+        def state_of(at: Tensor) -> Tensor:
+            chosen = self._sample.map_samples(lambda tensor, _: tensor.index_select(axis, at))
+            return self._lin.raw_state(self._params, chosen)
+
         try:
-            states = [
-                self._lin.raw_state(
-                    self._params, self._sample.map(partial(torch.index_select, dim=axis, index=at))
-                )
-                for at in (rows, swapped)
-            ]
+            states = [state_of(at) for at in (rows, swapped)]
             kept = [state.narrow(axis, 1, len(rows) - 1) for state in states]
         except Exception:
             return False
@@ -177,7 +180,7 @@ class SampleAxis:
         dtypes = {t.dtype for t in (*self._params, *self._lin.constants, before)}
         dtypes |= set() if lowest is None else {lowest}
         tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-        left, right = before.movedim(self._axis, 0).double(), after.movedim(self._axis, 0).double()
+        left, right = (samples_first(state, self._state_dim).double() for state in (before, after))
         size = torch.maximum(left.abs(), right.abs())
         finite = torch.where(size.isinf(), 0.0, size)
         scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))

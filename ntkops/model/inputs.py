@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .batch import Batch, concatenate, cut, normalise, require_sound, take
-from .stream import Stream, StreamReader, require_matching
+from .batch import Batch, BatchDim, Held, are_coupled, normalise, require_sound
+from .stream import Stream, StreamReader
 from .watch import Watch, hold, require_fresh, tracked
 
 if TYPE_CHECKING:
@@ -26,14 +26,16 @@ class Inputs:
     `check_fresh`. A re-iterable of batches is read anew in every pass, and compared with the first.
 
     Attributes:
-        output_shape: Shape of the output of one sample.
+        output_shape: Shape of the output of one sample, of the longest where they differ in length.
+        lengths: ``(N,)`` how many entries of its first axis each sample has; None where all have all.
     """
 
     def __init__(
         self,
-        source: Batch | Stream,
+        source: Batch | Held | Stream,
         output_shape: torch.Size,
         *,
+        lengths: Tensor | None = None,
         index: Tensor | range | None = None,
         watches: tuple[Watch, ...] = (),
         live: bool = False,
@@ -41,8 +43,9 @@ class Inputs:
         origin: tuple[Stream, int] | None = None,
     ) -> None:
         self._recordings, self._origin = recordings, origin
-        self._source = source
+        self._source = Held((source,)) if isinstance(source, Batch) else source
         self._index = index
+        self.lengths = lengths
         self._watches = watches
         self._live = live
         self.output_shape = torch.Size(output_shape)
@@ -57,6 +60,18 @@ class Inputs:
         """Number O of outputs per sample."""
         return self.output_shape.numel()
 
+    @property
+    def num_rows(self) -> int:
+        """Number of outputs of all samples together."""
+        if self.lengths is None:
+            return self.num_samples * self.num_outputs
+        return int(self.lengths.sum()) * self.output_shape[1:].numel()
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether one pass can take all samples: they are in memory, and of one shape."""
+        return isinstance(self._source, Held) and len(self._source.batches) == 1
+
     def hand_over_recordings(self) -> Recordings | None:
         """Return the recorded passes of the trial, once: their graphs take memory."""
         recordings, self._recordings = self._recordings, None
@@ -65,7 +80,8 @@ class Inputs:
     def head(self, count: int) -> Inputs:
         """Return copies of the first samples, fewer where there are not so many."""
         batch = next(self._cut(min(count, self.num_samples)))
-        return Inputs(batch.map(lambda t: t.detach().clone()), self.output_shape)
+        lengths = None if self.lengths is None else self.lengths[: batch.num_samples]
+        return Inputs(batch.map(lambda t: t.detach().clone()), self.output_shape, lengths=lengths)
 
     def place(self, start: int, stop: int) -> tuple[object, Hashable]:
         """Return what holds some samples, and which of it they are; a stream is the same in every pass."""
@@ -74,6 +90,11 @@ class Inputs:
         first = 0 if self._index is None else self._index.start
         root, before = (self._source, 0) if self._origin is None else self._origin
         return root, (before + first + start, before + first + stop)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether all of it is one sample, whose outputs, node after node, are the rows."""
+        return isinstance(self._source, Held) and self._source.batches[0].layout.coupled
 
     @property
     def is_streamed(self) -> bool:
@@ -85,16 +106,16 @@ class Inputs:
         """Bytes of one sample, of the largest one where they differ."""
         if isinstance(self._source, Stream):
             return self._source.sample_bytes
-        held = sum(tensor.numel() * tensor.element_size() for tensor in self._source.tensors)
+        held = sum(t.numel() * t.element_size() for batch in self._source.batches for t in batch.tensors)
         return max(1, -(-held // self._source.num_samples))
 
     @property
     def sample_shapes(self) -> tuple[torch.Size, ...] | None:
         """Shapes of one sample's tensors, None where they may differ from sample to sample."""
-        if isinstance(self._source, Stream):
+        source = self._source
+        if isinstance(source, Stream) or len(source.batches) > 1:
             return None
-        axis = self._source.batch_dim
-        return tuple(t.shape[:axis] + t.shape[axis + 1 :] for t in self._source.tensors)
+        return source.batches[0].sample_shapes()
 
     @property
     def largest_batch(self) -> int:
@@ -105,7 +126,9 @@ class Inputs:
     def requires_grad(self) -> bool:
         """Whether derivatives flow to the samples: they are live, and one of them asks for it."""
         source = self._source
-        return self._live and isinstance(source, Batch) and any(t.requires_grad for t in source.tensors)
+        if not self._live or isinstance(source, Stream):
+            return False
+        return any(t.requires_grad for batch in source.batches for t in batch.tensors)
 
     def batches(self, batch_size: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """Yield ``(start, stop, batch)`` in the order of this view.
@@ -143,11 +166,7 @@ class Inputs:
         count = self.num_samples
         for start in range(0, count, size or count):
             stop = min(start + (size or count), count)
-            if isinstance(index, Tensor):
-                yield take(source, index[start:stop])
-            else:
-                first = index.start if index is not None else 0
-                yield cut(source, first + start, first + stop)
+            yield from source.taken(range(start, stop) if index is None else index[start:stop])
 
     def in_order(self) -> Callable[[int, int], Inputs]:
         """Return what gives ranges of consecutive samples, in memory, to be asked for in their order.
@@ -160,7 +179,11 @@ class Inputs:
         if isinstance(self._source, Stream):
             stream, reader = self._source, StreamReader(self._source)
             return lambda start, stop: Inputs(
-                reader.read(start, stop), self.output_shape, live=self._live, origin=(stream, start)
+                reader.read(start, stop),
+                self.output_shape,
+                lengths=self._lengths_at(range(start, stop)),
+                live=self._live,
+                origin=(stream, start),
             )
 
         def between(start: int, stop: int) -> Inputs:
@@ -185,15 +208,21 @@ class Inputs:
             if isinstance(at, range) and len(at) == self.num_samples:
                 return self
             picked = self._source.pick(torch.arange(at.start, at.stop) if isinstance(at, range) else at)
-            return Inputs(picked, self.output_shape, live=self._live)
+            return Inputs(picked, self.output_shape, lengths=self._lengths_at(at), live=self._live)
         return Inputs(
             self._source,
             self.output_shape,
+            lengths=self._lengths_at(at),
             index=self._compose(at),
             watches=self._watches,
             live=self._live,
             origin=self._origin,
         )
+
+    def _lengths_at(self, at: Tensor | range) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return self.lengths[at.start : at.stop] if isinstance(at, range) else self.lengths[at]
 
     def _positions(self, index: Tensor) -> Tensor | range:
         index = torch.as_tensor(index).detach().cpu()
@@ -231,29 +260,31 @@ class Inputs:
         Integer and boolean tensors keep their dtype. What needs no change stays held by reference.
         """
         if isinstance(self._source, Stream):
-            return Inputs(
-                self._source.to(dtype, device), self.output_shape, watches=self._watches, live=self._live
-            )
+            kept: dict[str, Any] = {"lengths": self.lengths, "watches": self._watches, "live": self._live}
+            return Inputs(self._source.to(dtype, device), self.output_shape, **kept)
         whole = self._whole()
         moved = whole.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
-        pairs = zip(whole.layout.labels, whole.tensors, moved.tensors, strict=True)
+        pairs = [
+            (label, old, new)
+            for one, other in zip(whole.batches, moved.batches, strict=True)
+            for label, old, new in zip(one.layout.labels, one.tensors, other.tensors, strict=True)
+        ]
         copied = {label for label, old, new in pairs if new is not old}
         if not copied:
             return self
         if isinstance(self._index, Tensor):
-            copied = set(whole.layout.labels)  # by the choice of samples
+            copied = {label for label, _, _ in pairs}  # by the choice of samples
         watches = tuple(watch for watch in self._watches if watch.label not in copied)
-        return Inputs(moved, self.output_shape, watches=watches, live=self._live)
+        return Inputs(moved, self.output_shape, lengths=self.lengths, watches=watches, live=self._live)
 
-    def _whole(self) -> Batch:
+    def _whole(self) -> Held:
         """Return the samples of this view in memory."""
-        (batch,) = self._cut(None)
-        return batch
+        return Held(tuple(self._cut(None)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the samples of this view only, and no versions: they are this process's."""
         state = dict(vars(self), _watches=(), _recordings=None, _origin=None)
-        if isinstance(self._source, Batch):
+        if isinstance(self._source, Held):
             whole = self._whole()
             state |= {"_source": whole.map(lambda t: t.detach().clone()), "_index": None}
             state["_watched"] = bool(self._watches)
@@ -262,11 +293,11 @@ class Inputs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the new tensors if the old ones were watched."""
         watched = state.pop("_watched", False)
-        if isinstance(state["_source"], Batch):
+        if isinstance(state["_source"], Held):
             state["_source"] = state["_source"].map(tracked)
         vars(self).update(state)
-        if watched and isinstance(self._source, Batch):
-            self._watches = _watches(self._source)
+        if watched and isinstance(self._source, Held):
+            self._watches = tuple(watch for batch in self._source.batches for watch in _watches(batch))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         """Return itself: nothing in it is ever changed."""
@@ -279,17 +310,17 @@ class Inputs:
 
 
 def joined(parts: Sequence[Inputs]) -> Inputs:
-    """Return the samples of several parts of one set of inputs, one part after the other, in memory.
-
-    Raises:
-        InputError: If their samples differ in shape.
-    """
+    """Return the samples of several parts of one set of inputs, one part after the other, in memory."""
     if len(parts) == 1:
         return parts[0]
-    batches = [part._whole() for part in parts]
-    for batch in batches[1:]:
-        require_matching(batches[0], batch, 0, sum(part.num_samples for part in parts) - 1)
-    return Inputs(concatenate(batches), parts[0].output_shape, live=parts[0]._live)
+    held = Held.of(batch for part in parts for batch in part._whole().batches)
+    lengths = [part.lengths for part in parts if part.lengths is not None]
+    return Inputs(
+        held,
+        parts[0].output_shape,
+        lengths=torch.cat(lengths) if lengths else None,
+        live=parts[0]._live,
+    )
 
 
 def _watches(batch: Batch) -> tuple[Watch, ...]:
@@ -303,13 +334,13 @@ def _is_batches(x: Any) -> bool:
 
 
 def read_inputs(
-    x: Any, batch_dim: int, dtypes: Collection[torch.dtype], device: torch.device, *, live: bool = False
+    x: Any, batch_dim: BatchDim, dtypes: Collection[torch.dtype], device: torch.device, *, live: bool = False
 ) -> tuple[Batch | Stream, tuple[Watch, ...]]:
     """Take inputs apart and look at them, before anything is computed.
 
     Args:
         x: A tensor, tuple or mapping of tensors, or a re-iterable of batches of these.
-        batch_dim: The sample axis.
+        batch_dim: The sample axis, or axes.
         dtypes: Floating dtypes of the model, that of the selected parameters first.
         device: The model's device.
         live: Keep the tensors in their autograd graph, and do not watch them.
@@ -321,6 +352,11 @@ def read_inputs(
         InputError: If they are no such thing, or live and made in inference mode.
     """
     if _is_batches(x):
+        if are_coupled(batch_dim):
+            raise InputError(
+                f"the inputs are a {type(x).__name__}, and with batch_dim=None they are one whole: pass a "
+                "tensor, a tuple or a dict, and join several graphs by ntkops.stack of their Jacobians"
+            )
         return Stream(x, batch_dim, dtypes, device), ()
     batch = normalise(x, batch_dim)
     require_sound(batch, dtypes, device)

@@ -137,8 +137,8 @@ _RULES: tuple[_Rule, ...] = (
         _batch_statistics,
         CoupledSamplesError,
         "batch statistics are used by",
-        "they couple the samples; call model.eval() first (with track_running_stats=True), or use another "
-        "normalisation",
+        "they couple the samples; call model.eval() first (with track_running_stats=True), use another "
+        "normalisation, or consent with batch_dim=None",
     ),
     (
         _batch_range,
@@ -162,8 +162,8 @@ _RULES: tuple[_Rule, ...] = (
 )
 
 
-def require_mode(model: nn.Module) -> None:
-    """Raise if a module, as it stands, is random, couples samples, or changes itself.
+def require_mode(model: nn.Module, coupled: bool = False) -> None:
+    """Raise if a module, as it stands, is random, couples samples without consent, or changes itself.
 
     Raises:
         StochasticModelError: Active dropout and the like.
@@ -171,6 +171,8 @@ def require_mode(model: nn.Module) -> None:
         ModelMutationError: Spectral norm in training mode, embeddings with ``max_norm``.
     """
     for rule, error, what, way_out in _RULES:
+        if coupled and rule is _batch_statistics:
+            continue
         found = [
             f"{type(module).__name__} at {_where(path)} ({state})"
             for path, module in model.named_modules()

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import DtypeError, OutputError, ShapeError, UnsupportedModelError
-from .batch import Batch, cut
+from .batch import Batch, BatchDim, are_coupled, cut
 from .call import FunctionCall, ModuleCall, Reader
 from .context import full_precision, one_at_a_time, safe_context
 from .corrections import CORRECTED, Corrected
 from .coupling import first_line, is_fault_of_model, require_own_rows
 from .inputs import Inputs, read_inputs
-from .output import OutputSelector, require_state, sample_rows
+from .lengths import real_rows, require_neutral_padding, sample_lengths
+from .output import OutputSelector, require_state, sample_rows, samples_first
 from .stream import Stream
 from .trial import MOST_TRIED, Recordings, differing_rows, examine
 from .verdict import StateFacts, Verdict
@@ -90,7 +91,7 @@ class Linearization:
     Attributes:
         names: Canonical names of the selected parameters, in the model's order.
         parameters: Their values: detached copies, or the live tensors if ``differentiable``.
-        batch_dim: The sample axis of inputs and output.
+        batch_dim: The sample axis of inputs and output, or those of single inputs; None for coupled samples.
         differentiable: Whether parameters and inputs keep their autograd graph.
         is_recurrent: Whether the model has recurrent layers.
         verdict: What is known of the model.
@@ -104,7 +105,7 @@ class Linearization:
         frozen: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         *,
-        batch_dim: int,
+        batch_dim: BatchDim,
         differentiable: bool,
         watches: tuple[Watch, ...] = (),
         origins: Mapping[str, Tensor] | None = None,
@@ -134,6 +135,13 @@ class Linearization:
         self._fused_recurrent = any(isinstance(module, (nn.LSTM, nn.RNN)) for module in modules)
 
     # -- sizes
+
+    @property
+    def state_dim(self) -> int | None:
+        """The sample axis of the output; None where samples are coupled, so that all of it is one sample."""
+        if isinstance(self.batch_dim, int):
+            return self.batch_dim
+        return None if are_coupled(self.batch_dim) else 0
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -266,11 +274,12 @@ class Linearization:
         except Exception as error:
             self._require_call(batch, error)
             raise
-        if not isinstance(state, Tensor) or state.dim() <= self.batch_dim:
+        axis = self.state_dim
+        if not isinstance(state, Tensor) or (axis is not None and state.dim() <= axis):
             raise OutputError(
                 f"{self.output_name} has no sample axis on this batch, though it has on the first"
             )
-        rows = sample_rows(state, self.batch_dim, params[0].dtype)
+        rows = self.rows_of(state, batch, params[0].dtype)
         expected = (batch.num_samples, rows.shape[1] if batch.num_outputs is None else batch.num_outputs)
         if tuple(rows.shape) != expected:
             raise OutputError(
@@ -279,6 +288,11 @@ class Linearization:
                 "batches to one length"
             )
         return rows
+
+    def rows_of(self, state: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return a state as ``(B, O)``, that of real positions where samples differ in length."""
+        rows = sample_rows(state, self.state_dim, dtype)
+        return rows if batch.inner is None else real_rows(rows, batch)
 
     def whole(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return all parameters of the call, given those that are free."""
@@ -336,6 +350,8 @@ class Linearization:
             CoupledSamplesError: Naming the sample.
         """
         count = batch.num_samples
+        if batch.layout.coupled:  # by consent
+            return
         base, whole = self, params
         while (held := base._held) is not None:
             base, whole = held.parent, held.fill(whole)
@@ -390,8 +406,8 @@ class Linearization:
 
         Args:
             x: A tensor, a tuple (positional inputs), a mapping (keyword inputs), or a re-iterable of
-                batches of these, such as a DataLoader. Every tensor in it carries the samples at
-                ``batch_dim``; other leaves and tensors without axes go to the model as they are.
+                batches of these, such as a DataLoader. Every tensor in it carries the samples where
+                ``batch_dim`` says; other leaves and tensors without axes go to the model as they are.
 
         Returns:
             A view of the N samples.
@@ -421,12 +437,37 @@ class Linearization:
             )
             head = next(source.batches(_HEAD)) if isinstance(source, Stream) else source
             facts, shape, recordings = self._tried(head)
-        if isinstance(source, Stream):
-            source = source.expecting(shape.numel())
-        else:
-            source = Batch(source.tensors, source.layout, shape.numel())
-        watches = (*watches, *facts.watches)
-        return Inputs(source, shape, watches=watches, live=self.differentiable, recordings=recordings)
+            lengths = None
+            if isinstance(source, Stream):
+                source, shape, lengths = self._measured(source)
+            else:
+                source = Batch(source.tensors, source.layout, shape.numel())
+        return Inputs(
+            source,
+            shape,
+            lengths=lengths,
+            watches=(*watches, *facts.watches),
+            live=self.differentiable,
+            recordings=recordings,
+        )
+
+    def _measured(self, stream: Stream) -> tuple[Stream, torch.Size, Tensor | None]:
+        """Return batches that know their outputs, the shape of one sample's, and the lengths of all."""
+        found = {
+            kind: self.output_shape(example.map(lambda tensor: tensor.to(self.device)))
+            for kind, example in stream.examples.items()
+        }
+        shapes = [found[kind] for kind in stream.kinds]
+        unlike = sample_lengths(stream, shapes)
+        lengths, shape = (None, shapes[0]) if unlike is None else unlike
+        inner = None if lengths is None else shape[1:].numel()
+        stream = stream.expecting(shape.numel(), inner)
+        require_neutral_padding(self, stream, shapes)
+        return stream, shape, lengths
+
+    def output_shape(self, batch: Batch) -> torch.Size:
+        """Return the shape of the output of one of these samples; one forward pass where it is not known."""
+        return self._tried(batch)[1]
 
     def _tried(self, head: Batch) -> tuple[StateFacts, torch.Size, Recordings | None]:
         """Return what is known of inputs like these, the output's shape, and the passes made to know it."""
@@ -442,12 +483,12 @@ class Linearization:
                 with torch.no_grad(), self.safe_context():
                     values = tuple(p.detach() for p in self.parameters)
                     state = self.raw_state(values, one.map(lambda t: t.detach().clone()))
-                state = require_state(state, 1, self.batch_dim, self.output_name)
+                state = require_state(state, 1, self.state_dim, self.output_name)
             except Exception:  # the trial says what it is
                 found, recordings = examine(self, head, differing_rows(head))
                 facts.output_shapes.update(found.output_shapes)
                 return facts, facts.output_shapes[shapes], recordings
-            facts.output_shapes[shapes] = state.movedim(self.batch_dim, 0).shape[1:]
+            facts.output_shapes[shapes] = samples_first(state, self.state_dim).shape[1:]
         return facts, facts.output_shapes[shapes], None
 
     def _dtypes(self) -> list[torch.dtype]:

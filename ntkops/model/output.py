@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import OutputError
 from .capture import outputs_of
 
-__all__ = ["OutputSelector", "require_state", "sample_rows"]
+__all__ = ["OutputSelector", "require_state", "sample_rows", "samples_first"]
 
 _PATH = re.compile(r"(?P<path>.+?)(?:@(?P<call>\d+))?(?:\[(?P<item>[^\[\]]+)\])?")
 
@@ -170,13 +170,13 @@ class OutputSelector:
         )
 
 
-def require_state(state: Any, num_samples: int, batch_dim: int, name: str) -> Tensor:
+def require_state(state: Any, num_samples: int, axis: int | None, name: str) -> Tensor:
     """Return the state if it is a floating tensor with one row per sample.
 
     Args:
         state: What the selector took.
         num_samples: Samples in the batch.
-        batch_dim: The axis on which they must lie.
+        axis: The axis on which they must lie; None where all of the state is one sample.
         name: What messages call it.
 
     Raises:
@@ -196,10 +196,10 @@ def require_state(state: Any, num_samples: int, batch_dim: int, name: str) -> Te
             f"{name} has dtype {state.dtype}, through which no derivative flows; select the floating-point "
             "scores, not the prediction"
         )
-    if state.dim() <= batch_dim or state.shape[batch_dim] != num_samples:
+    if axis is not None and (state.dim() <= axis or state.shape[axis] != num_samples):
         raise OutputError(
             f"{name} of shape {tuple(state.shape)} has no sample axis of {num_samples} at dimension "
-            f"{batch_dim}; return one row per sample (reduction='none' for a loss), or say batch_dim="
+            f"{axis}; return one row per sample (reduction='none' for a loss), or say batch_dim="
         )
     if num_samples and not state.numel():
         raise OutputError(
@@ -209,16 +209,21 @@ def require_state(state: Any, num_samples: int, batch_dim: int, name: str) -> Te
     return state
 
 
-def sample_rows(state: Tensor, batch_dim: int, dtype: torch.dtype) -> Tensor:
+def samples_first(state: Tensor, axis: int | None) -> Tensor:
+    """Return a state as ``(B, *output)``; what has no sample axis is one sample, of one axis or more."""
+    return state.reshape(1, *(state.shape or (1,))) if axis is None else state.movedim(axis, 0)
+
+
+def sample_rows(state: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """Flatten a state to one row per sample.
 
     Args:
-        state: Any shape with the sample axis at ``batch_dim``.
-        batch_dim: The sample axis.
+        state: Any shape with the sample axis at ``axis``.
+        axis: The sample axis; None where all of the state is one sample.
         dtype: Dtype of the parameters, in which products are made.
 
     Returns:
         ``(B, O)``.
     """
-    first = state.movedim(batch_dim, 0)  # (B, *output)
+    first = samples_first(state, axis)  # (B, *output)
     return first.reshape(first.shape[0], first[:1].numel()).to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -27,7 +27,8 @@ class Batches(Sequence[Any]):
     Args:
         source: What is sliced along its first axis: an array (``numpy.memmap``, h5py, zarr, a tensor), a
             tuple of arrays of one length (positional inputs of the model), a mapping of them (keyword
-            inputs), or a data set of columns whose slices are mappings, such as that of Hugging Face.
+            inputs), or a data set of columns whose slices are mappings, such as that of Hugging Face. With
+            ``collate``, whatever has a length and gives a sample for a number: a list, a data set.
         batch_size: Samples of a batch; the last may be smaller. Operators join and split batches as they
             need, so that it decides memory and speed, never results.
         columns: Of a mapping or a data set: the name of one column (the model gets a tensor), a sequence of
@@ -35,10 +36,16 @@ class Batches(Sequence[Any]):
             arrays leave it None.
         dtype: Dtype of the tensors: one for all floating columns, and for a single column whatever it holds;
             or a mapping by keyword, or by position. None leaves what is stored.
+        collate: Makes a batch of a list of samples, as the ``collate_fn`` of a DataLoader does; it may pad
+            them to one length. ``columns`` are then those of the batch.
+        mask: Which positions of a batch are states, ``(B, T)``, true (or 1) where a position is real: a key,
+            or place, of the batch, or a function of it. The batch is that of ``collate``, whatever
+            ``columns`` takes from it. Rows of an operator are real positions only, and that padding does not
+            move them is checked by running a sample at two lengths.
 
     Raises:
         InputError: If the source has no slices or no samples, lengths differ, a column is missing, has rows
-            of different lengths, or holds no numbers.
+            of different lengths, or holds no numbers; if ``collate`` gives no batch, or a mask is none.
 
     Example:
         >>> import numpy as np, torch, ntkops
@@ -48,6 +55,18 @@ class Batches(Sequence[Any]):
         (3, 5, torch.Size([1, 3]))
         >>> ntkops.ntk(torch.nn.Linear(3, 2), batches).shape
         torch.Size([10, 10])
+
+        Sequences of unlike length, padded within a batch; only real positions have rows:
+
+        >>> def pad(sequences):
+        ...     lengths = torch.tensor([len(sequence) for sequence in sequences])
+        ...     x = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        ...     return {"input": x, "real": torch.arange(x.shape[1]) < lengths[:, None]}
+        >>> sequences = [torch.ones(length, 3) for length in (2, 4, 1)]
+        >>> padded = ntkops.Batches(sequences, 2, columns="input", collate=pad, mask="real")
+        >>> K = ntkops.ntk(torch.nn.Linear(3, 2), padded)
+        >>> K.shape, K.offsets.tolist()
+        (torch.Size([14, 14]), [0, 4, 12, 14])
     """
 
     def __init__(
@@ -56,15 +75,71 @@ class Batches(Sequence[Any]):
         batch_size: int,
         columns: str | Sequence[str] | Mapping[str, str] | None = None,
         dtype: torch.dtype | Mapping[Any, torch.dtype] | None = None,
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        mask: Hashable | Callable[[Any], Any] | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size={batch_size!r}: pass a positive number of samples")
-        self._table, self._columns = _columns_of(source, columns)
-        self._batch_size = batch_size
-        self._shape = _shape_of(source, columns)
-        self._dtypes = _dtypes_of(dtype, list(self._columns))
-        self.num_samples = self._length()
-        self._convert(slice(0, min(1, self.num_samples)))  # what cannot be read is found now
+        if collate is not None and not callable(collate):
+            raise InputError(
+                f"collate={collate!r}: pass a function of a list of samples, as a DataLoader has it"
+            )
+        self._batch_size, self._collate, self._mask = batch_size, collate, mask
+        if collate is None:
+            self._table, self._columns = _columns_of(source, columns)
+            self._shape = _shape_of(source, columns)
+            self._dtypes = _dtypes_of(dtype, list(self._columns))
+            self.num_samples = self._length()
+        else:
+            self._source, self._chosen, self._dtypes = source, columns, dtype
+            self.num_samples = _count(source)
+        self.read(0, 1)  # what cannot be read is found now
+
+    @property
+    def collates(self) -> bool:
+        """Whether batches are made of single samples, so that a sample can be had alone."""
+        return self._collate is not None
+
+    def read(self, start: int, stop: int) -> tuple[Any, Tensor | None]:
+        """Read some samples as one batch.
+
+        Args:
+            start: The first of them.
+            stop: One past the last.
+
+        Returns:
+            The inputs of the model, and which of their positions are real: ``(B, T)``, or None.
+        """
+        if self._collate is None:
+            whole = chosen = self._convert(slice(start, stop))
+        else:
+            whole = self._collate([_sample(self._source, number) for number in range(start, stop)])
+            chosen = self._cast(_chosen_of(whole, self._chosen))
+        return chosen, None if self._mask is None else _mask_of(whole, self._mask, stop - start)
+
+    def batch(self, position: int) -> tuple[Any, Tensor | None]:
+        """Read the batch of a number from 0, with its mask; see `read`."""
+        start = position * self._batch_size
+        return self.read(start, min(start + self._batch_size, self.num_samples))
+
+    def _cast(self, chosen: Any) -> Any:
+        """Return a batch that was made of samples in the dtypes that are wanted."""
+        if self._dtypes is None:
+            return chosen
+        parts = (
+            chosen
+            if isinstance(chosen, Mapping)
+            else dict(enumerate(chosen if isinstance(chosen, tuple) else [chosen]))
+        )
+        self._shape = "tensor" if isinstance(chosen, Tensor) else ""
+        cast = {
+            key: part.to(self._dtype_for(key, part)) if isinstance(part, Tensor) else part
+            for key, part in parts.items()
+        }
+        if isinstance(chosen, Mapping):
+            return cast
+        return tuple(cast.values()) if isinstance(chosen, tuple) else cast[0]
 
     @property
     def batch_size(self) -> int:
@@ -110,8 +185,7 @@ class Batches(Sequence[Any]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"batch {index} does not exist: there are {len(self)}")
-        start = position * self._batch_size
-        return self._convert(slice(start, min(start + self._batch_size, self.num_samples)))
+        return self.batch(position)[0]
 
     def __iter__(self) -> Iterator[Any]:
         """Read the batches one after the other."""
@@ -140,6 +214,74 @@ class Batches(Sequence[Any]):
         if self._dtypes is None or not (self._shape == "tensor" or tensor.is_floating_point()):
             return tensor.dtype
         return self._dtypes
+
+
+def _count(source: Any) -> int:
+    """Return the number of samples of what gives one for a number."""
+    if isinstance(source, (Mapping, tuple)):
+        lengths = {len(array) for array in (source.values() if isinstance(source, Mapping) else source)}
+        if len(lengths) != 1:
+            raise InputError(
+                f"arrays of different lengths: {sorted(lengths)}; pass one row of each for every sample"
+            )
+        return lengths.pop()
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise InputError(
+            f"collate= makes batches of single samples, and a {type(source).__name__} does not give them by "
+            "number; pass a list, or the data set of a loader: Batches(loader.dataset, size, "
+            "collate=loader.collate_fn)"
+        )
+    if len(source) == 0:
+        raise InputError("the source has no samples; pass at least one")
+    return len(source)
+
+
+def _sample(source: Any, number: int) -> Any:
+    if isinstance(source, Mapping):
+        return {key: array[number] for key, array in source.items()}
+    return tuple(array[number] for array in source) if isinstance(source, tuple) else source[number]
+
+
+def _chosen_of(whole: Any, columns: Any) -> Any:
+    """Return what the model gets of a batch."""
+    if isinstance(whole, list):
+        whole = tuple(whole)
+    if columns is None:
+        return dict(whole) if isinstance(whole, Mapping) else whole
+    if isinstance(columns, (str, int)):
+        return _part(whole, columns, "columns")
+    if isinstance(columns, Mapping):
+        return {key: _part(whole, name, "columns") for key, name in columns.items()}
+    return tuple(_part(whole, name, "columns") for name in columns)
+
+
+def _part(whole: Any, key: Any, option: str) -> Any:
+    present = (
+        list(whole)
+        if isinstance(whole, Mapping)
+        else list(range(len(whole)))
+        if isinstance(whole, tuple)
+        else []
+    )
+    if key not in present:
+        has = f"it has {present}" if present else f"it is a {type(whole).__name__}: pass a function of it"
+        raise InputError(f"{option}: there is no {key!r} in a batch; {has}")
+    return whole[key]
+
+
+def _mask_of(whole: Any, mask: Any, count: int) -> Tensor:
+    """Return which positions of a batch are real."""
+    whole = tuple(whole) if isinstance(whole, list) else whole
+    found = mask(whole) if callable(mask) else _part(whole, mask, "mask")
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != count:
+        shown = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError(f"mask= gives {shown} for {count} samples; it must be a tensor (samples, positions)")
+    if found.is_floating_point() or found.is_complex() or bool(((found != 0) & (found != 1)).any()):
+        raise InputError(
+            f"mask= gives a {found.dtype} tensor, or other values than 0 and 1; true, or 1, says that a "
+            "position is real (an additive mask has it the other way round: mask=lambda b: b[...] == 0)"
+        )
+    return found.bool()
 
 
 def _label(key: Any) -> str:

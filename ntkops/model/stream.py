@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..errors import InputError, NonDeterministicDataError
-from .batch import Batch, concatenate, copied, cut, matching, normalise, require_sound, take
+from .batch import Batch, BatchDim, Held, concatenate, copied, cut, matching, normalise, require_sound, take
 from .context import disturb_randomness, untouched_randomness
+from .slices import Batches
 from .watch import bits_of, tracked
 
-__all__ = ["Stream", "StreamReader", "moved_ahead", "require_matching"]
+__all__ = ["Stream", "StreamReader", "moved_ahead"]
 
 
 _OTHER_SEED = 7238763
@@ -29,7 +31,7 @@ _CPU = torch.device("cpu")
 
 def _fingerprint(batch: Batch) -> tuple[int, ...]:
     """Return a hash of the bits of each tensor, which any change alters, also an exchange of entries."""
-    return tuple(_bit_hash(tensor.movedim(batch.batch_dim, 0)) for tensor in batch.tensors)
+    return tuple(_bit_hash(tensor.movedim(axis or 0, 0)) for tensor, axis in batch.placed)
 
 
 def _bit_hash(tensor: Tensor) -> int:
@@ -67,6 +69,19 @@ def _untouched(source: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
+@dataclass(frozen=True, eq=False)
+class Real:
+    """How many positions of the samples of a batch are real.
+
+    Attributes:
+        positions: Number T of positions, padding included.
+        counts: ``(B,)``.
+    """
+
+    positions: int
+    counts: Tensor
+
+
 class Stream:
     """Batches that are read from their source in every pass.
 
@@ -76,12 +91,15 @@ class Stream:
 
     Args:
         source: A re-iterable of tensors, tuples, lists (taken as tuples) or mappings.
-        batch_dim: The sample axis.
+        batch_dim: The sample axis, or axes.
         dtypes: Floating dtypes of the model.
         device: The model's device.
 
     Attributes:
         lengths: Samples in each batch of the source.
+        kinds: Shapes of one sample's tensors, in each batch.
+        examples: A sample of each kind.
+        real: How many positions of the samples of each batch are real; None without a mask.
         sample_bytes: Bytes of one sample, of the largest one where they differ.
 
     Raises:
@@ -90,7 +108,11 @@ class Stream:
     """
 
     def __init__(
-        self, source: Iterable[Any], batch_dim: int, dtypes: Collection[torch.dtype], device: torch.device
+        self,
+        source: Iterable[Any],
+        batch_dim: BatchDim,
+        dtypes: Collection[torch.dtype],
+        device: torch.device,
     ) -> None:
         _require_reiterable(source)
         self._source = source
@@ -98,6 +120,10 @@ class Stream:
         self._dtype: torch.dtype | None = None
         self._device: torch.device | str | None = None
         self._num_outputs: int | None = None
+        self._inner: int | None = None
+        self.kinds: list[tuple[torch.Size, ...]] = []
+        self.examples: dict[tuple[torch.Size, ...], Batch] = {}
+        self.real: list[Real | None] = []
         self._prints: tuple[tuple[int, ...], ...] = ()
         self.sample_bytes = 1
         lengths: list[int] = []
@@ -109,6 +135,11 @@ class Stream:
             if away:
                 self._device = device
             lengths.append(batch.num_samples)
+            self.kinds.append(batch.sample_shapes())
+            if self.kinds[-1] not in self.examples:
+                self.examples[self.kinds[-1]] = copied(cut(batch, 0, 1))
+            mask = batch.mask
+            self.real.append(None if mask is None else Real(mask.shape[1], mask.sum(1).cpu()))
             prints.append(_fingerprint(batch))
             samples += batch.num_samples
             bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in batch.tensors)
@@ -126,6 +157,11 @@ class Stream:
         return self._stops[-1]
 
     @property
+    def is_masked(self) -> bool:
+        """Whether masks say which positions are real."""
+        return self.real[0] is not None
+
+    @property
     def seeks(self) -> bool:
         """Whether a pass may start at any batch without reading those before."""
         return isinstance(self._source, Sequence)
@@ -136,16 +172,17 @@ class Stream:
             disturb_randomness(_OTHER_SEED)
             for generator in _generators(self._source):
                 generator.manual_seed(_OTHER_SEED)
-            self._compare(0, self._normalise(next(iter(self._source), None), 0))
+            self._compare(0, self._normalise(next(self._from(0), None), 0))
 
-    def _normalise(self, item: Any, position: int) -> Batch:
+    def _normalise(self, item: tuple[Any, Tensor | None] | None, position: int) -> Batch:
         if item is None:
             raise NonDeterministicDataError(
                 f"the {type(self._source).__name__} yields nothing in a second pass; pass an iterable that "
                 "can be read again"
             )
-        items = tuple(item) if isinstance(item, list) else item
-        return normalise(items, self._batch_dim, label=f"batch {position}").map(tracked)
+        inputs, mask = item
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+        return normalise(inputs, self._batch_dim, label=f"batch {position}", mask=mask).map(tracked)
 
     def _compare(self, position: int, batch: Batch) -> None:
         if position >= len(self._prints) or _fingerprint(batch) != self._prints[position]:
@@ -161,7 +198,7 @@ class Stream:
         """Yield the batches of one pass from the first one wanted, the random states untouched in between."""
         position = first if self.seeks else 0
         with _untouched(self._source):
-            iterator = self._from(position) if self.seeks else iter(self._source)
+            iterator = self._from(position)
         while True:
             with _untouched(self._source):
                 try:
@@ -172,10 +209,15 @@ class Stream:
                 yield self._normalise(item, position)
             position += 1
 
-    def _from(self, first: int) -> Iterator[Any]:
-        assert isinstance(self._source, Sequence)
-        for position in range(first, len(self._source)):
-            yield self._source[position]
+    def _from(self, first: int) -> Iterator[tuple[Any, Tensor | None]]:
+        """Yield batches, and which of their positions are real where that is said."""
+        source = self._source
+        if isinstance(source, Batches):
+            yield from (source.batch(position) for position in range(first, len(source)))
+        elif isinstance(source, Sequence):
+            yield from ((source[position], None) for position in range(first, len(source)))
+        else:
+            yield from ((item, None) for item in source)
 
     def _compared(self, first: int) -> Iterator[Batch]:
         """Yield batches that are what they were, floating tensors cast."""
@@ -194,7 +236,7 @@ class Stream:
         if self._device is not None:
             arriving = moved_ahead(arriving, torch.device(self._device))
         for batch in arriving:
-            yield Batch(batch.tensors, batch.layout, self._num_outputs)
+            yield Batch(batch.tensors, batch.layout, self._num_outputs, self._inner)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
@@ -237,12 +279,8 @@ class Stream:
         if held:
             yield concatenate(held)
 
-    def pick(self, index: Tensor) -> Batch:
-        """Return the samples at the given positions, in their order, read in one pass.
-
-        Raises:
-            InputError: If they come from batches of different shapes.
-        """
+    def pick(self, index: Tensor) -> Held:
+        """Return the samples at the given positions, in their order, read in one pass."""
         wanted, order = torch.unique(index, return_inverse=True)
         parts: list[Batch] = []
         for start, batch in self.batches_from(int(wanted[0])):
@@ -250,10 +288,9 @@ class Stream:
             inside = wanted[(wanted >= start) & (wanted < stop)]
             if len(inside):
                 parts.append(take(batch, inside - start))
-                require_matching(parts[0], parts[-1], int(wanted[0]), int(wanted[-1]))
             if stop > int(wanted[-1]):
                 break
-        return take(concatenate(parts), order)
+        return Held.of(Held.of(parts).taken(order))
 
     def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> Stream:
         """Return the same batches with floating tensors cast to ``dtype``, all on ``device``."""
@@ -262,24 +299,80 @@ class Stream:
         moved._dtype, moved._device = dtype or self._dtype, device or self._device
         return moved
 
-    def expecting(self, num_outputs: int) -> Stream:
-        """Return the same batches, whose calls must give this many outputs per sample."""
+    def expecting(self, num_outputs: int, inner: int | None = None) -> Stream:
+        """Return the same batches, whose calls must give so many outputs a sample, ``inner`` a position."""
         known = self.to(None, None)
-        known._num_outputs = num_outputs
+        known._num_outputs, known._inner = num_outputs, inner
         return known
 
+    # padding
 
-def require_matching(first: Batch, other: Batch, low: int, high: int) -> None:
-    """Raise unless samples can be joined.
+    def batch_of(self, sample: int) -> int:
+        """Return the number of the batch in which a sample is."""
+        return bisect_right(self._stops, sample)
 
-    Raises:
-        InputError: Naming the first and the last of them.
-    """
-    if not matching(first, other):
-        raise InputError(
-            f"samples {low} to {high} come from batches of different shapes, and cannot be joined; pad all "
-            "batches to one length"
-        )
+    def most_padded(self) -> int | None:
+        """Return the sample that has most positions beside its own; None where none is known to be padded."""
+        best, found, single = 0, None, self._single()
+        for number, (real, count) in enumerate(zip(self.real, self.lengths, strict=True)):
+            first = self._stops[number] - count
+            if real is not None:
+                missing = real.positions - real.counts
+                most, sample = int(missing.max()), first + int(missing.argmax())
+            elif count > 1 and single is not None:
+                own = [self._alone(single, first + at).sample_shapes() for at in range(count)]
+                entries = torch.tensor([sum(shape.numel() for shape in shapes) for shapes in own])
+                whole = sum(shape.numel() for shape in self.kinds[number])
+                most, sample = whole - int(entries.min()), first + int(entries.argmin())
+            else:
+                continue
+            if most > best:
+                best, found = most, sample
+        return found
+
+    def _single(self) -> Callable[[int], tuple[Any, Tensor | None]] | None:
+        """What reads one sample alone; None where batches come as they are."""
+        source: Any = self._source
+        if isinstance(source, Batches):
+            return (lambda number: source.read(number, number + 1)) if source.collates else None
+        if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+            return None
+        # Batches of one length are taken as they are.
+        if source.batch_sampler is None or source.collate_fn is default_collate or len(self.examples) == 1:
+            return None
+        numbers = [number for batch in source.batch_sampler for number in batch]
+        return lambda number: (source.collate_fn([source.dataset[numbers[number]]]), None)
+
+    def _alone(self, single: Callable[[int], tuple[Any, Tensor | None]], sample: int) -> Batch:
+        with _untouched(self._source):
+            batch = self._normalise(single(sample), self.batch_of(sample))
+        device = self._device or _CPU
+        batch = batch.map(lambda tensor: self._cast(tensor).to(device) if self._dtype else tensor.to(device))
+        return Batch(batch.tensors, batch.layout, self._num_outputs, self._inner)
+
+    def alone(self, sample: int, padded: Batch) -> Batch | None:
+        """Return a sample at its own length, or nearer to it; None where that is not known.
+
+        Args:
+            sample: Its number.
+            padded: The same sample as its batch has it.
+        """
+        if (single := self._single()) is not None:
+            own = self._alone(single, sample)
+            if own.sample_shapes() != padded.sample_shapes():
+                return own
+        mask = padded.mask
+        if mask is None:
+            return None
+        kept = mask[0].nonzero().flatten()
+
+        def trim(tensor: Tensor, axis: int) -> Tensor:
+            """Leave out the positions that are not real."""
+            along = 1 if axis == 0 else 0
+            is_long = tensor.dim() > 1 and tensor.shape[along] == len(mask[0])
+            return tensor.index_select(along, kept.to(tensor.device)) if is_long else tensor
+
+        return padded.map_samples(trim)
 
 
 def _require_reiterable(source: Any) -> None:
@@ -361,11 +454,10 @@ class StreamReader:
         self._held: list[Batch] = []
         self._start = self._stop = 0  # samples that are held
 
-    def read(self, start: int, stop: int) -> Batch:
+    def read(self, start: int, stop: int) -> Held:
         """Return the samples from ``start`` up to ``stop``, in memory of their own.
 
         Raises:
-            InputError: If they come from batches of different shapes.
             NonDeterministicDataError: If the source gives other data than at first.
         """
         if self._arriving is None or start < self._start or (start > self._stop and self._stream.seeks):
@@ -383,11 +475,10 @@ class StreamReader:
         taken, at = [], self._start
         for batch in self._held:
             taken.append(cut(batch, 0, min(batch.num_samples, stop - at)))
-            require_matching(taken[0], taken[-1], start, stop - 1)
             at += batch.num_samples
             if at >= stop:
                 break
-        return concatenate(taken)
+        return Held.of(taken)
 
     def _forget(self, start: int) -> None:
         """Drop the samples before the first one wanted."""

@@ -10,6 +10,7 @@ there is none.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,7 +32,7 @@ from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
 from .context import untouched_randomness
 from .coupling import SampleAxis, first_line, is_fault_of_model
-from .output import require_state, sample_rows
+from .output import require_state, sample_rows, samples_first
 from .record import Recorder, Recording
 from .verdict import StateFacts
 from .watch import Watch, same_bits
@@ -46,7 +47,8 @@ _SEARCHED = 64  # samples among which differing ones are looked for
 _REPEATS = 4  # further passes when random numbers were drawn
 _COPIED = 1 << 28  # bytes of parameters up to which a pass is given copies of them
 # Which samples the second pass takes: another number of them, turned round.
-_OTHER_ORDER = {count: torch.tensor(order) for count, order in {2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}.items()}
+_ORDERS = {1: (0,), 2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}  # one: coupled samples
+_OTHER_ORDER = {count: torch.tensor(order) for count, order in _ORDERS.items()}
 
 
 Recordings = tuple[Recording, Recording]
@@ -92,7 +94,7 @@ def differing_rows(batch: Batch) -> Tensor:
     # Spread over the samples: what is put first is often innocent, sorted or of full length.
     places = [0, count - 1, count // 3, 2 * count // 3, *range(min(count, _SEARCHED))]
     chosen: list[int] = []
-    columns = [tensor.detach().movedim(batch.batch_dim, 0) for tensor in batch.tensors]
+    columns = [tensor.detach().movedim(axis, 0) for tensor, axis in batch.placed if axis is not None]
     for row in dict.fromkeys(places):
         if not any(all(torch.equal(column[row], column[other]) for column in columns) for other in chosen):
             chosen.append(row)
@@ -113,7 +115,7 @@ class _Trial:
         self.sample, self.whole = sample, whole
         self.rows = rows
         self._read: set[str] = set()
-        self.axis = linearization.batch_dim
+        self.axis = linearization.state_dim
         # Live parameters stay out of the trial, so that a use of the user's own tensors shows.
         self.params = tuple(
             p.detach().clone() if linearization.differentiable else p for p in linearization.parameters
@@ -161,12 +163,14 @@ class _Trial:
         self.lin.call.differentiates |= recorder.differentiates
         self.watches = self._outside(state, recorder.leaves, batch)
         self.seen = guard.seen(batch.num_samples)
-        self.output_shape = state.movedim(self.axis, 0).shape[1:]
+        self.output_shape = samples_first(state, self.axis).shape[1:]
         return recording, state
 
     def _several(self) -> Batch:
         """Return the samples, one of them twice: alone it does not show where samples lie."""
-        return self.sample if self.sample.num_samples > 1 else take(self.sample, torch.tensor([0, 0]))
+        if self.axis is None or self.sample.num_samples > 1:
+            return self.sample
+        return take(self.sample, torch.tensor([0, 0]))
 
     def _outside(self, state: Tensor, leaves: Sequence[Tensor], batch: Batch) -> tuple[Watch, ...]:
         """Return watches of the tensors outside the model that a state depends on."""
@@ -201,7 +205,7 @@ class _Trial:
             recording = recorder.recording(
                 sample_rows(other, self.axis, self.params[0].dtype)
             ).without_graph()
-        expected = state.index_select(self.axis, order.to(state.device))
+        expected = state if self.axis is None else state.index_select(self.axis, order.to(state.device))
         self._require_read(guard.read)
         if not self.samples.close(expected, other.detach()):
             raise _Unusual
@@ -219,13 +223,14 @@ class _Trial:
         self.watches = self.require_derivative()
         with torch.no_grad():
             try:
-                self.samples.require_independent(state)
-                self.samples.require_any_order(state)
+                if self.axis is not None:
+                    self.samples.require_independent(state)
+                    self.samples.require_any_order(state)
             except CoupledSamplesError as error:
                 if self.lin.call.draws:  # passes differ by what was drawn, and not by the samples
                     raise self._stochastic() from error
                 raise
-        self.output_shape = state.movedim(self.axis, 0).shape[1:]
+        self.output_shape = samples_first(state, self.axis).shape[1:]
 
     def state(self, batch: Batch, params: Sequence[Tensor] | None = None) -> Tensor:
         """Run one pass, with a graph only for the parameters given."""
@@ -268,9 +273,9 @@ class _Trial:
         raise UnsupportedModelError(
             f"the model works on {whole.num_samples} samples and not on {self.sample.num_samples} of them "
             f"({type(error).__name__}: {first_line(error)}), so that samples cannot be taken apart. If rows "
-            "are the nodes of one graph they are coupled: make the graph one sample, with its nodes on a "
-            "further axis. If an input has time first, transpose it. Else let shapes follow the batch (of an "
-            "exported module: dynamic_shapes= with a Dim for the samples)"
+            "are the nodes of one graph they are coupled: pass batch_dim=None. If an input has time first, "
+            "transpose it, or say so in batch_dim={...}; None there is what all samples share. Else let "
+            "shapes follow the batch (of an exported module: dynamic_shapes= with a Dim for the samples)"
         ) from error
 
     def _refuse_call(self, error: Exception) -> NoReturn:
@@ -367,8 +372,9 @@ class _Trial:
     def require_numbers(self, state: Tensor) -> None:
         """Raise if the output is not a number; infinities may be masked scores."""
         if bool(state.isnan().any()):
-            rows = state.isnan().movedim(self.axis, 0).reshape(self.sample.num_samples, -1).any(1)
-            row = int(self.rows[int(rows.nonzero()[0, 0])])
+            rows = samples_first(state.isnan(), self.axis).flatten(1)
+            first = int(rows.any(0 if self.axis is None else 1).nonzero()[0])
+            row = first // math.prod(state.shape[1:]) if self.axis is None else int(self.rows[first])
             raise NonFiniteError(
                 f"{self.lin.output_name} is NaN for input row {row} although parameters and inputs are "
                 "finite; look for a division by zero, or a logarithm or root of a negative number, in the "

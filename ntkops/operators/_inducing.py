@@ -66,9 +66,8 @@ def induce(
         inducing, seed = _by_rule(kernel, rows, inducing, num_inducing, generator)
     elif num_inducing is not None:
         raise InputError("num_inducing goes with a rule ('kmeans', 'random', 'rpcholesky') alone")
-    indices = _indices(inducing, rows.inputs.num_samples)
-    inputs = _inputs(kernel, rows, inducing) if indices is None else rows.inputs.select(indices)
-    points = StateAxis(inputs, rows.outputs)
+    indices = _indices(inducing, rows.num_samples)
+    points = rows.over(_inputs(kernel, rows, inducing)) if indices is None else _samples(rows, indices)
     core = kernel._core
     return Inducing(
         kernel._rebuild(core.with_axes(rows, points)),
@@ -76,6 +75,14 @@ def induce(
         indices,
         seed,
     )
+
+
+def _samples(rows: StateAxis, indices: Tensor) -> StateAxis:
+    """Return all rows of some samples, or nodes."""
+    if not rows.inputs.is_coupled:
+        return StateAxis(rows.inputs.select(indices), rows.outputs)
+    width = rows.num_outputs
+    return rows.take((indices[:, None] * width + torch.arange(width)).flatten())
 
 
 def _of_any(kernel: LinearOperator, inducing: Any) -> Inducing:
@@ -89,12 +96,12 @@ def _of_any(kernel: LinearOperator, inducing: Any) -> Inducing:
 
 def _inputs(kernel: EngineOperator, rows: StateAxis, inducing: Any) -> Inputs:
     inputs = kernel._core.engine.linearization.inputs(inducing)
-    if inputs.output_shape != rows.inputs.output_shape:
+    if inputs.output_shape[inputs.is_coupled :] != rows.output_shape:
         raise ShapeError(
             f"the inducing points have outputs of shape {tuple(inputs.output_shape)}, those of the kernel "
-            f"{tuple(rows.inputs.output_shape)}"
+            f"{tuple(rows.output_shape)}"
         )
-    _check_count(inputs.num_samples, rows.inputs.num_samples)
+    _check_count(inputs.output_shape[0] if inputs.is_coupled else inputs.num_samples, rows.num_samples)
     return inputs
 
 
@@ -149,13 +156,18 @@ def _by_rule(
     """Return inducing points by a rule: sample numbers, or new inputs for "kmeans"."""
     if rule not in _RULES:
         raise InputError(f"inducing={rule!r}: choose 'kmeans', 'random' or 'rpcholesky', inputs, or indices")
-    count = rows.inputs.num_samples
+    count = rows.num_samples
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"inducing={rule!r} needs num_inducing, the number of points; got {number!r}")
     _check_count(max(number, 0), count)
     generator, seed = resolve_generator(generator)
     if rule == "random":
         return torch.randperm(count, generator=generator)[:number], seed
+    if rows.inputs.is_coupled:
+        raise UnsupportedOperationError(
+            f"inducing={rule!r} chooses among samples by themselves, and the nodes of a graph are coupled: "
+            "use 'random', or numbers of nodes"
+        )
     if rule == "kmeans":
         return _centres(rows.inputs, number, generator), seed
     every = StateAxis(rows.inputs, rows.outputs.reshape(-1, 1))  # summed over outputs and batch

@@ -42,8 +42,8 @@ def feature_rows(
     engine.count_rows(axis.inputs.num_samples * len(distinct), axis.inputs)
     gathered = features[:, index.to(features.device)]  # (N, M, R, r, k)
     rows = gathered.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (M, N·r, R·k)
-    if axis.pick is not None:
-        rows = rows[:, axis.pick.to(rows.device)]
+    if axis.index is not None:
+        rows = rows[:, axis.index.to(rows.device)]
     return rows.reshape(*axis.batch_shape, *rows.shape[1:])
 
 

@@ -10,18 +10,20 @@ traced over outputs): the kernel of an entry is Σ_r J_r J_rᵀ, each term with 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..errors import OutOfRangeError
+from ..errors import InputError, OutOfRangeError, ShapeError
 from ..model import Inputs
 
-__all__ = ["Axis", "ParameterAxis", "StateAxis"]
+__all__ = ["Axis", "ParameterAxis", "StateAxis", "at_places", "require_own_positions"]
 
 _keys = itertools.count()
 
@@ -45,14 +47,49 @@ def resolve_index(index: slice | Tensor, length: int) -> Tensor:
     return torch.where(index < 0, index + length, index).long()
 
 
+def at_places(numbers: Tensor, count: int, width: int) -> Tensor:
+    """Return output numbers ``(*batch, R, r)`` below ``width`` at each of ``count`` places, in order."""
+    return (torch.arange(count)[:, None] * width + numbers.unsqueeze(-2)).flatten(-2)
+
+
+def require_own_positions(inputs: Inputs, numbers: Tensor) -> None:
+    """Raise where samples differ in length, and rows are neither all of their positions nor a sum.
+
+    Raises:
+        InputError: Saying which choices there are.
+    """
+    if inputs.lengths is None:
+        return
+    inner = inputs.output_shape[1:].numel()
+    positions = numbers // inner  # (*batch, R, r)
+    in_batch = numbers.dim() > 2 and not torch.equal(positions, positions[:1].expand_as(positions))
+    if in_batch or len(torch.unique(positions)) < inputs.output_shape[0]:
+        raise InputError(
+            "samples differ in length, and not all of them have each position: choose all positions, or "
+            "their sum. With axes=('time', 'class') one kernel a class is outputs={'class': 'each'}, and a "
+            "sum over positions, as far as both samples have them, {'time': 'trace'}"
+        )
+
+
+def _is_constant(numbers: Tensor, axis: int) -> bool:
+    """Whether numbers are the same along an axis."""
+    return torch.equal(numbers, numbers.narrow(axis, 0, 1).expand_as(numbers))
+
+
 @dataclass(frozen=True, eq=False)
 class StateAxis:
     """Rows (sample, output) of a Jacobian, sample-major.
 
+    Coupled samples, the nodes of a graph, are one sample to an engine, whose outputs are (node, class): the
+    rows of this axis are then output numbers alone, and its samples are the nodes.
+
+    Samples of unlike length have as many output numbers as the longest; those of positions that a sample does
+    not have are zero, and no rows.
+
     Attributes:
         inputs: The N samples.
         outputs: ``(*batch, R, r)`` output numbers on the CPU.
-        pick: ``(n,)`` positions among the N·r rows, or None for all in order.
+        pick: ``(n,)`` positions among the N·r outputs, or None for all that samples have, in order.
         labels: Names and sizes of the axes into which the r outputs unfold, where they have names.
         folded: Whether samples count as outputs: the numbers are then sample · O + output, there are r rows,
             and a term or a member of the batch may be a single sample.
@@ -82,14 +119,59 @@ class StateAxis:
         return (1, count * outputs) if self.folded else (count, outputs)
 
     @property
+    def output_shape(self) -> torch.Size:
+        """Shape of the output of one sample, or of one node."""
+        shape = self.inputs.output_shape
+        return shape[1:] if self.inputs.is_coupled else shape
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, or of nodes, that have rows here."""
+        if not self.inputs.is_coupled:
+            return self.inputs.num_samples
+        return len(torch.unique(self.outputs // self.output_shape.numel()))
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of rows that a sample, or a node, has."""
+        if not self.inputs.is_coupled:
+            return self.outputs.shape[-1]
+        return len(torch.unique(self.flat_outputs[0, 0] % self.output_shape.numel()))
+
+    @property
     def grid(self) -> int:
         """Number N·r of rows before picking, r where samples are folded."""
         return self._shape[0] * self.outputs.shape[-1]
 
+    @cached_property
+    def index(self) -> Tensor | None:
+        """``(n,)`` positions of the rows among the N·r outputs; None where they are all of them."""
+        real = self._real
+        return real.flatten().nonzero().flatten() if self.pick is None and real is not None else self.pick
+
+    @cached_property
+    def _real(self) -> Tensor | None:
+        """Which outputs samples have, ``(N, r)``; None where they have all."""
+        lengths = self.inputs.lengths
+        if lengths is None or self.folded:
+            return None
+        # A sum over positions is there where one of its terms is.
+        position = self.flat_outputs.amin((0, 1)) // self.inputs.output_shape[1:].numel()
+        real = position < lengths[:, None]
+        return None if bool(real.all()) else real
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(N + 1,)`` first row of each sample, and the number of all rows, where nothing is picked."""
+        count, width = self.num_samples, self.num_outputs
+        if self._real is None:
+            return torch.arange(count + 1) * width
+        return torch.cat([torch.zeros(1, dtype=torch.long), self._real.sum(1).cumsum(0)])
+
     @property
     def length(self) -> int:
         """Number n of rows."""
-        return self.grid if self.pick is None else len(self.pick)
+        return self.grid if self.index is None else len(self.index)
 
     @property
     def flat_outputs(self) -> Tensor:
@@ -111,9 +193,9 @@ class StateAxis:
         (count, width), columns = self._shape, vectors.shape[-1]
         whole = self.inputs.num_samples, self.inputs.num_outputs
         flat = vectors.reshape(self.batch_shape.numel(), self.length, columns)  # (M, n, k)
-        if self.pick is not None:
-            pick = self.pick.to(flat.device)
-            flat = flat.new_zeros((len(flat), self.grid, columns)).index_add(1, pick, flat)
+        if self.index is not None:
+            index = self.index.to(flat.device)
+            flat = flat.new_zeros((len(flat), self.grid, columns)).index_add(1, index, flat)
         rows = flat.reshape(len(flat), count, self.outputs.shape[-1], columns).permute(
             0, 3, 1, 2
         )  # (M, k, N, r)
@@ -137,8 +219,8 @@ class StateAxis:
             index = outputs[:, :, None, None, :].expand(*split.shape[:-1], outputs.shape[-1])
             rows = split.gather(-1, index).sum(1)  # (M, k, N, r)
         flat = rows.reshape(kernels, rows.shape[1], self.grid)
-        if self.pick is not None:
-            flat = flat[..., self.pick.to(flat.device)]
+        if self.index is not None:
+            flat = flat[..., self.index.to(flat.device)]
         return flat.mT.reshape(*self.batch_shape, self.length, flat.shape[1])
 
     def take(self, index: slice | Tensor) -> StateAxis:
@@ -148,19 +230,23 @@ class StateAxis:
             return self
         if len(chosen) == 0:
             raise OutOfRangeError("the index selects no row; an operator needs at least one")
-        rows = chosen if self.pick is None else self.pick[chosen]
+        rows = chosen if self.index is None else self.index[chosen]
+        if self.inputs.is_coupled:
+            return StateAxis(self.inputs, self.outputs[..., rows])
         width = self.outputs.shape[-1]
         samples, sample = torch.unique(rows // width, return_inverse=True)
         columns, column = torch.unique(rows % width, return_inverse=True)
         pick = sample * len(columns) + column
-        everything = len(pick) == len(samples) * len(columns) and torch.equal(pick, torch.arange(len(pick)))
         whole = len(samples) == self._shape[0]
-        return StateAxis(
+        axis = StateAxis(
             inputs=self.inputs if whole else self.inputs.select(samples),
             outputs=self.outputs[..., columns],
-            pick=None if everything else pick,
             labels=self.labels if len(columns) == width else (),
             folded=self.folded,
+        )
+        everything = torch.arange(axis.grid) if axis.index is None else axis.index
+        return (
+            axis if torch.equal(pick, everything) else dataclasses.replace(axis, pick=pick, key=next(_keys))
         )
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> StateAxis:
@@ -168,8 +254,55 @@ class StateAxis:
         return StateAxis(self.inputs, change(self.outputs), self.pick, self.labels, self.folded)
 
     def of(self, inputs: Inputs) -> StateAxis:
-        """Return the same rows of as many other samples, or of these samples held elsewhere."""
+        """Return the same rows of these samples held elsewhere."""
         return StateAxis(inputs, self.outputs, self.pick, self.labels, self.folded)
+
+    def over(self, inputs: Inputs) -> StateAxis:
+        """Return the same outputs of all of other samples.
+
+        Where the first axis of the output, time or the nodes of a graph, has another length there, these rows
+        must be all of that axis, or whole nodes.
+
+        Raises:
+            ShapeError: If the outputs of the other samples are others, or these rows are an uneven selection.
+            InputError: If not all of the other samples have these outputs.
+        """
+        own, new = self.inputs.output_shape, inputs.output_shape
+        if self.pick is not None:
+            raise ShapeError(
+                "cross needs whole samples in the columns; take it before slicing: K.cross(x_new)[:, a:b]"
+            )
+        if new == own and not inputs.is_coupled:
+            require_own_positions(inputs, self.outputs)
+            return StateAxis(inputs, self.outputs, None, self.labels)
+        if len(new) != len(own) or new[1:] != own[1:] or not own:
+            raise ShapeError(
+                f"the new samples have outputs of shape {tuple(new)}, those of the kernel {tuple(own)}: all "
+                "axes but the first must agree"
+            )
+        inner = own[1:].numel()
+        width = len(torch.unique(self.flat_outputs[0, 0] % inner))  # outputs at a place
+        grid = self.outputs.unflatten(-1, (-1, width)) if self.outputs.shape[-1] % width == 0 else None
+        # The same outputs, at the same places in each term and member of the batch:
+        if grid is None or not (
+            _is_constant(grid % inner, -2)
+            and all(_is_constant(grid // inner, axis) for axis in range(-grid.dim(), 0) if axis != -2)
+        ):
+            raise ShapeError(
+                f"the new samples have outputs of shape {tuple(new)}, those of the kernel {tuple(own)}, and "
+                "its columns are an uneven selection of these, or summed over the first axis; take the cross "
+                "kernel of all of them, and slice it"
+            )
+        if not self.inputs.is_coupled and grid.shape[-2] < own[0]:
+            raise ShapeError(
+                f"the columns of the kernel are some entries of the first axis of outputs of shape "
+                f"{tuple(own)}, and the new samples have {tuple(new)}: which of theirs are meant is open"
+            )
+        numbers = at_places(grid[..., 0, :] % inner, new[0], inner)
+        labels = self.labels
+        if not inputs.is_coupled and labels and labels[0][1] == own[0]:
+            labels = ((labels[0][0], new[0]), *labels[1:])
+        return StateAxis(inputs, numbers, None, labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from ..arguments import checked
 from ..engines import Engine, EngineChoice, build_engine
 from ..engines.tiles import sample_slices
 from ..errors import DeviceError, DtypeError, ParameterSelectionError
-from ..model import Linearization, linearize
+from ..model import BatchDim, Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
@@ -142,8 +142,8 @@ def jacobian_rows(engine: Engine, params: tuple[Tensor, ...], axis: StateAxis) -
             tiles.append(gathered.permute(1, 0, 3, 2, 4).flatten(3))  # (M, B, r, R·P)
     engine.count_rows(count * len(distinct), axis.inputs)
     rows = (tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)).flatten(1, 2)  # (M, N·r, R·P)
-    if axis.pick is not None:
-        rows = rows[:, axis.pick.to(rows.device)]
+    if axis.index is not None:
+        rows = rows[:, axis.index.to(rows.device)]
     return rows.reshape(*axis.batch_shape, *rows.shape[1:])
 
 
@@ -174,7 +174,7 @@ def jacobian(
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     differentiable: bool = False,
 ) -> JacobianOperator:
     r"""Return the Jacobian :math:`J = \partial f(x; \theta) / \partial \theta` as a lazy operator.
@@ -199,7 +199,8 @@ def jacobian(
         batch_size: Samples per pass, or "auto". Results do not depend on it.
         chunk_size: Columns per pass, or "auto". Results do not depend on it.
         max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now, 0 never.
-        batch_dim: Position of the sample axis in inputs and output.
+        batch_dim: Position of the sample axis in inputs and output, None for coupled samples, or an axis for
+            each input; see `ntkops.ntk`.
         differentiable: Keep the live tensors instead of a snapshot, so that products can be
             differentiated.
 

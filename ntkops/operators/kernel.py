@@ -19,7 +19,7 @@ from ..errors import (
     UnknownParameterError,
     UnsupportedOperationError,
 )
-from ..model import linearize
+from ..model import BatchDim, linearize
 from .algebra import KernelAlgebra
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
@@ -49,18 +49,26 @@ class NTKOperator(KernelAlgebra, EngineOperator):
 
     @property
     def num_samples(self) -> int:
-        """Number N of samples of the rows."""
-        return self._rows.inputs.num_samples
+        """Number N of samples of the rows, of nodes where they are coupled."""
+        return self._rows.num_samples
 
     @property
     def num_outputs(self) -> int:
         """Number of rows that each sample has in this operator."""
-        return self._rows.outputs.shape[-1]
+        return self._rows.num_outputs
 
     @property
     def output_shape(self) -> torch.Size:
-        """Shape of the model's output for one sample, before flattening."""
-        return self._rows.inputs.output_shape
+        """Shape of the model's output for one sample, or one node, before flattening."""
+        return self._rows.output_shape
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(N + 1,)`` first row of each sample, and the number of rows: samples may differ in length.
+
+        Of a kernel over whole samples; a slice has what its samples have before it is cut.
+        """
+        return self._rows.offsets
 
     @property
     def axes(self) -> dict[str, int]:
@@ -91,30 +99,22 @@ class NTKOperator(KernelAlgebra, EngineOperator):
     def cross(self, x: Any) -> NTKOperator:
         """Return the kernel between new samples and this kernel's columns.
 
-        It shares the snapshot, the engine and the outputs; nothing but ``x`` is checked.
+        It shares the snapshot, the engine and the outputs; nothing but ``x`` is checked. The first axis of
+        the output, such as time or the nodes of a graph, may have another length.
 
         Args:
-            x: Samples of the same kind as those of the kernel.
+            x: Samples of the same kind as those of the kernel, or another graph.
 
         Returns:
             Lazy ``(N_new·O, n)``, with the batch of this kernel.
 
         Raises:
-            ShapeError: If this kernel's rows are an uneven selection of samples and outputs.
+            ShapeError: If this kernel's rows are an uneven selection of samples and outputs, or further axes
+                of the outputs differ.
             NtkopsError: If the samples do not fit; see `ntkops.errors`.
         """
         core, columns = self._core, self._columns
-        if columns.pick is not None:
-            raise ShapeError(
-                "cross needs whole samples in the columns; take it before slicing: K.cross(x_new)[:, a:b]"
-            )
-        inputs = core.engine.linearization.inputs(x)
-        if inputs.output_shape != columns.inputs.output_shape:
-            raise ShapeError(
-                f"the new samples have outputs of shape {tuple(inputs.output_shape)}, those of the kernel "
-                f"{tuple(columns.inputs.output_shape)}"
-            )
-        return self._rebuild(core.with_axes(columns.of(inputs), columns))
+        return self._rebuild(core.with_axes(columns.over(core.engine.linearization.inputs(x)), columns))
 
     # dense results
 
@@ -160,10 +160,10 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         dense = self._core.engine.kernel(
             tuple(params), rows.inputs, columns.inputs, rows.flat_outputs, columns.flat_outputs
         )
-        if rows.pick is not None:
-            dense = dense[:, rows.pick.to(dense.device)]
-        if columns.pick is not None:
-            dense = dense[..., columns.pick.to(dense.device)]
+        if rows.index is not None:
+            dense = dense[:, rows.index.to(dense.device)]
+        if columns.index is not None:
+            dense = dense[..., columns.index.to(dense.device)]
         return dense.reshape(*self.batch_shape, *dense.shape[1:])
 
     def _diagonal(self) -> Tensor:
@@ -179,8 +179,8 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         else:
             with torch.no_grad():
                 diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
-        if rows.pick is not None:
-            diagonal = diagonal[:, rows.pick.to(diagonal.device)]
+        if rows.index is not None:
+            diagonal = diagonal[:, rows.index.to(diagonal.device)]
         return diagonal.reshape(*self.batch_shape, -1)
 
     def of_parameters(self, names: Sequence[str]) -> NTKOperator:
@@ -221,10 +221,10 @@ class NTKOperator(KernelAlgebra, EngineOperator):
                 owners,
                 count,
             )
-        if rows.pick is not None:
-            blocks = blocks[..., rows.pick.to(blocks.device), :]
-        if columns.pick is not None:
-            blocks = blocks[..., columns.pick.to(blocks.device)]
+        if rows.index is not None:
+            blocks = blocks[..., rows.index.to(blocks.device), :]
+        if columns.index is not None:
+            blocks = blocks[..., columns.index.to(blocks.device)]
         return blocks.reshape(count, *self.batch_shape, *blocks.shape[-2:])
 
     def sample_gram(self, cotangents: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def ntk(
     max_dense_bytes: int | Literal["auto"] = "auto",
     *,
     axes: Sequence[str] | None = None,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     differentiable: bool = False,
     group: Any = None,
 ) -> NTKOperator:
@@ -311,7 +311,9 @@ def ntk(
             it products may switch to a dense block once that is cheaper (`engine_info.dense`); at 0
             nothing dense is ever built.
         axes: Names of the axes of one sample's output, such as ``("time", "class")``.
-        batch_dim: Position of the sample axis in inputs and output.
+        batch_dim: Position of the sample axis in inputs and output; None for coupled samples, such as the
+            nodes of one graph, which are then the first axis of the output; or an axis for each input, by
+            keyword or position: ``{"x": 0, "h": 1, "edges": None}``, None for what all samples share.
         differentiable: Keep the live tensors instead of a snapshot, so that products can be
             differentiated.
         group: A `torch.distributed.ProcessGroup`, or "world": x holds this rank's samples (none is allowed
@@ -388,12 +390,7 @@ def ntk(
     linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
     whole = state_axis(linearization, x)
     rows = choose(whole)
-    columns = rows if x2 is None else choose(state_axis(linearization, x2))
-    if columns.inputs.output_shape != rows.inputs.output_shape:
-        raise ShapeError(
-            f"the outputs of x have shape {tuple(rows.inputs.output_shape)} a sample, those of x2 "
-            f"{tuple(columns.inputs.output_shape)}"
-        )
+    columns = rows if x2 is None else rows.over(linearization.inputs(x2))
     core = Core(
         engine=build_engine(
             linearization, whole.inputs, engine, batch_size=batch_size, chunk_size=chunk_size

@@ -15,8 +15,9 @@ from ..engines.tiles import sample_slices
 from ..model import Inputs
 from ..model.inputs import joined
 from ..vectors import Space
-from .axes import StateAxis
+from .axes import StateAxis, at_places
 from .jacobian import JacobianOperator, jacobian_rows
+from .sample_kernel import SampleKernelOperator
 from .structure import Tile, tile_slices
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class KernelStructure:
     def sample_shape(self) -> tuple[int, int] | None:
         """Samples and outputs, where the rows are all outputs of all samples, as `sample_gram` has them."""
         rows = self._rows
-        whole = self.symmetric and rows.pick is None and rows._is_whole()
+        whole = self.symmetric and rows.pick is None and rows._is_whole() and not rows.inputs.is_coupled
         return (rows.inputs.num_samples, rows.inputs.num_outputs) if whole else None
 
     def output_traced(self, outputs: Tensor) -> NTKOperator | None:
@@ -79,11 +80,23 @@ class KernelStructure:
                 paired with row s, and the R kernels over r outputs are added.
         """
         rows = self._rows
-        if not self.symmetric or rows.pick is not None:
+        if not self.symmetric or rows.index is not None:
             return None
+        if rows.inputs.is_coupled:  # the same rows of every node
+            outputs = at_places(outputs, rows.num_samples, rows.num_outputs)
         numbers = rows.outputs[..., outputs]  # (*batch, R', R, r)
         axis = StateAxis(rows.inputs, numbers.flatten(-3, -2))
         return self._kernel._rebuild(self._kernel._core.with_axes(axis, axis))
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether samples are coupled, so that a pass is one over all of them."""
+        return self._rows.inputs.is_coupled
+
+    def node_blocks(self, rows: Tensor) -> SampleKernelOperator:
+        """Return the sum of R blocks of coupled samples, given ``(R, r)`` rows; no other is made."""
+        axis = StateAxis(self._rows.inputs, self._rows.outputs[..., rows].flatten(-3, -2))
+        return SampleKernelOperator(*self._kernel._args, core=self._kernel._core.with_axes(axis, axis))
 
     def exact_cost(self, quantity: str) -> float:
         """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included.
@@ -288,16 +301,17 @@ class KernelStructure:
         Yields:
             The rows, and their part of the diagonal.
         """
-        rows, width = self._rows, self._rows.outputs.shape[-1]
+        rows = self._rows
         if not self.symmetric or rows.pick is not None or self._kernel._stored_dense() is not None:
             if first < self.shape[-1]:
                 yield slice(0, self.shape[-1]), self._kernel.diagonal()
             return
+        offsets = torch.tensor([0, rows.length]) if rows.inputs.is_coupled else rows.offsets
         with SharedPasses(rows.inputs.num_samples) as passes:
-            for part, kernel in self.sample_parts(size, first // width):
+            for part, kernel in self.sample_parts(size, int(torch.searchsorted(offsets, first))):
                 with passes.over(part.stop - part.start):
                     found = kernel.diagonal()
-                yield slice(part.start * width, part.stop * width), found
+                yield slice(int(offsets[part.start]), int(offsets[part.stop])), found
 
 
 class AxisReader:
@@ -316,7 +330,9 @@ class AxisReader:
         """Return the axis of some consecutive rows, its samples in memory."""
         if self._between is None:
             return self._axis.take(rows)
-        width = self._axis.outputs.shape[-1]
-        first, last = rows.start // width, -(-rows.stop // width)
+        offsets = self._axis.offsets
+        first = int(torch.searchsorted(offsets, rows.start, right=True)) - 1
+        last = int(torch.searchsorted(offsets, rows.stop))
         part = StateAxis(self._between(first, last), self._axis.outputs)
-        return part.take(slice(rows.start - first * width, rows.stop - first * width))
+        start = int(offsets[first])
+        return part.take(slice(rows.start - start, rows.stop - start))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import InputError
-from ..model import Linearization, linearize
+from ..model import BatchDim, Linearization, linearize
 from .counting import multiply
 from .jacobian import jacobian
 from .sandwich import Sandwich, sandwich
@@ -27,7 +27,7 @@ def nngp(
     weight_variance: float,
     bias_variance: float,
     output: Any = None,
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
 ) -> Sandwich:
     r"""Return the covariance of a network's outputs over random readouts, lazily and exactly.
 

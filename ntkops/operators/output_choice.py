@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, OutOfRangeError, ShapeError
-from .axes import StateAxis
+from .axes import StateAxis, at_places, require_own_positions
 
 __all__ = ["OutputChoice", "choose_outputs", "labelled", "over_samples"]
 
@@ -28,7 +28,7 @@ def labelled(axis: StateAxis, axes: Sequence[str] | None) -> StateAxis:
     """
     if axes is None:
         return axis
-    names, shape = (axes,) if isinstance(axes, str) else tuple(axes), tuple(axis.inputs.output_shape)
+    names, shape = (axes,) if isinstance(axes, str) else tuple(axes), tuple(axis.output_shape)
     if not all(isinstance(name, str) and name for name in names):
         raise InputError(f"axes={axes!r}: pass names, such as axes=('time', 'class')")
     if len({"samples", *names}) < len(names) + 1:
@@ -60,12 +60,12 @@ def choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
     """
     if isinstance(outputs, Mapping):
         return _by_axes(axis, outputs)
-    count = axis.inputs.num_outputs
+    count = axis.output_shape.numel()
     if isinstance(outputs, str):
         shapes = {"all": (1, count), "each": (count, 1, 1), "trace": (count, 1)}
         if outputs in shapes:
             labels = axis.labels if outputs == "all" else ()
-            return StateAxis(axis.inputs, torch.arange(count).reshape(shapes[outputs]), None, labels)
+            return _of_samples(axis, torch.arange(count).reshape(shapes[outputs]), labels)
         if str(outputs) == "sum":
             raise InputError(
                 "outputs='sum' has two readings: outputs='trace' sums the kernels of the outputs; for the "
@@ -82,7 +82,19 @@ def choose_outputs(axis: StateAxis, outputs: OutputChoice) -> StateAxis:
     for number in numbers:
         if not -count <= number < count:
             raise OutOfRangeError(f"output {number} does not exist: the model has {count} outputs a sample")
-    return StateAxis(axis.inputs, torch.tensor([[n % count for n in numbers]]))
+    return _of_samples(axis, torch.tensor([[n % count for n in numbers]]))
+
+
+def _of_samples(axis: StateAxis, numbers: Tensor, labels: tuple[tuple[str, int], ...] = ()) -> StateAxis:
+    """Return the axis of some outputs of every sample, or of every node.
+
+    Raises:
+        InputError: If samples differ in length, and rows are neither all of their positions nor a sum.
+    """
+    require_own_positions(axis.inputs, numbers)
+    if axis.inputs.is_coupled:
+        numbers = at_places(numbers, axis.num_samples, axis.output_shape.numel())
+    return StateAxis(axis.inputs, numbers, None, labels)
 
 
 def _not_understood(outputs: Any) -> str:
@@ -101,25 +113,29 @@ def _by_axes(axis: StateAxis, outputs: Mapping[Any, Any]) -> StateAxis:
             raise InputError(f"outputs={{{name!r}: ...}}: the axes are {', '.join(map(repr, known))}{hint}")
         if choice not in _CHOICES or not isinstance(choice, str):
             raise InputError(f"outputs={{{name!r}: {choice!r}}}: choose 'all', 'each' or 'trace' for an axis")
-    shape = tuple(axis.inputs.output_shape)
+    shape = tuple(axis.output_shape)
     chosen = [outputs.get(name, "all") for name in known[1:]]
     labels = tuple(label for label, kind in zip(axis.labels, chosen, strict=True) if kind == "all")
     if not axis.labels:  # nothing but the samples has a name: all outputs
-        shape, chosen = (axis.inputs.num_outputs,), ["all"]
+        shape, chosen = (axis.output_shape.numel(),), ["all"]
     groups = [[i for i, kind in enumerate(chosen) if kind == sort] for sort in ("each", "trace", "all")]
     batch, terms, rows = ([shape[i] for i in group] for group in groups)
     numbers = (
-        torch.arange(axis.inputs.num_outputs).reshape(shape).permute([i for group in groups for i in group])
+        torch.arange(axis.output_shape.numel()).reshape(shape).permute([i for group in groups for i in group])
     )
     numbers = numbers.reshape(*batch, torch.Size(terms).numel(), torch.Size(rows).numel())
     if not over_samples(outputs):
-        return StateAxis(axis.inputs, numbers, None, labels)
+        return _of_samples(axis, numbers, labels)
     return StateAxis(axis.inputs, _folded(axis, numbers, outputs["samples"]), None, labels, folded=True)
 
 
 def _folded(axis: StateAxis, numbers: Tensor, choice: str) -> Tensor:
     """Return numbers of (sample, output): a sample is a member of the batch, the first, or a term."""
-    samples = torch.arange(axis.inputs.num_samples) * axis.inputs.num_outputs
+    if axis.inputs.lengths is not None:
+        raise InputError(
+            "samples differ in length, so that their own kernels do: take them from K, by K.offsets"
+        )
+    samples = torch.arange(axis.num_samples) * axis.output_shape.numel()
     if choice == "each":
         return samples.reshape(-1, *[1] * numbers.dim()) + numbers  # (N, *batch, R, r)
     return (samples[:, None, None] + numbers.unsqueeze(-3)).flatten(-3, -2)  # (*batch, N·R, r)

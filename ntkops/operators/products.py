@@ -268,7 +268,7 @@ class ProductOperator(Expression):
 def _describe(axis: Axis) -> str:
     if isinstance(axis, ParameterAxis):
         return "the entries of the selected parameters"
-    samples, outputs = axis.inputs.num_samples, axis.outputs.shape[-1]
+    samples, outputs = axis.num_samples, axis.num_outputs
     if axis.pick is not None:
         return f"selected from {samples} samples x {outputs} outputs"
     return f"{samples} samples x {outputs} outputs"
@@ -276,7 +276,7 @@ def _describe(axis: Axis) -> str:
 
 def _axis_hint(axis: Axis, other: Tensor) -> str:
     if isinstance(axis, StateAxis) and axis.pick is None and other.dim() >= 1:
-        samples, outputs = axis.inputs.num_samples, axis.outputs.shape[-1]
+        samples, outputs = axis.num_samples, axis.num_outputs
         if other.shape[-2:] == (samples, outputs) or other.shape == (samples, outputs):
             return "; state vectors are flattened sample-major: pass v.reshape(-1)"
         if other.dim() == 1 and other.shape[-1] == samples and outputs > 1:

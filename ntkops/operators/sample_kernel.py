@@ -35,7 +35,7 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator):
     @property
     def num_samples(self) -> int:
         """Number N of samples."""
-        return self._state_axes()[0].inputs.num_samples
+        return self._state_axes()[0].num_samples
 
     @property
     def structure(self) -> SampleKernelStructure:

@@ -135,8 +135,8 @@ def network_outputs(K: Kernel) -> Tensor:
         )
     outputs = _forward(source._core.engine.linearization, source._args, axis)  # (N, O)
     rows = outputs[:, axis.flat_outputs[:, 0].to(outputs.device)].movedim(1, 0).flatten(1)  # (batch, N*r)
-    if axis.pick is not None:
-        rows = rows[:, axis.pick.to(rows.device)]
+    if axis.index is not None:
+        rows = rows[:, axis.index.to(rows.device)]
     return rows.reshape(*axis.batch_shape, rows.shape[-1])
 
 

@@ -156,7 +156,9 @@ class Point:
             max_dense_bytes=o.max_dense_bytes,
         )
         with torch.no_grad():
-            return (operator @ direction.to(operator.dtype)).reshape(self.inputs.num_samples, -1)
+            rows = operator @ direction.to(operator.dtype)
+        axis, _ = operator._state_axes()
+        return axis.embed(rows.unsqueeze(-1))[0]  # zeros behind the positions of a shorter sample
 
 
 Quantity = Callable[[Point, Point, Options], Estimate]  # at a checkpoint, with the first one

@@ -15,6 +15,7 @@ from ..arguments import check_arguments
 from ..engines import EngineChoice
 from ..errors import DtypeError, InputError, NonFiniteError
 from ..estimators._request import checked_generator
+from ..model import BatchDim
 from ..operators.output_choice import OutputChoice
 from ..results import History
 from .quantities import BUILT_IN, KernelOptions, Options, Quantity, own_quantity
@@ -59,7 +60,7 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
 ) -> History | Tracker:
     r"""Compute quantities of the kernel along training, from checkpoints or inside a training loop.
 

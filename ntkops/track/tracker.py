@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..errors import CheckpointError, InputError, UnsupportedOperationError
-from ..model import Linearization, linearize
+from ..model import BatchDim, Linearization, linearize
 from ..model.call import uncompiled
 from ..results import Estimate, History
 from .ledger import Ledger, data_digest, name_of, parameter_digest, structure_of
@@ -52,7 +52,7 @@ class Tracker:
         kernel: KernelOptions,
         params: Any,
         output: Any,
-        batch_dim: int,
+        batch_dim: BatchDim,
         path: str | os.PathLike[str] | None,
         seeded: bool,
     ) -> None:

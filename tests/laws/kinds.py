@@ -175,6 +175,22 @@ def stacked(problem: Problem) -> Subject:
 
 
 @kind
+def coupled(problem: Problem) -> Subject:
+    """All samples as one whole, whose rows they are."""
+    options = {**problem.options(), "batch_dim": None}
+    return Subject(ntkops.ntk(problem.model, problem.data(), **options), problem.expected())
+
+
+@kind
+def cross_of_coupled_samples(problem: Problem) -> Subject:
+    """A whole of other samples, and of another number of them."""
+    options = {**problem.options(), "batch_dim": None}
+    K = ntkops.ntk(problem.model, problem.data(), outputs="each", **options)
+    expected = kernel(problem.J(3, 2), problem.J(), problem.width, "each")
+    return Subject(K.cross(problem.data(3, seed=2)), expected, False)
+
+
+@kind
 def cross(problem: Problem) -> Subject:
     return _cross(problem, 3)
 

@@ -108,16 +108,40 @@ def test_batches_of_different_length_in_time_are_not_joined():
     states, stops = _states(lin, inputs, 5)
     assert stops == [3, 7]
     torch.testing.assert_close(states, torch.cat([model(b) for b in batches]).detach())
-    with pytest.raises(InputError, match="batches of different shapes"):
-        inputs.select(torch.tensor([0, 3]))
+    found, _ = _states(lin, inputs.select(torch.tensor([6, 0, 3])), None)
+    torch.testing.assert_close(found, torch.cat([model(b) for b in batches]).detach()[[6, 0, 3]])
     assert inputs.select(torch.tensor([6, 3])).num_samples == 2
 
 
-def test_outputs_that_change_their_number_between_batches_are_noticed():
+def test_outputs_of_unlike_length_have_zeros_behind_them():
     model = nn.Sequential(nn.Linear(1, 1), nn.Flatten()).double()
     lin = linearize(model)
-    inputs = lin.inputs([torch.randn(3, 4, 1).double(), torch.randn(3, 6, 1).double()])
-    with pytest.raises(TypeError, match="4 outputs per sample are due"):
+    batches = [torch.randn(3, 4, 1).double(), torch.randn(2, 6, 1).double()]
+    inputs = lin.inputs(batches)
+    assert (
+        inputs.lengths.tolist() == [4, 4, 4, 6, 6] and inputs.output_shape == (6,) and inputs.num_rows == 24
+    )
+    states, _ = _states(lin, inputs, None)
+    short = nn.functional.pad(model(batches[0]), (0, 2))
+    torch.testing.assert_close(states, torch.cat([short, model(batches[1])]).detach())
+
+
+class Varying(nn.Module):
+    """Leaves out an output where a value is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(1, 1)
+
+    def forward(self, x):
+        found = self.body(x).flatten(1)
+        return found[:, 1:] if float(x.max()) > 4 else found
+
+
+def test_outputs_that_change_their_number_between_batches_are_noticed():
+    lin = linearize(Varying().double())
+    inputs = lin.inputs([torch.rand(3, 4, 1).double(), 5 + torch.rand(3, 4, 1).double()])
+    with pytest.raises(TypeError, match="3 outputs per sample are due"):
         _states(lin, inputs, None)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import ntkops
 from ntkops.engines import tiles
-from ntkops.errors import InputError, NonDeterministicDataError
+from ntkops.errors import NonDeterministicDataError
 from ntkops.estimators import _stratified_grams
 from ntkops.model import linearize
 from ntkops.model.inputs import joined
@@ -264,7 +264,7 @@ def test_a_source_that_changes_its_length_is_refused(change, small_parts):
         ntkops.trace(K, method="exact")
 
 
-def test_batches_of_other_shapes_are_not_joined():
+def test_batches_of_other_shapes_are_read_together_and_not_joined():
     model = torch.nn.Sequential(
         torch.nn.AdaptiveAvgPool1d(2), torch.nn.Flatten(), torch.nn.Linear(4, 2)
     ).double()
@@ -272,8 +272,14 @@ def test_batches_of_other_shapes_are_not_joined():
     inputs = linearize(model).inputs(source)
     between = inputs.in_order()
     assert between(0, 4).num_samples == 4
-    with pytest.raises(InputError, match="samples 2 to 5"):
-        between(2, 6)
+    both = between(2, 6)
+    assert both.num_samples == 4 and not both.is_one_batch
+    parts = [(start, stop, batch.tensors[0]) for start, stop, batch in both.batches(3)]
+    assert [part[:2] for part in parts] == [(0, 2), (2, 3), (3, 4)]
+    assert torch.equal(parts[0][2], source[0][2:]) and torch.equal(parts[1][2], source[1][:1])
+    again = joined([between(0, 4), between(4, 8)]).select(torch.tensor([7, 1, 0]))
+    found = [batch.tensors[0] for _, _, batch in again.batches()]
+    assert torch.equal(found[0], source[1][3:]) and torch.equal(found[1], source[0][[1, 0]])
 
 
 # ranges in order

@@ -13,6 +13,7 @@ from ...engines import Differentiation, Engine, EngineChoice, LayerwiseEngine, b
 from ...engines.sharded import ShardedEngine
 from ...errors import InputError, ShapeError, ShardingError
 from ...model import Inputs, Linearization, linearize
+from ...model.batch import BatchDim, are_coupled
 from ...ranks import Ranks
 from ..axes import StateAxis
 from .kernel import ShardedAxis, ShardedKernelOperator, core_of
@@ -49,7 +50,7 @@ def sharded_ntk(
     engine: EngineChoice,
     batch_size: int | Literal["auto"],
     chunk_size: int | Literal["auto"],
-    batch_dim: int,
+    batch_dim: BatchDim,
     group: Any,
     described: dict[str, Any],
 ) -> ShardedKernelOperator:
@@ -70,9 +71,15 @@ def sharded_ntk(
         described: Options that all ranks must agree on.
 
     Raises:
+        InputError: If samples are coupled, or differ in length.
         ShardingError: If models, selections, options or outputs differ between ranks.
         RankFailedError: If another rank's model or samples are refused.
     """
+    if are_coupled(batch_dim):
+        raise InputError(
+            f"batch_dim={batch_dim!r}: coupled samples are one whole, which is not spread over ranks: leave "
+            "group=None"
+        )
     ranks = Ranks(group)
 
     def bring() -> _Share:
@@ -85,6 +92,11 @@ def sharded_ntk(
                 f"{tuple(columns.output_shape)}"
             )
         held = rows if rows is not None else columns
+        if any(side is not None and side.lengths is not None for side in (rows, columns)):
+            raise InputError(
+                "samples that differ in length are not spread over ranks: leave group=None, or let all have "
+                "the same positions"
+            )
         built = None
         if held is not None:
             built = build_engine(linearization, held, engine, batch_size=batch_size, chunk_size=chunk_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...model import Inputs, Linearization
-from ...model.batch import Batch, Layout, Place, normalise
+from ...model.batch import Batch, BatchDim, Layout, Place, normalise
 
 __all__ = ["no_samples", "take_shard"]
 
@@ -19,12 +19,12 @@ def take_shard(linearization: Linearization, x: Any) -> Inputs | None:
     return None if _is_empty(x, linearization.batch_dim) else linearization.inputs(x)
 
 
-def _is_empty(x: Any, batch_dim: int) -> bool:
+def _is_empty(x: Any, batch_dim: BatchDim) -> bool:
     if x is None:
         return True
     if isinstance(x, Inputs):
         return x.num_samples == 0
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and isinstance(batch_dim, int):
         return x.dim() > batch_dim and x.shape[batch_dim] == 0
     if isinstance(x, tuple | Mapping):
         return normalise(x, batch_dim).num_samples == 0
@@ -33,7 +33,7 @@ def _is_empty(x: Any, batch_dim: int) -> bool:
 
 def no_samples(linearization: Linearization, output_shape: torch.Size) -> Inputs:
     """Return a view of no samples, whose outputs would have a shape."""
-    axis = linearization.batch_dim
+    axis = linearization.state_dim or 0
     nothing = torch.empty((0,) * (axis + 1), dtype=linearization.dtype, device=linearization.device)
-    batch = Batch((nothing,), Layout(Place(0), ("input",), axis), output_shape.numel())
+    batch = Batch((nothing,), Layout(Place(0), ("input",), (axis,)), output_shape.numel())
     return Inputs(batch, output_shape)
