@@ -9,6 +9,7 @@ with _warnings.catch_warnings():
 
 from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
+from .curvature import GGNOperator, ggn
 from .dynamics import Gaussian, Trajectory, gradient_descent, gradient_flow, max_learning_rate
 from .engines import Layerwise, count_passes, set_memory_budget
 from .errors import NtkopsError, NtkopsWarning
@@ -115,6 +116,9 @@ __all__ = [
     "energy_gap",
     # regression
     "KernelRidge",
+    # curvature
+    "ggn",
+    "GGNOperator",
     # along training
     "gradient_flow",
     "gradient_descent",

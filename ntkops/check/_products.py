@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..curvature import GGNOperator
 from ..engines import free_bytes
 from ..model.precision import lowest_dtype
 from ..operators import JacobianOperator, NTKOperator
@@ -71,11 +72,11 @@ class Products:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the operator has to be symmetric: a kernel of one set of samples."""
+        """Whether the operator has to be symmetric: a kernel of one set of samples, a curvature."""
         operator = self.operator
         if isinstance(operator, NTKOperator):
             return operator._core.symmetric
-        return False
+        return isinstance(operator, GGNOperator)
 
     def adjoint(self, name: str, detail: str) -> Check:
         """Return the entry of the adjoint identity."""

@@ -10,12 +10,14 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
+from ..curvature import GGNOperator
 from ..errors import InputError, NtkopsError
 from ..operators import JacobianOperator, NTKOperator
 from ..operators.counting import row_space
 from ..results import Check, CheckReport
 from ..vectors import resolve_generator
 from ._derivative import derivative_checks
+from ._duality import duality_checks
 from ._engines import engine_checks, lazily
 from ._products import Products, product_checks
 
@@ -33,9 +35,9 @@ def check_operator(
     the bit, finite values, no use of the global random state. For the operators of ntkops also: the same
     products with other batches and chunks and with the other engine, J and its transpose by automatic
     differentiation, samples that do not see each other, a derivative that finite differences in float64
-    confirm, and a model that is left as it was. Errors are relative; what passes is a thousand rounding units
-    of the coarsest dtype that the model computes in. Where J is not the derivative, the parameters at fault
-    are found by bisection and named.
+    confirm, and a model that is left as it was; for `ntkops.ggn`, that its two sides belong together. Errors
+    are relative; what passes is a thousand rounding units of the coarsest dtype that the model computes in.
+    Where J is not the derivative, the parameters at fault are found by bisection and named.
 
     Args:
         operator: A `JacobianOperator`, an `NTKOperator`, or any LinearOperator or tensor ``(*batch, n, m)``.
@@ -83,6 +85,8 @@ def _all_checks(operator: LinearOperator | Tensor, products: Products) -> Iterat
     except NtkopsError as error:  # a product that is refused is a finding, too
         yield Check("products", False, None, 0.0, f"{type(error).__name__}: {error}")
         return
+    if isinstance(operator, GGNOperator):
+        yield from duality_checks(operator, products)
     if isinstance(operator, JacobianOperator | NTKOperator):
         yield from engine_checks(operator, products)
         yield from derivative_checks(operator, products)
@@ -91,6 +95,6 @@ def _all_checks(operator: LinearOperator | Tensor, products: Products) -> Iterat
 def _name(operator: LinearOperator | Tensor) -> str:
     if isinstance(operator, Tensor):
         return f"Tensor{tuple(operator.shape)}"
-    if isinstance(operator, JacobianOperator | NTKOperator):
+    if isinstance(operator, JacobianOperator | NTKOperator | GGNOperator):
         return repr(operator)
     return f"{type(operator).__name__}{tuple(operator.shape)}"

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature.losses import Loss, is_convex
 from ..errors import NotConvergedError
 from ..spectra import Jacobi
 from ._linear import rounding_of
-from ._losses import Loss, is_convex
 from ._problem import Problem
 from ._result import assemble
 from .trajectory import Trajectory

@@ -10,9 +10,9 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
+from ..curvature.losses import CrossEntropy, PerSample, read_loss
 from ..errors import InputError
 from ._filters import Flow
-from ._losses import CrossEntropy, PerSample, read_loss
 from ._ode import by_ode
 from ._problem import check_positive, check_tolerance, read_problem, read_times
 from ._result import check_method, linear_trajectory

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..engines import spare_passes
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
 from ..operators.counting import cache_cost, column_space, multiply, product_cost, row_space
+from ..operators.sandwich import smaller_side
 from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
-__all__ = ["Operand", "Request", "operands", "require_finite"]
+__all__ = ["Operand", "Request", "operands", "require_finite", "spectral_operand"]
 
 DEFAULT_RTOL = 1e-2
 
@@ -221,6 +222,18 @@ def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
                 f"the operators live on {first.device} and {other.device}; use .to(device) on one"
             )
     return found
+
+
+def spectral_operand(operator: LinearOperator | Tensor, method: str) -> list[Operand]:
+    """Return the operand of a quantity that zero eigenvalues do not change: LᵀL where L Lᵀ is larger.
+
+    A kernel of samples stays, which has methods of its own; and so does what is to be sampled in a way that
+    has a name, since that is a way on this side.
+    """
+    (found,) = operands(operator)
+    stays = hasattr(found.structure, "sample_shape") or method not in ("auto", "exact")
+    other = None if stays else smaller_side(operator)
+    return [found] if other is None else operands(other)
 
 
 def require_finite(values: Tensor, what: str) -> Tensor:

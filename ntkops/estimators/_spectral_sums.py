@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
 from ..operators.counting import row_space
+from ..operators.sandwich import smaller_side
 from ..operators.structure import fits_dense
 from ..results import Estimate, PassCount
 from ..shortage import memory_for
@@ -32,6 +33,7 @@ __all__ = [
     "absolute_ridge",
     "added_diagonal",
     "spectral_sum",
+    "without_jitter",
 ]
 
 SumMethod = Literal["auto", "exact", "slq"]
@@ -157,6 +159,18 @@ def absolute_ridge(operand: Operand, ridge: float, relative: bool) -> float:
     return float(ridge) * mean
 
 
+def without_jitter(operator: LinearOperator | Tensor) -> tuple[LinearOperator | Tensor, float]:
+    """Return K and c for an operator K + c I with c > 0, which may be added in steps."""
+    if not isinstance(operator, AddedDiagLinearOperator) or row_space(operator).is_spread:
+        return operator, 0.0
+    entries = operator._diag_tensor._diagonal().detach().double()
+    least, largest = float(entries.min()), float(entries.max())
+    if not 0 < least == largest:
+        return operator, 0.0
+    inner, more = without_jitter(operator._linear_op)
+    return inner, least + more
+
+
 def added_diagonal(operator: LinearOperator | Tensor) -> float:
     """Return the least entry ≥ 0 of the diagonals that an operator K + D carries, or 0."""
     if not isinstance(operator, AddedDiagLinearOperator):
@@ -167,7 +181,7 @@ def added_diagonal(operator: LinearOperator | Tensor) -> float:
 
 
 def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> Estimate:
-    """Compute or estimate a sum over the spectrum.
+    """Compute or estimate a sum over the spectrum, of LᵀL for an operator L Lᵀ where that is smaller.
 
     Args:
         operand: Square ``(*batch, n, n)``.
@@ -181,6 +195,11 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
         InputError: If the passes do not pay for the method.
     """
     start = time.perf_counter()
+    # f(0) = 0, so that the eigenvalues that one side has more count for nothing but the constant.
+    other = smaller_side(operand.operator) if quantity.ridge > 0 and not quantity.floor else None
+    if other is not None:
+        ratio = operand.size / other.shape[-1]
+        operand, quantity = Operand(other), replace(quantity, constant=quantity.constant * ratio)
     options = replace(options, request=options.request.shared(operand.rows))
     request, eps = options.request, torch.finfo(operand.dtype).eps
     exact_passes = float(operand.structure.exact_cost("tiles"))

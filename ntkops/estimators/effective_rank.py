@@ -14,7 +14,7 @@ from ._differentiable import differentiable_estimate
 from ._driver import NORM_METHODS, NormMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import EFFECTIVE_RANK
-from ._request import operands
+from ._request import spectral_operand
 
 __all__ = ["effective_rank"]
 
@@ -40,7 +40,7 @@ def effective_rank(
     1/m. Cost as for the norm.
 
     Args:
-        operator: Square ``(*batch, n, n)`` operator or tensor.
+        operator: Square ``(*batch, n, n)`` operator or tensor; of L Lᵀ the smaller side, as for the norm.
         rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 where
             ``num_passes`` is None too.
         num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
@@ -107,7 +107,7 @@ def effective_rank(
         )
     return estimate(
         EFFECTIVE_RANK,
-        lambda: operands(operator),
+        lambda: spectral_operand(operator, method),
         NORM_METHODS,
         rtol=rtol,
         num_passes=num_passes,

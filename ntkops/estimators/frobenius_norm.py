@@ -14,7 +14,7 @@ from ._differentiable import differentiable_estimate
 from ._driver import NORM_METHODS, NormMethod, estimate
 from ._exact import require_no_checkpoint
 from ._quantities import FROBENIUS_NORM
-from ._request import operands
+from ._request import spectral_operand
 
 __all__ = ["frobenius_norm"]
 
@@ -39,7 +39,8 @@ def frobenius_norm(
     square root has a bias of relative order 1/m. Source: paper, section 3.3 and Proposition 1.
 
     Args:
-        operator: ``(*batch, m, n)`` operator or tensor.
+        operator: ``(*batch, m, n)`` operator or tensor. What is known to be L Lᵀ, such as `ntkops.ggn`, is
+            looked at as LᵀL where that is smaller, by "auto" and "exact"; kernels of samples are not.
         rtol: Relative tolerance: P(|error| ≤ rtol · |value|) ≥ 0.95. Default 1e-2 where
             ``num_passes`` is None too.
         num_passes: Passes to spend (one vjp, jvp or foreign product column each); with ``rtol`` a cap
@@ -104,7 +105,7 @@ def frobenius_norm(
         )
     return estimate(
         FROBENIUS_NORM,
-        lambda: operands(operator),
+        lambda: spectral_operand(operator, method),
         NORM_METHODS,
         rtol=rtol,
         num_passes=num_passes,

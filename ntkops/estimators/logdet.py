@@ -19,6 +19,7 @@ from ._spectral_sums import (
     absolute_ridge,
     added_diagonal,
     spectral_sum,
+    without_jitter,
 )
 
 __all__ = ["logdet"]
@@ -45,9 +46,11 @@ def logdet(
     .. math:: n \log c + \sum_i \log(1 + \lambda_i / c),
 
     whose second part is estimated: exactly from all eigenvalues where the dense matrix fits and costs less,
-    else by stochastic Lanczos quadrature. Its Gauss rules are upper and its Gauss-Radau rules lower bounds
-    of every quadratic form, so that the interval contains the quadrature's error and not an estimate of
-    it. The interval of the probes is that of a χ² with matched variance.
+    else by stochastic Lanczos quadrature. Of an operator L Lᵀ whose L is known, such as `ntkops.ggn`, or the
+    kernel of more outputs than parameters, the eigenvalues are those of LᵀL where that is smaller: the others
+    are zero. Gauss rules are upper and Gauss-Radau rules lower bounds of every quadratic form, so that the
+    interval contains the quadrature's error and not an estimate of it. The interval of the probes is that of
+    a χ² with matched variance.
 
     Args:
         operator: Symmetric positive semidefinite ``(*batch, n, n)`` operator or tensor, with or without an
@@ -99,8 +102,10 @@ def logdet(
     operand = Operand(operator)
     operand.require_square("the log-determinant")
     with torch.no_grad():
-        floor = added_diagonal(operator)
-        scale = absolute_ridge(operand, ridge, relative) + floor
+        bare, jitter = without_jitter(operator)
+        floor = added_diagonal(bare)
+        scale = absolute_ridge(operand, ridge, relative) + jitter + floor
+    operand = Operand(bare)
     if scale > 0:
         quantity = SpectralSum(
             "the log-determinant", lambda x: torch.log1p(x / scale), math.log(scale), floor, scale

@@ -13,14 +13,16 @@ from ..arguments import checked
 from ..engines import Engine, EngineChoice, build_engine
 from ..engines.tiles import sample_slices
 from ..errors import DeviceError, DtypeError, ParameterSelectionError
-from ..model import BatchDim, Linearization, linearize
+from ..model import BatchDim, Inputs, Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .core import Core
 from .output_choice import labelled
 
-__all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "state_axis"]
+__all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "network_states", "state_axis"]
+
+_PASSED = 256  # samples of a forward pass whose outputs alone are kept
 
 
 class JacobianOperator(EngineOperator):
@@ -145,6 +147,17 @@ def jacobian_rows(engine: Engine, params: tuple[Tensor, ...], axis: StateAxis) -
     if axis.index is not None:
         rows = rows[:, axis.index.to(rows.device)]
     return rows.reshape(*axis.batch_shape, *rows.shape[1:])
+
+
+def network_states(linearization: Linearization, params: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
+    """Return what the network says, ``(N, O)``, by one forward pass without a graph."""
+    linearization.check_fresh()
+    inputs.check_fresh()
+    if not inputs.num_samples:  # other processes have some
+        return params[0].new_zeros((0, inputs.num_outputs))
+    with torch.no_grad(), linearization.safe_context():
+        parts = [linearization.function(params, batch).detach() for _, _, batch in inputs.batches(_PASSED)]
+    return torch.cat(parts).flatten(1)
 
 
 def _same_rows(first: StateAxis, second: StateAxis) -> bool:

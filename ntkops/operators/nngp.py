@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import checked
 from ..errors import InputError
 from ..model import BatchDim, Linearization, linearize
 from .counting import multiply
-from .jacobian import jacobian
+from .jacobian import jacobian, network_states
 from .sandwich import Sandwich, sandwich
 
 __all__ = ["nngp"]
@@ -121,7 +121,7 @@ def _require_linear(linearization: Linearization, J: Any, x: Any) -> None:
     with torch.no_grad():
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in linearization.parameters])
         linear = multiply(J, flat.unsqueeze(-1)).squeeze(-1)
-        outputs = _outputs(linearization, J)
+    outputs = network_states(linearization, J._args, J._state_axis().inputs).reshape(-1)
     error = float((linear - outputs).double().norm())
     size = float(outputs.double().norm())
     if error > torch.finfo(linear.dtype).eps ** 0.5 * max(size, float(linear.double().norm())):
@@ -129,10 +129,3 @@ def _require_linear(linearization: Linearization, J: Any, x: Any) -> None:
             f"the outputs are not linear in the head (|f - J θ| = {error:.2g} where |f| = {size:.2g}): a "
             "layer follows it, or something is added; name the last layer, or choose the state with output="
         )
-
-
-def _outputs(linearization: Linearization, J: Any) -> Tensor:
-    inputs = J._core.rows.inputs
-    with torch.no_grad(), linearization.safe_context():
-        parts = [linearization.function(J._args, batch) for _, _, batch in inputs.batches(256)]
-    return torch.cat([part.detach().reshape(-1) for part in parts])

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from linear_operator.operators import (
+    ConstantMulLinearOperator,
     DiagLinearOperator,
     LinearOperator,
     MatmulLinearOperator,
@@ -28,11 +29,12 @@ from .algebra import KernelAlgebra
 from .counting import row_space
 from .dense import DenseFallbacks
 from .ridge import RidgeOperator
-from .structure import dense_bytes_allowed, dense_from_tiles, structure
+from .structure import dense_bytes_allowed, dense_from_tiles, fits_dense, structure
 
-__all__ = ["Sandwich", "sandwich"]
+__all__ = ["Sandwich", "sandwich", "smaller_side"]
 
 _GROUP = 64  # entries that are read off one small block
+_MORE_PASSES = 4  # times the passes that a smaller dense matrix may take
 
 
 class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
@@ -184,6 +186,32 @@ def _operand(given: Any, name: str) -> LinearOperator:
     if given.dim() < 2:
         raise ShapeError(f"{name} needs shape (*batch, n, m), got {tuple(given.shape)}")
     return to_linear_operator(given)
+
+
+def smaller_side(operator: LinearOperator | Tensor) -> LinearOperator | None:
+    """Return LᵀL for an operator L Lᵀ that is larger: it has the same eigenvalues, but for zeros.
+
+    Args:
+        operator: ``(*batch, n, n)``.
+
+    Returns:
+        Lazy ``(*batch, p, p)``; None where no L is known, p ≥ n, or the dense L Lᵀ fits and is made sooner.
+    """
+    if isinstance(operator, ConstantMulLinearOperator):
+        single = operator._constant.numel() == 1 and float(operator._constant) > 0
+        inner = smaller_side(operator.base_linear_op) if single else None
+        return None if inner is None else inner.mul(operator._constant.detach().reshape(()))
+    if not isinstance(operator, LinearOperator) or row_space(operator).is_spread:
+        return None
+    known = structure(operator)
+    found = known.factors()
+    if found is None or found[0].shape[-1] >= operator.shape[-1] or not known.symmetric:
+        return None
+    other = Sandwich(found[0].mT, found[0])
+    # Products cost the same on both sides. Dense, the smaller one needs gradients of single samples written
+    # down, which layer structure may do without; against n³ operations some passes more are nothing.
+    sooner = structure(other).exact_cost("tiles") > _MORE_PASSES * known.exact_cost("tiles")
+    return None if sooner and fits_dense(operator) else other
 
 
 # Who decides what a composition is. In linear_operator it is the first operand: ``D @ K`` and ``D + K`` are

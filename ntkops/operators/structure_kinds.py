@@ -21,12 +21,15 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..engines.passes import SharedPasses
 from ..errors import ShapeError
 from ..vectors import Space
-from .axes import StateAxis
+from .axes import ParameterAxis, StateAxis
+from .block_diagonal import BlockDiagonal
 from .chain import Chain, is_symmetric_chain, multiplied, product_factors, same_operator
 from .counting import multiply, product_cost, row_space
-from .jacobian import JacobianOperator
+from .jacobian import JacobianOperator, jacobian_rows
+from .kernel_structure import AxisReader
 from .structure import Factors, Structure, Tile, dense_from_tiles, structure, tile_slices
 
 __all__ = ["wrap"]
@@ -53,7 +56,32 @@ def _of_product(operator: LinearOperator, chain: Chain, whole: bool) -> Structur
         return structure(chain[0], whole=whole)
     if isinstance(chain[0], DiagLinearOperator) or isinstance(chain[-1], DiagLinearOperator):
         return _WeightedStructure(operator, chain, whole)
+    if isinstance(chain[0], BlockDiagonal) or isinstance(chain[-1], BlockDiagonal):
+        return _BlockWeightedStructure(operator, chain, whole)
+    rows_alone = operator.dim() == 2 and _has_rows(chain[-1]) and not _has_rows(chain[0])
+    if rows_alone and _block_count(*chain[1:-1]) is not None and same_operator(chain[0].mT, chain[-1]):
+        return _GramStructure(operator, chain, whole)
     return _ProductStructure(operator, chain, whole)
+
+
+def _block_count(*factors: LinearOperator) -> int | None:
+    """Return how many blocks (block) diagonals have, 0 for diagonals alone; None where one is neither."""
+    counts = {factor.num_blocks for factor in factors if isinstance(factor, BlockDiagonal)}
+    if len(counts) > 1 or not all(isinstance(f, BlockDiagonal | DiagLinearOperator) for f in factors):
+        return None
+    return counts.pop() if counts else 0
+
+
+def _blocks_times(factor: LinearOperator, blocks: slice, count: int, block: Tensor) -> Tensor:
+    """Return the product of some of ``count`` blocks of a (block) diagonal with what stands beside them."""
+    if isinstance(factor, BlockDiagonal):
+        return factor.part(blocks)._matmul(block)
+    entries = factor._diagonal().detach()
+    return entries[_scaled_slice(blocks, len(entries) // count)].unsqueeze(-1) * block
+
+
+def _scaled_slice(blocks: slice, size: int) -> slice:
+    return slice(blocks.start * size, blocks.stop * size)
 
 
 class _Base:
@@ -387,6 +415,7 @@ class Rows:
             self.fit = min(rows.fit for _, rows in self._parts)
         if isinstance(operator, JacobianOperator):
             axis, engine = operator._state_axis(), operator._core.engine
+            self._reader = AxisReader(axis)
             self.passes = float(len(axis.distinct_outputs))
             entries = operator.batch_shape.numel() * axis.terms * operator.num_parameters
             width = axis.outputs.shape[-1]
@@ -414,9 +443,12 @@ class Rows:
             )
         if isinstance(operator, DenseLinearOperator):
             return operator.tensor[..., rows, :].detach()
-        part = operator[..., rows, :]
-        part._check_fresh()
-        return part._dense_values(part._args).detach()
+        operator._check_fresh()
+        with torch.no_grad():
+            found = jacobian_rows(operator._core.engine, operator._args, self._reader.take(rows))
+        entries = operator._core.columns
+        assert isinstance(entries, ParameterAxis)
+        return found if entries.pick is None else found[..., entries.pick.to(found.device)]
 
 
 def _has_rows(operator: LinearOperator) -> bool:
@@ -490,6 +522,176 @@ class _WeightedStructure(_Base):
         if self._cols is not None:
             right = MatmulLinearOperator(DiagLinearOperator(self._cols), right)
         return left, right
+
+
+class _BlockWeightedStructure(_ProductStructure):
+    """Block diagonals at the ends of a product: tiles of what is between them, times their blocks.
+
+    Args:
+        operator: The product.
+        chain: Its factors, two or more, of which the first or the last is a block diagonal.
+        whole: Whether all tiles are wanted.
+    """
+
+    def __init__(self, operator: LinearOperator, chain: Chain, whole: bool) -> None:
+        super().__init__(operator, chain, whole)
+        first, last = chain[0], chain[-1]
+        self._left = first if isinstance(first, BlockDiagonal) else None
+        both = len(chain) > 2 or self._left is None
+        self._right = last if both and isinstance(last, BlockDiagonal) else None
+        start, stop = int(self._left is not None), len(chain) - int(self._right is not None)
+        self._between = multiplied(chain[start:stop])
+        middle = structure(self._between)
+        mirrored = self.symmetric and middle.symmetric
+        self._inner = middle if mirrored or not middle.symmetric else structure(self._between, whole=True)
+        # Rows of a block, and columns: of the product, and of what is between.
+        self._rows_of = (1, 1) if self._left is None else self._left.block_shape
+        self._cols_of = (1, 1) if self._right is None else self._right.block_shape[::-1]
+
+    def _step(self) -> tuple[int, int] | None:
+        """Return rows of the product, and of what is between, that tiles of whole blocks are multiples of."""
+        ends = [self._rows_of] * (self._left is not None) + [self._cols_of] * (self._right is not None)
+        same = all(end == ends[0] for end in ends)
+        even = len(ends) == 2 or ends[0][0] == ends[0][1]
+        return ends[0] if same and even and self.symmetric in (False, self._inner.symmetric) else None
+
+    def tile_size(self) -> int:
+        step = self._step()
+        if step is None:
+            return super().tile_size()
+        return max(1, min(self._inner.tile_size(), max(self._between.shape[-2:])) // step[1]) * step[0]
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        size, step = size or self.tile_size(), self._step()
+        if step is None or size % step[0]:
+            yield from self._cut(size)
+            return
+        outer, inner = step
+        for tile in self._inner.tiles(size // outer * inner):
+            rows, cols = (
+                slice(part.start // inner * outer, part.stop // inner * outer)
+                for part in (tile.rows, tile.cols)
+            )
+            yield Tile(rows, cols, self._weighed(tile.block, rows, cols))
+
+    def _cut(self, size: int) -> Iterator[Tile]:
+        """Yield tiles that part blocks, from all columns of the blocks that have some of their rows."""
+        everything = slice(0, self.shape[-1])
+        for rows in tile_slices(self.shape[-2], size):
+            height, inside = self._rows_of
+            blocks = slice(rows.start // height, -(-rows.stop // height))
+            part = self._between[..., _scaled_slice(blocks, inside), :]
+            around = _scaled_slice(blocks, height)
+            slab = self._weighed(dense_from_tiles(structure(part)), around, everything)
+            slab = slab[..., _shift(rows, around.start), :]
+            for cols in tile_slices(self.shape[-1], size):
+                if cols.start >= rows.start or not self.symmetric:
+                    yield Tile(rows, cols, slab[..., cols])
+
+    def _weighed(self, block: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return a block of what is between, times the blocks of the ends that it meets."""
+        if self._left is not None:
+            block = self._left.part(_whole_blocks(rows, self._rows_of[0]))._matmul(block)
+        if self._right is not None:
+            block = self._right.part(_whole_blocks(cols, self._cols_of[0])).mT._matmul(block.mT).mT
+        return block
+
+    def diagonal(self) -> Tensor:
+        self._require_square()
+        height = max(self._rows_of[0], self._cols_of[0])
+        if len({end[0] for end in (self._rows_of, self._cols_of)} - {1}) > 1:
+            return _ColumnStructure.diagonal(self)
+        parts = []
+        with SharedPasses(self._between.shape[-2]) as passes:
+            for start, part in self._own_parts(height):
+                with passes.over(part.shape[-2]):
+                    block = dense_from_tiles(structure(part))
+                rows = slice(start, start + part.shape[-2] // self._rows_of[1] * self._rows_of[0])
+                parts.append(self._weighed(block, rows, rows).diagonal(dim1=-2, dim2=-1))
+        return torch.cat(parts, dim=-1)
+
+    def _own_parts(self, height: int) -> Iterator[tuple[int, LinearOperator]]:
+        """Yield what is between for consecutive blocks alone, each with its first row of the product."""
+        inner = self._inner
+        samples, outputs = getattr(inner, "sample_shape", None) or (0, 0)
+        if samples and inner.exact_cost("tiles") > 0:  # a re-iterable is read once
+            for some, kernel in inner.sample_parts(max(1, _TILE // outputs)):  # type: ignore[attr-defined]
+                yield some.start * (self.shape[-2] // samples), kernel
+            return
+        blocks = max(1, _TILE // max(height, self._rows_of[1], self._cols_of[1]))
+        for rows in tile_slices(self.shape[-2], blocks * height):
+            inside = (
+                _scaled_slice(_whole_blocks(rows, end[0]), end[1]) for end in (self._rows_of, self._cols_of)
+            )
+            yield rows.start, self._between[(..., *inside)]
+
+    def exact_cost(self, quantity: str) -> float:
+        return self._inner.exact_cost(quantity)
+
+
+def _whole_blocks(rows: slice, height: int) -> slice:
+    return slice(rows.start // height, rows.stop // height)
+
+
+class _GramStructure(_ProductStructure):
+    """Jᵀ D J over the parameters, for a (block) diagonal D or a product of these: in sweeps over rows of J.
+
+    Args:
+        operator: The product.
+        chain: Its factors, of which the last has rows and the first is its transpose.
+        whole: Whether all tiles are wanted.
+    """
+
+    def __init__(self, operator: LinearOperator, chain: Chain, whole: bool) -> None:
+        super().__init__(operator, chain, whole)
+        self._rows = Rows(chain[-1])
+        half = len(chain) // 2
+        self._second = tuple(reversed(chain[half + len(chain) % 2 : -1]))
+        self._first = tuple(factor.mT for factor in chain[1:half])
+        self._center = chain[half] if len(chain) % 2 else None
+        length = chain[-1].shape[-2]
+        self._count = _block_count(*chain[1:-1]) or length
+
+    def _sweep(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield L and R ``(r, P)`` for consecutive rows of J, Σ Lᵀ R being the operator."""
+        length = self._chain[-1].shape[-2]
+        unit = length // self._count
+        for blocks in tile_slices(self._count, max(1, min(self._rows.fit, length) // unit)):
+            found = self._rows.take(_scaled_slice(blocks, unit))
+            right = left = found
+            for factor in self._second:
+                right = _blocks_times(factor, blocks, self._count, right)
+            if self._even:
+                left = right
+            else:
+                for factor in self._first:
+                    left = _blocks_times(factor, blocks, self._count, left)
+            if self._center is not None:
+                right = _blocks_times(self._center, blocks, self._count, right)
+            yield left, right
+
+    def diagonal(self) -> Tensor:
+        return sum((left * right).sum(-2) for left, right in self._sweep())  # type: ignore[return-value]
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        size = size or self.tile_size()
+        for rows in tile_slices(self.shape[-2], size):
+            start = rows.start if self.symmetric else 0
+            slab = torch.zeros(
+                (rows.stop - rows.start, self.shape[-1] - start), dtype=self.dtype, device=self.device
+            )
+            for left, right in self._sweep():
+                slab.addmm_(left[:, rows].mT, right[:, start:])
+            for cols in tile_slices(self.shape[-1], size):
+                if cols.start >= start:
+                    yield Tile(rows, cols, slab[:, _shift(cols, start)])
+
+    def tile_size(self) -> int:
+        return max(1, min(self._rows.fit, self.shape[-1]))  # a slab is as large as the rows of J beside it
+
+    def exact_cost(self, quantity: str) -> float:
+        sweeps = 1 if quantity == "diagonal" else -(-self.shape[-2] // self.tile_size())
+        return sweeps * self._rows.passes
 
 
 class _RowSlabs(_Base):

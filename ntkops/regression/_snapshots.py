@@ -10,8 +10,8 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
-from ..model import Linearization
 from ..operators.axes import StateAxis
+from ..operators.jacobian import network_states
 from ..operators.products import ProductOperator
 from ._layout import Layout
 from ._operands import Kernel
@@ -133,7 +133,7 @@ def network_outputs(K: Kernel) -> Tensor:
             "a kernel traced over outputs has no output of the network at its rows: use outputs='each' or "
             "'all', or pass the offset yourself"
         )
-    outputs = _forward(source._core.engine.linearization, source._args, axis)  # (N, O)
+    outputs = network_states(source._core.engine.linearization, source._args, axis.inputs)  # (N, O)
     rows = outputs[:, axis.flat_outputs[:, 0].to(outputs.device)].movedim(1, 0).flatten(1)  # (batch, N*r)
     if axis.index is not None:
         rows = rows[:, axis.index.to(rows.device)]
@@ -155,15 +155,3 @@ def network_labels(K: Kernel, layout: Layout, shape: tuple[int, ...]) -> Tensor:
             "targets: offset='network' needs outputs='each' or 'all'"
         )
     raise ShapeError(f"the network's outputs {tuple(outputs.shape)} do not fit labels of shape {shape}")
-
-
-def _forward(linearization: Linearization, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
-    linearization.check_fresh()
-    axis.inputs.check_fresh()
-    if not axis.inputs.num_samples:  # other processes have some
-        return params[0].new_zeros((0, axis.inputs.num_outputs))
-    parts = []
-    with torch.no_grad(), linearization.safe_context():
-        for _, _, batch in axis.inputs.batches(256):
-            parts.append(linearization.function(params, batch).detach())
-    return torch.cat(parts)

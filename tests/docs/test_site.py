@@ -27,6 +27,7 @@ MODULES = (
     "ntkops.solvers",
     "ntkops.spectra",
     "ntkops.estimators",
+    "ntkops.curvature",
     "ntkops.regression",
     "ntkops.distill",
     "ntkops.functional",

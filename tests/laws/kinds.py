@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ntkops
 
-from .reference import jacobian, kernel
+from .reference import call, jacobian, kernel
 from .zoo import ZOO
 
 __all__ = ["CHOSEN", "KINDS", "Problem", "Subject"]
@@ -296,3 +296,26 @@ def cross_in_batches(problem: Problem) -> Subject:
     x = problem.data(N, seed=2)
     crossed = problem.ntk().cross([_take(x, range(1)), _take(x, range(1, N))])
     return Subject(crossed, kernel(problem.J(N, 2), problem.J(), problem.width), False)
+
+
+def _gauss_newton(problem: Problem) -> tuple[ntkops.GGNOperator, Tensor]:
+    """Return the matrix of the cross-entropy, and its factor S by the formula, in float64."""
+    case = ZOO[problem.name]
+    with torch.no_grad():
+        states = case.state(call(case.make(problem.dtype).double(), _cast(problem.data())))
+    shares = states.flatten(0, -2).softmax(-1)
+    S = torch.block_diag(*(torch.diag(p.sqrt()) - torch.outer(p, p.sqrt()) for p in shares))
+    return ntkops.ggn(problem.model, problem.data(), **problem.options()), S
+
+
+@kind
+def gauss_newton(problem: Problem) -> Subject:
+    G, S = _gauss_newton(problem)
+    J = problem.J()
+    return Subject(G, J.mT @ S @ S.mT @ J)
+
+
+@kind
+def gauss_newton_in_function_space(problem: Problem) -> Subject:
+    G, S = _gauss_newton(problem)
+    return Subject(G.function_space, S.mT @ problem.expected() @ S)
