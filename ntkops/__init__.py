@@ -52,7 +52,7 @@ from .operators import (
     sandwich,
     stack,
 )
-from .regression import KernelRidge
+from .regression import KernelRidge, LinearizedLaplace
 from .results import (
     CheckReport,
     Comparison,
@@ -114,6 +114,8 @@ __all__ = [
     "logdet",
     "effective_dimension",
     "energy_gap",
+    # uncertainty
+    "LinearizedLaplace",
     # regression
     "KernelRidge",
     # curvature

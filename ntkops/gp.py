@@ -9,6 +9,7 @@ gradients with a checked residual above it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,8 +19,14 @@ from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from .arguments import checked
-from .engines import EngineChoice
-from .errors import InputError, MissingDependencyError, ShapeError, UnsupportedOperationError
+from .engines import EngineChoice, format_bytes
+from .errors import (
+    DenseMemoryError,
+    InputError,
+    MissingDependencyError,
+    ShapeError,
+    UnsupportedOperationError,
+)
 from .model import Linearization, linearize
 from .operators import NTKOperator, ntk
 
@@ -179,17 +186,21 @@ class NTKKernel(Kernel):
         """Return the covariance between two sets of samples, lazily.
 
         Args:
-            x1: ``(n, d)``, or a batch of copies of one set.
-            x2: ``(m, d)``; None for ``x1``.
+            x1: ``(n, d)``, or a batch of sets, ``(*batch, n, d)``.
+            x2: ``(m, d)``, or a batch; None for ``x1``.
             diag: Return only the pairs ``(x1_i, x2_i)``.
             **params: Nothing that this kernel takes.
 
         Returns:
-            Lazy ``(*batch, n, m)`` (times the outputs for "all"), or ``(*batch, n)`` with ``diag``.
+            Lazy ``(*batch, n, m)`` (times the outputs for "all"), or ``(*batch, n)`` with ``diag``. A batch
+            of different sets is dense, inside ``max_dense_bytes``: samples that occur in several sets are
+            differentiated once, where no derivative flows to them.
 
         Raises:
-            ShapeError: If the data do not fit ``input_shape``, or a batch holds different data.
-            UnsupportedOperationError: Inside another kernel above the size up to which gpytorch is exact.
+            ShapeError: If the data do not fit ``input_shape``, or batches do not broadcast.
+            DenseMemoryError: If a batch of different sets is larger than ``max_dense_bytes``.
+            UnsupportedOperationError: Inside another kernel, or for a batch of different sets, above the size
+                up to which gpytorch is exact.
         """
         params.pop("last_dim_is_batch", None)
         if self.active_dims is not None:
@@ -205,9 +216,12 @@ class NTKKernel(Kernel):
         return self._evaluate(x1, x2, diag, nested=True)
 
     def _evaluate(self, x1: Tensor, x2: Tensor | None, diag: bool, nested: bool) -> LinearOperator | Tensor:
-        left, batch = self._samples(x1)
         same = x2 is None or x2 is x1 or x1.shape == x2.shape and torch.equal(x1, x2)
-        right, right_batch = (left, batch) if x2 is None or same else self._samples(x2)
+        other = None if x2 is None or same else x2
+        if not (_holds_copies(x1) and (other is None or _holds_copies(other))):
+            return self._of_sets(x1, other, diag)
+        left, batch = self._samples(x1)
+        right, right_batch = (left, batch) if other is None else self._samples(other)
         if nested and same and not diag:
             _require_exact(len(left))
         K = self._kernel(left, None if same else right)
@@ -216,6 +230,72 @@ class NTKKernel(Kernel):
             diagonal: Tensor = self._scaled(K).diagonal()
             return diagonal.expand(*shape, diagonal.shape[-1])
         return self._scaled(K if shape == K.shape[:-2] else K.expand(*shape, *K.shape[-2:]))
+
+    def _of_sets(self, x1: Tensor, x2: Tensor | None, diag: bool) -> LinearOperator | Tensor:
+        """Return the covariances of a batch of different sets, as dense blocks."""
+        batch = _broadcast(x1.shape[:-2], x1.shape[:-2] if x2 is None else x2.shape[:-2])
+        left = x1.expand(*batch, *x1.shape[-2:]).flatten(0, -3)  # (B, n, d)
+        right = None if x2 is None else x2.expand(*batch, *x2.shape[-2:]).flatten(0, -3)
+        if diag:
+            pairs = self._kernel(
+                self._shaped(left.flatten(0, 1)), None if right is None else self._shaped(right.flatten(0, 1))
+            )
+            found = pairs.diagonal().unflatten(-1, (len(left), -1)).movedim(-2, 0)  # (B, *own, n)
+            diagonal: Tensor = self._over(found.unsqueeze(-1), batch).squeeze(-1)
+            scale = self.outputscale
+            return diagonal if scale is None else diagonal * scale[..., None].to(diagonal)
+        _require_exact(left.shape[1])
+        live = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (left, right))
+        blocks = self._live_blocks(left, right) if live else self._blocks(left, right)
+        return self._scaled(to_linear_operator(self._over(blocks, batch)))
+
+    def _live_blocks(self, left: Tensor, right: Tensor | None) -> Tensor:
+        """Return one block a set, ``(B, *own, n, m)``: equal samples have derivatives of their own."""
+        rights = [None] * len(left) if right is None else [self._shaped(one) for one in right]
+        return torch.stack(
+            [
+                self._kernel(self._shaped(one), other).to_dense()
+                for one, other in zip(left, rights, strict=True)
+            ]
+        )
+
+    def _blocks(self, left: Tensor, right: Tensor | None) -> Tensor:
+        """Return the same from one kernel over the distinct samples of all sets."""
+        rows, row_numbers = torch.unique(left.flatten(0, 1), dim=0, return_inverse=True)
+        cols, col_numbers = rows, row_numbers
+        if right is not None:
+            cols, col_numbers = torch.unique(right.flatten(0, 1), dim=0, return_inverse=True)
+        K = self._kernel(self._shaped(rows), None if right is None else self._shaped(cols))
+        needed = len(left) * math.prod(K.shape[:-2]) * left.shape[1] * (len(col_numbers) // len(left))
+        needed *= self.num_outputs_per_input(left, left) ** 2 * K.dtype.itemsize
+        if needed > K.max_dense_bytes:
+            raise DenseMemoryError(
+                f"the kernels of {len(left)} different sets need {format_bytes(needed)}, above "
+                f"max_dense_bytes={format_bytes(K.max_dense_bytes)}: pass fewer sets at a time, or raise it"
+            )
+        dense = K.to_dense()  # (*own, U·O, V·O)
+        width = self.num_outputs_per_input(left, left)
+        numbers = [
+            (at.reshape(len(left), -1, 1) * width + torch.arange(width, device=at.device)).flatten(1)
+            for at in (row_numbers, col_numbers)
+        ]
+        found = dense[..., numbers[0].unsqueeze(-1), numbers[1].unsqueeze(-2)]  # (*own, B, nO, mO)
+        return found.movedim(-3, 0)
+
+    def _over(self, blocks: Tensor, batch: torch.Size) -> Tensor:
+        """Return ``(*shape, n, m)`` from ``(B, *own, n, m)``, the batch of sets beside the kernel's own."""
+        own = blocks.shape[1:-2]
+        split = blocks.unflatten(0, batch)
+        if not own:
+            return split
+        if batch[-1] == 1:
+            return split.squeeze(-4)
+        if batch[-1] != own[0]:
+            raise ShapeError(
+                f"a batch of sets {tuple(batch)} does not broadcast with the kernel's own {tuple(own)}: add "
+                "an axis of one before the samples, x.unsqueeze(-3)"
+            )
+        return split.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
 
     def _kernel(self, left: Tensor, right: Tensor | None) -> NTKOperator:
         live = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (left, right))
@@ -230,17 +310,18 @@ class NTKKernel(Kernel):
     def _samples(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """Return ``(n, *input_shape)`` and the batch shape of which it was one of the copies."""
         x = x.unsqueeze(-1) if x.dim() == 1 else x
-        batch = x.shape[:-2]
-        if batch:
-            x = _single(x)
+        return self._shaped(x[(0,) * (x.dim() - 2)]), x.shape[:-2]
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """Return samples ``(n, d)`` as the model takes them."""
         if self.input_shape is None:
-            return x, batch
+            return x
         if x.shape[-1] != self.input_shape.numel():
             raise ShapeError(
                 f"input_shape={tuple(self.input_shape)} needs {self.input_shape.numel()} columns, the data "
                 f"have {x.shape[-1]}"
             )
-        return x.reshape(len(x), *self.input_shape), batch
+        return x.reshape(len(x), *self.input_shape)
 
     # what gpytorch asks of a kernel
 
@@ -360,19 +441,24 @@ class _Network:
         return self._with_live_samples
 
 
-def _single(x: Tensor) -> Tensor:
-    """Return the one set of samples of which a batch holds copies."""
-    first = x[(0,) * (x.dim() - 2)]
+def _holds_copies(x: Tensor) -> bool:
+    """Whether a batch holds one set of samples again and again, whose derivatives are those of the one."""
     expanded = all(
         stride == 0 or size == 1 for stride, size in zip(x.stride()[:-2], x.shape[:-2], strict=True)
     )
-    if not expanded and not torch.equal(x, first.expand_as(x)):
-        raise ShapeError(
-            f"data of shape {tuple(x.shape)}: gpytorch reads all but the last two axes as a batch, and this "
-            "batch holds different data. Flatten images to (n, d) and pass input_shape=; for several data "
-            "sets make one kernel each"
-        )
-    return first
+    return expanded or not x.requires_grad and torch.equal(x, x[(0,) * (x.dim() - 2)].expand_as(x))
+
+
+def _broadcast(first: torch.Size, second: torch.Size) -> torch.Size:
+    """Return the shape of two batches together.
+
+    Raises:
+        ShapeError: If they do not broadcast.
+    """
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError as error:
+        raise ShapeError(f"batches of sets {tuple(first)} and {tuple(second)} do not broadcast") from error
 
 
 def _require_exact(rows: int) -> None:
@@ -380,7 +466,8 @@ def _require_exact(rows: int) -> None:
     if rows <= limit:
         return
     raise UnsupportedOperationError(
-        f"inside another kernel gpytorch solves {rows} rows by loosely converged iterations and does not "
-        f"say so (it is exact up to linear_operator.settings.max_cholesky_size, {limit}). Use NTKKernel "
-        "directly, whose solves are checked, or raise that setting"
+        f"inside another kernel, or for a batch of different sets, gpytorch solves {rows} rows by loosely "
+        f"converged iterations and does not say so (it is exact up to linear_operator.settings."
+        f"max_cholesky_size, {limit}). Use NTKKernel directly, whose solves are checked, or raise that "
+        "setting"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .batch import Batch, BatchDim, Held, are_coupled, normalise, require_sound
+from .batch import Batch, BatchDim, Held, are_coupled, matching, normalise, require_sound
 from .stream import Stream, StreamReader
 from .watch import Watch, hold, require_fresh, tracked
 
@@ -129,6 +129,22 @@ class Inputs:
         if not self._live or isinstance(source, Stream):
             return False
         return any(t.requires_grad for batch in source.batches for t in batch.tensors)
+
+    def differ(self, other: Inputs) -> bool:
+        """Whether other inputs are known to hold other samples; of a stream beside tensors nothing is."""
+        count = self.num_samples
+        if count != other.num_samples:
+            return True
+        left, right = self._source, other._source
+        if isinstance(left, Stream) or isinstance(right, Stream):
+            return isinstance(left, Stream) and isinstance(right, Stream) and left.differ(right)
+        if self.place(0, count) == other.place(0, count):
+            return False
+        one, two = Held.of(self._cut(None)).batches, Held.of(other._cut(None)).batches
+        return len(one) != len(two) or not all(
+            matching(a, b) and a.num_samples == b.num_samples and all(map(torch.equal, a.tensors, b.tensors))
+            for a, b in zip(one, two, strict=True)
+        )
 
     def batches(self, batch_size: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """Yield ``(start, stop, batch)`` in the order of this view.

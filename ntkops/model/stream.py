@@ -156,6 +156,10 @@ class Stream:
         """Number of samples in all batches."""
         return self._stops[-1]
 
+    def differ(self, other: Stream) -> bool:
+        """Whether the fingerprints of the batches differ, where both come in batches of the same lengths."""
+        return self.lengths == other.lengths and self._prints != other._prints
+
     @property
     def is_masked(self) -> bool:
         """Whether masks say which positions are real."""

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ..errors import InputError, SingularKernelError
 
-__all__ = ["asymmetry", "eigenvalue_rounding", "ends", "require_resolved", "resolved", "symmetric"]
+__all__ = [
+    "asymmetry",
+    "eigenvalue_rounding",
+    "ends",
+    "require_resolved",
+    "require_semidefinite",
+    "resolved",
+    "symmetric",
+]
 
 # |E|₂ / (eps λmax), measured on nineteen networks (dense, convolution, near-duplicate inputs; 30 to 800 rows)
 # with both engines, by blocks and by columns: up to .59 at 30 rows, .39 at 100, .31 at 300, .29 at 800; the
@@ -91,17 +99,11 @@ def require_resolved(
     """
     if resolved(least, largest, ridge, dtype, size):
         return
-    worst = int((least / largest.clamp(min=torch.finfo(torch.float64).tiny)).argmin())
+    worst = require_semidefinite(least, largest, dtype, size)
     low, high = float(least.reshape(-1)[worst]), float(largest.reshape(-1)[worst])
     found = None if rank is None else int(rank.reshape(-1)[worst])
     rounding = float(eigenvalue_rounding(torch.tensor(high, dtype=torch.float64), dtype, size))
     ends_are = f"smallest eigenvalue {low:.2g}, largest {high:.2g}"
-    if low < -_INDEFINITE * max(rounding, torch.finfo(dtype).eps * high):
-        raise SingularKernelError(
-            f"the kernel is not positive semidefinite ({ends_are}; its {dtype} rounds eigenvalues by "
-            f"{rounding:.2g}): it is no Gram matrix, or was computed in a coarser dtype than it has; look at "
-            f"how it was made, or pass a ridge well above {-low:.2g}"
-        )
     if ridge == 0 and kept is not None:
         raise SingularKernelError(
             f"the cut-off keeps eigenvalues that are rounding errors; keep at most {found}, or add a ridge"
@@ -122,6 +124,33 @@ def require_resolved(
         f"the ridge {ridge:.2g} is below the rounding of this {dtype} kernel ({ends_are}): the smallest "
         f"ridge that means something here is {smallest:.2g}{relative}; pass one well above it{finer}"
     )
+
+
+def require_semidefinite(least: Tensor, largest: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Return the member of the batch whose least eigenvalue is the smallest beside its largest.
+
+    Args:
+        least: Smallest eigenvalue of K, of the batch shape.
+        largest: Largest eigenvalue of K.
+        dtype: Dtype in which K was computed.
+        size: Rows of K.
+
+    Returns:
+        Its number in the flattened batch.
+
+    Raises:
+        SingularKernelError: If that eigenvalue lies below zero by more than rounding.
+    """
+    worst = int((least / largest.clamp(min=torch.finfo(torch.float64).tiny)).argmin())
+    low, high = float(least.reshape(-1)[worst]), float(largest.reshape(-1)[worst])
+    rounding = float(eigenvalue_rounding(torch.tensor(high, dtype=torch.float64), dtype, size))
+    if low < -_INDEFINITE * max(rounding, torch.finfo(dtype).eps * high):
+        raise SingularKernelError(
+            f"the kernel is not positive semidefinite (smallest eigenvalue {low:.2g}, largest {high:.2g}; "
+            f"its {dtype} rounds eigenvalues by {rounding:.2g}): it is no Gram matrix, or was computed in a "
+            f"coarser dtype than it has; look at how it was made, or pass a ridge well above {-low:.2g}"
+        )
+    return worst
 
 
 def asymmetry(matrix: Tensor) -> float:

@@ -5,6 +5,7 @@ style or keeps state: titles, limits and saving are the caller's. Colours are to
 kind of colour blindness, and lines that share a colour differ in their dashes.
 """
 
+from .calibration import plot_calibration
 from .density import plot_spectral_density
 from .distillation import (
     plot_by_size,
@@ -34,6 +35,8 @@ __all__ = [
     # regression
     "plot_ridge_path",
     "plot_label_energy",
+    # uncertainty
+    "plot_calibration",
     # distillation
     "plot_by_size",
     "plot_local_global_grid",

@@ -1,4 +1,4 @@
-"""Ridges compared by leave-one-out, and where the energy of labels lies."""
+"""Ridges compared, and where the energy of labels lies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["plot_label_energy", "plot_ridge_path"]
 
 
 def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None = None, **kwargs: Any) -> Axes:
-    """Draw the leave-one-out error against the ridge, with a mark at the smallest.
+    """Draw the leave-one-out error or the log evidence against the ridge, with a mark at the best.
 
     Call it again with the same axes to compare kernels. A ridge of 0, and ridges that leave the kernel
     singular, have no place on logarithmic axes: the legend counts them.
 
     Args:
-        x: `RidgePath`, as ``KernelRidge("loo").fit(K, Y).ridge_path_``.
+        x: `RidgePath`, as ``KernelRidge("loo").fit(K, Y).ridge_path_``, or that of "evidence".
         ax: Axes to draw on; None for new ones.
         label: Entry of the legend.
         **kwargs: For `matplotlib.axes.Axes.plot`.
@@ -33,7 +33,7 @@ def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None =
         The axes.
 
     Raises:
-        InputError: If no ridge has a finite, positive error.
+        InputError: If no ridge has a finite, positive error, or a finite evidence.
         MissingDependencyError: If matplotlib is missing.
 
     Example:
@@ -52,24 +52,28 @@ def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None =
         ('log', 'log')
     """
     ridges = finite_array(x.ridges, "the ridges") / x.scale
-    errors = np.asarray(x.errors.detach().cpu().double())
-    shown = np.isfinite(errors) & (errors > 0) & (ridges > 0)
+    values = np.asarray(x.values.detach().cpu().double())
+    is_error = x.criterion == "loo"
+    name = "leave-one-out" if is_error else "evidence"
+    shown = np.isfinite(values) & (ridges > 0)
+    shown &= (values > 0) | (not is_error)
     if not shown.any():
-        raise InputError("no ridge has a finite, positive leave-one-out error: there is nothing to draw")
+        raise InputError(f"no ridge has a value of {name} that can be drawn: there is nothing to draw")
     hidden = int((~shown).sum())
     if hidden:
-        label = f"{label or 'leave-one-out'} ({hidden} singular or zero, not shown)"
+        label = f"{label or name} ({hidden} singular or zero, not shown)"
     order = np.argsort(ridges[shown])
     ax = new_axes(ax)
     style = {**next_line(ax), "marker": "o", "markersize": 4, **kwargs}
-    ax.plot(ridges[shown][order], errors[shown][order], label=label, **style)
+    ax.plot(ridges[shown][order], values[shown][order], label=label, **style)
     if shown[x.best]:
         best = {"color": style["color"], "marker": "*", "markersize": 14, "linestyle": "", "label": "_best"}
-        ax.plot(ridges[x.best], errors[x.best], **best)
+        ax.plot(ridges[x.best], values[x.best], **best)
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    if is_error:
+        ax.set_yscale("log")
     ax.set_xlabel("ridge" if x.scale == 1 else "ridge, relative to the mean diagonal")
-    ax.set_ylabel("mean squared leave-one-out residual")
+    ax.set_ylabel("mean squared leave-one-out residual" if is_error else "log marginal likelihood")
     ax.grid(visible=True, which="major", alpha=0.3)
     if label is not None:
         ax.legend()

@@ -1,8 +1,10 @@
 """Kernel ridge regression with tangent kernels, the one-step view, and what errors are made of."""
 
 from . import metrics
+from ._posterior import PosteriorCovariance
 from .error_terms import error_terms, truncation_error
 from .kernel_ridge import KernelRidge
+from .laplace import LinearizedLaplace
 from .one_step import one_step_regret
 from .projection_error import projection_error
 from .tangent_projector import (
@@ -15,6 +17,8 @@ from .tangent_projector import (
 __all__ = [
     # regression
     "KernelRidge",
+    "LinearizedLaplace",
+    "PosteriorCovariance",
     # one step in the span of gradients
     "TangentProjector",
     "tangent_projector",

@@ -22,6 +22,12 @@ class Factorization(Protocol):
     def dual(self, rhs: Tensor) -> Tensor:
         """Return A⁻¹ Y, ``(*batch, n, k)``."""
 
+    def within(self, rhs: Tensor) -> Tensor:
+        """Return the part of A⁻¹ Y that predicts: that in the range of K, as far as it is used."""
+
+    def energy(self, rhs: Tensor) -> float:
+        """Return yᵀ A⁻¹ y, summed over batch and targets."""
+
     def remainder(self, rhs: Tensor) -> Tensor:
         """Return M Y, ``(*batch, n, k)``, for a multiple M of I - H, where H Y are the fitted values."""
 
@@ -70,6 +76,12 @@ class CholeskyFactor:
     def dual(self, rhs: Tensor) -> Tensor:
         return torch.cholesky_solve(rhs, self._factor)
 
+    def within(self, rhs: Tensor) -> Tensor:
+        return self.dual(rhs)
+
+    def energy(self, rhs: Tensor) -> float:
+        return float(torch.linalg.solve_triangular(self._factor, rhs, upper=False).square().sum())
+
     def remainder(self, rhs: Tensor) -> Tensor:
         return self.dual(rhs)  # M = A⁻¹ = (I - H) / ridge, which has a meaning at ridge 0 too
 
@@ -117,6 +129,13 @@ class SpectralFactor:
 
     def dual(self, rhs: Tensor) -> Tensor:
         return self.remainder(rhs) / self.ridge if self.rest == "zero" else self.within(rhs)
+
+    def energy(self, rhs: Tensor) -> float:
+        components = torch.where(self.kept.unsqueeze(-1), self.vectors.mT @ rhs, 0.0)
+        found = (components.square() * self.inverse.unsqueeze(-1)).sum()
+        if self.rest == "zero":  # squares: yᵀ (A⁻¹ y) would lose what lies in the span to cancellation
+            found = found + (rhs - self.vectors @ components).square().sum() / self.ridge
+        return float(found)
 
     def remainder(self, rhs: Tensor) -> Tensor:
         if self.rest == "none":

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..errors import NotConvergedWarning, SingularKernelError
 from ..operators.counting import multiply
+from ..operators.rounding import symmetric
 from ..operators.structure import structure
 from ..results import SolveInfo
+from ._evidence import Evidence
 from ._factorizations import CholeskyFactor, Factorization, SpectralFactor
-from ._operands import Kernel, dense_rows
+from ._operands import Kernel, dense_rows, to_float64
 from ._rounding import precise_product
 
 __all__ = [
@@ -48,8 +50,17 @@ class Fit(Protocol):
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         """Return the prior variance that the samples explain, for some rows: ``(*batch, stop - start)``."""
 
+    def explain(self, pulled: Tensor) -> Tensor:
+        """Return A⁻¹ V for V = Cᵀ W: what C is multiplied by for the covariance that is explained."""
+
     def left_out(self, group: int) -> Tensor:
         """Return the residual of each sample when it is left out, ``(*batch, n, k)``."""
+
+    def energy(self) -> float:
+        """Return yᵀ (K + r)⁻¹ y, summed over batch and targets."""
+
+    def evidence(self, K: Kernel) -> Evidence | None:
+        """Return what the evidence of any ridge needs; None where eigenvalues are out of reach."""
 
 
 def left_out(factor: Factorization, rhs: Tensor, group: int) -> Tensor:
@@ -136,7 +147,7 @@ class DenseFit:
         self._factor, self._rhs, self.info = factor, rhs, info
         self.dual = factor.dual(rhs)
         # For features α has a part that no sample sees; what predicts is the other, which does not cancel.
-        self._active = factor.within(rhs) if isinstance(factor, SpectralFactor) else self.dual
+        self._active = factor.within(rhs)
 
     def predict(self, K_cross: Kernel) -> Prediction:
         return precise_product(K_cross, self._active)
@@ -144,8 +155,21 @@ class DenseFit:
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         return self._factor.quadratic(dense_rows(K_cross, start, stop))
 
+    def explain(self, pulled: Tensor) -> Tensor:
+        return self._factor.within(pulled)
+
     def left_out(self, group: int) -> Tensor:
         return left_out(self._factor, self._rhs, group)
+
+    def energy(self) -> float:
+        return self._factor.energy(self._rhs)
+
+    def evidence(self, K: Kernel) -> Evidence | None:
+        factor = self._factor
+        if isinstance(factor, CholeskyFactor):  # for one ridge; others ask for all eigenvalues
+            values, vectors = torch.linalg.eigh(symmetric(to_float64(K, "eigh")))
+            factor = SpectralFactor(values, vectors, 1.0)
+        return Evidence.of(factor, self._rhs, K.dtype)
 
 
 class FeatureFit(DenseFit):
@@ -161,6 +185,7 @@ class FeatureFit(DenseFit):
     def __init__(self, factor: SpectralFactor, features: Tensor, rhs: Tensor, info: SolveInfo) -> None:
         super().__init__(factor, rhs, info)
         self._features = features
+        self._spectrum = factor
         self.weights = features.mT @ self._active  # (*batch, p, k)
 
     def predict(self, K_cross: Kernel) -> Prediction:
@@ -181,6 +206,9 @@ class FeatureFit(DenseFit):
         if not bool((pulled - expected).norm() <= torch.finfo(right.dtype).eps ** 0.5 * expected.norm()):
             return super().predict(K_cross)
         return precise_product(left, self.weights)
+
+    def evidence(self, K: Kernel) -> Evidence | None:
+        return Evidence.of(self._spectrum, self._rhs, torch.float64)
 
 
 class NystromFit:
@@ -221,8 +249,20 @@ class NystromFit:
         shrunk = self._factor.values * self._factor.inverse
         return ((rows @ self._right).square() @ shrunk.unsqueeze(-1)).squeeze(-1)
 
+    def explain(self, pulled: Tensor) -> Tensor:
+        half = self._whitening @ self._right  # (*batch, m, r)
+        shrunk = (self._factor.values * self._factor.inverse).unsqueeze(-1)
+        found = half @ (shrunk * (half.mT @ pulled[..., self._chosen, :]))
+        return torch.zeros_like(pulled).index_copy(-2, self._chosen, found)
+
     def left_out(self, group: int) -> Tensor:
         return left_out(self._factor, self._rhs, group)
+
+    def energy(self) -> float:
+        return self._factor.energy(self._rhs)
+
+    def evidence(self, K: Kernel) -> Evidence | None:
+        return Evidence.of(self._factor, self._rhs, torch.float64)
 
 
 def _columns(K_cross: Kernel, chosen: Tensor) -> Kernel:

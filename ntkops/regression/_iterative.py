@@ -44,6 +44,21 @@ class IterativeFit:
         rows = dense_rows(K_cross, start, stop)
         return (rows * self._solver(rows.mT.contiguous()).solution.mT).sum(-1)
 
+    def explain(self, pulled: Tensor) -> Tensor:
+        return self._solver(pulled).solution
+
+    def energy(self) -> float:
+        return float((self._rhs * self.dual).sum())
+
+    def energy_error(self, ridge: float) -> float:
+        """Return a bound of the error of `energy`."""
+        # (K + r) α = y - ρ: yᵀ (K + r)⁻¹ y = yᵀ α + αᵀ ρ + ρᵀ (K + r)⁻¹ ρ.
+        rest = self.info.residuals * torch.linalg.vector_norm(self._rhs, dim=-2)
+        return float((rest * torch.linalg.vector_norm(self.dual, dim=-2) + rest.square() / ridge).sum())
+
+    def evidence(self, K: Kernel) -> None:
+        return None
+
     def left_out(self, group: int) -> Tensor:
         size = self._rhs.shape[-2]
         width = max(_CHUNK // group, 1) * group

@@ -12,15 +12,16 @@ __all__ = ["check_cutoff", "read_ridges"]
 _GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-20, 5))  # 1e-10 ... 1e2
 
 
-def read_ridges(given: Any) -> tuple[float, ...]:
-    """Return the ridges that a user named: one, several, or the grid for "loo".
+def read_ridges(given: Any, criteria: tuple[str, ...] = ("loo",)) -> tuple[float, ...]:
+    """Return the ridges that a user named: one, several, or the grid for a criterion.
 
     Raises:
         InputError: If one of them is not a finite number ≥ 0, or there is none.
     """
     if isinstance(given, str):
-        if given != "loo":
-            raise InputError(f"ridge={given!r}: a number, a list of numbers, or 'loo'")
+        if given not in criteria:
+            names = " or ".join(map(repr, criteria))
+            raise InputError(f"ridge={given!r}: a number, a list of numbers, or {names}")
         return _GRID
     ridges = [given] if isinstance(given, int | float) else list(given)
     if not ridges:

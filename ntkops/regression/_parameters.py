@@ -83,7 +83,7 @@ class Parameters:
 
     def __sklearn_is_fitted__(self) -> bool:
         """Whether `fit` has been called."""
-        return hasattr(self, "dual_coef_")
+        return hasattr(self, "n_features_in_")
 
     def _repr_html_(self) -> str:
         """Show in a notebook the parameters, and what came out of `fit`."""

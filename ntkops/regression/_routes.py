@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, NotConvergedError, OutOfRangeError, SingularKernelError
 from ..operators.counting import multiply
-from ..operators.rounding import require_resolved, symmetric
+from ..operators.rounding import require_resolved, require_semidefinite, symmetric
 from ..operators.structure import structure
 from ..vectors import resolve_generator
+from ._evidence import Evidence
 from ._factorizations import CholeskyFactor, SpectralFactor, require_regular, truncate
 from ._fits import DenseFit, FeatureFit, Fit, NystromFit, left_out, relative_residuals, solve_info
 from ._iterative import IterativeFit, kernel_solver
@@ -29,6 +30,8 @@ _DIRECT = 5000  # rows or features up to which a factorisation is a matter of se
 _INDEFINITE = 10  # times the rounding, below which a negative eigenvalue is one
 _ENTRIES = 10**8  # of a dense matrix, all classes together: 0.8 GB in float64
 
+Path = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -39,12 +42,14 @@ class Problem:
         rhs: ``(*batch, n, k)`` right-hand sides, float64.
         scale: What relative ridges are relative to; None for absolute ones.
         group: Rows that leave together when a sample is left out.
-        ridges: Absolute ridges to choose from; a single one is taken as it is.
+        ridges: Absolute ridges to choose from; a single one is taken as it is. For "evidence" the largest
+            that is looked at.
         cutoff: Number of eigenpairs, share ε of the trace to lose, or None.
         inducing: Number or positions of inducing samples, or None.
         tol: Relative residual asked of iterations.
         max_products: Cap of their product columns, or None.
         generator: Source of randomness.
+        criterion: What ridges are compared by.
     """
 
     K: Kernel
@@ -57,11 +62,17 @@ class Problem:
     tol: float
     max_products: int | None
     generator: torch.Generator | None
+    criterion: Literal["loo", "evidence"] = "loo"
 
     @property
     def size(self) -> int:
         """Rows n of a kernel."""
         return self.K.shape[-1]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the ridge is to be chosen."""
+        return len(self.ridges) > 1 or self.criterion == "evidence"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +82,12 @@ class Solved:
     Attributes:
         fit: The fit.
         ridge: The absolute ridge.
-        errors: ``(len(ridges),)`` mean squared leave-one-out residuals, or None where none were needed.
+        path: The ridges that were compared, and the criterion's value of each; None where one was given.
     """
 
     fit: Fit
     ridge: float
-    errors: Tensor | None = None
+    path: Path | None = None
 
 
 def choose(method: str, problem: Problem) -> str:
@@ -87,31 +98,35 @@ def choose(method: str, problem: Problem) -> str:
     """
     if method not in ("auto", *METHODS):
         raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, METHODS))}")
-    many = len(problem.ridges) > 1
     if is_spread(problem.K):
-        if method not in ("auto", "cg") or many or problem.cutoff is not None or problem.inducing is not None:
+        if (
+            method not in ("auto", "cg")
+            or problem.chooses
+            or problem.cutoff is not None
+            or problem.inducing is not None
+        ):
             raise InputError(
                 "the rows of the kernel lie on several ranks, where method='cg' is what there is, with one "
                 "ridge and neither a cut-off nor inducing samples"
             )
         return "cg"
     if method == "auto":
-        return _automatic(problem, many)
+        return _automatic(problem)
     if problem.cutoff is not None and method != "eigh":
         raise InputError(
             f"a spectral cut-off needs the eigenvectors: method='eigh' or 'auto', not {method!r}"
         )
-    if many and method in ("cg", "lsmr"):
+    if problem.chooses and method in ("cg", "lsmr"):
         raise InputError(
-            f"method={method!r} has no closed form for leave-one-out: choose the ridge with method='eigh', "
-            "'features' or 'nystrom' (on part of the samples if need be), then fit with that one"
+            f"method={method!r} has no closed form for leave-one-out or the evidence: choose the ridge with "
+            "method='eigh', 'features' or 'nystrom' (on part of the samples if need be), then fit with it"
         )
     if problem.inducing is not None and method != "nystrom":
         raise InputError(f"inducing samples are for method='nystrom', not {method!r}")
     return method
 
 
-def _automatic(problem: Problem, many: bool) -> str:
+def _automatic(problem: Problem) -> str:
     if problem.inducing is not None:
         return "nystrom"
     if problem.cutoff is not None:
@@ -119,8 +134,8 @@ def _automatic(problem: Problem, many: bool) -> str:
     if _few_features(problem.K):
         return "features"
     if problem.size <= _DIRECT and problem.K.shape.numel() <= _ENTRIES and may_be_dense(problem.K):
-        return "eigh" if many else "cholesky"
-    return "eigh" if many else "cg"
+        return "eigh" if problem.chooses else "cholesky"
+    return "eigh" if problem.chooses else "cg"
 
 
 def _few_features(K: Kernel) -> bool:
@@ -138,7 +153,7 @@ def solve(method: str, problem: Problem) -> Solved:
 
 
 def _cholesky(problem: Problem) -> Solved:
-    if len(problem.ridges) > 1:
+    if problem.chooses:
         return _eigh(problem)
     started, (ridge,) = time.perf_counter(), problem.ridges
     matrix = symmetric(to_float64(problem.K, "cholesky"))
@@ -161,14 +176,14 @@ def _eigh(problem: Problem) -> Solved:
         require_regular(values, ridge, problem.K.dtype, problem.scale, kept)
         return SpectralFactor(values, vectors, ridge, rest, kept)
 
-    chosen, ridge, errors = _select(problem, factor)
+    chosen, ridge, path = _select(problem, factor, problem.K.dtype)
     dual = chosen.dual(problem.rhs)
     missed = problem.rhs - matrix @ dual - ridge * dual
     if kept is not None:  # what the cut-off leaves out is no error of the solution
         missed = vectors @ (kept.unsqueeze(-1) * (vectors.mT @ missed))
     info = solve_info("eigh", relative_residuals(missed, problem.rhs), problem.tol, started)
     warn_of_rounding(chosen.largest, dual, problem.rhs, ridge, problem.K.dtype)
-    return Solved(DenseFit(chosen, problem.rhs, info), ridge, errors)
+    return Solved(DenseFit(chosen, problem.rhs, info), ridge, path)
 
 
 def _features(problem: Problem) -> Solved:
@@ -183,17 +198,17 @@ def _features(problem: Problem) -> Solved:
         )
     with torch.no_grad():
         features = require_finite(dense_of(found[0]), "the features").double()
-    factor, ridge, errors = _thin(problem, features, exact=True)
+    factor, ridge, path = _thin(problem, features, exact=True)
     dual = factor.dual(problem.rhs)
     rest = problem.rhs - features @ (features.mT @ dual) - ridge * dual
     # Small ridges make coefficients that float64 does not resolve, beside weights that it does.
     resolved = bool((_primal_residuals(features, factor, problem.rhs) <= problem.tol).all())
     residuals = relative_residuals(rest, problem.rhs)
     info = solve_info("features", residuals, problem.tol, started, aloud=not resolved)
-    return Solved(FeatureFit(factor, features, problem.rhs, info), ridge, errors)
+    return Solved(FeatureFit(factor, features, problem.rhs, info), ridge, path)
 
 
-def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralFactor, float, Tensor | None]:
+def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralFactor, float, Path | None]:
     """Return the factor of F Fᵀ + ridge from the singular values of F, ``(*batch, n, k)``.
 
     Raises:
@@ -223,7 +238,7 @@ def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralF
             else SpectralFactor(values, left, ridge, "zero", seen)
         )
 
-    return _select(problem, factor)
+    return _select(problem, factor, torch.float64)
 
 
 def _nystrom(problem: Problem) -> Solved:
@@ -246,10 +261,10 @@ def _nystrom(problem: Problem) -> Solved:
     rank = int(used.sum(-1).max())
     whitening = (vectors * scale.unsqueeze(-2))[..., -rank:]
     features = columns @ whitening
-    factor, ridge, errors = _thin(problem, features, exact=False)
+    factor, ridge, path = _thin(problem, features, exact=False)
     residuals = _primal_residuals(features, factor, problem.rhs)
     info = solve_info("nystrom", residuals, problem.tol, started, products=len(chosen), seed=seed)
-    return Solved(NystromFit(factor, whitening, features, chosen, problem.rhs, info), ridge, errors)
+    return Solved(NystromFit(factor, whitening, features, chosen, problem.rhs, info), ridge, path)
 
 
 def _primal_residuals(features: Tensor, factor: SpectralFactor, rhs: Tensor) -> Tensor:
@@ -306,13 +321,20 @@ def _dense_columns(K: Kernel, chosen: Tensor) -> Tensor:
 
 
 def _select(
-    problem: Problem, factor: Callable[[float], SpectralFactor]
-) -> tuple[SpectralFactor, float, Tensor | None]:
-    """Return the factor at the ridge with the smallest leave-one-out error, over all targets and classes.
+    problem: Problem, factor: Callable[[float], SpectralFactor], dtype: torch.dtype
+) -> tuple[SpectralFactor, float, Path | None]:
+    """Return the factor at the best ridge by the criterion, over all targets and classes.
 
     Raises:
         SingularKernelError: If none of the ridges leaves K + ridge regular.
     """
+    if problem.criterion == "evidence":
+        top = problem.ridges[-1]
+        first = factor(top)
+        require_semidefinite(first.values.amin(-1), first.values.amax(-1), dtype, problem.size)
+        ridges, values = Evidence.of(first, problem.rhs, dtype).path(top)
+        ridge = float(ridges[values.argmax()])
+        return factor(ridge), ridge, (ridges, values)
     if len(problem.ridges) == 1:
         return factor(problem.ridges[0]), problem.ridges[0], None
     errors: list[float] = []
@@ -330,7 +352,8 @@ def _select(
     if not torch.isfinite(table[best]):
         assert refused is not None
         raise refused
-    return factor(problem.ridges[best]), problem.ridges[best], table
+    ridges = torch.tensor(problem.ridges, dtype=torch.float64)
+    return factor(problem.ridges[best]), problem.ridges[best], (ridges, table)
 
 
 def _cg(problem: Problem) -> Solved:

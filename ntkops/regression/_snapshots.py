@@ -16,7 +16,13 @@ from ..operators.products import ProductOperator
 from ._layout import Layout
 from ._operands import Kernel
 
-__all__ = ["network_labels", "network_outputs", "require_same_snapshot"]
+__all__ = [
+    "network_labels",
+    "network_outputs",
+    "require_same_rows",
+    "require_same_snapshot",
+    "row_axis",
+]
 
 
 def _sources(operator: object) -> Iterator[ProductOperator]:
@@ -49,17 +55,7 @@ def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
             f"the fitted kernel is a {kinds[0]}, the cross kernel a {kinds[1]}: make it with .cross(x_new) "
             "from the kernel that was fitted"
         )
-    known = _snapshots(fitted)
-    for key, source in _snapshots(cross).items():
-        if not known:
-            return
-        if key not in known:
-            reasons = [_difference(source, other) for other in known.values()]
-            if all(reason is not None for reason in reasons):
-                raise StaleOperatorError(
-                    f"the cross kernel belongs to another snapshot of the network than the fitted kernel: "
-                    f"{reasons[0]}. Make it with K.cross(x_new), or fit again"
-                )
+    _require_snapshot(fitted, cross, "the cross kernel", "Make it with K.cross(x_new), or fit again")
     if isinstance(fitted, ProductOperator) and isinstance(cross, ProductOperator):
         _require_same_columns(fitted, cross)
         keys = [getattr(getattr(k._core, "projection", None), "key", None) for k in (fitted, cross)]
@@ -68,6 +64,52 @@ def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
                 "the cross kernel is seen through another projection than the fitted kernel; make it with "
                 "K.cross(x_new) from the kernel that was fitted"
             )
+
+
+def _require_snapshot(fitted: Kernel, other: Kernel, what: str, way_out: str) -> None:
+    known = _snapshots(fitted)
+    for key, source in _snapshots(other).items():
+        if known and key not in known:
+            reasons = [_difference(source, one) for one in known.values()]
+            if all(reason is not None for reason in reasons):
+                raise StaleOperatorError(
+                    f"{what} belongs to another snapshot of the network than the fitted kernel: "
+                    f"{reasons[0]}. {way_out}"
+                )
+
+
+def require_same_rows(fitted: Kernel, cross: Kernel, prior: Kernel) -> None:
+    """Raise if a prior covariance is not over the rows of a cross kernel. Dense matrices say nothing.
+
+    Raises:
+        StaleOperatorError: If it was made from other parameters than the fitted kernel.
+        InputError: If its samples, its outputs or its choice of rows are not those of the cross kernel.
+    """
+    _require_snapshot(fitted, prior, "the prior", "Make it with ntkops.ntk(model, x_new), or fit again")
+    one, two = row_axis(cross), row_axis(prior)
+    if one is None or two is None or one is two:
+        return
+    picks = [None if axis.pick is None else axis.pick.tolist() for axis in (one, two)]
+    if not torch.equal(one.outputs, two.outputs) or picks[0] != picks[1]:
+        raise InputError(
+            "the rows of the prior are other outputs, or another choice of rows, than those of the cross "
+            "kernel: make it with the options of the fitted kernel"
+        )
+    if one.inputs.differ(two.inputs):
+        raise InputError(
+            "the prior is the kernel of other samples than the rows of the cross kernel: with K.cross(x_new) "
+            "goes ntkops.ntk(model, x_new)"
+        )
+
+
+def row_axis(K: Kernel) -> StateAxis | None:
+    """Return the axis of the rows of a kernel, or None where it is not known, or not one."""
+    axes = {
+        source._core.rows.key: source._core.rows
+        for source in _sources(K)
+        if isinstance(source._core.rows, StateAxis) and source.shape[-2] == K.shape[-2]
+    }
+    return next(iter(axes.values())) if len(axes) == 1 else None
 
 
 def _difference(first: ProductOperator, second: ProductOperator) -> str | None:

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import check_arguments
+from ..engines import count_passes
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
+from ..estimators import logdet
 from ..operators.counting import column_space, row_space
-from ..results import LeaveOneOut, RidgePath, SolveInfo
+from ..results import Estimate, LeaveOneOut, RidgePath, SolveInfo
+from ._evidence import Evidence, log_evidence, read_positive, require_energy
+from ._iterative import IterativeFit
 from ._layout import Layout, read_labels
 from ._operands import is_spread, mean_diagonal, read_kernel, require_finite
 from ._options import check_cutoff, read_ridges
 from ._parameters import Parameters, not_fitted
+from ._posterior import (
+    PosteriorCovariance,
+    posterior_variance,
+    prior_variances,
+    read_cross,
+    read_prior,
+    require_choice,
+)
 from ._rounding import added_share
 from ._routes import Problem, choose, solve
-from ._snapshots import network_labels, require_same_snapshot
+from ._snapshots import network_labels
 from .metrics import accuracy, r2_score
 
 __all__ = ["KernelRidge"]
 
-_ROWS = 256  # rows of a cross kernel that are dense at a time for variances
+_TOP = 100.0  # largest ridge that its evidence is asked for, relative to the mean diagonal
 
 Method = Literal["auto", "cg", "eigh", "cholesky", "lsmr", "nystrom", "features"]
 
@@ -47,7 +62,9 @@ class KernelRidge(Parameters):
 
     Args:
         ridge: r ≥ 0; several of them, or "loo" for a grid from 1e-10 to 100, from which the closed-form
-            leave-one-out error over all targets chooses one.
+            leave-one-out error over all targets chooses one; or "evidence" for the ridge between the least
+            that means something and 100 whose `log_marginal_likelihood` is the largest, over all targets
+            and classes with one scale.
         relative: Whether ridges are multiples of the mean diagonal of K, over all classes; False for
             absolute ones.
         method: "cholesky"; "eigh" (several ridges, cut-offs); "features" (K = F Fᵀ with known F, by its
@@ -72,6 +89,7 @@ class KernelRidge(Parameters):
             up to the condition number times 6e-8.
         ridge_: The absolute ridge r in use, a float.
         scale_: The mean diagonal that ridges are multiples of; 1 for absolute ones.
+        noise_scale_: Standard deviation of the labels' noise, s √r, with the s of `log_marginal_likelihood`.
         ridge_path_: `RidgePath` of the ridges that were compared; None where one was given.
         method_: The method in use.
         solve_info_: `SolveInfo`, with the true relative residual of every column of ``dual_coef_``.
@@ -113,7 +131,7 @@ class KernelRidge(Parameters):
 
     def __init__(
         self,
-        ridge: float | Sequence[float] | Literal["loo"] = 1e-4,
+        ridge: float | Sequence[float] | Literal["loo", "evidence"] = 1e-4,
         relative: bool = True,
         method: Method = "auto",
         offset: Any = None,
@@ -180,12 +198,19 @@ class KernelRidge(Parameters):
                 "cross kernels "
                 "go to predict"
             )
-        ridges = read_ridges(self.ridge)
+        ridges = read_ridges(self.ridge, ("loo", "evidence"))
+        by_evidence = isinstance(self.ridge, str) and self.ridge == "evidence"
         check_cutoff(self.cutoff, space.size)
+        if by_evidence and self.cutoff is not None:
+            raise InputError("ridge='evidence': a spectral cut-off is no Gaussian process; leave cutoff= out")
         layout, labels = read_labels(Y, K.shape, K.dtype, K.device, space if is_spread(K) else None)
         base = self._offset_at(K, layout, labels.shape[0], offset, fitting=True)
         residual = labels if base is None else labels - base
-        scale = mean_diagonal(K) if self.relative else 1.0
+        mean = mean_diagonal(K) if self.relative or by_evidence else 1.0
+        scale = mean if self.relative else 1.0
+        if by_evidence:
+            require_energy(residual)
+            ridges = (_TOP * mean / scale,)
         problem = Problem(
             K=K,
             rhs=layout.columns(residual.double()),
@@ -197,13 +222,16 @@ class KernelRidge(Parameters):
             tol=self.tol,
             max_products=self.max_products,
             generator=self.generator,
+            criterion="evidence" if by_evidence else "loo",
         )
         method = choose(self.method, problem)
         solved = solve(method, problem)
         self._K, self._layout, self._labels, self._fit = K, layout, labels, solved.fit
+        self._problem = problem
+        self._evidence: Evidence | None = None
         self._explicit_offset = offset is not None
         self.method_, self.ridge_, self.scale_ = method, solved.ridge, scale
-        self.ridge_path_ = None if solved.errors is None else self._path(problem.ridges, solved.errors, scale)
+        self.ridge_path_ = None if solved.path is None else self._path(*solved.path, scale, problem.criterion)
         self.solve_info_ = solved.fit.info
         self._added = [0.0]  # predict changes no attribute, as scikit-learn has it
         self.n_features_in_ = K.shape[-1]
@@ -211,8 +239,11 @@ class KernelRidge(Parameters):
         return self
 
     @staticmethod
-    def _path(ridges: tuple[float, ...], errors: Tensor, scale: float) -> RidgePath:
-        return RidgePath(torch.tensor(ridges, dtype=torch.float64), errors, scale, int(errors.argmin()))
+    def _path(
+        ridges: Tensor, values: Tensor, scale: float, criterion: Literal["loo", "evidence"]
+    ) -> RidgePath:
+        best = values.argmin() if criterion == "loo" else values.argmax()
+        return RidgePath(ridges, values, scale, int(best), criterion)
 
     # the offset
 
@@ -253,29 +284,75 @@ class KernelRidge(Parameters):
 
     # predicting
 
-    def predict(self, K_cross: LinearOperator | Tensor, *, offset: Tensor | None = None) -> Tensor:
-        """Return f(x*) = offset + K_* α.
+    @overload
+    def predict(
+        self,
+        K_cross: LinearOperator | Tensor,
+        *,
+        offset: Tensor | None = None,
+        prior: None = None,
+        return_std: Literal[False] = False,
+        return_cov: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def predict(
+        self,
+        K_cross: LinearOperator | Tensor,
+        *,
+        offset: Tensor | None = None,
+        prior: LinearOperator | Tensor,
+        return_std: bool = False,
+        return_cov: bool = False,
+    ) -> tuple[Tensor, Any]: ...
+
+    def predict(
+        self,
+        K_cross: LinearOperator | Tensor,
+        *,
+        offset: Tensor | None = None,
+        prior: LinearOperator | Tensor | None = None,
+        return_std: bool = False,
+        return_cov: bool = False,
+    ) -> Any:
+        r"""Return f(x*) = offset + K_* α, and what the Gaussian process leaves open about it.
+
+        The process is :math:`y \sim N(\text{offset}, s^2 (K + r I))`. Given the labels the noiseless function
+        has the covariance :math:`s^2 (K_{**} - K_* (K + r I)^{-1} K_*^\top)`, with the scale of
+        `log_marginal_likelihood`, so that deviations have the unit of Y whatever that of K is. New labels
+        have the variance ``std**2 + fit.noise_scale_**2``.
 
         Args:
             K_cross: Kernel between new samples (rows) and those of the fit (columns), ``K.cross(x_new)``.
                 Of an operator only products are taken: of a lazy float32 one 2 for each target, and 2 more.
             offset: Outputs f(x*) at the new samples, where `fit` was given those at the old.
+            prior: Kernel of the new samples with themselves, ``ntkops.ntk(model, x_new)`` with the options
+                of K, for ``return_std`` and ``return_cov``.
+            return_std: Return standard deviations too. Cost: dense rows of the cross kernel in blocks of
+                256, or products where that is forbidden, and n² operations for each.
+            return_cov: Return the joint covariance too, as a lazy operator; ``.to_dense()`` where its
+                ``max_dense_bytes`` allow it.
 
         Returns:
             ``(M, ...)``: the shape of Y with M new samples in front, the dtype of the cross kernel; an array
-            for an array, as in scikit-learn.
+            for an array, as in scikit-learn. With ``return_std`` also deviations of that shape; with
+            ``return_cov`` a `PosteriorCovariance` ``(M, M)`` that all targets share, ``(C, M, M)`` for one
+            kernel a class, ``(M·O, M·O)`` for one over all outputs.
 
         Raises:
             NotFittedError: If nothing is fitted.
-            InputError: If an offset is missing or too many.
-            ShapeError: If the cross kernel does not fit.
-            DtypeError: If its dtype is not that of the fit.
-            StaleOperatorError: If it belongs to another snapshot of the network.
-            NonFiniteError: If it holds NaN or infinity.
+            InputError: If an offset or the prior is missing or too many, both kinds of uncertainty are
+                asked for, or the prior is that of other samples.
+            ShapeError: If the cross kernel or the prior does not fit.
+            DtypeError: If their dtype is not that of the fit.
+            StaleOperatorError: If one belongs to another snapshot of the network.
+            NonFiniteError: If one holds NaN or infinity.
+            UnsupportedOperationError: For uncertainties with a spectral cut-off, or over several ranks.
 
         Warns:
             RoundingWarning: If ``rounding_`` is above 1e-2.
         """
+        require_choice(prior, return_std, return_cov)
         is_array = not isinstance(K_cross, LinearOperator | Tensor)
         K_cross = self._read_cross(K_cross)
         columns, added = self._fit.predict(K_cross)
@@ -284,7 +361,22 @@ class KernelRidge(Parameters):
         values = values if base is None else values + base.double()
         self._added[0] = added_share(K_cross, columns, added)
         predictions: Any = values.to(K_cross.dtype)
-        return predictions.numpy() if is_array else predictions
+        found = predictions.numpy() if is_array else predictions
+        if prior is None:
+            return found
+        self._require_process("the uncertainty of predictions")
+        K_new = read_prior(prior, self._K, K_cross)
+        scale = math.sqrt(self._scale_squared())
+        if return_cov:
+            share = self._rounding()
+            return found, PosteriorCovariance(
+                K_new, K_cross, K_cross, fit=self._fit, factor=scale**2, share=share
+            )
+        rows = posterior_variance(self._fit, K_cross, prior_variances(K_new), self._rounding())
+        deviations = scale * self._layout.restore_rows(rows.sqrt())
+        deviations = deviations.reshape(*deviations.shape, *(1,) * (values.dim() - deviations.dim()))
+        spread: Any = deviations.expand(values.shape).to(K_cross.dtype)
+        return found, spread.numpy() if is_array else spread
 
     @property
     def rounding_(self) -> float:
@@ -301,15 +393,7 @@ class KernelRidge(Parameters):
 
     def _read_cross(self, K_cross: Any) -> LinearOperator | Tensor:
         self._require_fit()
-        K_cross = read_kernel(K_cross, "the cross kernel", self._K.dtype)
-        self._layout.check_rows(K_cross.shape, self.n_features_in_)
-        if K_cross.dtype != self._K.dtype:
-            raise DtypeError(
-                f"the fitted kernel has dtype {self._K.dtype}, the cross kernel {K_cross.dtype}; cast "
-                "one of them"
-            )
-        require_same_snapshot(self._K, K_cross)
-        return K_cross
+        return read_cross(K_cross, self._K, self._layout)
 
     def _require_fit(self) -> None:
         if not hasattr(self, "dual_coef_"):
@@ -326,7 +410,8 @@ class KernelRidge(Parameters):
         r"""Return the posterior variance of the noiseless function.
 
         It is :math:`k_{**} - k_*^\top (K + r I)^{-1} k_*`: the Gaussian process with this kernel and noise
-        of variance r. It does not depend on the labels. With a cut-off only the kept directions explain
+        of variance r. It does not depend on the labels, and has the unit of K; for deviations in the unit of
+        the labels see `predict`. With a cut-off only the kept directions explain
         variance; "nystrom" gives the variance of its features plus the prior variance that they miss.
 
         Args:
@@ -355,22 +440,9 @@ class KernelRidge(Parameters):
                 f"{tuple(K_cross.shape[:-1])}"
             )
         require_finite(prior, "K_diag")
-        prior = prior.double()
-        rows = K_cross.shape[-2]
         self._require_here("the variance")
-        explained = torch.cat(
-            [self._fit.explained(K_cross, a, min(a + _ROWS, rows)) for a in range(0, rows, _ROWS)], dim=-1
-        )
-        values = prior - explained
-        slack = self._rounding() * prior.abs()
-        if bool((values < -slack).any()):
-            row = int((values + slack).reshape(-1, rows).amin(0).argmin())
-            raise InputError(
-                f"the variance at row {row} would be negative: K_diag does not belong to the rows of "
-                "this cross "
-                "kernel, which need K(x*, x*) of the same network, samples and outputs"
-            )
-        return self._layout.restore_rows(values.clamp(min=0)).to(K_cross.dtype)
+        values = posterior_variance(self._fit, K_cross, prior.double(), self._rounding())
+        return self._layout.restore_rows(values).to(K_cross.dtype)
 
     def _rounding(self) -> float:
         """Return the share of a prior variance by which rounding in K can move the posterior one."""
@@ -381,6 +453,112 @@ class KernelRidge(Parameters):
 
     def _prior_scale(self) -> float:
         return self.scale_ if self.relative else mean_diagonal(self._K)
+
+    # the evidence
+
+    def _require_process(self, what: str) -> None:
+        self._require_here(what)
+        if self._problem.cutoff is not None:
+            raise UnsupportedOperationError(
+                f"{what} is that of a Gaussian process, and a regression with a spectral cut-off is none: "
+                "fit without cutoff=, or see `variance`"
+            )
+
+    def _scale_squared(self) -> float:
+        return self._fit.energy() / self._problem.rhs.numel()
+
+    @property
+    def noise_scale_(self) -> float:
+        """Standard deviation of the labels' noise in the process of `log_marginal_likelihood`: s √r.
+
+        Raises:
+            NotFittedError: If nothing is fitted.
+            UnsupportedOperationError: With a spectral cut-off, or over several ranks.
+        """
+        self._require_fit()
+        self._require_process("the scale of the noise")
+        return math.sqrt(self._scale_squared() * self.ridge_)
+
+    def log_marginal_likelihood(self, ridge: float | Tensor | None = None) -> Estimate:
+        r"""Return the log evidence of a ridge, with the scale that explains the labels best.
+
+        Labels minus offset, :math:`\tilde y`, are :math:`N(0, s^2 (K + r I))`, with one scale for all
+        targets and classes, :math:`s^2 = \tilde y^\top (K + r I)^{-1} \tilde y / n`:
+
+        .. math:: -\tfrac12 \left(n \log s^2 + \log|K + r I| + n + n \log 2\pi\right).
+
+        n counts all labels, and a kernel that several targets share counts as often. In another unit of Y it
+        shifts by a constant, so that the best ridge stays where it is.
+
+        Args:
+            ridge: Absolute, as ``ridge_``, a number or a tensor ``()``; None for ``ridge_``.
+
+        Returns:
+            `Estimate`, exact where the fit is dense, then differentiable in the ridge to any order: from one
+            eigendecomposition, made at the first call and kept. For "cg" and "lsmr" `ntkops.logdet` gives
+            the determinant, exactly or with its interval, which holds the error of the solve as well.
+
+        Raises:
+            NotFittedError: If nothing is fitted.
+            InputError: If the ridge is no positive number, or all labels equal the offset.
+            SingularKernelError: If it is lost in the rounding of the kernel.
+            UnsupportedOperationError: With a spectral cut-off, over several ranks, or where an estimate is to
+                be differentiated.
+
+        References:
+            Rasmussen and Williams (2006), equation (5.8), with the scale profiled out.
+
+        Example:
+            >>> import torch
+            >>> from ntkops.regression import KernelRidge
+            >>> x = torch.linspace(0, 1, 20, dtype=torch.float64)
+            >>> K = torch.exp(-8 * (x[:, None] - x).square())
+            >>> noise = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+            >>> fit = KernelRidge("evidence").fit(K, torch.sin(6 * x) + 0.1 * noise)
+            >>> round(fit.noise_scale_, 2)
+            0.1
+            >>> r = torch.tensor(fit.ridge_, dtype=torch.float64, requires_grad=True)
+            >>> (slope,) = torch.autograd.grad(fit.log_marginal_likelihood(r).value, r)
+            >>> bool(abs(slope * r) < 1e-4)
+            True
+        """
+        started = time.perf_counter()
+        self._require_fit()
+        self._require_process("the marginal likelihood")
+        require_energy(self._problem.rhs)
+        given = read_positive(self.ridge_ if ridge is None else ridge, "ridge").to(self._K.device)
+        with count_passes() as tally:
+            if self._evidence is None:
+                self._evidence = self._fit.evidence(self._K)
+            if self._evidence is None:
+                return self._estimated_likelihood(given)
+            self._evidence.require_resolved(given)
+            value = self._evidence(given)
+        return Estimate.of_exact(value, passes=tally.total, seconds=time.perf_counter() - started)
+
+    def _estimated_likelihood(self, ridge: Tensor) -> Estimate:
+        if ridge.requires_grad:
+            raise UnsupportedOperationError(
+                f"method={self.method_!r} knows no eigenvalues, and an estimate of the determinant has no "
+                "gradient: fit with method='eigh' or 'features', or pass a number"
+            )
+        number, problem, fit = float(ridge), self._problem, self._fit
+        if number != self.ridge_:
+            fit = solve(self.method_, dataclasses.replace(problem, ridges=(number,))).fit
+        assert isinstance(fit, IterativeFit)
+        count, targets = problem.rhs.numel(), problem.rhs.shape[-1]
+        energy = torch.tensor(fit.energy(), dtype=torch.float64)
+        rest = log_evidence(energy, torch.zeros_like(energy), count)
+        # Half a nat of the result: evidence is not read more finely than that.
+        found = logdet(self._K, number, atol=1 / targets, generator=problem.generator)
+        low, high = (end.sum() for end in found.interval)  # one number for all classes
+        error = found.stderr.square().sum().sqrt()
+        whole = dataclasses.replace(found, value=found.value.sum(), stderr=error, interval=(low, high))
+        likelihood = whole * (-targets / 2) + rest
+        # The residual that the solve has left moves n log s² by this much at most.
+        room = count / 2 * math.log1p(fit.energy_error(number) / float(energy))
+        low, high = likelihood.interval
+        return dataclasses.replace(likelihood, interval=(low - room, high + room), exact=False)
 
     # leave-one-out
 

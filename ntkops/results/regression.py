@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+from ..errors import UnsupportedOperationError
 
 __all__ = [
     "ErrorTerms",
@@ -33,20 +36,35 @@ class LeaveOneOut:
 
 @dataclass(frozen=True, eq=False)
 class RidgePath:
-    """Ridges that were compared by leave-one-out.
+    """Ridges that were compared, by leave-one-out or by their evidence.
 
     Attributes:
-        ridges: ``(k,)`` absolute ridges, as they were given, float64.
-        errors: ``(k,)`` mean squared leave-one-out residuals over samples and targets, float64; infinite
-            where K + ridge is singular.
+        ridges: ``(k,)`` absolute ridges, as they were given, float64; ascending for "evidence".
+        values: ``(k,)`` of the criterion, float64. "loo": mean squared leave-one-out residuals over samples
+            and targets, infinite where K + ridge is singular. "evidence": log marginal likelihoods.
         scale: Mean diagonal of the kernel, of which relative ridges are multiples; 1 for absolute ones.
-        best: Position of the smallest error.
+        best: Position of the best one: of the smallest error, or of the largest evidence.
+        criterion: "loo" or "evidence".
     """
 
     ridges: Tensor
-    errors: Tensor
+    values: Tensor
     scale: float
     best: int
+    criterion: Literal["loo", "evidence"] = "loo"
+
+    @property
+    def errors(self) -> Tensor:
+        """``values`` where they are leave-one-out errors.
+
+        Raises:
+            UnsupportedOperationError: If they are not.
+        """
+        if self.criterion != "loo":
+            raise UnsupportedOperationError(
+                "these ridges were compared by their evidence, which is in .values"
+            )
+        return self.values
 
 
 @dataclass(frozen=True, eq=False)
