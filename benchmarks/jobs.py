@@ -108,6 +108,23 @@ def compare(quick: bool) -> tuple[Work, Work]:
     return ours, plain
 
 
+def predictor(quick: bool) -> tuple[Work, Work]:
+    """Predictions of new samples by one jvp each, against a product with the kernel across them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    ).double()
+    x, new = (torch.randn(count, 20).double() for count in ((40, 8) if quick else (3000, 100)))
+    # Products alone: nothing dense is kept from one timing to the next.
+    K = ntkops.ntk(network, x, max_dense_bytes=0)
+    fitted = ntkops.KernelRidge(1e-2, tol=1e-2).fit(K, torch.sin(x[:, :10]))
+    predict, alpha = fitted.predictor(), fitted.dual_coef_.reshape(-1, 1)
+    return (
+        lambda: predict(new),
+        lambda: (K.cross(new) @ alpha).reshape(-1, 10),
+    )
+
+
 def _called(model: nn.Module, x: Tensor, params: dict[str, Tensor]) -> Tensor:
     return functional_call(model, params, (x,))
 
@@ -247,6 +264,7 @@ JOBS = {
     "unlike_lengths": Job(
         "kernel of 48 sequences of 4 to 24 tokens, against torch.func", 3.0, unlike_lengths, 1e-10
     ),
+    "predictor": Job("100 predictions by jvps, N = 3000, against K.cross(x) @ α", 0.25, predictor, 1e-9),
 }
 
 

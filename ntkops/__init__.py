@@ -38,12 +38,14 @@ from .estimators import (
 from .model import Batches, Entries, Linearization, linearize
 from .operators import (
     BlockKernelOperator,
+    GradientFeatures,
     JacobianOperator,
     NTKOperator,
     SampleKernelOperator,
     ShardedKernelOperator,
     balance,
     energy_gap,
+    gradient_features,
     jacobian,
     nngp,
     ntk,
@@ -52,7 +54,7 @@ from .operators import (
     sandwich,
     stack,
 )
-from .regression import KernelRidge, LinearizedLaplace
+from .regression import KernelRidge, LinearizedLaplace, influence
 from .results import (
     CheckReport,
     Comparison,
@@ -121,6 +123,10 @@ __all__ = [
     # curvature
     "ggn",
     "GGNOperator",
+    # attribution
+    "gradient_features",
+    "influence",
+    "GradientFeatures",
     # along training
     "gradient_flow",
     "gradient_descent",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "save", "threads"]
+__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "only_writer", "save", "threads"]
 
 # In format 1 the padding row of an embedding had a gradient.
 FORMAT = 2
@@ -231,11 +231,43 @@ def _flush_directory(path: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Write alone: hold a lock file, which the system releases however this process ends.
+
+    Args:
+        path: The lock file; it is made where it is missing, and stays.
+
+    Raises:
+        CheckpointError: If another process, or thread, holds it, or the system has no such locks.
+    """
+    place = Path(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # POSIX
+
+            file = stack.enter_context(open(place, "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{place.parent} is being written to by another process: wait for it, or give another path"
+            ) from error
+        except (ImportError, OSError) as error:
+            raise CheckpointError(
+                f"{place} cannot be locked ({error}): give a path on a local disk"
+            ) from error
+        yield
+
+
 # -- reading
 
 
 def load(
-    path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None, *, kind: str = "state"
+    path: str | os.PathLike[str],
+    fingerprint: Mapping[str, str] | None = None,
+    *,
+    kind: str = "state",
+    mapped: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint, after every check.
 
@@ -244,6 +276,9 @@ def load(
         fingerprint: What `fingerprint` gives for the present parameters, data and options; None to take
             any.
         kind: What must have written it.
+        mapped: Map tensors into memory instead of copying them: pages are read where they are used. The
+            checksum, for which everything is read, is not compared then. What is written to such a tensor
+            never reaches the file.
 
     Returns:
         Its tensors (on the CPU), metadata and fingerprint.
@@ -269,15 +304,16 @@ def load(
         with safe_open(place, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             document = _document(header.get(_KEY), place)
-            # Copies: the file stays mapped otherwise, and may be replaced.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{place} is no whole safetensors file ({error}); it was cut short, altered, or is something else"
         ) from error
     _require_format(document, kind, place)
-    if document["checksum"] != _checksum(document, tensors):
-        raise CheckpointError(f"{place} was altered after it was written: its checksum differs")
+    if not mapped:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        if document["checksum"] != _checksum(document, tensors):
+            raise CheckpointError(f"{place} was altered after it was written: its checksum differs")
     _require_same(document["fingerprint"], fingerprint, place)
     return Checkpoint(tensors, document["metadata"], document["fingerprint"], kind)
 
@@ -285,12 +321,13 @@ def load(
 def _require_readable(place: Path) -> None:
     try:
         with open(place, "rb") as file:
-            start = file.read(8)
+            start = file.read(9)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {place}") from error
     except OSError as error:
         raise CheckpointError(f"{place} cannot be read ({error.strerror or error})") from error
-    if start.startswith(_PICKLES):
+    # A safetensors file begins with the length of its header, which may be the same bytes, and a brace.
+    if start.startswith(_PICKLES) and start[8:] != b"{":
         raise CheckpointError(
             f"{place} is a pickle or a file of torch.save, which may execute code when it is read; it was "
             "not opened. Checkpoints are safetensors files that ntkops wrote"

@@ -159,6 +159,8 @@ def problem():
         "head": "2",
         "weight_variance": 1.0,
         "bias_variance": 0.1,
+        "F": torch.randn(9, 3, dtype=torch.float64),
+        "F_test": torch.randn(2, 3, dtype=torch.float64),
     }
 
 
@@ -209,8 +211,8 @@ def arguments(name, signature, given):
 
 
 @pytest.fixture(scope="module")
-def given():
-    return problem()
+def given(tmp_path_factory):
+    return {**problem(), "path": tmp_path_factory.mktemp("files") / "of_arguments"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -39,6 +39,16 @@ def path(tmp_path):
     return tmp_path / "run.safetensors"
 
 
+def test_a_file_is_read_whatever_the_length_of_its_header(path):
+    lengths = set()
+    for size in range(0, 1200, 7):
+        checkpoint.save(path, {"a": torch.ones(2)}, {"text": "x" * size})
+        lengths.add(struct.unpack("<Q", path.read_bytes()[:8])[0])
+        assert checkpoint.load(path).metadata["text"] == "x" * size
+    # Among them those whose first bytes are the ones of pickles: 0x80, then a protocol.
+    assert {0x280, 0x380, 0x480, 0x580} & lengths
+
+
 def test_what_is_saved_is_loaded_bit_for_bit(path):
     tensors = everything()
     metadata = {"done": 3, "names": ["a", "ü"], "nested": {"x": 0.1, "none": None}}

@@ -13,6 +13,7 @@ from .local_global_search import local_global_grid, search_local_global
 from .properties import local_global_properties
 from .ridge import DistilledRidge
 from .select import select
+from .select_inputs import select_inputs
 from .synthesize import synthesize
 from .transfer import nystrom_error, posterior_variance_error, transfer_accuracy
 from .wasserstein import wasserstein
@@ -25,6 +26,7 @@ __all__ = [
     # all stages
     "chain",
     # data
+    "select_inputs",
     "wasserstein",
     "wasserstein_barycenter",
     "kernel_inducing",

@@ -57,7 +57,8 @@ def chain(
     before; and, for the ablations, the whole chain without one of its stages.
 
     What the stages do not save: the gradients of all m points are made before any of them is distilled,
-    and a prediction takes C gradients of its sample whatever was distilled before.
+    and a prediction takes C gradients of its sample, or C directional derivatives
+    (`DistilledRidge.predictor`), whatever was distilled before.
 
     Args:
         model: The network, or what `ntkops.ntk` takes for it; its outputs ``(N, C)`` are the targets.

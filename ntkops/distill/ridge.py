@@ -20,9 +20,11 @@ from ..regression import KernelRidge
 from ..regression._layout import Layout, read_labels
 from ..regression._operands import mean_diagonal, require_finite
 from ..regression._options import read_ridges
+from ..regression._parameter_space import ParameterChange, lift
 from ..regression._rounding import added_share, precise_product
 from ..regression._snapshots import require_same_snapshot
 from ..regression.metrics import accuracy, r2_score
+from ..regression.predictor import Predictor
 from ..results import RidgePath, SolveInfo
 from ._kernels import Kernels, read_kernels
 
@@ -143,6 +145,43 @@ class DistilledRidge:
         self.rounding_ = added_share(kernel, columns, added)
         return self._layout.restore(columns).to(kernel.dtype)
 
+    def weights(self) -> dict[str, Tensor]:
+        r"""Return the change of the parameters, :math:`\Delta\theta = J^\top U \beta`.
+
+        Returns:
+            As `ntkops.KernelRidge.weights`. Cost: one vjp a target over all m points, over the chosen ones
+            alone where U selects points.
+
+        Raises:
+            UnsupportedOperationError: If the kernel does not know its Jacobian, or is traced over outputs and
+                has several targets.
+
+        Warns:
+            RoundingWarning: If rounding may have added more than 1e-2 of their length.
+        """
+        return self._change().named()
+
+    def predictor(self) -> Predictor:
+        """Return a function of new samples that predicts from directional derivatives along `weights`.
+
+        Returns:
+            `ntkops.regression.Predictor`, with C jvps a sample for C class kernels, one for a kernel over all
+            outputs, whatever was distilled. It holds none of the m points.
+
+        Raises:
+            UnsupportedOperationError: As for `weights`; and if the kernel's rows are an uneven selection of
+                samples and outputs.
+            DifferentiationError: If the network has no directional derivatives.
+        """
+        return Predictor(self._change(), self._layout, _no_offset)
+
+    def _change(self) -> ParameterChange:
+        kernel, dual = self._K, self._dual
+        if self.indices is not None:
+            kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
+        layout = self._layout
+        return ParameterChange(*lift(kernel, dual), layout.tail if layout.kind == "shared" else ())
+
     def variance(self, K_cross: Kernels, K_diag: Tensor) -> Tensor:
         r"""Return the posterior variance of the noiseless function, given what was fitted.
 
@@ -212,6 +251,10 @@ class DistilledRidge:
         shape = " x ".join(map(str, self.U.shape))
         fitted = f", ridge_={self.ridge_:.3g}" if hasattr(self, "ridge_") else ""
         return f"DistilledRidge({self.fit_method!r}, U: {shape}{fitted})"
+
+
+def _no_offset(*_: Any) -> None:
+    """Return None: what is distilled is the kernel's picture of the labels alone."""
 
 
 _Solved = tuple[KernelRidge, Tensor | None, Tensor]

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
-from ..operators import JacobianOperator
-from ..operators.axes import StateAxis
-from ..operators.counting import multiply, row_space
-from ..operators.products import ProductOperator
+from ..errors import DtypeError, InputError, ShapeError
+from ..operators.counting import row_space
 from ..regression._operands import read_kernel, require_finite
+from ..regression._parameter_space import ParameterChange, lift
 from ..regression._rounding import precise_product
 from ..regression._snapshots import require_same_snapshot
 from ..results import TrajectoryInfo
@@ -134,31 +132,18 @@ class Trajectory:
             t: One of the times.
 
         Returns:
-            A tensor for each selected parameter by its name, in its shape and dtype. Cost: one vjp.
+            A tensor for each selected parameter by its name, as `ntkops.KernelRidge.weights` has them: behind
+            a leading axis where outputs share no kernel, or targets share one, which are as many networks.
+            Cost: one vjp a target.
 
         Raises:
             InputError: If it is none of the times.
-            UnsupportedOperationError: If the kernel is not J Jᵀ of one Jacobian, or has a right-hand side for
-                each of several targets, whose weights are as many networks.
+            UnsupportedOperationError: If the kernel does not know its Jacobian, or is traced over outputs and
+                has several targets.
         """
-        place = self._place(t)
-        K, columns = self._problem.K, self._columns()[place]
-        rows = getattr(getattr(K, "_core", None), "rows", None)
-        if not isinstance(K, ProductOperator) or not isinstance(rows, StateAxis) or not hasattr(K, "right"):
-            raise UnsupportedOperationError(
-                f"the weights are Jᵀ a(t), and a {type(K).__name__} does not know its Jacobian: train with "
-                "ntkops.ntk(model, x)"
-            )
-        if columns.dim() != 2 or columns.shape[-1] != 1 or rows.terms != 1:
-            raise UnsupportedOperationError(
-                "outputs that share no kernel, and targets that share one, move weights of their own, as "
-                "many networks as there are targets: use the kernel over all outputs, outputs='all'"
-            )
-        jacobian: JacobianOperator = K.right
-        change = multiply(jacobian.mT, columns.to(K.dtype)).squeeze(-1)
-        names = K._core.engine.linearization.names
-        parts = change.split([parameter.numel() for parameter in K._args])
-        return {n: part.reshape(p.shape) for n, part, p in zip(names, parts, K._args, strict=True)}
+        place, layout = self._place(t), self._problem.layout
+        tail = layout.tail if layout.kind == "shared" else ()
+        return ParameterChange(*lift(self._problem.K, self._columns()[place]), tail).named()
 
     def ensemble(self, prior: Any, K_cross: Any) -> Gaussian:
         r"""Return what an infinite ensemble predicts, whose members start from f₀ ~ N(0, Σ) and train alike.

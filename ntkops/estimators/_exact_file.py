@@ -15,9 +15,9 @@ from ..checkpoint import fingerprint
 from ..engines import Engine, EngineChoice, LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.kernel import NTKOperator
+from ..operators.provenance import kernel_route, made_of, place_of
 from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
-from ._provenance import kernel_route, made_of, place_of
 from ._request import Operand
 
 __all__ = ["ExactFile", "Standing"]

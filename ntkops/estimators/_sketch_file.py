@@ -15,9 +15,9 @@ from ..engines import LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
+from ..operators.provenance import kernel_route, made_of
 from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
-from ._provenance import kernel_route, made_of
 from ._request import Operand, operands
 from ._sketch import SketchCore, _Factored, _Multiplied
 

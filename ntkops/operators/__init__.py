@@ -1,6 +1,7 @@
 """Lazy operators: the Jacobian and the kernel."""
 
 from .energy_gap import energy_gap
+from .gradient_features import GradientFeatures, gradient_features
 from .jacobian import JacobianOperator, jacobian
 from .kernel import NTKOperator, ntk
 from .nngp import nngp
@@ -34,6 +35,9 @@ __all__ = [
     "stack",
     "balance",
     "nngp",
+    # in files
+    "GradientFeatures",
+    "gradient_features",
     # what an approximation leaves out
     "energy_gap",
 ]

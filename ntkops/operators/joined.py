@@ -20,7 +20,7 @@ from .axes import ParameterAxis, resolve_index
 from .dense import DenseFallbacks
 from .jacobian import JacobianOperator
 
-__all__ = ["JoinedOperator", "join"]
+__all__ = ["JoinedOperator", "is_stack", "join"]
 
 
 class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
@@ -66,7 +66,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         Returns:
             A tensor for a tensor; a `BlockKernelOperator` for ``J1 @ J2.mT``; else a lazy product.
         """
-        if isinstance(other, LinearOperator) and _is_stack(self) and _is_stack(other.mT):
+        if isinstance(other, LinearOperator) and is_stack(self) and is_stack(other.mT):
             from .stacked import BlockKernelOperator
 
             return BlockKernelOperator(self, other)
@@ -115,12 +115,12 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         return type(self)(*parts, dim=self.cat_dim, output_device=device, names=self.names)
 
 
-def _is_stack(operator: LinearOperator) -> bool:
+def is_stack(operator: LinearOperator) -> bool:
     """Whether it is Jacobians over all parameters, scaled or not, one below the other."""
     if isinstance(operator, JoinedOperator):
-        return operator.cat_dim == -2 and all(map(_is_stack, operator.linear_ops))
+        return operator.cat_dim == -2 and all(map(is_stack, operator.linear_ops))
     if isinstance(operator, ConstantMulLinearOperator):
-        return operator._constant.numel() == 1 and _is_stack(operator.base_linear_op)
+        return operator._constant.numel() == 1 and is_stack(operator.base_linear_op)
     return (
         isinstance(operator, JacobianOperator)
         and isinstance(operator._core.columns, ParameterAxis)

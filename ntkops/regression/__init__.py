@@ -3,9 +3,12 @@
 from . import metrics
 from ._posterior import PosteriorCovariance
 from .error_terms import error_terms, truncation_error
+from .influence import influence
 from .kernel_ridge import KernelRidge
 from .laplace import LinearizedLaplace
+from .leave_out import GroupLeaveOut
 from .one_step import one_step_regret
+from .predictor import Predictor
 from .projection_error import projection_error
 from .tangent_projector import (
     TangentProjector,
@@ -19,6 +22,10 @@ __all__ = [
     "KernelRidge",
     "LinearizedLaplace",
     "PosteriorCovariance",
+    "Predictor",
+    "GroupLeaveOut",
+    # attribution
+    "influence",
     # one step in the span of gradients
     "TangentProjector",
     "tangent_projector",

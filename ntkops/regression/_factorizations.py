@@ -17,7 +17,13 @@ __all__ = ["CholeskyFactor", "Factorization", "SpectralFactor", "require_regular
 
 
 class Factorization(Protocol):
-    """What a dense factorisation of A = K + ridge offers."""
+    """What a dense factorisation of A = K + ridge offers.
+
+    Attributes:
+        remainder_norm: Largest eigenvalue of the M of `remainder`, of the batch shape.
+    """
+
+    remainder_norm: Tensor
 
     def dual(self, rhs: Tensor) -> Tensor:
         """Return A⁻¹ Y, ``(*batch, n, k)``."""
@@ -49,6 +55,7 @@ class CholeskyFactor:
 
     Attributes:
         largest: Largest eigenvalue of K, up to some per cent, of the batch shape.
+        remainder_norm: As `Factorization.remainder_norm`, up to some per cent.
 
     Raises:
         SingularKernelError: If K + ridge is numerically singular or indefinite.
@@ -70,8 +77,8 @@ class CholeskyFactor:
                     f"K + {ridge:.2g} has no Cholesky factor: its smallest eigenvalue is rounding; raise the "
                     "ridge"
                 )
-            largest = values.amax(-1)
-        self._factor, self.largest = factor, largest
+            least, largest = values.amin(-1), values.amax(-1)
+        self._factor, self.largest, self.remainder_norm = factor, largest, 1 / (least + ridge)
 
     def dual(self, rhs: Tensor) -> Tensor:
         return torch.cholesky_solve(rhs, self._factor)
@@ -109,6 +116,7 @@ class SpectralFactor:
 
     Attributes:
         largest: Largest eigenvalue, of the batch shape.
+        remainder_norm: As `Factorization.remainder_norm`.
     """
 
     def __init__(
@@ -119,6 +127,7 @@ class SpectralFactor:
         self.kept = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
         # (*batch, r): the inverse on the span
         self.inverse = torch.where(self.kept, 1 / (values + ridge), torch.zeros_like(values))
+        self.remainder_norm = self.inverse.amax(-1) if rest == "none" else torch.ones_like(self.largest)
 
     def _apply(self, weights: Tensor, rhs: Tensor) -> Tensor:
         return self.vectors @ (weights.unsqueeze(-1) * (self.vectors.mT @ rhs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,14 +24,34 @@ __all__ = [
     "DenseFit",
     "FeatureFit",
     "Fit",
+    "LeftOut",
     "NystromFit",
     "Prediction",
     "left_out",
     "relative_residuals",
+    "solve_block",
     "solve_info",
+    "unit_columns",
 ]
 
 Prediction = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """A fit without some of its rows S.
+
+    Attributes:
+        residuals: ``(*batch, s, k)`` labels minus predictions at S.
+        dual: ``(*batch, n, k)`` coefficients, as `Fit.dual`.
+        active: As `Fit.active`.
+        rounding: What rounding may have added, relative to the residuals.
+    """
+
+    residuals: Tensor
+    dual: Tensor
+    active: Tensor
+    rounding: float
 
 
 class Fit(Protocol):
@@ -38,10 +59,12 @@ class Fit(Protocol):
 
     Attributes:
         dual: ``(*batch, n, k)`` coefficients α of f(x) = Σ α_i K(x, x_i), float64.
+        active: The part of α that predicts, float64; features do not see the rest.
         info: How they were found.
     """
 
     dual: Tensor
+    active: Tensor
     info: SolveInfo
 
     def predict(self, K_cross: Kernel) -> Prediction:
@@ -62,6 +85,9 @@ class Fit(Protocol):
     def evidence(self, K: Kernel) -> Evidence | None:
         """Return what the evidence of any ridge needs; None where eigenvalues are out of reach."""
 
+    def without(self, rows: Tensor) -> LeftOut:
+        """Return the fit without some rows, ``(s,)`` positions."""
+
 
 def left_out(factor: Factorization, rhs: Tensor, group: int) -> Tensor:
     """Return leave-one-out residuals in closed form: [M_SS]⁻¹ [M y]_S for the rows S of each sample.
@@ -81,14 +107,44 @@ def left_out(factor: Factorization, rhs: Tensor, group: int) -> Tensor:
             )
         return remainder / weights
     samples = remainder.unflatten(-2, (blocks.shape[-3], group))
-    solved, info = torch.linalg.solve_ex(blocks, samples)
+    return solve_block(blocks, samples).flatten(-3, -2)
+
+
+def solve_block(block: Tensor, residuals: Tensor) -> Tensor:
+    """Return [M_SS]⁻¹ [M y]_S: what rows S are off by when they are left out together.
+
+    Raises:
+        SingularKernelError: If the fit interpolates them whatever their labels.
+    """
+    solved, info = torch.linalg.solve_ex(block, residuals)
     if bool((info > 0).any()):
         raise SingularKernelError(
-            "a sample determines its own fit alone, so that nothing predicts it when it is left out: "
-            "pass a larger "
-            "ridge"
+            "a sample determines its own fit alone, so that nothing predicts it when it is left out: pass a "
+            "larger ridge"
         )
-    return solved.flatten(-3, -2)
+    return solved
+
+
+def unit_columns(rows: Tensor, like: Tensor) -> Tensor:
+    """Return columns of the identity, ``(*batch, n, s)``, beside ``like``, ``(*batch, n, k)``."""
+    unit = torch.zeros(like.shape[-2], len(rows), dtype=like.dtype, device=like.device)
+    unit[rows, torch.arange(len(rows), device=like.device)] = 1
+    return unit.expand(*like.shape[:-2], *unit.shape)
+
+
+def _without(factor: Factorization, rhs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return the residuals of rows that are left out, the labels under which all rows say the same, rounding.
+
+    A linear smoother that sees its own prediction f₋S instead of the labels y_S does not change: the fit to
+    y - E_S (y_S - f₋S) is the one without S. Where S alone sees a direction, M_SS is as small there as the
+    ridge, and M is rounded by eps |M|: a relative error of eps |M| / λmin(M_SS).
+    """
+    block = factor.remainder(unit_columns(rows, rhs))[..., rows, :]
+    errors = solve_block(block, factor.remainder(rhs)[..., rows, :])
+    least = torch.linalg.eigvalsh((block + block.mT) / 2).amin(-1)
+    share = torch.finfo(torch.float64).eps * factor.remainder_norm / least
+    rounding = float(torch.where(least > 0, share, torch.inf).max())
+    return errors, rhs.index_add(-2, rows, errors, alpha=-1), rounding
 
 
 def relative_residuals(rest: Tensor, rhs: Tensor) -> Tensor:
@@ -146,11 +202,14 @@ class DenseFit:
     def __init__(self, factor: CholeskyFactor | SpectralFactor, rhs: Tensor, info: SolveInfo) -> None:
         self._factor, self._rhs, self.info = factor, rhs, info
         self.dual = factor.dual(rhs)
+        self.active = self._active(rhs, self.dual)
+
+    def _active(self, rhs: Tensor, dual: Tensor) -> Tensor:
         # For features α has a part that no sample sees; what predicts is the other, which does not cancel.
-        self._active = factor.within(rhs)
+        return self._factor.within(rhs) if isinstance(self._factor, SpectralFactor) else dual
 
     def predict(self, K_cross: Kernel) -> Prediction:
-        return precise_product(K_cross, self._active)
+        return precise_product(K_cross, self.active)
 
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         return self._factor.quadratic(dense_rows(K_cross, start, stop))
@@ -171,6 +230,15 @@ class DenseFit:
             factor = SpectralFactor(values, vectors, 1.0)
         return Evidence.of(factor, self._rhs, K.dtype)
 
+    def without(self, rows: Tensor) -> LeftOut:
+        factor = self._factor
+        errors, labels, rounding = _without(factor, self._rhs, rows)
+        dual = factor.dual(labels)
+        if isinstance(factor, SpectralFactor) and factor.rest == "cut":  # its eigenvectors see all rows
+            return LeftOut(errors, dual, dual, rounding)
+        dual = dual.index_fill(-2, rows, 0.0)  # in exact arithmetic it is zero there
+        return LeftOut(errors, dual, self._active(labels, dual), rounding)
+
 
 class FeatureFit(DenseFit):
     """A fit in the space of the features: K = F Fᵀ, f(x) = φ(x)ᵀ w.
@@ -186,7 +254,7 @@ class FeatureFit(DenseFit):
         super().__init__(factor, rhs, info)
         self._features = features
         self._spectrum = factor
-        self.weights = features.mT @ self._active  # (*batch, p, k)
+        self.weights = features.mT @ self.active  # (*batch, p, k)
 
     def predict(self, K_cross: Kernel) -> Prediction:
         """Return φ(x*)ᵀ w where the cross kernel has these features, else K_* α.
@@ -237,9 +305,16 @@ class NystromFit:
         seen = torch.where(factor.kept, factor.values, torch.ones_like(factor.values))
         singular = seen.sqrt().unsqueeze(-1)  # (*batch, r, 1)
         self._right = features.mT @ factor.vectors / singular.mT  # (*batch, r, r) right singular vectors
-        weights = self._right @ (singular * factor.inverse.unsqueeze(-1) * (factor.vectors.mT @ rhs))
-        self._coefficients = whitening @ weights  # (*batch, m, k)
-        self.dual = torch.zeros_like(rhs).index_copy(-2, chosen, self._coefficients)
+        self._shrunk = singular * factor.inverse.unsqueeze(-1)
+        self._coefficients = self._solve(rhs)
+        self.dual = self.active = self._scattered(self._coefficients)
+
+    def _solve(self, rhs: Tensor) -> Tensor:
+        """Return the coefficients of the inducing rows, ``(*batch, m, k)``."""
+        return self._whitening @ (self._right @ (self._shrunk * (self._factor.vectors.mT @ rhs)))
+
+    def _scattered(self, coefficients: Tensor) -> Tensor:
+        return torch.zeros_like(self._rhs).index_copy(-2, self._chosen, coefficients)
 
     def predict(self, K_cross: Kernel) -> Prediction:
         return precise_product(_columns(K_cross, self._chosen), self._coefficients)
@@ -263,6 +338,11 @@ class NystromFit:
 
     def evidence(self, K: Kernel) -> Evidence | None:
         return Evidence.of(self._factor, self._rhs, torch.float64)
+
+    def without(self, rows: Tensor) -> LeftOut:
+        errors, labels, rounding = _without(self._factor, self._rhs, rows)
+        dual = self._scattered(self._solve(labels))
+        return LeftOut(errors, dual, dual, rounding)
 
 
 def _columns(K_cross: Kernel, chosen: Tensor) -> Kernel:

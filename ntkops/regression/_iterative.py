@@ -13,7 +13,7 @@ from ..operators._ridge_system import RidgeSystem, SolverOptions
 from ..operators.counting import row_space
 from ..results import Solution, SolveInfo
 from ..vectors import resolve_generator
-from ._fits import Prediction
+from ._fits import LeftOut, Prediction, solve_block, unit_columns
 from ._operands import Kernel, dense_rows
 from ._rounding import is_stored, precise_product
 
@@ -35,6 +35,7 @@ class IterativeFit:
         self._solver, self._rhs = solver, rhs
         solution = solver(rhs)
         self.dual: Tensor = solution.solution
+        self.active = self.dual
         self.info: SolveInfo = solution.info
 
     def predict(self, K_cross: Kernel) -> Prediction:
@@ -65,15 +66,24 @@ class IterativeFit:
         parts = []
         for start in range(0, size, width):
             rows = torch.arange(start, min(start + width, size), device=self._rhs.device)
-            unit = torch.zeros(size, len(rows), dtype=self._rhs.dtype, device=self._rhs.device)
-            unit[rows, rows - start] = 1
-            unit = unit.expand(*self._rhs.shape[:-2], *unit.shape).contiguous()
-            inverse = self._solver(unit).solution[..., rows, :]  # (*batch, w, w): a block of A⁻¹
+            inverse = self._inverse_columns(rows)[..., rows, :]  # (*batch, w, w): a block of A⁻¹
             blocks = inverse.unflatten(-1, (-1, group)).unflatten(-3, (-1, group))  # (*batch, s, g, s, g)
             blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # (*batch, s, g, g)
             samples = self.dual[..., rows, :].unflatten(-2, (-1, group))
             parts.append(torch.linalg.solve(blocks, samples).flatten(-3, -2))
         return torch.cat(parts, dim=-2)
+
+    def without(self, rows: Tensor) -> LeftOut:
+        columns = torch.cat([self._inverse_columns(part) for part in rows.split(_CHUNK)], dim=-1)
+        errors = solve_block(columns[..., rows, :], self.dual[..., rows, :])
+        # It is zero at these rows by what `errors` solves, so that the other rows' equations hold as well as
+        # those of the solves, whatever is rounded.
+        dual = (self.dual - columns @ errors).index_fill(-2, rows, 0.0)
+        return LeftOut(errors, dual, dual, 0.0)
+
+    def _inverse_columns(self, rows: Tensor) -> Tensor:
+        """Return columns of A⁻¹, ``(*batch, n, s)``."""
+        return self._solver(unit_columns(rows, self._rhs).contiguous()).solution
 
 
 def kernel_solver(

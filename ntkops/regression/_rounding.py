@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _ROUNDED = 1e-2  # of the length of predictions
+_OPERANDS = {"predictions": "cross kernel", "weights": "Jacobian"}
 _DOUBTFUL = 0.1  # relative bound of an error that is worth a warning: true ones are some ten times smaller
 # Rounding of a lazy product as a share of eps |K| |α|. In 260 products of random networks (one to three
 # layers, four activations, both engines, ridges of 1e-6 to .1) half were below .033, 95 % below .115, all
@@ -155,8 +156,8 @@ def precise_product(K: Kernel, block: Tensor) -> tuple[Tensor, Tensor]:
         return _precise(K, block)
 
 
-def added_share(K: Kernel, columns: Tensor, added: Tensor) -> float:
-    """Return the largest share that rounding may have in a column of predictions.
+def added_share(K: Kernel, columns: Tensor, added: Tensor, what: str = "predictions") -> float:
+    """Return the largest share that rounding may have in a column of a product; ``what``: its name.
 
     Warns:
         RoundingWarning: If it is above 1e-2.
@@ -166,8 +167,8 @@ def added_share(K: Kernel, columns: Tensor, added: Tensor) -> float:
     worst = float(share.max()) if share.numel() else 0.0
     if worst > _ROUNDED:
         warnings.warn(
-            f"rounding in products with this {K.dtype} cross kernel may have added {worst:.2g} of their "
-            "length to the predictions: the coefficients are large beside them; raise the ridge, or compute "
+            f"rounding in products with this {K.dtype} {_OPERANDS[what]} may have added {worst:.2g} of their "
+            f"length to the {what}: the coefficients are large beside them; raise the ridge, or compute "
             "the kernels in float64",
             RoundingWarning,
             stacklevel=3,

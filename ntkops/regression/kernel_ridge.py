@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -19,10 +21,12 @@ from ..estimators import logdet
 from ..operators.counting import column_space, row_space
 from ..results import Estimate, LeaveOneOut, RidgePath, SolveInfo
 from ._evidence import Evidence, log_evidence, read_positive, require_energy
+from ._fits import Fit
 from ._iterative import IterativeFit
 from ._layout import Layout, read_labels
 from ._operands import is_spread, mean_diagonal, read_kernel, require_finite
 from ._options import check_cutoff, read_ridges
+from ._parameter_space import parameter_change
 from ._parameters import Parameters, not_fitted
 from ._posterior import (
     PosteriorCovariance,
@@ -35,7 +39,10 @@ from ._posterior import (
 from ._rounding import added_share
 from ._routes import Problem, choose, solve
 from ._snapshots import network_labels
+from ._weighted import WeightedFit, read_weights, weighted
+from .leave_out import GroupLeaveOut, leave_out
 from .metrics import accuracy, r2_score
+from .predictor import Offset, Predictor
 
 __all__ = ["KernelRidge"]
 
@@ -154,8 +161,15 @@ class KernelRidge(Parameters):
 
     # fitting
 
-    def fit(self, K: LinearOperator | Tensor, Y: Tensor, *, offset: Tensor | None = None) -> Self:
-        """Solve (K + r) α = Y - offset.
+    def fit(
+        self,
+        K: LinearOperator | Tensor,
+        Y: Tensor,
+        *,
+        offset: Tensor | None = None,
+        sample_weight: Any = None,
+    ) -> Self:
+        """Solve (K + r) α = Y - offset, or (K + r / w) α = Y - offset.
 
         Args:
             K: Square kernel of the training samples: an operator, a tensor or an array.
@@ -163,6 +177,10 @@ class KernelRidge(Parameters):
                 of other floating dtypes are cast.
             offset: Outputs f(X) to which the regression is added, in the shape of Y; overrides the
                 constructor's, and asks `predict` for the outputs at the new samples.
+            sample_weight: ``(N,)`` positive weights w of the samples' squared errors: sample i has the ridge
+                r / w_i, so that a weight of 2 is the sample twice. Those of `ntkops.distill.select_inputs`
+                have the mean 1. Errors that choose a ridge, and ``solve_info_``, are weighted; ridges stay
+                relative to the diagonal of K.
 
         Returns:
             The regression itself.
@@ -224,18 +242,27 @@ class KernelRidge(Parameters):
             generator=self.generator,
             criterion="evidence" if by_evidence else "loo",
         )
+        roots = None if sample_weight is None else read_weights(sample_weight, layout, K, len(labels))
+        problem = problem if roots is None else weighted(problem, roots)
         method = choose(self.method, problem)
         solved = solve(method, problem)
-        self._K, self._layout, self._labels, self._fit = K, layout, labels, solved.fit
-        self._problem = problem
+        fit: Fit = solved.fit if roots is None else WeightedFit(solved.fit, roots)
+        self._K, self._layout, self._labels, self._fit = K, layout, labels, fit
+        # The regression that was solved: on S K S where samples are weighted, with the ridge of each in it.
+        self._problem, self._solved = problem, solved.fit
         self._evidence: Evidence | None = None
+        self._log_weights = 0.0 if roots is None else float(roots.log().sum())
         self._explicit_offset = offset is not None
         self.method_, self.ridge_, self.scale_ = method, solved.ridge, scale
-        self.ridge_path_ = None if solved.path is None else self._path(*solved.path, scale, problem.criterion)
-        self.solve_info_ = solved.fit.info
+        self.ridge_path_ = None
+        if solved.path is not None:
+            ridges_, values = solved.path
+            shift = self._shift() if by_evidence else 0.0
+            self.ridge_path_ = self._path(ridges_, values + shift, scale, problem.criterion)
+        self.solve_info_ = fit.info
         self._added = [0.0]  # predict changes no attribute, as scikit-learn has it
         self.n_features_in_ = K.shape[-1]
-        self.dual_coef_ = layout.restore(solved.fit.dual)
+        self.dual_coef_ = layout.restore(fit.dual)
         return self
 
     @staticmethod
@@ -465,7 +492,7 @@ class KernelRidge(Parameters):
             )
 
     def _scale_squared(self) -> float:
-        return self._fit.energy() / self._problem.rhs.numel()
+        return self._solved.energy() / self._problem.rhs.numel()
 
     @property
     def noise_scale_(self) -> float:
@@ -529,12 +556,17 @@ class KernelRidge(Parameters):
         given = read_positive(self.ridge_ if ridge is None else ridge, "ridge").to(self._K.device)
         with count_passes() as tally:
             if self._evidence is None:
-                self._evidence = self._fit.evidence(self._K)
+                self._evidence = self._solved.evidence(self._problem.K)
             if self._evidence is None:
                 return self._estimated_likelihood(given)
             self._evidence.require_resolved(given)
-            value = self._evidence(given)
+            value = self._evidence(given) + self._shift()
         return Estimate.of_exact(value, passes=tally.total, seconds=time.perf_counter() - started)
+
+    def _shift(self) -> float:
+        """Return what weights add to the log evidence on S K S: log|K + r W⁻¹| = log|S K S + r| - log|W|."""
+        rhs = self._problem.rhs
+        return self._log_weights * rhs.numel() / rhs.shape[-2]
 
     def _estimated_likelihood(self, ridge: Tensor) -> Estimate:
         if ridge.requires_grad:
@@ -542,7 +574,7 @@ class KernelRidge(Parameters):
                 f"method={self.method_!r} knows no eigenvalues, and an estimate of the determinant has no "
                 "gradient: fit with method='eigh' or 'features', or pass a number"
             )
-        number, problem, fit = float(ridge), self._problem, self._fit
+        number, problem, fit = float(ridge), self._problem, self._solved
         if number != self.ridge_:
             fit = solve(self.method_, dataclasses.replace(problem, ridges=(number,))).fit
         assert isinstance(fit, IterativeFit)
@@ -550,11 +582,11 @@ class KernelRidge(Parameters):
         energy = torch.tensor(fit.energy(), dtype=torch.float64)
         rest = log_evidence(energy, torch.zeros_like(energy), count)
         # Half a nat of the result: evidence is not read more finely than that.
-        found = logdet(self._K, number, atol=1 / targets, generator=problem.generator)
+        found = logdet(problem.K, number, atol=1 / targets, generator=problem.generator)
         low, high = (end.sum() for end in found.interval)  # one number for all classes
         error = found.stderr.square().sum().sqrt()
         whole = dataclasses.replace(found, value=found.value.sum(), stderr=error, interval=(low, high))
-        likelihood = whole * (-targets / 2) + rest
+        likelihood = whole * (-targets / 2) + rest + self._shift()
         # The residual that the solve has left moves n log s² by this much at most.
         room = count / 2 * math.log1p(fit.energy_error(number) / float(energy))
         low, high = likelihood.interval
@@ -585,6 +617,109 @@ class KernelRidge(Parameters):
             predictions=(self._labels.double() - residuals).to(self._K.dtype),
             mean_squared_error=float(residuals.square().mean()),
         )
+
+    # what samples do, and what the parameters do: see leave_out.py, predictor.py
+
+    def leave_out(self, groups: Iterable[Any]) -> GroupLeaveOut:
+        r"""Return what the regression would be without each of some groups of samples, without fitting again.
+
+        With A = K + r, :math:`\alpha_{-S} = \alpha - A^{-1}_{:S} (A^{-1}_{SS})^{-1} \alpha_S`: the exact
+        refit at the same absolute ridge. The eigenvectors of a cut-off and the inducing samples of "nystrom"
+        stay as they are.
+
+        Args:
+            groups: Groups of samples, each a vector of positions or a mask ``(N,)``. They may overlap; of a
+                kernel over samples and outputs all outputs of a sample leave together.
+
+        Returns:
+            `GroupLeaveOut`: coefficients, residuals at the samples left out, and `predict`. Cost for a group
+            of s rows: s columns of A⁻¹ (n² s flops; for "cg" a solve), and s³. Memory: Y for each group.
+
+        Raises:
+            NotFittedError: If nothing is fitted.
+            InputError: If a group is empty, holds a sample twice or all of them, or is no vector.
+            OutOfRangeError: If a sample does not exist.
+            SingularKernelError: If a group determines its own fit alone.
+            NotConvergedError: If a solve of "cg" or "lsmr" ended above ``tol``.
+            UnsupportedOperationError: If the rows lie on several processes.
+
+        Warns:
+            RoundingWarning: If rounding may have added more than 1e-2 to the residuals of a group.
+
+        Example:
+            >>> import torch
+            >>> from ntkops import KernelRidge
+            >>> F = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+            >>> K, Y = F @ F.T, F[:, 0]
+            >>> left = KernelRidge(0.1, relative=False).fit(K, Y).leave_out([[0, 5], [2]])
+            >>> rest = [1, 2, 3, 4, 6, 7]
+            >>> again = KernelRidge(0.1, relative=False).fit(K[rest][:, rest], Y[rest])
+            >>> bool(torch.allclose(left.predict(K)[0], again.predict(K[:, rest])))
+            True
+        """
+        self._require_fit()
+        self._require_here("leaving groups out")
+        read = copy.copy(self)._read_cross
+        return leave_out(self._fit, self._layout, groups, self._K.dtype, read, self._later_offset())
+
+    def weights(self) -> dict[str, Tensor]:
+        r"""Return the change of the parameters that the fit means, :math:`\Delta\theta = J^\top \alpha`.
+
+        The network linearised at its parameters predicts :math:`J_* \Delta\theta = K_* \alpha`. Seen through
+        a projection it is :math:`P^\top P J^\top \alpha`, with inducing points
+        :math:`J_Z^\top K_{ZZ}^+ K_{ZX} \alpha`, under a metric M of the parameters :math:`M J^\top \alpha`.
+
+        Returns:
+            A tensor for each selected parameter by its name, in the kernel's dtype: of the parameter's shape
+            for one target; behind a leading axis of the classes for ``outputs="each"``, of the targets where
+            several share a kernel, or of the outputs that a kernel is traced over. Cost: one vjp a target; in
+            float32 two, as α has more digits than it holds, and two more; none where features were fitted.
+            Over a process group every rank gets them.
+
+        Raises:
+            NotFittedError: If nothing is fitted.
+            UnsupportedOperationError: If the kernel does not know its Jacobian (a dense one), or is traced
+                over outputs and has several targets.
+
+        Warns:
+            RoundingWarning: If rounding may have added more than 1e-2 of their length.
+
+        Example:
+            >>> import torch, ntkops
+            >>> _ = torch.manual_seed(0)
+            >>> network, x = torch.nn.Linear(3, 1).double(), torch.randn(20, 3).double()
+            >>> fitted = ntkops.KernelRidge(1e-12).fit(ntkops.ntk(network, x), x @ torch.ones(3, 1).double())
+            >>> {name: tuple(w.shape) for name, w in fitted.weights().items()}
+            {'weight': (1, 3), 'bias': (1,)}
+            >>> bool((fitted.weights()["weight"] - 1).abs().max() < 1e-6)
+            True
+        """
+        self._require_fit()
+        return parameter_change(self._K, self._fit, self._layout).named()
+
+    def predictor(self) -> Predictor:
+        """Return a function of new samples that predicts from directional derivatives along `weights`.
+
+        Returns:
+            `Predictor`: ``predict(x_new)`` is ``(M, ...)`` as `predict` has it, to rounding. Cost of a call:
+            one jvp over the M samples for all outputs or a single one, C for C classes or targets; and the
+            network's outputs for ``offset="network"``. It holds no training sample.
+
+        Raises:
+            NotFittedError: If nothing is fitted.
+            UnsupportedOperationError: As for `weights`; and if the kernel is of several functions, or of an
+                uneven selection of samples and outputs.
+            DifferentiationError: If the network has no directional derivatives.
+        """
+        self._require_fit()
+        change = parameter_change(self._K, self._fit, self._layout)
+        return Predictor(change, self._layout, self._later_offset())
+
+    def _later_offset(self) -> Offset:
+        """Return the offset at new samples, whatever is fitted later; it holds no training sample."""
+        bare = type(self)(offset=self.offset)
+        bare._explicit_offset = self._explicit_offset
+        return functools.partial(bare._offset_at, fitting=False)
 
     # scikit-learn's score
 

@@ -4,7 +4,7 @@ from .chain import ChainReport, ChainRun, ChainStep
 from .check import Check, CheckReport
 from .comparison import Comparison
 from .density import SpectralDensity
-from .distillation import DistillationInfo
+from .distillation import DistillationInfo, SelectedInputs
 from .energy import EnergyGap
 from .engine import EngineInfo, LayerInfo
 from .estimate import Estimate
@@ -49,6 +49,7 @@ __all__ = [
     "OneStepRegret",
     # distillation
     "DistillationInfo",
+    "SelectedInputs",
     "ChainReport",
     "ChainRun",
     "ChainStep",

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DistillationInfo"]
+from torch import Tensor
+
+__all__ = ["DistillationInfo", "SelectedInputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,3 +32,30 @@ class DistillationInfo:
     seed: int | None = None
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedInputs:
+    """Samples that stand for all, chosen without a gradient.
+
+    Attributes:
+        indices: ``(m,)`` their positions, class by class where there were labels, each class in the order in
+            which they were chosen.
+        weights: ``(m,)`` float64: the number of samples that each stands for, those that are nearest to it
+            among the chosen ones of its class, over their mean N/m. Their mean is 1, as
+            `ntkops.KernelRidge.fit` takes them for ``sample_weight``.
+        labels: ``(m,)`` their classes; None without.
+        cost: Mean squared distance of the samples to those that stand for them: W₂² between the empirical
+            measure and the weighted one on the chosen samples, within the classes.
+        method: How they were chosen.
+        seed: Seed of the draws.
+        seconds: Wall-clock time.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    labels: Tensor | None
+    cost: float
+    method: str
+    seed: int
+    seconds: float

@@ -11,6 +11,7 @@ exceptions = pytest.importorskip("sklearn.exceptions")
 
 # Class numbers are no labels to regress on (KernelRidge says how to make one-hot targets of them).
 INTEGER_LABELS = {
+    "check_all_zero_sample_weights_error",
     "check_dict_unchanged",
     "check_dtype_object",
     "check_dont_overwrite_parameters",
@@ -29,6 +30,8 @@ INTEGER_LABELS = {
     "check_positive_only_tag_during_fit",
     "check_readonly_memmap_input",
     "check_regressors_int",
+    "check_sample_weights_list",
+    "check_sample_weights_not_an_array",
     "check_supervised_y_2d",
 }
 # A kernel less a constant, or cut to integers, is not positive semidefinite.
@@ -38,8 +41,8 @@ NO_KERNELS = {"check_estimators_dtypes", "check_positive_only_tag_during_fit"}
 class OnFloats(KernelRidge):
     """What a user does who takes class numbers for numbers."""
 
-    def fit(self, K, Y, **options):
-        return super().fit(K, _floats(Y), **options)
+    def fit(self, K, Y, sample_weight=None, **options):
+        return super().fit(K, _floats(Y), sample_weight=sample_weight, **options)
 
     def score(self, K_cross, y, **options):
         return super().score(K_cross, _floats(y), **options)

@@ -397,6 +397,33 @@ OTHERS: dict[str, Check] = {
             .mean_squared_error
         )
     ),
+    "weights": lambda s: s.both(
+        lambda K: (
+            ntkops.KernelRidge(1e-2, tol=1e-12)
+            .fit(K, torch.ones(K.shape[0], dtype=s.dtype))
+            .weights()["0.bias"]
+        )
+    ),
+    "predictor": lambda s: s.both(
+        lambda K: (
+            ntkops.KernelRidge(1e-2).fit(K, torch.ones(K.shape[0], dtype=s.dtype)).predictor()(samples())
+        )
+    ),
+    "leave_out": lambda s: s.both(
+        lambda K: (
+            ntkops.KernelRidge(1e-2)
+            .fit(K, torch.ones(K.shape[0], dtype=s.dtype))
+            .leave_out([[0]])
+            .mean_squared_error
+        )
+    ),
+    "sample weights": lambda s: s.both(
+        lambda K: (
+            ntkops.KernelRidge(1e-2)
+            .fit(K, torch.ones(K.shape[0], dtype=s.dtype), sample_weight=torch.ones(K.shape[0]))
+            .dual_coef_
+        )
+    ),
     "a dense method": lambda s: s.both(
         lambda K: (
             ntkops.KernelRidge(1e-2, method="eigh").fit(K, torch.ones(K.shape[0], dtype=s.dtype)).dual_coef_

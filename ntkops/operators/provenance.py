@@ -12,12 +12,12 @@ from torch import Tensor
 from ..checkpoint import fingerprint
 from ..engines import Engine, LayerwiseEngine
 from ..errors import CheckpointError
-from ..operators.axes import ParameterAxis, StateAxis
-from ..operators.counting import row_space
-from ..operators.kernel import NTKOperator
-from ..operators.sharded import ShardedKernelOperator
+from .axes import ParameterAxis, StateAxis
+from .counting import row_space
+from .kernel import NTKOperator
+from .sharded import ShardedKernelOperator
 
-__all__ = ["kernel_route", "made_of", "place_of"]
+__all__ = ["kernel_route", "made_of", "network_of", "place_of"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -47,12 +47,17 @@ def made_of(operator: LinearOperator | Tensor, what: str) -> dict[str, Any]:
             "of ntkops.ntk and of dense tensors can"
         )
     assert isinstance(operator, NTKOperator | ShardedKernelOperator)
-    lin, core = operator._core.engine.linearization, operator._core
+    core = operator._core
+    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
+    return {**network_of(operator), "data": [row_space(operator).part, axes]}
+
+
+def network_of(operator: NTKOperator | ShardedKernelOperator) -> dict[str, Any]:
+    """Return what the model and its parameters are, for a fingerprint; what its code does is not seen."""
+    lin = operator._core.engine.linearization
     root = getattr(lin.call, "root", None)
     model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
-    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
-    part = row_space(operator).part
-    return {"model": model, "parameters": [list(operator._args), list(lin.constants)], "data": [part, axes]}
+    return {"model": model, "parameters": [list(operator._args), list(lin.constants)]}
 
 
 def _name_of(output: Any) -> Any:
