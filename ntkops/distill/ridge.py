@@ -20,7 +20,7 @@ from ..regression import KernelRidge
 from ..regression._layout import Layout, read_labels
 from ..regression._operands import mean_diagonal, require_finite
 from ..regression._options import read_ridges
-from ..regression._parameter_space import ParameterChange, lift
+from ..regression._parameter_space import ParameterChange
 from ..regression._rounding import added_share, precise_product
 from ..regression._snapshots import require_same_snapshot
 from ..regression.metrics import accuracy, r2_score
@@ -179,8 +179,7 @@ class DistilledRidge:
         kernel, dual = self._K, self._dual
         if self.indices is not None:
             kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
-        layout = self._layout
-        return ParameterChange(*lift(kernel, dual), layout.tail if layout.kind == "shared" else ())
+        return ParameterChange.of(kernel, dual, self._layout)
 
     def variance(self, K_cross: Kernels, K_diag: Tensor) -> Tensor:
         r"""Return the posterior variance of the noiseless function, given what was fitted.

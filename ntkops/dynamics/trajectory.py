@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DtypeError, InputError, ShapeError
 from ..operators.counting import row_space
 from ..regression._operands import read_kernel, require_finite
-from ..regression._parameter_space import ParameterChange, lift
+from ..regression._parameter_space import ParameterChange
 from ..regression._rounding import precise_product
 from ..regression._snapshots import require_same_snapshot
 from ..results import TrajectoryInfo
@@ -141,9 +141,8 @@ class Trajectory:
             UnsupportedOperationError: If the kernel does not know its Jacobian, or is traced over outputs and
                 has several targets.
         """
-        place, layout = self._place(t), self._problem.layout
-        tail = layout.tail if layout.kind == "shared" else ()
-        return ParameterChange(*lift(self._problem.K, self._columns()[place]), tail).named()
+        columns = self._columns()[self._place(t)]
+        return ParameterChange.of(self._problem.K, columns, self._problem.layout).named()
 
     def ensemble(self, prior: Any, K_cross: Any) -> Gaussian:
         r"""Return what an infinite ensemble predicts, whose members start from f₀ ~ N(0, Σ) and train alike.

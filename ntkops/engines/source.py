@@ -101,7 +101,7 @@ class LayerSource:
 
     def groups(self, inputs: Inputs, directions: int) -> int:
         """Return in how many groups the factors of one sample are made, for its kernel with itself."""
-        if self._may_sweep(inputs, directions):
+        if self.may_sweep(inputs, directions):
             return 1
         return -(-self._sample_bytes(directions) // (2 * self.sizes.workspace_bytes()))
 

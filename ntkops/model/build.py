@@ -110,7 +110,8 @@ def linearize(
                 "itself to choose others"
             )
         return model
-    require_batch_dim(batch_dim)
+    if type(batch_dim) is not int or batch_dim < 0:
+        require_batch_dim(batch_dim)
     with torch.inference_mode(False):
         if isinstance(params, Entries):
             return _of_entries(model, params, output, batch_dim, differentiable)
@@ -147,7 +148,7 @@ def _of_module(
     require_tensors(origins.items())
     selected = select_parameters(dict(model.named_parameters(remove_duplicate=False)), params)
     require_selected(selected)
-    coupled = are_coupled(batch_dim)
+    coupled = not isinstance(batch_dim, int) and are_coupled(batch_dim)
     require_mode(model, coupled)
     frozen = {name: tensor for name, tensor in parameters.items() if name not in selected}
     require_finite({**frozen, **selected})

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..errors import CoupledSamplesError, NtkopsError, OutputError, UnsupportedModelError
 from .batch import Batch, take
-from .output import samples_first
 from .precision import lowest_dtype
 from .rounding import UNITS, neighbours
 
@@ -180,7 +179,9 @@ class SampleAxis:
         dtypes = {t.dtype for t in (*self._params, *self._lin.constants, before)}
         dtypes |= set() if lowest is None else {lowest}
         tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-        left, right = (samples_first(state, self._state_dim).double() for state in (before, after))
+        if self._state_dim is None:
+            before, after = before.unsqueeze(0), after.unsqueeze(0)
+        left, right = before.movedim(self._axis, 0).double(), after.movedim(self._axis, 0).double()
         size = torch.maximum(left.abs(), right.abs())
         finite = torch.where(size.isinf(), 0.0, size)
         scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))

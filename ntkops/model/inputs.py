@@ -28,6 +28,7 @@ class Inputs:
     Attributes:
         output_shape: Shape of the output of one sample, of the longest where they differ in length.
         lengths: ``(N,)`` how many entries of its first axis each sample has; None where all have all.
+        is_coupled: Whether all of it is one sample, whose outputs, node after node, are the rows.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Inputs:
         self._source = Held((source,)) if isinstance(source, Batch) else source
         self._index = index
         self.lengths = lengths
+        layout = None if isinstance(self._source, Stream) else self._source.batches[0].layout
+        self.is_coupled = layout is not None and layout.axes[0] is None and layout.coupled
         self._watches = watches
         self._live = live
         self.output_shape = torch.Size(output_shape)
@@ -90,11 +93,6 @@ class Inputs:
         first = 0 if self._index is None else self._index.start
         root, before = (self._source, 0) if self._origin is None else self._origin
         return root, (before + first + start, before + first + stop)
-
-    @property
-    def is_coupled(self) -> bool:
-        """Whether all of it is one sample, whose outputs, node after node, are the rows."""
-        return isinstance(self._source, Held) and self._source.batches[0].layout.coupled
 
     @property
     def is_streamed(self) -> bool:

@@ -350,7 +350,7 @@ class Linearization:
             CoupledSamplesError: Naming the sample.
         """
         count = batch.num_samples
-        if batch.layout.coupled:  # by consent
+        if self.state_dim is None:  # coupled by consent
             return
         base, whole = self, params
         while (held := base._held) is not None:

@@ -306,8 +306,10 @@ class KernelStructure:
             if first < self.shape[-1]:
                 yield slice(0, self.shape[-1]), self._kernel.diagonal()
             return
-        offsets = torch.tensor([0, rows.length]) if rows.inputs.is_coupled else rows.offsets
-        with SharedPasses(rows.inputs.num_samples) as passes:
+        count = rows.inputs.num_samples
+        even = rows.inputs.lengths is None
+        offsets = torch.arange(count + 1) * rows.outputs.shape[-1] if even else rows.offsets
+        with SharedPasses(count) as passes:
             for part, kernel in self.sample_parts(size, int(torch.searchsorted(offsets, first))):
                 with passes.over(part.stop - part.start):
                     found = kernel.diagonal()

@@ -32,7 +32,7 @@ from ._layout import Layout
 from ._operands import Kernel
 from ._rounding import added_share, precise_product
 
-__all__ = ["ParameterChange", "lift", "parameter_change"]
+__all__ = ["ParameterChange", "parameter_change"]
 
 Rows: TypeAlias = JacobianOperator | JoinedOperator | ShardedJacobianOperator
 
@@ -52,6 +52,11 @@ class ParameterChange:
     columns: Tensor
     tail: tuple[int, ...]
 
+    @classmethod
+    def of(cls, A: Kernel, block: Tensor, layout: Layout) -> ParameterChange:
+        """Return G V for an operator A = J G; see `lift`."""
+        return cls(*lift(A, block), layout.tail if layout.kind == "shared" else ())
+
     def named(self) -> dict[str, Tensor]:
         """Return the changes by parameter, ``(*batch, [R,] *tail, *shape)`` in the dtype of J."""
         jacobian = _first(self.rows)
@@ -70,13 +75,11 @@ def parameter_change(K: Kernel, fit: Fit, layout: Layout) -> ParameterChange:
         UnsupportedOperationError: If K does not know its Jacobian, or is traced over outputs and has several
             targets.
     """
-    found = None
-    if isinstance(fit, FeatureFit):
-        factors = structure(K).factors()
-        # Weights of features are at most |y| / (2 √ridge), the dual coefficients |y| / ridge.
-        found = None if factors is None else lift(factors[0], fit.weights)
-    found = lift(K, fit.active) if found is None else found
-    return ParameterChange(*found, layout.tail if layout.kind == "shared" else ())
+    factors = structure(K).factors() if isinstance(fit, FeatureFit) else None
+    if factors is None or not isinstance(fit, FeatureFit):
+        return ParameterChange.of(K, fit.active, layout)
+    # Weights of features are at most |y| / (2 √ridge), the dual coefficients |y| / ridge.
+    return ParameterChange.of(factors[0], fit.weights, layout)
 
 
 def lift(A: Kernel, block: Tensor) -> tuple[Rows, Tensor]:

@@ -87,6 +87,9 @@ class WeightedFit:
     def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
         return self._inner.explained(self._scaled(K_cross), start, stop)
 
+    def explain(self, pulled: Tensor) -> Tensor:
+        return self._roots * self._inner.explain(self._roots * pulled)
+
     def left_out(self, group: int) -> Tensor:
         return self._inner.left_out(group) / self._roots
 
