@@ -79,8 +79,8 @@ class GGNOperator(Sandwich):
 
     def __repr__(self) -> str:
         """Show the kind, the sizes of both sides, and where it lives."""
-        n, r = self.hessian_factor.shape
-        sizes = f"{'x'.join(map(str, self.shape))}, function space {r}x{r} of {n} outputs"
+        r = self.hessian_factor.shape[1]
+        sizes = f"{'x'.join(map(str, self.shape))}, function space {r}x{r}"
         return f"GGNOperator({self.kind}, {sizes}, {self.dtype}, {self.device})"
 
 
