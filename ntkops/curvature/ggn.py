@@ -42,7 +42,7 @@ class GGNOperator(Sandwich):
     def __init__(self, left_linear_op: Any, right_linear_op: Any, kind: str = "GGN") -> None:
         super().__init__(left_linear_op, right_linear_op)
         self.kind = kind
-        self._kwargs["kind"] = kind  # what linear_operator makes it anew from
+        self._nondifferentiable_kwargs["kind"] = kind  # what linear_operator makes it anew from
 
     @property
     def jacobian(self) -> JacobianOperator:

@@ -52,7 +52,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
     ) -> None:
         super().__init__(*linear_ops, dim=dim, output_device=output_device)
         self.names = names
-        self._kwargs["names"] = names  # what linear_operator makes it anew from
+        self._nondifferentiable_kwargs["names"] = names  # what linear_operator makes it anew from
 
     def _check_args(self, *linear_ops: LinearOperator, **kwargs: Any) -> str | None:
         return None if len(linear_ops) == 1 else super()._check_args(*linear_ops, **kwargs)

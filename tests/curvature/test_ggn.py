@@ -387,6 +387,13 @@ def test_duality_is_checked(kind):
     assert not ntkops.check_operator(mixed, generator=seeded()).passed
 
 
+def test_copies_say_what_they_are_too():
+    model, x, y = network("small", D)
+    E = ntkops.ggn(model, x, targets=y, fisher="empirical")
+    copies = E.clone(), E.detach(), E.to(torch.float32), E.mT
+    assert {copy.kind for copy in copies} == {"empirical Fisher"}
+
+
 def test_the_model_is_left_as_it_was():
     model, x, y = network("mlp")
     before = {name: value.clone() for name, value in model.state_dict().items()}

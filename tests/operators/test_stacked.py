@@ -277,3 +277,13 @@ def test_a_constant_residual_has_no_weight():
     J = ntkops.stack({"u": ntkops.jacobian(solution, points(NU, 1), params=p), "c": constant})
     with pytest.raises(ZeroKernelError, match="'c' is zero"):
         ntkops.balance(J @ J.mT)
+
+
+def test_copies_keep_the_names():
+    net = network()
+    p = values(net)
+    parts = {name: ntkops.jacobian(solution, points(n, 1), params=p) for name, n in (("u", NU), ("v", 2))}
+    J = ntkops.stack(parts)
+    for copy in (J.clone(), J.detach(), (J @ J.mT).clone(), (J @ J.mT).detach()):
+        K = copy if copy.shape[0] == copy.shape[1] else copy @ copy.mT
+        assert K.blocks["u", "v"].shape == (NU, 2)
