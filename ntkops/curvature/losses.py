@@ -27,6 +27,7 @@ __all__ = [
 _CONCAVE = 1e-6  # share of the largest curvature, below which a negative one is rounding
 _ROUNDING = 1e-10  # the same where the Hessian itself is wanted, in float64
 _CHUNK = 256  # samples whose Hessians are differentiated at a time
+_SLACK = 1e-4  # by which a sum of probabilities may differ from 1: they count as they are
 IGNORED = -100  # the class of torch's cross-entropy that counts for nothing
 
 
@@ -292,9 +293,13 @@ def loss_with_targets(loss: Any, outputs: Tensor, targets: Any, *, needed: bool 
 
 def _checked_targets(targets: Any, outputs: Tensor) -> Tensor:
     try:
-        found = torch.as_tensor(targets).detach()
+        found = torch.as_tensor(targets).detach().clone()  # gradients of the loss may be asked for later
+        if isinstance(targets, list | tuple) and found.is_floating_point():
+            found = torch.as_tensor(targets, dtype=torch.float64).detach()  # torch reads them as float32
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"targets: expected a tensor, got {type(targets).__name__}") from error
+    if found.is_complex():
+        raise DtypeError(f"the targets have dtype {found.dtype}; pass real numbers, such as .real")
     if found.dim() == 0 or len(found) != len(outputs):
         raise ShapeError(
             f"targets of shape {tuple(found.shape)} for {len(outputs)} samples: one for each is needed"
@@ -314,7 +319,7 @@ def _probabilities(targets: Tensor, outputs: Tensor) -> Tensor:
                 f"probabilities {tuple(targets.shape)} beside outputs {tuple(outputs.shape)}: classes are on "
                 "the last axis"
             )
-        slack = 1e3 * torch.finfo(targets.dtype).eps
+        slack = max(_SLACK, 1e3 * torch.finfo(targets.dtype).eps)
         if bool((targets < -slack).any()) or bool((targets.sum(-1) - 1).abs().gt(slack).any()):
             raise InputError("loss='cross_entropy' takes probabilities that are not negative and sum to 1")
         return targets.to(outputs.dtype)

@@ -90,7 +90,7 @@ def read_labels(
         space: The space of its rows, where they lie on several processes.
 
     Returns:
-        The layout, and the labels as a tensor.
+        The layout, and a copy of the labels as a tensor.
 
     Raises:
         InputError: If they are missing, or integers: classes are no numbers to regress on.
@@ -124,7 +124,7 @@ def read_labels(
     if not bool(torch.isfinite(values).all()):
         where = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(f"the label at position {tuple(where)} is NaN or infinite; drop that sample")
-    return layout, values
+    return layout, values.clone()  # what is asked of the fit later is about these labels
 
 
 def _layout(labels: torch.Size, kernel: torch.Size) -> Layout:

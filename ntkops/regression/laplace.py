@@ -194,7 +194,7 @@ class LinearizedLaplace(Parameters):
             if offset != "network":
                 raise InputError(f"offset={offset!r}: 'network', or the outputs f(X)")
             return require_outputs(_network_outputs(K, Y))
-        outputs = require_outputs(torch.as_tensor(offset))
+        outputs = require_outputs(torch.as_tensor(offset)).clone()  # the evidence is asked for later
         if outputs.numel() != K.shape[-1]:
             raise ShapeError(
                 f"outputs of shape {tuple(outputs.shape)} beside a kernel of {K.shape[-1]} rows: one row for "

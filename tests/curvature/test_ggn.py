@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkops
-from ntkops.errors import DenseMemoryError, InputError, NonFiniteError, ShapeError
+from ntkops.errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError
 from ntkops.operators import RidgeOperator, Sandwich
 from ntkops.operators.structure import dense_from_tiles, structure
 from tests.curvature import reference
@@ -422,6 +422,17 @@ def test_curvlinops(kind, fisher, reduction):
     torch.testing.assert_close(found.to_dense(), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "mse", "huber"])
+def test_lists_have_all_digits(kind):
+    model, x, _ = network("mlp")
+    targets = (model(x).detach() + 1 / 3).softmax(-1)
+    loss = reference.huber if kind == "huber" else kind
+    found, expected = (
+        ntkops.ggn(model, x, loss, given, "empirical").to_dense() for given in (targets.tolist(), targets)
+    )
+    assert torch.equal(found, expected)
+
+
 MODEL, X, Y = network("mlp")
 F3 = torch.zeros(5, 3, dtype=D)
 
@@ -436,6 +447,7 @@ F3 = torch.zeros(5, 3, dtype=D)
         ({"fisher": "type2", "loss": reference.huber, "targets": F3}, InputError, "exponential family"),
         ({"reduction": "none"}, InputError, "'sum' or 'mean'"),
         ({"targets": Y[:4]}, ShapeError, "5 samples"),
+        ({"targets": Y.to(torch.complex64)}, DtypeError, "real numbers"),
         ({"loss": "mse", "targets": F3[:, :2]}, ShapeError, "targets"),
         ({"loss": lambda f, y: -(f**2).sum(), "targets": F3}, InputError, "sample 0.*eigenvalue -2"),
         ({"loss": lambda f, y: f.sqrt().sum(), "targets": F3}, NonFiniteError, "sample"),

@@ -115,6 +115,16 @@ def test_the_unit_of_the_kernel_does_not_matter():
     assert absolute.ridge_ == one.ridge_ and absolute.scale_ == 1.0 == absolute.ridge_path_.scale
 
 
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "cg"])
+def test_labels_may_change_afterwards(method):
+    K, y = noisy()
+    fit = KernelRidge(0.1, method=method).fit(K, y)
+    before = fit.noise_scale_, float(fit.log_marginal_likelihood(0.2)), fit.leave_one_out().predictions
+    y *= 3
+    after = fit.noise_scale_, float(fit.log_marginal_likelihood(0.2)), fit.leave_one_out().predictions
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
 def test_the_noise_is_found():
     # With many draws that share one kernel the maximum lies at the truth: s = 1, noise .2.
     K, Y = noisy(targets=400)

@@ -198,6 +198,18 @@ def test_outputs_of_your_own_and_dense_kernels():
         post.fit(K, Y).predict(K.cross(x_new), offset=f_new)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_labels_and_outputs_may_change_afterwards(kind):
+    model, x, _, K, Y, post, _ = setting(kind)
+    Y, outputs = Y.clone(), model(x).detach()
+    post.fit(K, Y, offset=outputs)
+    before = [float(post.log_marginal_likelihood(at=at)) for at in ("plug-in", "mode")]
+    Y.zero_()
+    outputs.zero_()
+    after = [float(post.log_marginal_likelihood(at=at)) for at in ("plug-in", "mode")]
+    assert after == pytest.approx(before, rel=1e-12)
+
+
 def test_two_classes_of_one_logit():
     model, x, y = network(outputs=1), samples(7), (CLASSES > 0).double().unsqueeze(1)
 
