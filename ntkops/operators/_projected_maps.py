@@ -17,6 +17,7 @@ from ..errors import (
     StaleOperatorError,
     UnsupportedOperationError,
 )
+from ..model.context import full_precision
 from ..projections import Projection
 from ._projected_operator import ProjectionOperator
 
@@ -72,14 +73,16 @@ class MatrixProjection(Projection):
 
     def _add(self, state: Tensor, block: Tensor, offset: int) -> None:
         part = self._part(offset, offset + block.shape[1])
-        state += (part @ block.to(part.dtype).mT).mT
+        with full_precision(block.device):
+            state += (part @ block.to(part.dtype).mT).mT
 
     def _read(self, state: Tensor) -> Tensor:
         return state
 
     def _pull(self, block: Tensor, start: int, stop: int) -> Tensor:
         part = self._part(start, stop)
-        return (part.mT @ block.to(part.dtype).mT).mT
+        with full_precision(block.device):
+            return (part.mT @ block.to(part.dtype).mT).mT
 
 
 def _version(matrix: Tensor | LinearOperator) -> int:

@@ -11,6 +11,7 @@ from linear_operator.utils.getitem import _noop_index
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, ShapeError
+from ..model.context import full_precision
 from ._diagonal_part import DiagonalPart
 from .expression import Expression
 
@@ -115,7 +116,8 @@ class DenseBlocks(BlockDiagonal):
 
     def multiply_blocks(self, vectors: Tensor) -> Tensor:
         """Return ``(B, h, k)`` from ``(B, w, k)``."""
-        return self._args[0] @ vectors
+        with full_precision(vectors.device):
+            return self._args[0] @ vectors
 
     def _entries(self, blocks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self._args[0][blocks, rows, columns]

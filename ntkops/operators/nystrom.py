@@ -19,6 +19,7 @@ from ..errors import (
     SingularKernelError,
     UnsupportedOperationError,
 )
+from ..model.context import full_precision
 from ..vectors import Space
 from ._inducing import induce
 from ._nystrom_structure import NystromStructure, dense_by_tiles, feature_blocks
@@ -114,8 +115,9 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
-        inside = self._root @ (self._root.mT @ (self._right.mT @ rhs))
-        return self._left @ inside
+        with full_precision(rhs.device):
+            inside = self._root @ (self._root.mT @ (self._right.mT @ rhs))
+            return self._left @ inside
 
     def _transpose_nonbatch(self) -> Self:
         return self if self.symmetric else self._like(self._right, self._left)
@@ -172,9 +174,10 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
                 f"the dense {' x '.join(map(str, self.shape))} matrix needs {format_bytes(needed)}, above "
                 f"max_dense_bytes={format_bytes(self.max_dense_bytes)}; use products K @ V, or .features()"
             )
-        left = self._dense(self._left) @ self._root
-        right = left if self.symmetric else self._dense(self._right) @ self._root
-        return left @ right.mT
+        with full_precision(self.device):
+            left = self._dense(self._left) @ self._root
+            right = left if self.symmetric else self._dense(self._right) @ self._root
+            return left @ right.mT
 
     def _dense(self, part: LinearOperator) -> Tensor:
         """Return K_XZ: by tiles, which have no graph, unless a graph is wanted."""

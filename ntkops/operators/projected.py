@@ -236,7 +236,8 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
                 return self._lazy_product(self._args, rhs)
             right = self._make_features(self._columns)
             left = right if self._core.symmetric else self._make_features(self._rows)
-            return self._checked(left @ (right.mT @ rhs), rhs)
+            with self._core.engine.linearization.full_precision():
+                return self._checked(left @ (right.mT @ rhs), rhs)
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._rows, self._columns
@@ -262,7 +263,8 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
             return dense_from_tiles(self.structure)
         right = self._make_features(self._columns, params)
         left = right if self._core.symmetric else self._make_features(self._rows, params)
-        return left @ right.mT
+        with self._core.engine.linearization.full_precision():
+            return left @ right.mT
 
     def _diagonal(self) -> Tensor:
         if not self._core.symmetric or self._is_recorded():

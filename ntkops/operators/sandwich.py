@@ -25,6 +25,7 @@ from torch import Tensor
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
 from ._diagonal_part import DiagonalPart
+from ..model.context import full_precision
 from .algebra import KernelAlgebra
 from .counting import row_space
 from .dense import DenseFallbacks
@@ -73,6 +74,11 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
     def _is_recorded(self) -> bool:
         return torch.is_grad_enabled() and self.requires_grad
 
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        with full_precision(rhs.device):  # factors of linear_operator's would follow autocast
+            product: Tensor = super()._matmul(rhs)
+        return product
+
     def to_dense(self) -> Tensor:
         """Return the dense product, inside the ``max_dense_bytes`` of its parts.
 
@@ -91,13 +97,13 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
             )
         if self._is_recorded():
             return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.device):
             return dense_from_tiles(structure(self))
 
     def _diagonal(self) -> Tensor:
         if self._is_recorded():
             return self.to_dense().diagonal(dim1=-2, dim2=-1)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.device):
             return structure(self).diagonal()
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:

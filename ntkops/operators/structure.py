@@ -17,6 +17,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..model.context import full_precision
 from ..vectors import Space
 
 __all__ = [
@@ -212,10 +213,11 @@ def _mirrored_tiles(source: Structure, size: int) -> Iterator[Tile]:
 def dense_from_tiles(source: Structure, size: int | None = None) -> Tensor:
     """Return the dense operator, ``(*batch, n, m)``, put together from its tiles."""
     dense = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    for tile in source.tiles(size):
-        dense[..., tile.rows, tile.cols] = tile.block
-        if source.symmetric and tile.cols.start > tile.rows.start:
-            dense[..., tile.cols, tile.rows] = tile.block.mT
+    with full_precision(source.device):
+        for tile in source.tiles(size):
+            dense[..., tile.rows, tile.cols] = tile.block
+            if source.symmetric and tile.cols.start > tile.rows.start:
+                dense[..., tile.cols, tile.rows] = tile.block.mT
     return dense
 
 

@@ -157,6 +157,8 @@ class LinearizedLaplace(Parameters):
                 f"fit takes one square kernel over samples and outputs, this one is {tuple(K.shape)}: "
                 "ntkops.ntk(model, x) with outputs='all', since Hessians couple the outputs of a sample"
             )
+        if kind == "cross_entropy":
+            _require_classes_last(K)
         outputs = self._outputs(K, Y, offset)
         if outputs.dtype != K.dtype:
             raise DtypeError(f"the kernel has dtype {K.dtype}, the outputs {outputs.dtype}; cast one of them")
@@ -415,6 +417,22 @@ _NO_GRADIENT = (
 def _total(loss: Loss, outputs: Tensor) -> float:
     wide = outputs.double()
     return float(loss.value(wide)) * loss.terms(wide)
+
+
+def _require_classes_last(K: LinearOperator | Tensor) -> None:
+    """Raise where the rows of a kernel say that their classes are not on the last axis.
+
+    Raises:
+        InputError: If an axis before the last one is called "class".
+    """
+    axis = row_axis(K)
+    names = [] if axis is None else [name for name, _ in axis.labels]
+    if "class" in names[:-1]:
+        raise InputError(
+            f"loss='cross_entropy' takes the classes from the last axis of the outputs, and the axes of this "
+            f"kernel are {tuple(names)}: put it last when the kernel is made, as in ntkops.ntk(model, x, "
+            f"output=lambda f: f.movedim({names.index('class') + 1}, -1))"
+        )
 
 
 def _network_outputs(K: LinearOperator | Tensor, Y: Any) -> Tensor:

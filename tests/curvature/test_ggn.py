@@ -422,6 +422,17 @@ def test_curvlinops(kind, fisher, reduction):
     torch.testing.assert_close(found.to_dense(), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_autocast_takes_no_digits(kind):
+    G, _ = problem("mlp", kind, torch.float32)
+    A, v = G.function_space, torch.ones(G.shape[0], 2)
+    quantities = G.to_dense, G.diagonal, A.to_dense, A.diagonal, lambda: G @ v
+    expected = [quantity() for quantity in quantities]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [quantity() for quantity in quantities]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse", "huber"])
 def test_lists_have_all_digits(kind):
     model, x, _ = network("mlp")

@@ -260,3 +260,15 @@ def test_linear_operator_alone_is_left_alone():
 def test_what_does_not_fit_is_named(args, error, text):
     with pytest.raises(error, match=text):
         ntkops.sandwich(*args)
+
+
+def test_autocast_takes_no_digits():
+    torch.manual_seed(0)
+    K = ntkops.ntk(torch.nn.Linear(5, 3), torch.randn(6, 5))
+    M, v = torch.randn(18, 18), torch.randn(18, 2)
+    made = ntkops.sandwich(K.left, M), ntkops.sandwich(M, K), ntkops.projected_ntk(K, M[:4])
+    quantities = [quantity for S in made for quantity in (S.to_dense, lambda S=S: S @ v)]
+    expected = [quantity() for quantity in quantities]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [quantity() for quantity in quantities]
+    torch.testing.assert_close(found, expected)

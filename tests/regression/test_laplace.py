@@ -198,6 +198,17 @@ def test_outputs_of_your_own_and_dense_kernels():
         post.fit(K, Y).predict(K.cross(x_new), offset=f_new)
 
 
+def test_classes_come_last():
+    torch.manual_seed(0)
+    model, x = torch.nn.Conv2d(1, 3, 3, padding=1).double(), samples(4, 9).reshape(4, 1, 3, 3)
+    Y = torch.randint(3, (4, 3, 3))  # as many classes as columns of an image: shapes tell nothing
+    K = ntkops.ntk(model, x, axes=("class", "height", "width"))
+    with pytest.raises(errors.InputError, match="movedim"):
+        LinearizedLaplace().fit(K, Y)
+    post = LinearizedLaplace().fit(ntkops.ntk(model, x, output=lambda f: f.movedim(1, -1)), Y)
+    assert post.log_likelihood_ == pytest.approx(-cross_entropy(model(x), Y, reduction="sum").item())
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_labels_and_outputs_may_change_afterwards(kind):
     model, x, _, K, Y, post, _ = setting(kind)
