@@ -318,13 +318,17 @@ class Stream:
     def most_padded(self) -> int | None:
         """Return the sample that has most positions beside its own; None where none is known to be padded."""
         best, found, single = 0, None, self._single()
+        # Of a loader's batches of one length the first tells how they are made.
+        is_one_kind = isinstance(self._source, DataLoader) and len(self.examples) == 1
         for number, (real, count) in enumerate(zip(self.real, self.lengths, strict=True)):
             first = self._stops[number] - count
             if real is not None:
                 missing = real.positions - real.counts
                 most, sample = int(missing.max()), first + int(missing.argmax())
-            elif count > 1 and single is not None:
-                own = [self._alone(single, first + at).sample_shapes() for at in range(count)]
+            elif count > 1 and single is not None and not (is_one_kind and number):
+                own = self._own_shapes(single, range(first, first + count), is_one_kind)
+                if own is None:
+                    continue
                 entries = torch.tensor([sum(shape.numel() for shape in shapes) for shapes in own])
                 whole = sum(shape.numel() for shape in self.kinds[number])
                 most, sample = whole - int(entries.min()), first + int(entries.argmin())
@@ -334,6 +338,17 @@ class Stream:
                 best, found = most, sample
         return found
 
+    def _own_shapes(
+        self, single: Callable[[int], tuple[Any, Tensor | None]], samples: range, may_fail: bool
+    ) -> list[tuple[torch.Size, ...]] | None:
+        """Return the shapes of samples by themselves; None where the loader makes none, and may."""
+        try:
+            return [self._alone(single, sample).sample_shapes() for sample in samples]
+        except Exception:  # a loader's own code, such as one that puts pairs together
+            if not may_fail:
+                raise
+            return None
+
     def _single(self) -> Callable[[int], tuple[Any, Tensor | None]] | None:
         """What reads one sample alone; None where batches come as they are."""
         source: Any = self._source
@@ -341,8 +356,7 @@ class Stream:
             return (lambda number: source.read(number, number + 1)) if source.collates else None
         if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
             return None
-        # Batches of one length are taken as they are.
-        if source.batch_sampler is None or source.collate_fn is default_collate or len(self.examples) == 1:
+        if source.batch_sampler is None or source.collate_fn is default_collate:
             return None
         numbers = [number for batch in source.batch_sampler for number in batch]
         return lambda number: (source.collate_fn([source.dataset[numbers[number]]]), None)

@@ -297,6 +297,23 @@ def test_padding_that_counts_as_states_is_refused():
         ntkops.ntk(model(), ntkops.Batches(sequences(), 4, collate=pad))
     with pytest.raises(InputError, match="nothing says which positions are real"):
         ntkops.ntk(model(), DataLoader(sequences((4, 2, 1, 3, 1)), batch_size=3, collate_fn=pad))
+    # All batches of a loader may have one length, and pad to it.
+    with pytest.raises(InputError, match="nothing says which positions are real"):
+        ntkops.ntk(model(), DataLoader(sequences((4, 2, 1, 4)), batch_size=2, collate_fn=pad))
+    with pytest.raises(InputError, match=r"padding of batch 0\['x'\]"):
+        ntkops.ntk(pooled(False), DataLoader(sequences((4, 2, 1, 4)), batch_size=4, collate_fn=pad))
+    ntkops.ntk(pooled(True), DataLoader(sequences((4, 2, 1, 4)), batch_size=4, collate_fn=pad))
+
+
+def test_a_loader_that_makes_no_single_samples_is_taken_as_it_is():
+    def pairs(some: list[Tensor]) -> dict[str, Tensor]:
+        assert len(some) > 1
+        return pad(some)
+
+    assert (
+        ntkops.ntk(model(), DataLoader(sequences((3, 3, 3, 3)), batch_size=2, collate_fn=pairs)).shape[0]
+        == 24
+    )
 
 
 def test_a_pooled_model_that_takes_padding_for_content_is_refused():
@@ -423,3 +440,36 @@ def test_columns_that_not_all_samples_have():
             ntkops.ntk(linear, x, [one[None] for one in sequences()], outputs=outputs)
     K = ntkops.ntk(linear, x, [one[None] for one in sequences()])
     assert K.shape == (20, 40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_curvature_by_positions(kind: str, reduction: Any):
+    net, J = model(torch.float32).double(), torch.cat(rows())  # (positions, C, P)
+    classes = torch.arange(len(J)) % C
+    classes[3] = -100
+    p = torch.cat([net(one[None].double())[0] for one in sequences()]).detach().softmax(-1)
+    H = (classes >= 0).double()[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    expected = torch.einsum("ncp,ncd,ndq->pq", J, H, J)
+    G = ntkops.ggn(net, source(kind), targets=classes, reduction=reduction)
+    close(G.to_dense(), expected / (len(J) - 1 if reduction == "mean" else 1), 1e-12)
+    squared = ntkops.ggn(net, source(kind), "mse", reduction=reduction)
+    share = 2 * J.flatten(0, 1).mT @ J.flatten(0, 1) / (J[..., 0].numel() if reduction == "mean" else 1)
+    close(squared.to_dense(), share, 1e-12)
+    with pytest.raises(InputError, match="differ in length"):
+        ntkops.ggn(net, source(kind), targets=classes, fisher="empirical")
+
+
+def test_fits_by_positions():
+    net, new = model(torch.float32).double(), [one[None] for one in sequences(NEW)]
+    K, J = ntkops.ntk(net, source("right")), torch.cat(rows()).flatten(0, 1)
+    fit = ntkops.KernelRidge(0.1, offset="network").fit(K, normal(len(J), seed=3))
+    close(fit.predictor()(new), fit.predict(K.cross(new)), 1e-10)
+    with pytest.raises(ShapeError, match="differ in length"):
+        ntkops.KernelRidge(0.1).fit(K, normal(len(J) // 4, 4, seed=3))
+    post = ntkops.LinearizedLaplace().fit(K, torch.arange(len(J) // C) % C)
+    logits = torch.cat([net(one[None].double())[0] for one in sequences()])
+    likelihood = -nn.functional.cross_entropy(logits, torch.arange(len(J) // C) % C, reduction="sum").item()
+    assert post.log_likelihood_ == pytest.approx(likelihood)
+    with pytest.raises(ShapeError):  # one label a sample, which as many rows each would fit
+        ntkops.LinearizedLaplace().fit(K, torch.zeros(len(J) // 4, dtype=torch.long))
