@@ -14,12 +14,13 @@ from torch import Tensor
 from ..arguments import checked
 from ..engines import EngineChoice
 from ..errors import InputError
+from ..model import BatchDim
 from ..operators import JacobianOperator, Sandwich, jacobian
 from ..operators.axes import StateAxis
 from ..operators.block_diagonal import DenseBlocks
 from ..operators.chain import product_factors
 from ..operators.jacobian import network_states
-from .losses import Loss, loss_with_targets, read_loss, require_outputs
+from .losses import Loss, as_targets, loss_with_targets, read_loss, require_outputs
 
 __all__ = ["GGNOperator", "ggn"]
 
@@ -100,7 +101,7 @@ def ggn(
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_dense_bytes: int | Literal["auto"] = "auto",
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
 ) -> GGNOperator:
     r"""Return the generalised Gauss-Newton matrix :math:`G = J^\top H J` of a loss as a lazy operator.
 
@@ -117,8 +118,9 @@ def ggn(
             pixels); "mse"; or a function ``(outputs, targets) -> ()`` of one sample, made of torch operations
             and convex in the outputs.
         targets: Needed for a function and for the empirical Fisher. Class numbers ``(N, *positions)``, of
-            which -100 counts for nothing as in torch, or probabilities; values in the shape of the outputs
-            for "mse"; whatever a function takes, ``(N, ...)``.
+            which -100 counts for nothing as in torch, or probabilities in the shape of the outputs; values in
+            that shape for "mse"; whatever a function takes, ``(N, ...)``. Of samples that differ in length
+            one for each position, end to end.
         fisher: None for the Gauss-Newton matrix; "type2" for the Fisher information under the model's own
             distribution, which it is for "cross_entropy" and "mse"; "empirical" for
             :math:`\sum_n \nabla_\theta \ell_n \nabla_\theta \ell_n^\top` at the targets, which is another
@@ -135,7 +137,8 @@ def ggn(
         batch_size: Samples per pass, or "auto".
         chunk_size: Columns per pass, or "auto".
         max_dense_bytes: Largest dense result allowed, of the function-space side, too; 0 never.
-        batch_dim: Position of the sample axis in inputs and output.
+        batch_dim: The axis of inputs and output on which the samples lie, axes of single inputs, or None for
+            the nodes of a graph, which are the samples then; see `ntkops.ntk`.
 
     Returns:
         `GGNOperator` ``(P, P)``, symmetric and positive semidefinite, of the parameters in the order of
@@ -143,8 +146,9 @@ def ggn(
         ``(O, O)`` for a function. A product takes one jvp and one vjp a column.
 
     Raises:
-        InputError: If loss, Fisher or reduction are not understood, targets are missing, or the loss is not
-            convex in the outputs of a sample, which is named.
+        InputError: If loss, Fisher or reduction are not understood, targets are missing, the loss is not
+            convex in the outputs of a sample, which is named, or samples that differ in length have no
+            matrix by positions.
         ShapeError: If targets do not fit.
         DtypeError: If targets have the wrong dtype.
         DeviceError: If targets live elsewhere.
@@ -198,8 +202,13 @@ def ggn(
         batch_dim=batch_dim,
     )
     inputs = J._state_axis().inputs
-    states = network_states(J._core.engine.linearization, J._args, inputs)
-    outputs = require_outputs(states.reshape(len(states), *inputs.output_shape))
+    outputs = require_outputs(_outputs(J))
+    if inputs.lengths is not None and (kind == "callable" or fisher == "empirical"):
+        raise InputError(
+            "samples differ in length, and the gradients and Hessians of a whole sample are blocks of one "
+            "size: pass one length at a time, or loss='cross_entropy' or 'mse', which go by positions, with "
+            "fisher=None"
+        )
     if kind == "cross_entropy":
         J, outputs, targets = _classes_last(J, outputs, targets)
     found = loss_with_targets(loss, outputs, targets, needed=fisher == "empirical")
@@ -207,6 +216,20 @@ def ggn(
     S = _gradients(found, outputs, scale) if fisher == "empirical" else found.hessian_factor(outputs, scale)
     F = Sandwich(J.mT, S)
     return GGNOperator(F, F.mT, _NAMES[fisher])
+
+
+def _outputs(J: JacobianOperator) -> Tensor:
+    """Return the outputs of samples, of nodes, or of positions where lengths differ, ``(N, *tail)``."""
+    axis = J._state_axis()
+    inputs = axis.inputs
+    states = network_states(J._core.engine.linearization, J._args, inputs)
+    if inputs.is_coupled:
+        return states.reshape(inputs.output_shape)
+    if inputs.lengths is None:
+        return states.reshape(len(states), *inputs.output_shape)
+    rows = states.flatten()
+    rows = rows if axis.index is None else rows[axis.index.to(rows.device)]
+    return rows.reshape(-1, *inputs.output_shape[1:])
 
 
 def _gradients(loss: Loss, outputs: Tensor, scale: float) -> DenseBlocks:
@@ -221,13 +244,20 @@ def _classes_last(J: JacobianOperator, outputs: Tensor, targets: Any) -> tuple[J
     names = [name for name, _ in axis.labels]
     if "class" not in names or names[-1] == "class":
         return J, outputs, targets
-    place = names.index("class")
-    order = [name for name in range(len(names)) if name != place] + [place]
+    if axis.inputs.lengths is not None:
+        raise InputError(
+            f"samples differ in length, and their axes are {tuple(names)}: put the classes on the last axis "
+            "of the output with output="
+        )
+    place, first = names.index("class"), int(axis.inputs.is_coupled)  # nodes come before what has names
+    order = [*range(first), *(first + name for name in range(len(names)) if name != place), first + place]
     numbers = torch.arange(axis.inputs.num_outputs).reshape(axis.inputs.output_shape).permute(order)
     moved = StateAxis(
-        axis.inputs, numbers.reshape(1, -1), labels=tuple(axis.labels[number] for number in order)
+        axis.inputs, numbers.reshape(1, -1), labels=tuple(axis.labels[n - first] for n in order[first:])
     )
     J = J._rebuild(J._core.with_axes(moved, J._core.columns))
-    if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == outputs.shape:
-        targets = targets.movedim(place + 1, -1)
+    if targets is not None:
+        targets = as_targets(targets)
+        if targets.is_floating_point() and targets.shape == outputs.shape:
+            targets = targets.movedim(place + 1, -1)
     return J, outputs.movedim(place + 1, -1), targets

@@ -18,6 +18,7 @@ __all__ = [
     "Loss",
     "PerSample",
     "SquaredError",
+    "as_targets",
     "hessian_factor",
     "is_convex",
     "loss_with_targets",
@@ -291,13 +292,23 @@ def loss_with_targets(loss: Any, outputs: Tensor, targets: Any, *, needed: bool 
     return CrossEntropy(_probabilities(found, outputs))
 
 
-def _checked_targets(targets: Any, outputs: Tensor) -> Tensor:
+def as_targets(targets: Any) -> Tensor:
+    """Return targets as a tensor without a graph.
+
+    Raises:
+        InputError: If they are nothing of the kind.
+    """
     try:
-        found = torch.as_tensor(targets).detach().clone()  # gradients of the loss may be asked for later
+        found = torch.as_tensor(targets).detach()
         if isinstance(targets, list | tuple) and found.is_floating_point():
-            found = torch.as_tensor(targets, dtype=torch.float64).detach()  # torch reads them as float32
+            found = torch.as_tensor(targets, dtype=torch.float64)  # torch reads them as float32
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"targets: expected a tensor, got {type(targets).__name__}") from error
+    return found
+
+
+def _checked_targets(targets: Any, outputs: Tensor) -> Tensor:
+    found = as_targets(targets).clone()  # gradients of the loss may be asked for later
     if found.is_complex():
         raise DtypeError(f"the targets have dtype {found.dtype}; pass real numbers, such as .real")
     if found.dim() == 0 or len(found) != len(outputs):

@@ -16,7 +16,7 @@ from ..arguments import checked
 from ..checkpoint import Checkpoint, fingerprint, load, only_writer, save
 from ..engines import EngineChoice, tensor_bytes
 from ..errors import CheckpointError, InputError, NonFiniteError, OutOfRangeError
-from ..model import Inputs
+from ..model import BatchDim, Inputs
 from ..projections import SJLT, Projection
 from ._projected_features import feature_rows
 from ._projected_maps import MatrixProjection
@@ -187,7 +187,7 @@ def gradient_features(
     tile_size: int | Literal["auto"] = "auto",
     engine: EngineChoice = "auto",
     batch_size: int | Literal["auto"] = "auto",
-    batch_dim: int = 0,
+    batch_dim: BatchDim = 0,
     progress: bool = False,
 ) -> GradientFeatures:
     r"""Write the projected gradients :math:`J P^\top` of all samples to files, or go on writing them.
