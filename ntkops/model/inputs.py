@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .batch import Batch, BatchDim, Held, are_coupled, matching, normalise, require_sound
+from .batch import Batch, BatchDim, Held, are_coupled, matching, normalise, require_sound, same_kind
 from .stream import Stream, StreamReader
 from .watch import Watch, hold, require_fresh, tracked
 
@@ -140,7 +140,9 @@ class Inputs:
             return False
         one, two = Held.of(self._cut(None)).batches, Held.of(other._cut(None)).batches
         return len(one) != len(two) or not all(
-            matching(a, b) and a.num_samples == b.num_samples and all(map(torch.equal, a.tensors, b.tensors))
+            (same_kind if a.layout.coupled and b.layout.coupled else matching)(a, b)
+            and a.num_samples == b.num_samples
+            and all(map(torch.equal, a.tensors, b.tensors))
             for a, b in zip(one, two, strict=True)
         )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError, OutOfRangeError, ShapeError
 from ..model import Inputs
 
-__all__ = ["Axis", "ParameterAxis", "StateAxis", "at_places", "require_own_positions"]
+__all__ = ["Axis", "Outputs", "ParameterAxis", "StateAxis", "at_places", "require_own_positions"]
 
 _keys = itertools.count()
 
@@ -267,8 +267,43 @@ class StateAxis:
             ShapeError: If the outputs of the other samples are others, or these rows are an uneven selection.
             InputError: If not all of the other samples have these outputs.
         """
-        own, new = self.inputs.output_shape, inputs.output_shape
-        if self.pick is not None:
+        return self.outputs_alone.over(inputs)
+
+    @property
+    def outputs_alone(self) -> Outputs:
+        """Which outputs of each sample these rows are, without the samples."""
+        return Outputs(
+            self.outputs, self.inputs.output_shape, self.inputs.is_coupled, self.pick is not None, self.labels
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """The outputs of a `StateAxis`, to be had of other samples: it holds none itself.
+
+    Attributes:
+        outputs: ``(*batch, R, r)`` output numbers on the CPU.
+        shape: Shape of the output of a sample, or of all nodes of a graph.
+        is_coupled: Whether it is that of a graph.
+        is_picked: Whether rows were an uneven selection of samples and outputs.
+        labels: Names and sizes of the axes into which the r outputs unfold, where they have names.
+    """
+
+    outputs: Tensor
+    shape: torch.Size
+    is_coupled: bool
+    is_picked: bool
+    labels: tuple[tuple[str, int], ...]
+
+    def over(self, inputs: Inputs) -> StateAxis:
+        """Return these outputs of all of some samples; see `StateAxis.over`.
+
+        Raises:
+            ShapeError: If the outputs of the samples are others, or these are an uneven selection.
+            InputError: If not all of the samples have these outputs.
+        """
+        own, new = self.shape, inputs.output_shape
+        if self.is_picked:
             raise ShapeError(
                 "cross needs whole samples in the columns; take it before slicing: K.cross(x_new)[:, a:b]"
             )
@@ -281,7 +316,7 @@ class StateAxis:
                 "axes but the first must agree"
             )
         inner = own[1:].numel()
-        width = len(torch.unique(self.flat_outputs[0, 0] % inner))  # outputs at a place
+        width = len(torch.unique(self.outputs.flatten(0, -2)[0] % inner))  # outputs at a place
         grid = self.outputs.unflatten(-1, (-1, width)) if self.outputs.shape[-1] % width == 0 else None
         # The same outputs, at the same places in each term and member of the batch:
         if grid is None or not (
@@ -293,7 +328,7 @@ class StateAxis:
                 "its columns are an uneven selection of these, or summed over the first axis; take the cross "
                 "kernel of all of them, and slice it"
             )
-        if not self.inputs.is_coupled and grid.shape[-2] < own[0]:
+        if not self.is_coupled and grid.shape[-2] < own[0]:
             raise ShapeError(
                 f"the columns of the kernel are some entries of the first axis of outputs of shape "
                 f"{tuple(own)}, and the new samples have {tuple(new)}: which of theirs are meant is open"

@@ -17,6 +17,7 @@ from ._layout import Layout
 from ._operands import Kernel
 
 __all__ = [
+    "has_unlike_lengths",
     "network_labels",
     "network_outputs",
     "require_same_rows",
@@ -112,6 +113,12 @@ def row_axis(K: Kernel) -> StateAxis | None:
     return next(iter(axes.values())) if len(axes) == 1 else None
 
 
+def has_unlike_lengths(K: Kernel) -> bool:
+    """Whether the samples of a kernel are known to have different numbers of rows."""
+    axis = row_axis(K)
+    return axis is not None and axis.pick is None and axis.index is not None
+
+
 def _difference(first: ProductOperator, second: ProductOperator) -> str | None:
     """Return the first difference between two snapshots, or None."""
     one, two = first._core.engine.linearization, second._core.engine.linearization
@@ -159,15 +166,15 @@ def network_outputs(K: Kernel) -> Tensor:
         InputError: If the kernel is not made from one network (a dense matrix, a sum over several).
         UnsupportedOperationError: If it is traced over outputs, so that no row belongs to one output.
     """
-    found = list(_sources(K))
-    axes = {source._core.rows.key: source for source in found if isinstance(source._core.rows, StateAxis)}
-    if len(_snapshots(K)) != 1 or not axes:
+    found = [s for s in _sources(K) if isinstance(s._core.rows, StateAxis) and s.shape[-2] == K.shape[-2]]
+    # A cross kernel J₁ M J₂ᵀ may have its columns from another Jacobian, whose snapshot was compared.
+    if len({id(source._core.engine.linearization) for source in found}) != 1:
         raise InputError(
             "offset='network' evaluates the network that the kernel was made from, and this one does "
             "not name "
             "one network: pass its outputs yourself, fit(K, Y, offset=f_x) and predict(K_cross, offset=f_new)"
         )
-    source = next(s for s in axes.values() if s.shape[-2] == K.shape[-2])
+    source = found[0]
     axis = source._core.rows
     assert isinstance(axis, StateAxis)
     if axis.terms != 1:

@@ -38,7 +38,7 @@ from ._posterior import (
 )
 from ._rounding import added_share
 from ._routes import Problem, choose, solve
-from ._snapshots import network_labels
+from ._snapshots import has_unlike_lengths, network_labels
 from ._weighted import WeightedFit, read_weights, weighted
 from .leave_out import GroupLeaveOut, leave_out
 from .metrics import accuracy, r2_score
@@ -222,6 +222,11 @@ class KernelRidge(Parameters):
         if by_evidence and self.cutoff is not None:
             raise InputError("ridge='evidence': a spectral cut-off is no Gaussian process; leave cutoff= out")
         layout, labels = read_labels(Y, K.shape, K.dtype, K.device, space if is_spread(K) else None)
+        if layout.kind == "flat" and has_unlike_lengths(K):
+            raise ShapeError(
+                f"samples differ in length, so that labels of shape {tuple(labels.shape)} cannot be theirs: "
+                f"they have one row for each of the {space.size} rows of the kernel, as K.offsets counts them"
+            )
         base = self._offset_at(K, layout, labels.shape[0], offset, fitting=True)
         residual = labels if base is None else labels - base
         mean = mean_diagonal(K) if self.relative or by_evidence else 1.0

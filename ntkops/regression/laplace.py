@@ -440,8 +440,10 @@ def _network_outputs(K: LinearOperator | Tensor, Y: Any) -> Tensor:
     rows = network_outputs(K)
     axis = row_axis(K)
     assert axis is not None
-    if axis.pick is None and len(rows) == axis.inputs.num_samples * axis.inputs.num_outputs:
-        return rows.reshape(axis.inputs.num_samples, *axis.inputs.output_shape)
+    inputs = axis.inputs
+    if axis.pick is None and len(rows) == inputs.num_rows:  # samples; nodes; or positions, of unlike length
+        alone = not inputs.is_coupled and inputs.lengths is None
+        return rows.reshape(-1, *inputs.output_shape[0 if alone else 1 :])
     # Some outputs, or some samples: the labels say how many samples there are.
     count = len(Y) if isinstance(Y, Sized) and len(Y) else 1
     if len(rows) % count:

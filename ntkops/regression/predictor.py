@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DifferentiationError, ShapeError, UnsupportedOperationError
+from ..errors import DifferentiationError, UnsupportedOperationError
 from ..operators import JacobianOperator
-from ..operators.axes import StateAxis
 from ..operators.core import Core
 from ..operators.sharded.kernel import ShardedJacobianOperator
 from ._layout import Layout
@@ -82,9 +81,8 @@ class Predictor:
                 + "; ".join(how.reasons)
                 + ". Predict with K.cross(x_new)"
             )
-        self._params, self._outputs = rows._args, axis.outputs
+        self._params, self._outputs = rows._args, axis.outputs_alone
         self._columns = rows._core.columns
-        self._output_shape = axis.inputs.output_shape
         self._weights = change.columns.to(rows.dtype)
         self._layout, self._offset = layout, offset
 
@@ -111,13 +109,7 @@ class Predictor:
             NonFiniteError: If one of them holds NaN or infinity.
             StaleOperatorError: If something of the network that is held by reference has changed.
         """
-        inputs = self._engine.linearization.inputs(x)
-        if inputs.output_shape != self._output_shape:
-            raise ShapeError(
-                f"the new samples have outputs of shape {tuple(inputs.output_shape)}, those of the fit "
-                f"{tuple(self._output_shape)}"
-            )
-        rows = StateAxis(inputs, self._outputs)
+        rows = self._outputs.over(self._engine.linearization.inputs(x))
         jacobian = JacobianOperator(*self._params, core=Core(self._engine, rows, self._columns, limit=0))
         with torch.no_grad():
             values = self._layout.restore(jacobian @ self._weights)

@@ -218,6 +218,53 @@ def test_regression_on_a_subset_of_nodes(outputs: str, dtype: torch.dtype):
         assert shown.predict(some).shape == (9, C)
 
 
+@pytest.mark.parametrize("fisher", [None, "empirical"])
+@pytest.mark.parametrize("named", [False, True])
+def test_curvature_of_a_graph(fisher: Any, named: bool):
+    classes = torch.tensor([0, 2, 1, -100, 2, 0])
+    J, f = rows(), model(torch.float32).double()(*graph()).detach()
+    p, counted = f.softmax(-1), (classes >= 0).double()
+    if fisher:
+        gradients = counted[:, None] * (p - nn.functional.one_hot(classes.clamp(min=0), C))
+        L = torch.einsum("ncp,nc->np", J, gradients)
+        expected = L.mT @ L
+    else:
+        H = counted[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+        expected = torch.einsum("ncp,ncd,ndq->pq", J, H, J)
+    options: dict[str, Any] = (
+        {"axes": ("class", "copy"), "output": lambda y: y.unsqueeze(-1)} if named else {}
+    )
+    given = classes[:, None] if named else classes
+    net = model(torch.float32).double()
+    G = ntkops.ggn(net, graph(), targets=given, fisher=fisher, batch_dim=None, **options)
+    close(G.to_dense(), expected, 1e-12)
+    close(G.function_space.diagonal().sum(), expected.trace(), 1e-12)
+
+
+def test_what_a_graph_leaves_open():
+    K, other = ntkops.ntk(point(torch.float64), graph()), graph(9, 2)
+    prior, labels = ntkops.ntk(model(torch.float32).double(), other, batch_dim=None), normal(NODES, C, seed=5)
+    J, new = rows().flatten(0, 1), rows(9, 2).flatten(0, 1)
+    fit = ntkops.KernelRidge(0.1, relative=False, offset="network").fit(K, labels)
+    mean, std = fit.predict(K.cross(other), prior=prior, return_std=True)
+    A = J @ J.mT + 0.1 * torch.eye(len(J), dtype=torch.float64)
+    expected = new @ new.mT - new @ J.mT @ torch.linalg.solve(A, J @ new.mT)
+    scale = fit.noise_scale_**2 / 0.1
+    close(std.flatten() ** 2, scale * expected.diagonal(), 1e-9)
+    predict = fit.predictor()
+    close(predict(other), mean, 1e-10)
+    close(pickle.loads(pickle.dumps(predict))(graph()), fit.predict(K), 1e-10)
+    with pytest.raises(InputError, match="other samples"):
+        fit.predict(K.cross(other), prior=ntkops.ntk(point(torch.float64), graph(9, 3)), return_std=True)
+    classes = torch.tensor([0, 2, 1, 1, 2, 0])
+    post = ntkops.LinearizedLaplace(0.5).fit(K, classes)
+    G = ntkops.ggn(point(torch.float64), graph(), targets=classes).to_dense()
+    covariance = new @ torch.linalg.inv(G + 0.5 * torch.eye(len(G), dtype=torch.float64)) @ new.mT
+    mean, found = post.predict(K.cross(other), prior=prior, return_cov=True)
+    assert mean.shape == (9, C)
+    close(found.to_dense(), covariance, 1e-10)
+
+
 def test_batch_statistics_by_consent():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double().train()

@@ -161,10 +161,11 @@ def test_where_the_network_is_its_own_mode_both_agree():
     assert one == pytest.approx(two, abs=1e-9)
 
 
-def test_one_precision_for_each_parameter():
+@pytest.mark.parametrize("together", [True, False])
+def test_one_precision_for_each_parameter(together):
     model, x, x_new, K, Y, post, value = setting("cross_entropy")
     variances = torch.linspace(0.1, 3, K.left.shape[1]).double()
-    shared = ntkops.linearize(model)
+    shared = ntkops.linearize(model) if together else model
     J, J_new = ntkops.jacobian(shared, x), ntkops.jacobian(shared, x_new)
     post.fit(ntkops.sandwich(J, variances), Y)
     cross = ntkops.sandwich(J_new, variances, J)
