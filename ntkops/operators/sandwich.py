@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ._diagonal_part import DiagonalPart
 from ..model.context import full_precision
+from ._diagonal_part import DiagonalPart
 from .algebra import KernelAlgebra
 from .counting import row_space
 from .dense import DenseFallbacks

@@ -13,7 +13,7 @@ import torch
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError, ShapeError, UnsupportedOperationError
+from ..errors import DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedOperationError
 from ..operators import Sandwich, sandwich
 from ..results import SolveInfo
 from ._evidence import Evidence
@@ -32,8 +32,8 @@ def read_weights(given: Any, layout: Layout, K: Kernel, samples: int) -> Tensor:
     They are rounded to the kernel's dtype, so that S K S and α = S β have the same S.
 
     Raises:
-        InputError: If they are no numbers, or one is not positive.
-        DtypeError: If an array holds what is no number.
+        InputError: If they are no numbers, or one is not positive or out of the range of the kernel's dtype.
+        DtypeError: If an array holds what is no number, or they are complex.
         ShapeError: If they are not one a sample.
         NonFiniteError: If one is NaN or infinite.
         UnsupportedOperationError: If the rows of the kernel lie on several processes.
@@ -41,6 +41,8 @@ def read_weights(given: Any, layout: Layout, K: Kernel, samples: int) -> Tensor:
     if is_spread(K):
         raise UnsupportedOperationError("sample_weight takes a kernel whose rows lie on one process")
     found = given.detach() if isinstance(given, Tensor) else read_array(given, "sample_weight")
+    if found.is_complex():
+        raise DtypeError(f"sample_weight has dtype {found.dtype}; pass real numbers, such as .real")
     weights = found.double()
     if tuple(weights.shape) != (samples,):
         raise ShapeError(f"sample_weight has shape {tuple(weights.shape)}, due is ({samples},): one a sample")
@@ -51,6 +53,13 @@ def read_weights(given: Any, layout: Layout, K: Kernel, samples: int) -> Tensor:
         raise InputError(
             f"sample_weight is zero or less at sample {where}, and its ridge is r / weight: leave a "
             "sample that does not count out of kernel and labels"
+        )
+    low, high = torch.finfo(K.dtype).tiny, torch.finfo(K.dtype).max
+    if not bool(((weights >= low) & (weights <= high)).all()):
+        where = int(((weights < low) | (weights > high)).nonzero()[0])
+        raise InputError(
+            f"sample_weight is {float(weights[where]):.3g} at sample {where}, beyond what a {K.dtype} kernel "
+            "can be multiplied with: leave such a sample out, or scale the weights"
         )
     roots = weights.sqrt().to(K.dtype).double().to(K.device)
     return roots.repeat_interleave(layout.group)

@@ -203,9 +203,13 @@ def _read_weights(weights: Any, checkpoints: int, rows: int) -> Tensor | None:
     if several and len(weights) != checkpoints:
         raise InputError(f"{len(weights)} vectors of weights for {checkpoints} checkpoints")
     try:
-        found = [torch.as_tensor(one, dtype=torch.float64) for one in (weights if several else [weights])]
+        given = weights if several else [weights]
+        is_complex = any(torch.as_tensor(one).is_complex() for one in given)
+        found = [] if is_complex else [torch.as_tensor(one, dtype=torch.float64) for one in given]
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"weights are no vector of numbers: {error}") from error
+    if is_complex:
+        raise InputError("weights are complex: pass real numbers, such as .real")
     for one in found:
         if tuple(one.shape) != (rows,):
             raise ShapeError(f"weights have shape {tuple(one.shape)}, due is ({rows},): one a row of F")

@@ -150,6 +150,8 @@ def _read_groups(groups: Any, count: int) -> tuple[Tensor, ...]:
             at = torch.as_tensor(group)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{where} is no vector of positions: {error}") from error
+        if at.shape == (0,):  # an empty list has a floating dtype
+            raise InputError(f"{where} has no sample")
         if at.dim() != 1 or at.dtype not in (torch.bool, torch.int64, torch.int32):
             raise InputError(
                 f"{where} has shape {tuple(at.shape)} and dtype {at.dtype}: pass a list of groups, each a "

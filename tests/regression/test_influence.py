@@ -175,6 +175,7 @@ def test_features_of_different_networks_are_refused(tmp_path):
         ({"weights": labels(30, 1)}, errors.ShapeError, "one a row of F"),
         ({"weights": [labels(30), labels(30)]}, errors.InputError, "2 vectors"),
         ({"weights": "1 - p"}, errors.InputError, "weights"),
+        ({"weights": torch.ones(30, dtype=torch.complex64)}, errors.InputError, "complex"),
         ({"weights": torch.full((30,), torch.nan)}, errors.NonFiniteError, "weights"),
         ({"max_dense_bytes": 0}, errors.DenseMemoryError, "in parts"),
         ({"max_dense_bytes": 30 * 5 * 8 - 1}, errors.DenseMemoryError, "1.2 KiB"),

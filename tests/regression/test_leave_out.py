@@ -189,7 +189,7 @@ def test_it_stays_as_it_is_when_the_regression_is_fitted_again():
     "groups, error, match",
     [
         ([], errors.InputError, "groups is empty"),
-        ([[0], []], errors.InputError, "group 1"),
+        ([[0], []], errors.InputError, "group 1 has no sample"),
         ([[0, 0]], errors.InputError, "twice"),
         ([[1, -11]], errors.InputError, "twice"),
         ([list(range(12))], errors.InputError, "all 12 samples"),

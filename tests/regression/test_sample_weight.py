@@ -157,6 +157,7 @@ def test_float32():
         (torch.zeros(12), errors.InputError, "sample 0"),
         (-WEIGHTS, errors.InputError, "leave"),
         (torch.full((12,), torch.nan), errors.NonFiniteError, "NaN"),
+        (WEIGHTS.to(torch.complex128), errors.DtypeError, "real"),
         ("balanced", errors.InputError, "sample_weight"),
         ([1.0] * 11 + ["a"], errors.DtypeError, "sample_weight"),
     ],
@@ -164,3 +165,14 @@ def test_float32():
 def test_bad_weights(weights, error, match):
     with pytest.raises(error, match=match):
         KernelRidge(RIDGE).fit(gram(20), labels(12), sample_weight=weights)
+
+
+@pytest.mark.parametrize("weight", [1e-60, 1e60])
+def test_weights_beyond_the_dtype_of_the_kernel(weight):
+    weights = torch.ones(12, dtype=torch.float64)
+    weights[3] = weight
+    if weight < 1:
+        fitted = KernelRidge(RIDGE).fit(gram(20), labels(12), sample_weight=weights)
+        assert fitted.leave_one_out().residuals.isfinite().all()
+    with pytest.raises(errors.InputError, match="at sample 3"):
+        KernelRidge(RIDGE).fit(gram(20).float(), labels(12).float(), sample_weight=weights)
