@@ -56,7 +56,7 @@ class GradientFeatures:
 
     Raises:
         CheckpointError: If there are no features, or not those of all samples; if a file is damaged, is a
-            pickle, or belongs to others than the first.
+            pickle, belongs to others than the first, or was renamed.
 
     Example:
         >>> import tempfile, torch, ntkops
@@ -119,6 +119,10 @@ class GradientFeatures:
             raise CheckpointError(
                 f"{self._files[number]} belongs to other features than {self._files[0].name}: it was moved "
                 "here from another folder"
+            )
+        if held.metadata.get("first_sample") != start:
+            raise CheckpointError(
+                f"{self._files[number]} holds other samples than those from {start} on: it was renamed"
             )
         return start * self.num_outputs, stop * self.num_outputs, held.tensors["features"]
 
@@ -313,7 +317,7 @@ class _Writing:
         between = self.rows._rows.inputs.in_order()
         for place, start in tqdm(missing, desc="features", unit="tile", disable=not progress):
             part = between(start, min(start + size, count))
-            self._write(place, part)
+            self._write(place, part, start)
 
     def _prints_of(self, part: Inputs) -> dict[str, str]:
         (_, _, batch), *_ = part.batches(None)
@@ -344,7 +348,7 @@ class _Writing:
                 "parameters and samples are the same; the code of the model or of the output has changed"
             )
 
-    def _write(self, place: Path, part: Inputs) -> None:
+    def _write(self, place: Path, part: Inputs, start: int) -> None:
         features = self._features(part)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteError(
@@ -354,6 +358,7 @@ class _Writing:
             "num_samples": self.rows.num_samples,
             "num_outputs": self.rows.num_outputs,
             "tile_size": self.tile_size,
+            "first_sample": start,
             "k": features.shape[-1],
             "projection": repr(self.rows.projection),
         }

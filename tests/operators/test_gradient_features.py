@@ -261,6 +261,16 @@ def test_tiles_of_two_folders_do_not_mix(case, tmp_path):
         write(case, tmp_path / "a")
 
 
+def test_tiles_that_were_renamed_are_refused(case, tmp_path):
+    F = write(case, tmp_path)
+    first, second = F._files[:2]
+    first.rename(tmp_path / "other")
+    second.rename(first)
+    (tmp_path / "other").rename(second)
+    with pytest.raises(errors.CheckpointError, match="renamed"):
+        ntkops.GradientFeatures(tmp_path)
+
+
 def test_a_damaged_file_is_refused(case, tmp_path):
     F = write(case, tmp_path)
     place = tmp_path / "tile-000001.safetensors"
