@@ -72,7 +72,7 @@ def select_inputs(
         InputError: If an option is not understood, the labels are no class numbers, or m is too small or
             too large.
         ShapeError: If the labels do not fit.
-        NonFiniteError: If an input or an activation is NaN or infinite.
+        NonFiniteError: If an input or an activation is NaN or infinite, or squared distances overflow.
         NtkopsError: What is wrong with the model, its inputs, or the layer; see `ntkops.errors`.
 
     References:
@@ -105,6 +105,8 @@ def select_inputs(
     for own, size in zip(members, _quotas([len(own) for own in members], m), strict=True):
         z = vectors[own].double()
         z = z - z.mean(0)  # distances are those of centred vectors, without the rounding of a large mean
+        if not bool(z.square().sum().isfinite()):
+            raise NonFiniteError("squared distances overflow float64: scale the inputs")
         found = torch.tensor(_METHODS[method](z, size, generator))
         owner, squares = _nearest(z, found)
         chosen.append(own[found])

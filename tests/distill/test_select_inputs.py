@@ -180,6 +180,7 @@ def test_arrays_and_whole_numbers_are_inputs():
         ({"x": [1, "a"]}, errors.InputError, "model="),
         ({"x": torch.zeros(0, 3)}, errors.ShapeError, "samples first"),
         ({"x": torch.full((60, 2), torch.nan)}, errors.NonFiniteError, "sample 0"),
+        ({"x": 1e200 * blobs()[0]}, errors.NonFiniteError, "overflow"),
         ({"x": torch.zeros(60, 2, dtype=torch.complex64)}, errors.InputError, "complex"),
         ({"features": "0"}, errors.InputError, "pass both"),
         ({"model": nn.Linear(5, 2).double()}, errors.InputError, "pass both"),
