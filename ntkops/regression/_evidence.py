@@ -130,11 +130,18 @@ def read_positive(given: Any, name: str) -> Tensor:
 
 
 def require_energy(rhs: Tensor) -> None:
-    """Raise where there is nothing to explain.
+    """Raise where there is nothing to explain, or no scale that does.
 
     Raises:
-        InputError: If all labels equal the offset, so that the scale that explains them is zero.
+        InputError: If all labels equal the offset, so that the scale that explains them is zero, or their
+            squares leave the range of float64.
     """
+    energy, limits = float(rhs.square().sum()), torch.finfo(torch.float64)
+    if bool(rhs.any()) and not limits.tiny / limits.eps < energy < limits.max * limits.eps:
+        raise InputError(
+            f"the sum of the labels' squares, {energy:.3g}, leaves the range of float64: scale the labels, "
+            "which changes no ridge"
+        )
     if not bool(rhs.any()):
         raise InputError(
             "every label equals the offset: the scale that explains them is zero, and their likelihood is "

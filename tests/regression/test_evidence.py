@@ -103,6 +103,13 @@ def test_the_unit_of_the_labels_does_not_matter(unit):
     torch.testing.assert_close(deviations[1], unit * deviations[0], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("unit", [1e-170, 1e160])
+def test_labels_without_squares_are_refused(unit):
+    K, y = noisy()
+    with pytest.raises(errors.InputError, match="scale the labels"):
+        KernelRidge("evidence").fit(K, unit * y)
+
+
 def test_the_unit_of_the_kernel_does_not_matter():
     K, Y = noisy()
     one, other = KernelRidge("evidence").fit(K, Y), KernelRidge("evidence").fit(1e4 * K, Y)
