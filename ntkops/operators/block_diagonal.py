@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any, Self
 
 import torch
-from linear_operator.operators import LinearOperator, MatmulLinearOperator
+from linear_operator.operators import LinearOperator
 from linear_operator.utils.getitem import _noop_index
 from torch import Tensor
 
@@ -63,11 +63,13 @@ class BlockDiagonal(Expression):
         return product.permute(2, 0, 1, 3).reshape(*batch, self.shape[-2], columns)
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        from .sandwich import Sandwich  # whose dense results are made of the blocks that are needed
+
         chosen: LinearOperator = self
         if row_index is not _noop_index:
-            chosen = MatmulLinearOperator(self._chosen(row_index, self.shape[-2]), chosen)
+            chosen = Sandwich(self._chosen(row_index, self.shape[-2]), chosen)
         if col_index is not _noop_index:
-            chosen = MatmulLinearOperator(chosen, self._chosen(col_index, self.shape[-1]).mT)
+            chosen = Sandwich(chosen, self._chosen(col_index, self.shape[-1]).mT)
         return chosen
 
     def _chosen(self, index: Any, length: int) -> DiagonalPart:

@@ -568,9 +568,9 @@ class _BlockWeightedStructure(_ProductStructure):
             return
         outer, inner = step
         for tile in self._inner.tiles(size // outer * inner):
-            rows, cols = (
-                slice(part.start // inner * outer, part.stop // inner * outer)
-                for part in (tile.rows, tile.cols)
+            rows, cols = (  # where there are no blocks rows need be no multiple of theirs
+                part if end is None else slice(part.start // inner * outer, part.stop // inner * outer)
+                for part, end in ((tile.rows, self._left), (tile.cols, self._right))
             )
             yield Tile(rows, cols, self._weighed(tile.block, rows, cols))
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkops
+from ntkops.curvature import hessian_factor
 from ntkops.errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError
 from ntkops.operators import RidgeOperator, Sandwich
 from ntkops.operators.structure import dense_from_tiles, structure
@@ -431,6 +432,21 @@ def test_autocast_takes_no_digits(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = [quantity() for quantity in quantities]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "huber", "empirical"])
+def test_slices_of_many_samples_take_what_they_need(kind, monkeypatch):
+    monkeypatch.setattr("ntkops.operators.structure_kinds._TILE", 7)
+    G, _ = problem("mlp", kind)
+    A, S = G.function_space, G.hessian_factor
+    dense, factor = A.to_dense(), S.to_dense()
+    for rows in (slice(1, 5), torch.tensor([4, 0, 3])):
+        torch.testing.assert_close(A[rows].to_dense(), dense[rows])
+        torch.testing.assert_close(A[:, rows].to_dense(), dense[:, rows])
+        torch.testing.assert_close(S[rows].to_dense(), factor[rows])
+        torch.testing.assert_close(S[rows][:, rows].to_dense(), factor[rows][:, rows])
+    large = hessian_factor(torch.zeros(200_000, 3), "cross_entropy")  # 1.3 TiB if it were dense
+    assert large[:2, :4].to_dense().shape == (2, 4)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse", "huber"])
