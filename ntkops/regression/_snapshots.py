@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import LinearOperator, MatmulLinearOperator
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
 from ..operators.axes import StateAxis
+from ..operators.chain import product_factors
 from ..operators.jacobian import network_states
 from ..operators.products import ProductOperator
 from ._layout import Layout
@@ -166,7 +167,9 @@ def network_outputs(K: Kernel) -> Tensor:
         InputError: If the kernel is not made from one network (a dense matrix, a sum over several).
         UnsupportedOperationError: If it is traced over outputs, so that no row belongs to one output.
     """
-    found = [s for s in _sources(K) if isinstance(s._core.rows, StateAxis) and s.shape[-2] == K.shape[-2]]
+    # The rows of a product are those of its first factor: of S K S they are no outputs of the network.
+    first = product_factors(K)[0] if isinstance(K, MatmulLinearOperator) else K
+    found = [s for s in _sources(first) if isinstance(s._core.rows, StateAxis) and s.shape[-2] == K.shape[-2]]
     # A cross kernel J₁ M J₂ᵀ may have its columns from another Jacobian, whose snapshot was compared.
     if len({id(source._core.engine.linearization) for source in found}) != 1:
         raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from linear_operator.operators import DiagLinearOperator
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 import ntkops
@@ -197,6 +198,16 @@ def test_outputs_of_your_own_and_dense_kernels():
         post.predict(cross, offset=f_new.float())
     with pytest.raises(errors.InputError, match="pass them to fit"):
         post.fit(K, Y).predict(K.cross(x_new), offset=f_new)
+
+
+def test_rows_that_are_no_outputs_have_no_network():
+    model, x, _, K, Y, post, _ = setting("cross_entropy")
+    S = torch.linspace(0.5, 2, K.shape[0]).double()
+    for kernel in (ntkops.sandwich(torch.diag(S), K), ntkops.sandwich(DiagLinearOperator(S), K)):
+        with pytest.raises(errors.InputError, match="outputs yourself"):
+            post.fit(kernel, Y)
+        with pytest.raises(errors.InputError, match="outputs yourself"):
+            ntkops.KernelRidge(0.1, offset="network").fit(kernel, labels(7, 3))
 
 
 def test_classes_come_last():
