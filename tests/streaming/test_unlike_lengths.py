@@ -349,7 +349,7 @@ def test_what_stands_at_padding_is_without_effect():
         ({"columns": ["x", "z"]}, "columns: there is no 'z'"),
         ({"collate": "pad"}, "collate='pad'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_batches_that_are_not_understood(options: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message):
