@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoint import threads
 from ..errors import CheckpointError, InputError
+from ..model.context import full_precision
 from ._exact_file import ExactFile, Standing
 from ._request import Operand
 
@@ -107,6 +108,10 @@ class ExactWork:
         Raises:
             CheckpointError: If a file belongs to other work, or cannot be read or written.
         """
+        with full_precision(zero.device):  # autocast takes no digits from products of tiles
+            return self._added(operands, zero, terms)
+
+    def _added(self, operands: Sequence[Operand], zero: Tensor, terms: Terms) -> Tensor:
         if self._path is None:
             size = terms.size(operands)
             return self._run(operands, Standing(0, zero), terms, size, None)

@@ -274,8 +274,10 @@ def _mask_of(whole: Any, mask: Any, count: int) -> Tensor:
     whole = tuple(whole) if isinstance(whole, list) else whole
     found = mask(whole) if callable(mask) else _part(whole, mask, "mask")
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != count:
-        shown = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise InputError(f"mask= gives {shown} for {count} samples; it must be a tensor (samples, positions)")
+        shown = type(found).__name__
+        if isinstance(found, Tensor):
+            shown = f"tensor of shape {tuple(found.shape)}"
+        raise InputError(f"mask= gives a {shown} for {count} samples; it must be (samples, positions)")
     if found.is_floating_point() or found.is_complex() or bool(((found != 0) & (found != 1)).any()):
         raise InputError(
             f"mask= gives a {found.dtype} tensor, or other values than 0 and 1; true, or 1, says that a "

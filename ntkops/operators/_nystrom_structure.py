@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator, MatmulLinearOperator
 from torch import Tensor
 
+from ..model.context import full_precision
 from ..vectors import Space
 from .counting import multiply, product_cost
 from .structure import Factors, Tile, dense_from_tiles, structure, tile_slices
@@ -48,7 +49,9 @@ class NystromStructure:
         for rows in tile_slices(self.shape[-2], size):
             for cols in tile_slices(self.shape[-1], size):
                 if not self.symmetric or cols.start >= rows.start:
-                    yield Tile(rows, cols, left[..., rows, :] @ right[..., cols, :].mT)
+                    with full_precision(self.device):  # autocast takes no digits
+                        block = left[..., rows, :] @ right[..., cols, :].mT
+                    yield Tile(rows, cols, block)
 
     def exact_cost(self, quantity: str) -> float:
         sides = 1 if self.symmetric else 2
@@ -67,7 +70,9 @@ class NystromStructure:
 def feature_blocks(cross: LinearOperator, root: Tensor, width: int = 64) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of columns of F = K_XZ W."""
     for columns in tile_slices(root.shape[-1], width):
-        yield columns, multiply(cross, root[..., columns])
+        with full_precision(root.device):
+            block = multiply(cross, root[..., columns])
+        yield columns, block
 
 
 def dense_by_tiles(operator: LinearOperator) -> Tensor:

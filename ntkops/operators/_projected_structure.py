@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..model.context import full_precision
 from ..vectors import Space
 from .axes import StateAxis
 from .structure import Tile, tile_slices
@@ -95,13 +96,15 @@ class ProjectedStructure:
                 if self.symmetric and width.start < height.start:
                     continue
                 right = left if self.symmetric and width == height else self._slab(columns, width)
-                yield Tile(height, width, left @ right.mT)
+                with full_precision(self.device):  # autocast takes no digits
+                    block = left @ right.mT
+                yield Tile(height, width, block)
 
     def _slab(self, axis: StateAxis, part: slice) -> Tensor:
         """Return features of some rows of an axis, a slice of all where these may be kept."""
         kernel = self._kernel
         kernel._check_fresh()
-        with torch.set_grad_enabled(kernel._is_recorded()):
+        with full_precision(self.device), torch.set_grad_enabled(kernel._is_recorded()):
             if kernel._may_hold(axis):
                 return kernel._make_features(axis)[..., part, :]
             return kernel._make_features(axis.take(part))

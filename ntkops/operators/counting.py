@@ -23,6 +23,7 @@ from torch import Tensor
 from ..engines import LayerwiseEngine, count_passes
 from ..engines.passes import report_passes
 from ..errors import NonFiniteError
+from ..model.context import full_precision
 from ..vectors import Space
 from .axes import StateAxis
 from .products import ProductOperator
@@ -43,7 +44,7 @@ def multiply(operator: LinearOperator | Tensor, block: Tensor) -> Tensor:
     Raises:
         NonFiniteError: If the product is not finite.
     """
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(block.device):  # autocast takes no digits
         result = _multiply(operator, block)
     if not bool(torch.isfinite(result).all()):
         column = int((~torch.isfinite(result)).flatten(0, -2).any(0).nonzero()[0])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..arguments import check_arguments
 from ..engines import count_passes
-from ..errors import DtypeError, InputError, ShapeError, UnsupportedOperationError
+from ..errors import DtypeError, InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
 from ..estimators import logdet
+from ..model.watch import Watch
 from ..operators.counting import column_space, row_space
 from ..results import Estimate, LeaveOneOut, RidgePath, SolveInfo
 from ._evidence import Evidence, log_evidence, read_positive, require_energy
@@ -253,6 +254,7 @@ class KernelRidge(Parameters):
         solved = solve(method, problem)
         fit: Fit = solved.fit if roots is None else WeightedFit(solved.fit, roots)
         self._K, self._layout, self._labels, self._fit = K, layout, labels, fit
+        self._watch = Watch.of("K", K) if isinstance(K, Tensor) and not K.is_inference() else None
         # The regression that was solved: on S K S where samples are weighted, with the ridge of each in it.
         self._problem, self._solved = problem, solved.fit
         self._evidence: Evidence | None = None
@@ -397,6 +399,7 @@ class KernelRidge(Parameters):
         if prior is None:
             return found
         self._require_process("the uncertainty of predictions")
+        self._read_again("the uncertainty of predictions")
         K_new = read_prior(prior, self._K, K_cross)
         scale = math.sqrt(self._scale_squared())
         if return_cov:
@@ -430,6 +433,23 @@ class KernelRidge(Parameters):
     def _require_fit(self) -> None:
         if not hasattr(self, "dual_coef_"):
             raise not_fitted("this KernelRidge is not fitted yet: call fit(K, Y) first")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is known of a tensor's state in this process."""
+        return {**self.__dict__, "_watch": None}
+
+    def _require_unchanged(self, what: str) -> None:
+        """Raise where the kernel is read again, and was written to since the fit."""
+        if self._watch is not None and self._watch.changed:
+            raise StaleOperatorError(
+                f"{what} reads the kernel that was fitted, and K was changed in place since: fit again, or "
+                "give fit a copy"
+            )
+
+    def _read_again(self, what: str) -> None:
+        """Raise in the same case where products with the kernel are what the fit is made of."""
+        if isinstance(self._solved, IterativeFit):
+            self._require_unchanged(what)
 
     def _require_here(self, what: str) -> None:
         if is_spread(self._K):
@@ -473,6 +493,7 @@ class KernelRidge(Parameters):
             )
         require_finite(prior, "K_diag")
         self._require_here("the variance")
+        self._read_again("the variance")
         values = posterior_variance(self._fit, K_cross, prior.double(), self._rounding())
         return self._layout.restore_rows(values).to(K_cross.dtype)
 
@@ -561,6 +582,7 @@ class KernelRidge(Parameters):
         given = read_positive(self.ridge_ if ridge is None else ridge, "ridge").to(self._K.device)
         with count_passes() as tally:
             if self._evidence is None:
+                self._require_unchanged("the marginal likelihood")
                 self._evidence = self._solved.evidence(self._problem.K)
             if self._evidence is None:
                 return self._estimated_likelihood(given)
@@ -616,6 +638,7 @@ class KernelRidge(Parameters):
         """
         self._require_fit()
         self._require_here("leave-one-out")
+        self._read_again("leave-one-out")
         residuals = self._layout.restore(self._fit.left_out(self._layout.group))
         return LeaveOneOut(
             residuals=residuals.to(self._K.dtype),
@@ -664,6 +687,7 @@ class KernelRidge(Parameters):
         """
         self._require_fit()
         self._require_here("leaving groups out")
+        self._read_again("leaving groups out")
         read = copy.copy(self)._read_cross
         return leave_out(self._fit, self._layout, groups, self._K.dtype, read, self._later_offset())
 

@@ -479,3 +479,17 @@ def test_refusals_name_the_culprit(name: str) -> None:
     problem = Problem()
     with pytest.raises(error, match=message):
         call(problem)
+
+
+@pytest.mark.parametrize("kind", ["projected", "nystrom"])
+def test_autocast_takes_no_digits_from_tiles(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(20, 4)
+    if kind == "projected":
+        K = ntkops.projected_ntk(ntkops.ntk(model, x), 16)
+    else:
+        K = ntkops.nystrom_ntk(ntkops.ntk(model, x), "rpcholesky", num_inducing=8)
+    plain = ntkops.frobenius_norm(K, method="exact").value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ntkops.frobenius_norm(K, method="exact").value
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=0)

@@ -1,6 +1,7 @@
 """Evidence of ridges, with the scale profiled out, against a dense Gaussian written out."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -243,3 +244,28 @@ def test_a_path_of_evidence_is_drawn():
     empty = RidgePath(torch.ones(2), torch.full((2,), -float("inf")), 1.0, 0, "evidence")
     with pytest.raises(errors.InputError, match="nothing to draw"):
         ntkops.plotting.plot_ridge_path(empty, figure.Figure().subplots())
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "cg"])
+def test_a_kernel_that_was_written_to_is_not_read_again(method):
+    torch.manual_seed(0)
+    points = torch.randn(12, 3).double()
+    K, Y = torch.exp(-torch.cdist(points, points)), torch.randn(12, 2).double()
+    fit = KernelRidge(0.1, method=method).fit(K, Y)
+    cross, own = K[:4].clone(), K.diagonal()[:4].clone()
+    whole = fit.predict(cross)
+    copy = KernelRidge(0.1, method=method).fit(K.clone(), Y)
+    if method != "cg":
+        copy = pickle.loads(pickle.dumps(fit))  # has a kernel of its own
+    exact = copy.log_marginal_likelihood()
+    K.mul_(5)
+    torch.testing.assert_close(fit.predict(cross), whole)  # needs the kernel no more
+    with pytest.raises(errors.StaleOperatorError, match="changed in place"):
+        fit.log_marginal_likelihood()
+    torch.testing.assert_close(copy.log_marginal_likelihood().value, exact.value)
+    if method == "cg":
+        for again in (lambda: fit.variance(cross, own), fit.leave_one_out, lambda: fit.leave_out([[0]])):
+            with pytest.raises(errors.StaleOperatorError, match="fit again"):
+                again()
+    else:
+        torch.testing.assert_close(fit.variance(cross, own), copy.variance(cross, own))

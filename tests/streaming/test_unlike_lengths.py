@@ -341,7 +341,7 @@ def test_what_stands_at_padding_is_without_effect():
     ("options", "message"),
     [
         ({"mask": "real"}, r"mask: there is no 'real' in a batch; it has \['x', 'mask'\]"),
-        ({"mask": "x"}, r"mask= gives of shape \(1, 4, 3\) for 1 samples"),
+        ({"mask": "x"}, r"mask= gives a tensor of shape \(1, 4, 3\) for 1 samples"),
         ({"mask": lambda batch: batch["mask"].float()}, "float32 tensor"),
         ({"mask": lambda batch: batch["mask"].long() + 1}, "other values than 0 and 1"),
         ({"mask": lambda batch: batch["mask"][0]}, r"of shape \(4,\)"),
