@@ -264,10 +264,13 @@ def tile_repeats(tile: Callable[[int], int], wanted: KernelShape, distinct: int)
         distinct: Number of distinct outputs in it.
     """
     size, few = max(wanted.rows, wanted.columns, 1), min(2, wanted.left)
-    directions = distinct if tile(distinct) >= few else size
-    while directions > 1 and tile(directions) < few:
+    directions, fitting = distinct, tile(distinct)
+    if fitting < few:
+        directions, fitting = size, tile(size)
+    while directions > 1 and fitting < few:
         directions = -(-directions // 2)
-    tiles = math.ceil(wanted.left / max(1, tile(directions)))
+        fitting = tile(directions)
+    tiles = math.ceil(wanted.left / max(1, fitting))
     groups = math.ceil(size / directions) if directions < size else 1
     return groups * (1 + tiles) / 2
 

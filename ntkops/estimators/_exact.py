@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -108,10 +109,6 @@ class ExactWork:
         Raises:
             CheckpointError: If a file belongs to other work, or cannot be read or written.
         """
-        with full_precision(zero.device):  # autocast takes no digits from products of tiles
-            return self._added(operands, zero, terms)
-
-    def _added(self, operands: Sequence[Operand], zero: Tensor, terms: Terms) -> Tensor:
         if self._path is None:
             size = terms.size(operands)
             return self._run(operands, Standing(0, zero), terms, size, None)
@@ -138,7 +135,10 @@ class ExactWork:
         )
         before = standing.done
         try:
-            with bar, contextlib.closing(terms.after(operands, size, standing.done)) as coming:
+            device = standing.sums.device
+            cast = torch.is_autocast_enabled(device.type)  # which takes no digits from products of tiles
+            exact = full_precision(device) if cast else contextlib.nullcontext()
+            with exact, bar, contextlib.closing(terms.after(operands, size, standing.done)) as coming:
                 for done, term in coming:
                     # One assignment: an interrupt finds both or neither.
                     standing = Standing(done, standing.sums + term)

@@ -102,6 +102,10 @@ class StateAxis:
     folded: bool = False
     key: int = field(default_factory=lambda: next(_keys))
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is computed from the rest."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_real", "index")}
+
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the operator's batch."""

@@ -122,7 +122,8 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         # Above the limit of backward passes the dense block is refused, by whatever way: products go on.
         if not self._core.engine.allows(self._num_distinct()):
             return math.inf
-        return self._column_cost() if self._by_columns() else self._block_cost()
+        columns, block = self._column_cost(), self._block_cost()
+        return columns if columns < block and self._pushes() else block
 
     def _block_cost(self) -> float:
         engine, inputs, distinct = self._core.engine, self._rows.inputs, self._num_distinct()
@@ -145,9 +146,10 @@ class NTKOperator(KernelAlgebra, EngineOperator):
     def _by_columns(self) -> bool:
         """Whether products are the cheaper way to a dense kernel; where J p does not exist they are none."""
         # In this order: which mode a model allows is found with the first product that needs one.
-        return (
-            self._column_cost() < self._block_cost() and self._core.engine.differentiation.mode != "reverse"
-        )
+        return self._column_cost() < self._block_cost() and self._pushes()
+
+    def _pushes(self) -> bool:
+        return self._core.engine.differentiation.mode != "reverse"
 
     def _dense_instead(self) -> Tensor | None:
         fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes

@@ -212,8 +212,8 @@ def _mirrored_tiles(source: Structure, size: int) -> Iterator[Tile]:
 
 def dense_from_tiles(source: Structure, size: int | None = None) -> Tensor:
     """Return the dense operator, ``(*batch, n, m)``, put together from its tiles."""
-    dense = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    with full_precision(source.device):
+    with full_precision(source.device):  # which leaves inference mode: what is written to is made inside
+        dense = torch.empty(source.shape, dtype=source.dtype, device=source.device)
         for tile in source.tiles(size):
             dense[..., tile.rows, tile.cols] = tile.block
             if source.symmetric and tile.cols.start > tile.rows.start:
