@@ -252,11 +252,12 @@ def autograd_kernel_passes(wanted: KernelShape, distinct: int, nodes: int | None
 
 
 def tile_repeats(tile: Callable[[int], int], wanted: KernelShape, distinct: int) -> float:
-    """Return how many times each gradient pass of a kernel is made, where tiles of samples meet in pairs.
+    """Return how many times each gradient pass of a kernel is made at most, where tiles meet in pairs.
 
     With T tiles, passes of the rows are made once, those of the columns for each of them: (1 + T) N rows for
     two sides, half as many of a symmetric kernel. Where not even two samples fit with all outputs, pairs of G
-    parts of the outputs meet, too: each part is made G times.
+    parts of the outputs meet, too: each part is made G times. The walk keeps a tile from one pair to the
+    next, which saves up to a quarter where there are few.
 
     Args:
         tile: How many samples fit with so many outputs.

@@ -117,4 +117,4 @@ def test_passes_of_tiles_that_meet_are_foreseen(samples, outputs, monkeypatch):
     foreseen = 2 * tile_repeats(lambda rows: 2 * samples // rows, shape, 2)
     with ntkops.count_passes() as passes:
         K.to_dense()
-    assert passes.total / foreseen == pytest.approx(1, abs=0.5)
+    assert 0.7 * foreseen <= passes.total <= foreseen
