@@ -38,6 +38,13 @@ class GGNOperator(Sandwich):
         left_linear_op: F, ``(P, r)``.
         right_linear_op: Fᵀ.
         kind: What it is: "GGN", "type-2 Fisher" or "empirical Fisher".
+
+    Example:
+        >>> import torch, ntkops
+        >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+        >>> G = ntkops.ggn(model, x, fisher="empirical", targets=torch.tensor([0, 1, 1, 0]))
+        >>> G.kind, G.hessian_factor.shape, G.function_space.shape
+        ('empirical Fisher', torch.Size([8, 4]), torch.Size([4, 4]))
     """
 
     def __init__(self, left_linear_op: Any, right_linear_op: Any, kind: str = "GGN") -> None:

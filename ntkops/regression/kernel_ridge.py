@@ -134,6 +134,7 @@ class KernelRidge(Parameters):
     scale_: float
     ridge_path_: RidgePath | None
     method_: str
+    _watch: Watch | None = None
     solve_info_: SolveInfo
     n_features_in_: int
 
@@ -739,6 +740,16 @@ class KernelRidge(Parameters):
             UnsupportedOperationError: As for `weights`; and if the kernel is of several functions, or of an
                 uneven selection of samples and outputs.
             DifferentiationError: If the network has no directional derivatives.
+
+        Example:
+            >>> import torch, ntkops
+            >>> _ = torch.manual_seed(0)
+            >>> model, x = torch.nn.Linear(3, 2).double(), torch.randn(6, 3).double()
+            >>> K = ntkops.ntk(model, x)
+            >>> fit = ntkops.KernelRidge(1e-2).fit(K, torch.randn(6, 2).double())
+            >>> x_new = torch.randn(4, 3).double()
+            >>> torch.allclose(fit.predictor()(x_new), fit.predict(K.cross(x_new)))
+            True
         """
         self._require_fit()
         change = parameter_change(self._K, self._fit, self._layout)
