@@ -17,9 +17,8 @@ from ..operators.counting import row_space
 from ..results import Check, CheckReport
 from ..vectors import resolve_generator
 from ._derivative import derivative_checks
-from ._duality import duality_checks
 from ._engines import engine_checks, lazily
-from ._products import Products, product_checks
+from ._products import Products, duality_checks, product_checks
 
 __all__ = ["check_operator"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SingularKernelError
-from ..regression._layout import Layout
+from ..regression._operands import Layout
 from ._frames import Frame, Scene
 
 __all__ = ["EnergyObjective", "RegressionObjective"]

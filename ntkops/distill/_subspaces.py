@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..operators.counting import multiply, row_space
 from ..regression import KernelRidge
-from ..regression._layout import Layout
+from ..regression._operands import Layout
 from ..vectors import Space
 
 __all__ = ["dual_coefficients", "krylov_basis", "leading_combinations"]

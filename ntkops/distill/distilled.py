@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, OutOfRangeError, ShapeError
 from ..operators.structure import structure
-from ..regression._layout import read_labels
+from ..regression._operands import read_labels
 from ..results import DistillationInfo
 from ..results.html import facts_html
 from ._kernels import Kernels, read_kernels, read_square

@@ -17,7 +17,7 @@ from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKern
 from ..operators import NTKOperator
 from ..operators._inducing import induce
 from ..operators.structure import structure
-from ..regression._layout import Layout, read_labels
+from ..regression._operands import Layout, read_labels
 from ..results import InducingPoints
 from ._descent import Options, Record, descend, resolve_run
 from ._frames import Scene, moving_tensor

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError
-from ..regression._layout import read_labels
+from ..regression._operands import read_labels
 from ..regression.metrics import fidelity, mean_squared_error
 from ..results import DistillationInfo, LocalGlobalTrial
 from ..vectors import resolve_generator

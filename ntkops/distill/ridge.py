@@ -17,9 +17,7 @@ from torch import Tensor
 from ..errors import DtypeError, SingularKernelError
 from ..operators.counting import multiply
 from ..regression import KernelRidge
-from ..regression._layout import Layout, read_labels
-from ..regression._operands import mean_diagonal, require_finite
-from ..regression._options import read_ridges
+from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange
 from ..regression._rounding import added_share, precise_product
 from ..regression._snapshots import require_same_snapshot

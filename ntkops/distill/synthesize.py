@@ -16,8 +16,7 @@ from ..estimators import eigsh
 from ..estimators._request import checked_generator
 from ..operators.counting import multiply, row_space
 from ..operators.structure import dense_bytes_allowed
-from ..regression._layout import Layout, read_labels
-from ..regression._options import read_ridges
+from ..regression._operands import Layout, read_labels, read_ridges
 from ._als import alternate
 from ._kernel_kmeans import kernel_kmeans, means
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square

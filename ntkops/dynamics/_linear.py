@@ -11,8 +11,8 @@ from torch import Tensor
 from ..engines import free_bytes
 from ..errors import InputError, NotConvergedError
 from ..operators.rounding import eigenvalue_rounding, symmetric
-from ..regression._iterative import kernel_solver
 from ..regression._operands import to_float64
+from ..regression._routes import kernel_solver
 from ..spectra import Jacobi
 from ._filters import Filter, Flow
 from ._problem import Problem

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from ..errors import DtypeError, InputError, OutOfRangeError, ShapeError
 from ..operators.counting import column_space, multiply, row_space
-from ..regression._layout import Layout, read_labels
-from ..regression._operands import Kernel, is_spread, may_be_dense, read_kernel, require_finite
+from ..regression._operands import (
+    Kernel,
+    Layout,
+    is_spread,
+    may_be_dense,
+    read_kernel,
+    read_labels,
+    require_finite,
+)
 from ..regression._rounding import is_stored
 from ..regression._snapshots import network_labels
 from ..vectors import Space

@@ -16,7 +16,7 @@ from .cost import KernelShape
 from .differentiation import Differentiation, Parameters
 from .factors import is_transformed
 from .memory import EngineSizes, shared_store
-from .tail_blocks import tail_diagonal, tail_kernel
+from .readout import tail_diagonal, tail_kernel
 from .tiles import Source, gram, own_kernels, part_kernels
 
 __all__ = ["Engine", "Linearized", "Work", "is_recorded", "require_finite_product"]

@@ -13,8 +13,8 @@ from .differentiation import Parameters
 from .memory import budget_bytes, shared_store
 from .passes import take_spare
 from .products import CachedFactors, prepare_products
+from .readout import prepare_tail
 from .source import LayerSource
-from .tail_products import prepare_tail
 
 __all__ = ["FactorCache"]
 

@@ -20,12 +20,12 @@ from .cost import KernelShape, layerwise_kernel_passes, tile_repeats
 from .coverage import Coverage, LayerSizes
 from .differentiation import Differentiation, Parameters
 from .factor_cache import FactorCache
+from .hidden_states import states_diagonal_passes, states_kernel_passes, trusted_states
 from .layer_factors import Factors
 from .layer_table import describe_layers, measure_layers
 from .memory import format_bytes, if_it_fits
 from .options import Layerwise
 from .products import CachedFactors
-from .recurrent import states_diagonal_passes, states_kernel_passes, trusted_states
 from .source import LayerSource
 from .tiles import Source, sample_slices
 from .verify import try_rules

@@ -24,11 +24,10 @@ from ..model.trial import Recordings
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collect import Collector, backward
-from .coverage import Coverage, LayerSizes, Signature
+from .coverage import Coverage, LayerSizes, Signature, Tail, find_tail
 from .factors import Direct, Outer, in_parameter_order
 from .layer_rules import RULES, Layout, OneHot
 from .passes import report_passes
-from .tail import Tail, find_tail
 from .units import Unit, plan_units
 
 __all__ = ["try_rules"]

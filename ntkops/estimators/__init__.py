@@ -1,23 +1,18 @@
-"""Quantities of operators, exact or estimated with an error: one quantity a module."""
+"""Quantities of operators, exact or estimated with an error: one family a module."""
 
-from .alignment import alignment
 from .compare import compare
 from .condition_number import condition_number
 from .diagonal import diagonal
-from .effective_dimension import effective_dimension
-from .effective_rank import effective_rank
-from .eigsh import eigsh
-from .frobenius_norm import frobenius_norm
+from .eigenvalues import eigsh
 from .hessian_norm import hessian_norm
-from .inner import inner
-from .logdet import logdet
+from .moments import alignment, effective_rank, frobenius_norm, inner, trace
 from .one_sided import one_sided_product_trace
 from .partial_trace import partial_trace
 from .partition import partition
 from .redundancy import data_redundancy, parameter_redundancy
 from .sketch import Sketch
 from .spectral_density import spectral_density
-from .trace import trace
+from .spectral_sums import effective_dimension, logdet
 from .truncation_rank import truncation_rank
 
 __all__ = [

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +20,17 @@ from ..engines import PassCounter, count_passes
 from ..errors import BackwardLimitError, InputError, NotConvergedWarning
 from ..results import Estimate
 from ..shortage import memory_for
-from ._exact import DEFAULT_EVERY, ExactWork
-from ._moments import LEVEL, Summary, interval_of
-from ._plans import Plan, Sampler, ScalarPlan
-from ._quantities import Quantity
-from ._request import Operand, Request
+from ._exact import ExactWork
+from ._plans import Plan, Sampler
+from ._request import Request
+from ._statistics import LEVEL, Summary, interval_of
 from ._stratified import Stratified
 
 __all__ = [
-    "NORM_METHODS",
-    "PAIR_METHODS",
-    "TRACE_METHODS",
-    "NormMethod",
-    "PairMethod",
     "Plan",
     "Sampler",
-    "TraceMethod",
-    "estimate",
     "run",
 ]
-
-_First = Literal["auto", "exact", "stratified", "sketch"]
-_Product = Literal["ntk-hutch++", "hutch++", "hutchinson"]
-TraceMethod = Literal[_First, Literal["xtrace"], _Product, Literal["rhutch", "fhutch"]]
-NormMethod = Literal[_First, Literal["xtrace"], _Product, Literal["reverse", "forward"]]
-PairMethod = Literal[_First, _Product, Literal["reverse", "forward"]]
-TRACE_METHODS, NORM_METHODS, PAIR_METHODS = (
-    get_args(kind)[1:] for kind in (TraceMethod, NormMethod, PairMethod)
-)
 
 _FIRST = 24  # columns before the error is looked at for the first time
 _PARTS_WORK = 2.0  # of a per-sample pass where the Gram matrix is made of pairs of parts
@@ -60,37 +42,6 @@ _ONE_SIDED_RTOL = 1e-2  # finer than this, only with a limit of passes
 # For positive semidefinite K the standard deviation of Hutch++ is at most 3/√2 tr K / m, whatever the
 # spectrum; the interval is 1.96 of them.
 _COLUMNS_FOR_RTOL = 1.96 * 3 / math.sqrt(2)
-
-
-def estimate(
-    quantity: Quantity,
-    operands: Callable[[], Sequence[Operand]],
-    methods: Sequence[str],
-    *,
-    rtol: float | None,
-    num_passes: int | None,
-    method: str,
-    generator: torch.Generator | None,
-    progress: bool,
-    orthogonalize: bool = False,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: float = DEFAULT_EVERY,
-) -> Estimate:
-    """Estimate a scalar quantity; see `ntkops.trace` for the arguments."""
-    request = Request.check(
-        methods, method=method, rtol=rtol, num_passes=num_passes, generator=generator, progress=progress
-    )
-    if orthogonalize and method not in ("rhutch", "fhutch"):
-        raise InputError(f"orthogonalize is for method='rhutch' and 'fhutch', not {method!r}")
-    work = ExactWork(quantity.name, request.progress, checkpoint, checkpoint_every)
-    if checkpoint is not None:
-        if method not in ("auto", "exact"):
-            raise InputError(
-                f"checkpoint= keeps exact work, not method={method!r}: leave the method out, or keep probes "
-                "with ntkops.Sketch.save"
-            )
-        request = replace(request, method="exact")
-    return run(ScalarPlan(quantity, operands(), orthogonalize=orthogonalize), request, work)
 
 
 def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate:

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._moments import Mean
 from ._quantities import Inner, Trace
+from ._statistics import Mean
 
 __all__ = [
     # sketches of kernels

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedOperationError
 from ..vectors import Space
 from ._invariants import Invariants, RootOfSquare
-from ._moments import Mean, Moment, Pairs
 from ._quantities import Quantity, Trace
 from ._request import Operand
+from ._statistics import Mean, Moment, Pairs
 from ._two_sided import column_dots, draw_probes, project_out, sphere_factor
 
 __all__ = ["OneSidedPairs", "OneSidedTrace", "factors_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from ..vectors import Space
 from ._exact import ExactWork
 from ._invariants import Invariants
-from ._moments import Mean, Moment, Pairs, Summary, summarize, summarize_mean, summarize_product
 from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
 from ._quantities import INNER, TRACE, Quantity, exact_cost, exact_moments
 from ._request import Operand
 from ._sketch import SketchCore
+from ._statistics import Mean, Moment, Pairs, Summary, summarize, summarize_mean, summarize_product
 from ._stratified import Stratified, pays
 from ._two_sided import TwoSided
 from ._xtrace import XTrace
@@ -92,7 +92,7 @@ class ScalarPlan:
         self.space = operands[0].rows
         self.size = min(operands[0].rows.size, operands[0].columns.size)
         self.eps = torch.finfo(operands[0].dtype).eps
-        self._orthogonalize = orthogonalize
+        self.orthogonalize = orthogonalize
         if quantity in (TRACE, INNER) and all(map(_is_gram, operands)):
             self.bounds = (0.0, torch.inf)
         if quantity.needs_square:
@@ -121,22 +121,7 @@ class ScalarPlan:
         return (*first, "sketch" if all(map(_is_gram, self.operands)) else "hutch++", "hutchinson")
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
-        if method == "stratified":
-            return Stratified(self.quantity, self.operands, generator)
-        if method == "sketch":
-            return SketchCore(self.operands, generator)
-        if method == "xtrace":
-            return XTrace(self.operands[0], generator)
-        if method == "ntk-hutch++":
-            return NtkAware(self.quantity, self.operands, generator)
-        if method in ("hutchinson", "hutch++"):
-            return TwoSided(self.quantity, self.operands, generator, sketched=method == "hutch++")
-        forward = method in ("fhutch", "forward")
-        if not self.quantity.needs_pairs:
-            return OneSidedTrace(
-                self.operands[0], generator, forward=forward, orthogonalize=self._orthogonalize
-            )
-        return OneSidedPairs(self.quantity, self.operands, generator, forward=forward)
+        return _SAMPLERS[method](self, generator)
 
     def summary(self, sampler: Sampler) -> Summary:
         if isinstance(sampler, Stratified):
@@ -162,3 +147,33 @@ class ScalarPlan:
 def _is_gram(operand: Operand) -> bool:
     """Whether an operator is known to be J Jᵀ, and so positive semidefinite."""
     return operand.structure.symmetric and operand.structure.factors() is not None
+
+
+def _two_sided(name: str) -> Callable[[ScalarPlan, torch.Generator], Sampler]:
+    return lambda plan, generator: TwoSided(
+        plan.quantity, plan.operands, generator, sketched=name == "hutch++"
+    )
+
+
+def _one_sided(*, forward: bool) -> Callable[[ScalarPlan, torch.Generator], Sampler]:
+    def sampler(plan: ScalarPlan, generator: torch.Generator) -> Sampler:
+        if plan.quantity.needs_pairs:
+            return OneSidedPairs(plan.quantity, plan.operands, generator, forward=forward)
+        return OneSidedTrace(plan.operands[0], generator, forward=forward, orthogonalize=plan.orthogonalize)
+
+    return sampler
+
+
+# A further method is one line here, and its name in the types of `moments`.
+_SAMPLERS: dict[str, Callable[[ScalarPlan, torch.Generator], Sampler]] = {
+    "stratified": lambda plan, generator: Stratified(plan.quantity, plan.operands, generator),
+    "sketch": lambda plan, generator: SketchCore(plan.operands, generator),
+    "xtrace": lambda plan, generator: XTrace(plan.operands[0], generator),
+    "ntk-hutch++": lambda plan, generator: NtkAware(plan.quantity, plan.operands, generator),
+    "hutch++": _two_sided("hutch++"),
+    "hutchinson": _two_sided("hutchinson"),
+    "rhutch": _one_sided(forward=False),
+    "reverse": _one_sided(forward=False),
+    "fhutch": _one_sided(forward=True),
+    "forward": _one_sided(forward=True),
+}

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ZeroKernelError
 from ..operators.structure import diagonal_parts, diagonal_step, later_tiles, paired_tiles, tile_count
 from ._exact import ExactWork, Terms
-from ._moments import Combination
 from ._request import Operand, require_finite
+from ._statistics import Combination
 
 __all__ = [
     # quantities
@@ -58,6 +58,7 @@ class Quantity:
         bounds: Least and greatest value, which also bound the interval.
         free: The function without its bounds, if it has them: what is cut off does not vary, and would seem
             to have no error.
+        spectral: Whether zero eigenvalues do not change it, so that L Lᵀ may be looked at as LᵀL.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Quantity:
     divisors: tuple[int, ...] = ()
     bounds: tuple[float, float] = (-torch.inf, torch.inf)
     free: Combination | None = None
+    spectral: bool = False
 
     @property
     def needs_square(self) -> bool:
@@ -119,7 +121,7 @@ def _participation(moments: Tensor) -> Tensor:
 
 TRACE = Quantity("the trace", (Trace(),), _first)
 INNER = Quantity("the inner product", (Inner(0, 1),), _first)
-FROBENIUS_NORM = Quantity("the Frobenius norm", (Inner(0, 0),), _root, bounds=(0.0, torch.inf))
+FROBENIUS_NORM = Quantity("the Frobenius norm", (Inner(0, 0),), _root, bounds=(0.0, torch.inf), spectral=True)
 ALIGNMENT = Quantity(
     "the alignment",
     (Inner(0, 1), Inner(0, 0), Inner(1, 1)),
@@ -129,7 +131,12 @@ ALIGNMENT = Quantity(
     free=_free_cosine,
 )
 EFFECTIVE_RANK = Quantity(
-    "the effective rank", (Trace(), Inner(0, 0)), _participation, divisors=(1,), bounds=(0.0, torch.inf)
+    "the effective rank",
+    (Trace(), Inner(0, 0)),
+    _participation,
+    divisors=(1,),
+    bounds=(0.0, torch.inf),
+    spectral=True,
 )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..vectors import Distribution, Space
 from ._leave_out import SketchNumbers, held_out, leave_one_out, plain
-from ._moments import Combination, Mean, Summary, summarize_folds
 from ._quantities import Inner, Trace
 from ._request import Operand
+from ._statistics import Combination, Mean, Summary, summarize_folds
 from ._two_sided import project_out
 
 __all__ = ["SketchCore", "by_parts", "new_directions"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..vectors import Space
-from ._moments import Mean
 from ._quantities import Inner, Quantity, Trace
 from ._request import Operand
+from ._statistics import Mean
 
 __all__ = ["TwoSided", "column_dots", "draw_probes", "extend_basis", "project_out", "sphere_factor"]
 

@@ -25,10 +25,10 @@ from ._leave_out import (
     removed_directions,
     sphere_weights,
 )
-from ._moments import Combination, Mean, Summary, summarize_folds
 from ._quantities import Inner, Trace
 from ._request import Operand
 from ._sketch import by_parts, new_directions
+from ._statistics import Combination, Mean, Summary, summarize_folds
 from ._two_sided import draw_probes
 
 __all__ = ["XTrace"]

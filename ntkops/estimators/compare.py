@@ -15,9 +15,7 @@ from ..operators.kernel import NTKOperator, ntk
 from ..results import Comparison, Estimate
 from ._request import checked_generator
 from .condition_number import condition_number
-from .effective_rank import effective_rank
-from .frobenius_norm import frobenius_norm
-from .trace import trace
+from .moments import effective_rank, frobenius_norm, trace
 
 __all__ = ["compare"]
 

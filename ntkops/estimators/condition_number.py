@@ -14,7 +14,7 @@ from ..engines import count_passes
 from ..errors import NotConvergedWarning, UnsupportedOperationError, ZeroKernelError
 from ..results import Estimate
 from ._request import Operand
-from .eigsh import eigsh
+from .eigenvalues import eigsh
 
 __all__ = ["condition_number"]
 

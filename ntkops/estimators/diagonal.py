@@ -14,9 +14,9 @@ from ..results import Estimate
 from ..vectors import Space
 from ._driver import Sampler, run
 from ._exact import ExactWork, length_of
-from ._moments import Summary
 from ._one_sided import factors_of
 from ._request import Operand, Request, require_finite
+from ._statistics import Summary
 
 __all__ = ["diagonal"]
 

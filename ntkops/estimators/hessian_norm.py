@@ -16,8 +16,8 @@ from ..engines.passes import report_passes
 from ..errors import DifferentiationError, InputError, NonFiniteError
 from ..model import BatchDim, Linearization, linearize
 from ..results import Estimate
-from ._intervals import student_quantile
 from ._request import checked_generator
+from ._statistics import student_quantile
 
 __all__ = ["hessian_norm"]
 

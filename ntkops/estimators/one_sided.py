@@ -14,8 +14,8 @@ from ..results import Estimate
 from ..vectors import Space
 from ._driver import run
 from ._exact import ExactWork
-from ._moments import Pairs, Summary, summarize_product
 from ._request import DEFAULT_RTOL, Operand, Request
+from ._statistics import Pairs, Summary, summarize_product
 
 __all__ = ["one_sided_product_trace"]
 

@@ -17,10 +17,9 @@ from ..operators.structure import dense_from_tiles, structure, tile_count
 from ..results import Estimate
 from ._driver import Sampler, run
 from ._exact import ExactWork, length_of
-from ._moments import Summary
-from ._partial_axes import Over, StateAxes
-from ._partial_samplers import SampledBlocks, SharedProbes
+from ._partial import Over, SampledBlocks, SharedProbes, StateAxes
 from ._request import Operand, Request, require_finite
+from ._statistics import Summary
 from ._stratified_grams import Strata
 
 __all__ = ["partial_trace"]

@@ -18,9 +18,20 @@ from ..errors import InputError, NotConvergedWarning
 from ..operators import JacobianOperator
 from ..operators.counting import column_space
 from ..results import Redundancy
-from ._leading import FIRST, Trace, check_options, clamped, dense_pays, require_nonzero, traces
 from ._request import Operand, checked_generator
-from .eigsh import default_tolerance, eigenvalues_by_tiles, krylov, members
+from .eigenvalues import (
+    FIRST,
+    Trace,
+    check_options,
+    clamped,
+    default_tolerance,
+    dense_pays,
+    eigenvalues_by_tiles,
+    krylov,
+    members,
+    require_nonzero,
+    traces,
+)
 from .truncation_rank import truncation_rank
 
 __all__ = ["data_redundancy", "parameter_redundancy"]

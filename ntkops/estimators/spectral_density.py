@@ -21,7 +21,7 @@ from ..results import SpectralDensity
 from ..results.density import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
 from ._request import Operand, Request
-from .eigsh import eigenvalues_by_tiles
+from .eigenvalues import eigenvalues_by_tiles
 
 __all__ = ["spectral_density"]
 

@@ -16,9 +16,20 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..errors import NotConvergedWarning
 from ..results import TruncationRank
-from ._leading import FIRST, Trace, check_options, clamped, dense_pays, require_nonzero, traces
 from ._request import Operand, checked_generator
-from .eigsh import default_tolerance, eigenvalues_by_tiles, krylov, members
+from .eigenvalues import (
+    FIRST,
+    Trace,
+    check_options,
+    clamped,
+    default_tolerance,
+    dense_pays,
+    eigenvalues_by_tiles,
+    krylov,
+    members,
+    require_nonzero,
+    traces,
+)
 
 __all__ = ["truncation_rank"]
 

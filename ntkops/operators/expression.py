@@ -1,4 +1,4 @@
-"""What an operator does in an expression: it meets numbers, tensors and operators, or says why not.
+"""What an operator does in an expression: it meets numbers, tensors, operators and SciPy, or says why not.
 
 linear_operator takes whatever it is given and fails, or goes on with a wrong dtype, somewhere inside. Every
 operator of ours looks at the other side first.
@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
+import numpy as np
 import torch
 from linear_operator.operators import LinearOperator, ZeroLinearOperator
 from torch import Tensor
@@ -25,10 +26,55 @@ from ..errors import (
     UnsupportedOperationError,
 )
 from ..results.html import facts_html
-from .export import to_scipy
 from .positions import tensor_positions
 
-__all__ = ["Expression"]
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+
+__all__ = [
+    "Expression",
+    "to_scipy",
+]
+
+
+_NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
+
+def to_scipy(operator: LinearOperator) -> ScipyOperator:
+    """Return the SciPy view of a two-dimensional operator; see `EngineOperator.to_scipy`."""
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+    if operator.dim() != 2:
+        raise ShapeError(
+            f"SciPy operators are matrices, this one has shape {tuple(operator.shape)}: index its batch"
+        )
+    if operator.dtype not in _NUMPY_DTYPES:
+        raise DtypeError(f"NumPy has no dtype for {operator.dtype}; use .to(torch.float32) first")
+    dtype = _NUMPY_DTYPES[operator.dtype]
+
+    def multiply(side: LinearOperator, array: Any) -> Any:
+        if np.iscomplexobj(array):
+            return multiply(side, array.real) + 1j * multiply(side, array.imag)
+        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            raise DtypeError(f"the operator multiplies numbers, not an array of {array.dtype}")
+        block = torch.as_tensor(np.ascontiguousarray(array), dtype=operator.dtype, device=operator.device)
+        with torch.no_grad():
+            return (side @ block).cpu().numpy()
+
+    transposed = operator.mT
+    return ScipyOperator(
+        shape=tuple(operator.shape),
+        dtype=dtype,
+        matvec=lambda v: multiply(operator, v.reshape(-1)),
+        rmatvec=lambda v: multiply(transposed, v.reshape(-1)),
+        matmat=lambda v: multiply(operator, v),
+        rmatmat=lambda v: multiply(transposed, v),
+    )
+
+
+# -- what an operator does in an expression: it meets numbers, tensors and operators, or says why not
+
 
 _INVERSE = "no inverse is formed; use K.add_jitter(ridge).solve(b), or torch.linalg.inv(K.to_dense())"
 _WAYS_OUT = {

@@ -19,10 +19,10 @@ from ..errors import CheckpointError, InputError, NonFiniteError, OutOfRangeErro
 from ..model import BatchDim, Inputs
 from ..projections import SJLT, Projection
 from ._projected_features import feature_rows
-from ._projected_maps import MatrixProjection
 from .axes import StateAxis
 from .kernel import ntk
 from .projected import ProjectedNTKOperator, projected_ntk
+from .projection import MatrixProjection
 from .provenance import network_of
 
 __all__ = ["GradientFeatures", "gradient_features"]

@@ -3,9 +3,8 @@
 from .base import Projection
 from .composition import compose
 from .cyclic import SJLT, CountSketch
-from .dense import Gaussian, Rademacher
+from .dense import Gaussian, Haar, Rademacher
 from .dimension import check_interpolation, jl_distortion, suggest_dim
-from .haar import Haar
 from .hadamard import SRHT
 from .kronecker import LayerKronecker
 from .sampling import RowSample

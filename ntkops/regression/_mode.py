@@ -11,9 +11,9 @@ from ..curvature.losses import Loss
 from ..errors import NotConvergedError
 from ..operators.sandwich import sandwich
 from ._factorizations import CholeskyFactor
-from ._iterative import kernel_solver
 from ._operands import Kernel, may_be_dense, to_float64
 from ._rounding import precise_product
+from ._routes import kernel_solver
 
 __all__ = ["Likelihood", "differentiable_evidence", "find_mode"]
 

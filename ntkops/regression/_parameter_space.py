@@ -28,8 +28,7 @@ from ..operators.projected import FeatureOperator
 from ..operators.sharded.kernel import ShardedJacobianOperator
 from ..operators.structure import structure
 from ._fits import FeatureFit, Fit
-from ._layout import Layout
-from ._operands import Kernel
+from ._operands import Kernel, Layout
 from ._rounding import added_share, precise_product
 
 __all__ = ["ParameterChange", "parameter_change"]

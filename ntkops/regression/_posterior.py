@@ -16,8 +16,7 @@ from ..operators.dense import DenseFallbacks
 from ..operators.indexing import _same_index
 from ..operators.structure import dense_bytes_allowed, structure
 from ._fits import Fit
-from ._layout import Layout
-from ._operands import Kernel, read_kernel, require_finite
+from ._operands import Kernel, Layout, read_kernel, require_finite
 from ._rounding import precise_product
 from ._snapshots import require_same_rows, require_same_snapshot
 

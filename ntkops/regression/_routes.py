@@ -1,29 +1,227 @@
-"""The ways of solving a kernel ridge regression, and which one "auto" takes."""
+"""The ways of solving a regression."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from ..errors import InputError, NotConvergedError, OutOfRangeError, SingularKernelError
-from ..operators.counting import multiply
+from ..operators._ridge_system import RidgeSystem, SolverOptions
+from ..operators.counting import column_space, multiply, row_space
 from ..operators.rounding import require_resolved, require_semidefinite, symmetric
 from ..operators.structure import structure
+from ..results import Solution, SolveInfo
+from ..solvers import lsmr
 from ..vectors import resolve_generator
 from ._evidence import Evidence
 from ._factorizations import CholeskyFactor, SpectralFactor, require_regular, truncate
-from ._fits import DenseFit, FeatureFit, Fit, NystromFit, left_out, relative_residuals, solve_info
-from ._iterative import IterativeFit, kernel_solver
-from ._least_squares import least_squares_solver
-from ._operands import Kernel, dense_of, is_spread, may_be_dense, require_finite, to_float64
-from ._rounding import is_stored, largest_eigenvalue, raise_by_name, warn_of_rounding
+from ._fits import (
+    DenseFit,
+    FeatureFit,
+    Fit,
+    LeftOut,
+    NystromFit,
+    Prediction,
+    left_out,
+    relative_residuals,
+    solve_block,
+    solve_info,
+    unit_columns,
+)
+from ._operands import Kernel, dense_of, dense_rows, is_spread, may_be_dense, require_finite, to_float64
+from ._rounding import is_stored, largest_eigenvalue, precise_product, raise_by_name, warn_of_rounding
 
-__all__ = ["METHODS", "Problem", "choose", "solve"]
+__all__ = [
+    "IterativeFit",
+    "Problem",
+    "choose",
+    "kernel_solver",
+    "solve",
+]
+
+Solver = Callable[[Tensor], Solution]
+
+_CHUNK = 64  # right-hand sides of the identity solved at a time
+
+
+class IterativeFit:
+    """A fit by a solver that is given right-hand sides.
+
+    Args:
+        solver: ``(*batch, n, k)`` in float64 to the solution of (K + ridge) X = B, in float64.
+        rhs: ``(*batch, n, k)`` right-hand sides, float64.
+    """
+
+    def __init__(self, solver: Solver, rhs: Tensor) -> None:
+        self._solver, self._rhs = solver, rhs
+        solution = solver(rhs)
+        self.dual: Tensor = solution.solution
+        self.active = self.dual
+        self.info: SolveInfo = solution.info
+
+    def predict(self, K_cross: Kernel) -> Prediction:
+        return precise_product(K_cross, self.dual)
+
+    def explained(self, K_cross: Kernel, start: int, stop: int) -> Tensor:
+        rows = dense_rows(K_cross, start, stop)
+        return (rows * self._solver(rows.mT.contiguous()).solution.mT).sum(-1)
+
+    def explain(self, pulled: Tensor) -> Tensor:
+        return self._solver(pulled).solution
+
+    def energy(self) -> float:
+        return float((self._rhs * self.dual).sum())
+
+    def energy_error(self, ridge: float) -> float:
+        """Return a bound of the error of `energy`."""
+        # (K + r) α = y - ρ: yᵀ (K + r)⁻¹ y = yᵀ α + αᵀ ρ + ρᵀ (K + r)⁻¹ ρ.
+        rest = self.info.residuals * torch.linalg.vector_norm(self._rhs, dim=-2)
+        return float((rest * torch.linalg.vector_norm(self.dual, dim=-2) + rest.square() / ridge).sum())
+
+    def evidence(self, K: Kernel) -> None:
+        return None
+
+    def left_out(self, group: int) -> Tensor:
+        size = self._rhs.shape[-2]
+        width = max(_CHUNK // group, 1) * group
+        parts = []
+        for start in range(0, size, width):
+            rows = torch.arange(start, min(start + width, size), device=self._rhs.device)
+            inverse = self._inverse_columns(rows)[..., rows, :]  # (*batch, w, w): a block of A⁻¹
+            blocks = inverse.unflatten(-1, (-1, group)).unflatten(-3, (-1, group))  # (*batch, s, g, s, g)
+            blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # (*batch, s, g, g)
+            samples = self.dual[..., rows, :].unflatten(-2, (-1, group))
+            parts.append(torch.linalg.solve(blocks, samples).flatten(-3, -2))
+        return torch.cat(parts, dim=-2)
+
+    def without(self, rows: Tensor) -> LeftOut:
+        columns = torch.cat([self._inverse_columns(part) for part in rows.split(_CHUNK)], dim=-1)
+        errors = solve_block(columns[..., rows, :], self.dual[..., rows, :])
+        # It is zero at these rows by what `errors` solves, so that the other rows' equations hold as well as
+        # those of the solves, whatever is rounded.
+        dual = (self.dual - columns @ errors).index_fill(-2, rows, 0.0)
+        return LeftOut(errors, dual, dual, 0.0)
+
+    def _inverse_columns(self, rows: Tensor) -> Tensor:
+        """Return columns of A⁻¹, ``(*batch, n, s)``."""
+        return self._solver(unit_columns(rows, self._rhs).contiguous()).solution
+
+
+def kernel_solver(
+    K: Kernel, ridge: float, *, tol: float, max_products: int | None, generator: torch.Generator | None
+) -> Solver:
+    """Return a solver of (K + ridge) X = B by conjugate gradients, its preconditioner made once.
+
+    Products of a float32 operator carry corrections whose residuals are float64 products of the same
+    network, so that the tolerance is met where float32 alone would stagnate. Stored entries are multiplied in
+    float64.
+    """
+    kernel = to_linear_operator(K)
+    if is_stored(K):  # then float32 products save little, and round
+        kernel = kernel.to(dtype=torch.float64)
+    entries = torch.full(kernel.shape[:-1], ridge, dtype=kernel.dtype, device=kernel.device)
+    drawn = row_space(K).common(resolve_generator(generator)[0])
+    seed = int(torch.randint(2**31, (), generator=drawn))
+    made = SolverOptions(tolerance=tol, seed=seed)
+
+    def solver(rhs: Tensor) -> Solution:
+        steps = None if max_products is None else max(max_products // rhs.shape[-1], 1)
+        # `made` holds the preconditioner, which is one for all right-hand sides.
+        options = dataclasses.replace(made, max_iterations=steps)
+        return RidgeSystem(kernel, entries, options).solve(rhs, raise_on_failure=True)
+
+    return solver
+
+
+# -- fits in parameter space: min |J w - y|² + ridge |w|² from products with J and Jᵀ alone
+
+
+def least_squares_solver(
+    K: Kernel, ridge: float, *, tol: float, max_products: int | None
+) -> Callable[[Tensor], Solution]:
+    """Return a solver of (K + ridge) X = B by LSMR on J, one member of the batch after the other.
+
+    Products run in float64, those of a float32 network too.
+
+    Raises:
+        InputError: If the ridge is zero, or the operator does not know its Jacobian.
+    """
+    if ridge == 0:
+        raise InputError("method='lsmr' finds α = (y - J w) / ridge and needs a positive ridge")
+    known = structure(K)
+    factors = known.factors() if known.symmetric else None
+    if factors is None:
+        raise InputError(
+            "method='lsmr' needs an operator that knows its Jacobian, K = J Jᵀ; "
+            f"{type(K).__name__} does not: take 'cg'"
+        )
+    jacobian = factors[0].to(dtype=torch.float64)
+
+    def solver(rhs: Tensor) -> Solution:
+        started = time.perf_counter()
+        steps = None if max_products is None else max(max_products // rhs.shape[-1], 1)
+        if jacobian.dim() == 2:
+            found = [_solve(jacobian, rhs, ridge, tol, steps)]
+            return _finished(found[0].solution, found[0].info)
+        count = jacobian.shape[0]
+        found = [_solve(jacobian[c], rhs[c], ridge, tol, steps) for c in range(count)]
+        info = _merged([part.info for part in found], time.perf_counter() - started)
+        return _finished(torch.stack([part.solution for part in found]), info)
+
+    return solver
+
+
+def _solve(jacobian: LinearOperator, rhs: Tensor, ridge: float, tol: float, steps: int | None) -> Solution:
+    transposed = jacobian.mT
+    return lsmr(
+        lambda block: multiply(jacobian, block),
+        lambda block: multiply(transposed, block),
+        rhs,
+        row_space(jacobian),
+        column_space(jacobian),
+        ridge=ridge,
+        tolerance=tol,
+        max_iterations=steps,
+        raise_on_failure=False,
+    )
+
+
+def _merged(infos: list[SolveInfo], seconds: float) -> SolveInfo:
+    """Return the info of a batch from those of its members."""
+    worst = max(infos, key=lambda info: float(info.residuals.max()))
+    return SolveInfo(
+        converged=all(info.converged for info in infos),
+        residuals=torch.stack([info.residuals for info in infos]),
+        tolerance=worst.tolerance,
+        iterations=max(info.iterations for info in infos),
+        products=sum(info.products for info in infos),
+        reason=worst.reason,
+        method=worst.method,
+        seconds=seconds,
+    )
+
+
+def _finished(solution: Tensor, info: SolveInfo) -> Solution:
+    found = Solution(solution, info)
+    if not info.converged:
+        raise NotConvergedError(
+            f"LSMR ended ({info.reason}) with a relative residual of {float(info.residuals.max()):.2g} where "
+            f"{info.tolerance:.2g} was asked: raise max_products, the ridge or the tolerance; the partial "
+            "solution is in .result",
+            found,
+        )
+    return found
+
+
+# -- the ways of solving a kernel ridge regression, and which one "auto" takes
+
 
 METHODS = ("cg", "eigh", "cholesky", "lsmr", "nystrom", "features")
 _DIRECT = 5000  # rows or features up to which a factorisation is a matter of seconds

@@ -14,8 +14,7 @@ from ..operators.axes import StateAxis
 from ..operators.chain import product_factors
 from ..operators.jacobian import network_states
 from ..operators.products import ProductOperator
-from ._layout import Layout
-from ._operands import Kernel
+from ._operands import Kernel, Layout
 
 __all__ = [
     "has_unlike_lengths",

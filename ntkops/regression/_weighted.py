@@ -18,8 +18,7 @@ from ..operators import Sandwich, sandwich
 from ..results import SolveInfo
 from ._evidence import Evidence
 from ._fits import FeatureFit, Fit, LeftOut, Prediction
-from ._layout import Layout
-from ._operands import Kernel, is_spread, read_array
+from ._operands import Kernel, Layout, is_spread, read_array
 from ._rounding import precise_product
 from ._routes import Problem
 

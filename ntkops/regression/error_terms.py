@@ -11,8 +11,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..results import ErrorTerms, TruncationError
-from ._layout import Layout, read_labels
-from ._operands import read_kernel, to_float64
+from ._operands import Layout, read_kernel, read_labels, to_float64
 
 __all__ = ["error_terms", "truncation_error"]
 

@@ -21,8 +21,7 @@ from ..errors import (
 from ..operators import GradientFeatures
 from ..operators.core import dense_limit
 from ._factorizations import CholeskyFactor
-from ._operands import require_finite
-from ._options import read_ridges
+from ._operands import read_ridges, require_finite
 
 __all__ = ["influence"]
 

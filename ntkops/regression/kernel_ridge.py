@@ -23,10 +23,16 @@ from ..operators.counting import column_space, row_space
 from ..results import Estimate, LeaveOneOut, RidgePath, SolveInfo
 from ._evidence import Evidence, log_evidence, read_positive, require_energy
 from ._fits import Fit
-from ._iterative import IterativeFit
-from ._layout import Layout, read_labels
-from ._operands import is_spread, mean_diagonal, read_kernel, require_finite
-from ._options import check_cutoff, read_ridges
+from ._operands import (
+    Layout,
+    check_cutoff,
+    is_spread,
+    mean_diagonal,
+    read_kernel,
+    read_labels,
+    read_ridges,
+    require_finite,
+)
 from ._parameter_space import parameter_change
 from ._parameters import Parameters, not_fitted
 from ._posterior import (
@@ -38,7 +44,7 @@ from ._posterior import (
     require_choice,
 )
 from ._rounding import added_share
-from ._routes import Problem, choose, solve
+from ._routes import IterativeFit, Problem, choose, solve
 from ._snapshots import has_unlike_lengths, network_labels
 from ._weighted import WeightedFit, read_weights, weighted
 from .leave_out import GroupLeaveOut, leave_out

@@ -23,9 +23,8 @@ from ..operators.counting import column_space, multiply, row_space
 from ..operators.sandwich import Sandwich, sandwich
 from ..results import Estimate, SolveInfo
 from ._evidence import Evidence, read_positive
-from ._layout import Layout
 from ._mode import Likelihood, differentiable_evidence, find_mode
-from ._operands import is_spread, may_be_dense, read_kernel
+from ._operands import Layout, is_spread, may_be_dense, read_kernel
 from ._parameters import Parameters, not_fitted
 from ._posterior import (
     PosteriorCovariance,

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..errors import InputError, RoundingWarning
 from ..operators.axes import resolve_index
 from ._fits import Fit
-from ._layout import Layout
-from ._operands import Kernel
+from ._operands import Kernel, Layout
 from ._rounding import precise_product
 from .predictor import Offset
 

@@ -12,7 +12,7 @@ from ..errors import DifferentiationError, UnsupportedOperationError
 from ..operators import JacobianOperator
 from ..operators.core import Core
 from ..operators.sharded.kernel import ShardedJacobianOperator
-from ._layout import Layout
+from ._operands import Layout
 from ._parameter_space import ParameterChange
 
 __all__ = ["Offset", "Predictor"]

@@ -10,8 +10,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError, ShapeError, SingularKernelError, ZeroKernelError
 from ..results import ProjectionError
-from ._layout import read_labels
-from ._operands import Kernel, read_kernel, require_finite, to_float64
+from ._operands import Kernel, read_kernel, read_labels, require_finite, to_float64
 
 __all__ = ["projection_error"]
 

@@ -1,6 +1,6 @@
 """Linear systems from products alone."""
 
-from ._steady import products_are_steady, steady_products
+from ._outcome import products_are_steady, steady_products
 from .conjugate_gradient import conjugate_gradient
 from .iteration import ConjugateGradient, Preconditioner
 from .lsmr import lsmr

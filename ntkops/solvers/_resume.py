@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint, fingerprint
 from ..errors import CheckpointError, InputError
 from ..part_files import PartFiles
 from ..vectors import Space
-from ._columns import Product
+from ._outcome import Product
 from .iteration import ConjugateGradient, Preconditioner
 
 __all__ = ["SolverFile"]

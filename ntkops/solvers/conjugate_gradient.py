@@ -14,10 +14,8 @@ from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
-from ._columns import Product, as_block
-from ._outcome import check_options, described, finished
+from ._outcome import Product, as_block, check_options, described, finished, steady_products
 from ._resume import SolverFile
-from ._steady import steady_products
 from .iteration import ConjugateGradient, Preconditioner
 
 __all__ = ["conjugate_gradient", "iterate"]

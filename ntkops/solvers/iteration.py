@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..vectors import Space
-from ._columns import Product, column_norms, column_products, power_of_two, require_finite
+from ._outcome import Product, column_norms, column_products, power_of_two, require_finite
 
 __all__ = ["ConjugateGradient", "Preconditioner"]
 

@@ -11,8 +11,7 @@ from ..arguments import checked
 from ..errors import InputError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
-from ._columns import Product, as_block, column_norms, require_finite
-from ._outcome import check_options, finished
+from ._outcome import Product, as_block, check_options, column_norms, finished, require_finite
 
 __all__ = ["lsmr"]
 

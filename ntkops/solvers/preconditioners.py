@@ -18,7 +18,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..vectors import Space, resolve_generator
-from ._columns import Product, require_finite
+from ._outcome import Product, require_finite
 from .pivoted_cholesky import PivotedFactor
 
 __all__ = ["FactorPreconditioner", "factor_preconditioner", "nystrom_factor", "nystrom_preconditioner"]

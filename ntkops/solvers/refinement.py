@@ -12,8 +12,16 @@ from ..arguments import checked
 from ..errors import DtypeError, ShapeError
 from ..results import Solution, SolveInfo
 from ..vectors import Space
-from ._columns import Product, as_block, column_norms, power_of_two, require_finite
-from ._outcome import check_options, described, finished
+from ._outcome import (
+    Product,
+    as_block,
+    check_options,
+    column_norms,
+    described,
+    finished,
+    power_of_two,
+    require_finite,
+)
 from .conjugate_gradient import iterate
 from .iteration import ConjugateGradient, Preconditioner
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError
 from ..vectors import Space
-from .deflation import choose_deflation
 from .intervals import guarded_freedom, scaled_chi_square
 from .jacobi import Jacobi
-from .lanczos import Lanczos, RitzPairs
+from .lanczos import Lanczos, RitzPairs, choose_deflation
 
 __all__ = ["FunctionTrace", "function_trace"]
 

@@ -199,7 +199,7 @@ def test_samples_in_batches_of_one_and_in_small_tiles(monkeypatch):
     K = ntkops.ntk(model, x, output=0, batch_size=1, max_dense_bytes=0)
     assert K._core.engine.over_time
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
-    monkeypatch.setattr("ntkops.engines.recurrent._ENTRIES", 2 * 6 * 25)
+    monkeypatch.setattr("ntkops.engines.hidden_states._ENTRIES", 2 * 6 * 25)
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
     tiles = list(K.structure.tiles(30))
     assert [tile.block.shape for tile in tiles] == [(30, 30)] * 10

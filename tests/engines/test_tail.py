@@ -183,7 +183,7 @@ def test_unusual_choices_of_outputs(name):
 
 @pytest.mark.parametrize("entries", [1, 2**8])
 def test_small_parts_give_the_same_kernels(entries, monkeypatch):
-    monkeypatch.setattr("ntkops.engines.tail_blocks._ENTRIES", entries)
+    monkeypatch.setattr("ntkops.engines.readout._ENTRIES", entries)
     case = TAILS[3][0]
     engine, linearization, inputs = build(case, count=5)
     J, params = jacobian(case, count=5), linearization.parameters

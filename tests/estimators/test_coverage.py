@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 import ntkops
-from ntkops.estimators._intervals import extremal_quantile, norm_quantile, student_quantile
+from ntkops.estimators._statistics import extremal_quantile, norm_quantile, student_quantile
 from tests.estimators.problems import Factored, generator
 
 N = 60

@@ -5,7 +5,7 @@ import torch
 
 import ntkops
 from ntkops.errors import ZeroKernelError
-from ntkops.estimators._driver import NORM_METHODS, PAIR_METHODS, TRACE_METHODS
+from ntkops.estimators.moments import NORM_METHODS, PAIR_METHODS, TRACE_METHODS
 from tests.estimators.problems import Factored, generator
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -8,7 +8,7 @@ import torch
 
 import ntkops
 from ntkops.errors import UnsupportedOperationError
-from ntkops.estimators._moments import Mean, Pairs, summarize
+from ntkops.estimators._statistics import Mean, Pairs, summarize
 from tests.estimators.problems import Factored, OnlyProducts, generator, rotation
 
 
@@ -40,7 +40,7 @@ def test_pairs_are_means_and_leave_one_out_by_brute_force(shared):
 def test_pairs_summed_in_slices_are_the_same(monkeypatch):
     terms = torch.randn(9, 9, generator=generator(0), dtype=torch.float64)
     whole = Pairs.of(lambda part: terms[part].clone(), 9)
-    monkeypatch.setattr("ntkops.estimators._moments._PAIR_ROWS", 4)
+    monkeypatch.setattr("ntkops.estimators._statistics._PAIR_ROWS", 4)
     sliced = Pairs.of(lambda part: terms[part].clone(), 9)
     torch.testing.assert_close(whole.row_sums, sliced.row_sums)
     torch.testing.assert_close(whole.column_sums, sliced.column_sums)

@@ -10,7 +10,7 @@ import torch
 import ntkops
 from ntkops.errors import InputError, NotConvergedWarning, UnsupportedOperationError, ZeroKernelError
 from ntkops.estimators import _stratified_grams
-from ntkops.estimators._stratified_frames import FrameMoments, extend_frames, projection_moments
+from ntkops.estimators._stratified import FrameMoments, extend_frames, projection_moments
 from tests.cases import BY_NAME
 from tests.estimators.problems import OnlyProducts, generator
 from tests.estimators.sampled import SampledDense

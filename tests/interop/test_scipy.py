@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ntkops
-from ntkops.operators.export import to_scipy
+from ntkops.operators.expression import to_scipy
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ...errors import ShapeError, ShardingError, UnsupportedOperationError
 from ...projections import Projection
 from ...ranks import Ranks, ShardedSpace
 from .._projected_features import feature_rows
-from .._projected_maps import as_projection
+from ..projection import as_projection
 from ..structure import Tile
 from .kernel import ShardedKernelOperator
 from .rows import ShardedRows, refused
