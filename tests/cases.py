@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkops.operators.capabilities import capabilities
+
 
 @dataclass(frozen=True)
 class Case:
@@ -287,3 +289,12 @@ EXPECTED_RUNGS = {
     "checkpointed": "classic",
     "embedding-bag": "reverse",
 }
+
+
+def from_all_tiles(operator, size=None):
+    """Return the dense matrix, put together from the tiles of both triangles."""
+    source = capabilities(operator)
+    dense = torch.full(source.shape, torch.nan, dtype=source.dtype)
+    for tile in source.all_tiles(size):
+        dense[..., tile.rows, tile.cols] = tile.block
+    return dense

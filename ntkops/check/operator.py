@@ -13,7 +13,7 @@ from ..arguments import checked
 from ..curvature import GGNOperator
 from ..errors import InputError, NtkopsError
 from ..operators import JacobianOperator, NTKOperator
-from ..operators.counting import row_space
+from ..operators.capabilities import capabilities
 from ..results import Check, CheckReport
 from ..vectors import resolve_generator
 from ._derivative import derivative_checks
@@ -62,7 +62,7 @@ def check_operator(
     """
     if not isinstance(operator, LinearOperator | Tensor) or operator.dim() < 2:
         raise InputError(f"expected a LinearOperator or a matrix, got {type(operator).__name__}")
-    if row_space(operator).is_spread:
+    if capabilities(operator).space.is_spread:
         raise InputError(
             "the rows of the operator lie on several ranks, and products are compared entry by entry: check "
             "the kernel of this rank's samples alone, ntkops.ntk(model, shard)"

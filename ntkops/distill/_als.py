@@ -9,7 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..operators.counting import multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..solvers import rpcholesky
 from ..vectors import Space
 from ._kernels import columns_of, diagonal_of
@@ -93,7 +93,7 @@ class _Turns:
         mean = class_mean(kernels)
         diagonal = diagonal_of(mean)
         self._kernels, self._scale = kernels, float(diagonal.mean())
-        self.space: Space = row_space(kernels)
+        self.space: Space = capabilities(kernels).space
         self._ridge = ridge / self._scale
         length = float(labels.square().sum()) ** 0.5
         self._rhs = (labels / (length or 1.0)).mT.unsqueeze(-1)  # (C, m, 1)
@@ -162,7 +162,7 @@ def _preconditioner(
     mean: LinearOperator, diagonal: Tensor, scale: float, ridge: float, generator: torch.Generator
 ) -> Inverse:
     """Return an approximate inverse of K (K + r) for the mean kernel K, divided by its scale."""
-    space, dtype = row_space(mean), mean.dtype
+    space, dtype = capabilities(mean).space, mean.dtype
     found = rpcholesky(
         lambda chosen: columns_of(mean, chosen) / scale,
         (diagonal / scale).to(dtype),

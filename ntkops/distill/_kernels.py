@@ -10,8 +10,7 @@ from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.counting import multiply
-from ..operators.structure import dense_from_tiles, structure
+from ..operators.capabilities import capabilities, dense_from_tiles, multiply
 from ..regression._operands import read_kernel
 from ._limits import require_room
 from ._stack import StackedOperator
@@ -85,7 +84,7 @@ def diagonal_of(kernel: LinearOperator) -> Tensor:
         NonFiniteError: If an entry is not finite.
     """
     with torch.no_grad():
-        found = structure(kernel).diagonal().double()
+        found = capabilities(kernel).diagonal().double()
     if not bool(torch.isfinite(found).all()):
         row = int((~torch.isfinite(found)).nonzero()[0][-1])
         raise NonFiniteError(f"the diagonal of the kernel is NaN or infinite in row {row}: drop that sample")
@@ -108,7 +107,7 @@ def dense_of(kernel: LinearOperator, why: str) -> Tensor:
     """
     require_room(kernel, why)
     with torch.no_grad():
-        dense = dense_from_tiles(structure(kernel)).double()
+        dense = dense_from_tiles(kernel).double()
     if not bool(torch.isfinite(dense).all()):
         row, column = (~torch.isfinite(dense)).nonzero()[0].tolist()
         raise NonFiniteError(f"the kernel is NaN or infinite at ({row}, {column}): drop that sample")

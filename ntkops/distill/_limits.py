@@ -6,7 +6,7 @@ from linear_operator.operators import LinearOperator
 
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError
-from ..operators.structure import dense_bytes_allowed
+from ..operators.capabilities import dense_bytes_allowed
 
 __all__ = ["require_room"]
 

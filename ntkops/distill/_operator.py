@@ -10,9 +10,15 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, ShapeError
-from ..operators.counting import product_cost, row_space
+from ..operators.capabilities import (
+    Capabilities,
+    Factors,
+    Tile,
+    capabilities,
+    dense_bytes_allowed,
+    tile_slices,
+)
 from ..operators.dense import DenseFallbacks
-from ..operators.structure import Factors, Tile, dense_bytes_allowed, structure, tile_slices
 from ..vectors import Space
 from ._limits import require_room
 from ._stack import apply
@@ -22,7 +28,7 @@ __all__ = ["DistilledOperator"]
 _WIDTH = 64  # columns of K R that are made at a time
 
 
-class DistilledOperator(DenseFallbacks, LinearOperator):
+class DistilledOperator(DenseFallbacks, LinearOperator, Capabilities):
     """Lᵀ K R, where either side may be missing.
 
     Args:
@@ -52,25 +58,51 @@ class DistilledOperator(DenseFallbacks, LinearOperator):
         return dense_bytes_allowed(self._base)
 
     @property
-    def symmetric(self) -> bool:
+    def symmetric(self) -> bool:  # type: ignore[override]
         """Whether this is Uᵀ K U of a symmetric K."""
         left, right = self._left, self._right
         if left is None or right is None or left.shape != right.shape:
             return False
         same = left.data_ptr() == right.data_ptr() and left.stride() == right.stride()
-        return same and structure(self._base).symmetric
+        return same and bool(capabilities(self._base).symmetric)
 
     @property
     def space(self) -> Space:
         """The space of the rows."""
         if self._left is None:
-            return row_space(self._base)
+            space: Space = capabilities(self._base).space
+            return space
         return Space(self.shape[-2], self.dtype, self._left.device)
 
-    @property
-    def structure(self) -> Any:
-        """What the operator can do beyond products; see `ntkops.operators.structure`."""
-        return _DistilledStructure(self)
+    # tiles: narrow results by products, factors Lᵀ F of K = F Gᵀ
+
+    def tile_size(self) -> int:
+        return max(1, min(512, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        size = size or self.tile_size()
+        if self._right is None:  # few rows, many columns
+            for tile in capabilities(self.mT).tiles(size):
+                yield Tile(tile.cols, tile.rows, tile.block.mT)
+            return
+        parts = [self.columns(part) for part in tile_slices(self.shape[-1], _WIDTH)]
+        narrow = torch.cat(parts, dim=-1)  # (*batch, rows, t)
+        for rows in tile_slices(self.shape[-2], size):
+            for cols in tile_slices(self.shape[-1], size):
+                if not self.symmetric or cols.start >= rows.start:
+                    yield Tile(rows, cols, narrow[..., rows, cols])
+
+    def exact_cost(self, quantity: str) -> float:
+        return float(self.shape[-1] * capabilities(self._base).product_cost())
+
+    def factors(self) -> Factors | None:
+        found = capabilities(self._base).factors()
+        if found is None:
+            return None
+        left = DistilledOperator.between(found[0], self._left, None)
+        if self.symmetric:
+            return left, left
+        return left, DistilledOperator.between(found[1], self._right, None)
 
     # products
 
@@ -180,52 +212,3 @@ class DistilledOperator(DenseFallbacks, LinearOperator):
         if tuple(batch_shape) == tuple(self.batch_shape):
             return self
         return self.between(self._base._expand_batch(batch_shape), self._left, self._right)
-
-
-class _DistilledStructure:
-    """The structure protocol for Lᵀ K R: narrow results by products, factors Lᵀ F of K = F Gᵀ."""
-
-    def __init__(self, operator: DistilledOperator) -> None:
-        self._operator = operator
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, torch.device(operator.device)
-        self.symmetric = operator.symmetric
-
-    @property
-    def space(self) -> Space:
-        return self._operator.space
-
-    def diagonal(self) -> Tensor:
-        return self._operator._diagonal()
-
-    def tile_size(self) -> int:
-        return max(1, min(512, max(self.shape[-2:])))
-
-    def tiles(self, size: int | None = None) -> Iterator[Tile]:
-        size = size or self.tile_size()
-        operator = self._operator
-        if operator._right is None:  # few rows, many columns
-            for tile in structure(operator.mT).tiles(size):
-                yield Tile(tile.cols, tile.rows, tile.block.mT)
-            return
-        parts = [operator.columns(part) for part in tile_slices(self.shape[-1], _WIDTH)]
-        narrow = torch.cat(parts, dim=-1)  # (*batch, rows, t)
-        for rows in tile_slices(self.shape[-2], size):
-            for cols in tile_slices(self.shape[-1], size):
-                if not self.symmetric or cols.start >= rows.start:
-                    yield Tile(rows, cols, narrow[..., rows, cols])
-
-    def exact_cost(self, quantity: str) -> float:
-        return float(self.shape[-1] * product_cost(self._operator._base))
-
-    def factors(self) -> Factors | None:
-        operator = self._operator
-        found = structure(operator._base).factors()
-        if found is None:
-            return None
-        left = DistilledOperator.between(found[0], operator._left, None)
-        if self.symmetric:
-            return left, left
-        return left, DistilledOperator.between(found[1], operator._right, None)
-
-    def sample_gram(self, probes: Tensor) -> None:
-        return None

@@ -9,16 +9,23 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..operators.counting import multiply, row_space
+from ..operators.capabilities import (
+    Capabilities,
+    Factors,
+    Tile,
+    capabilities,
+    dense_bytes_allowed,
+    dense_from_tiles,
+    multiply,
+)
 from ..operators.dense import DenseFallbacks
-from ..operators.structure import Factors, Tile, dense_bytes_allowed, dense_from_tiles, structure
 from ..vectors import Space
 from ._limits import require_room
 
 __all__ = ["MeanOperator", "StackedOperator"]
 
 
-class StackedOperator(DenseFallbacks, LinearOperator):
+class StackedOperator(DenseFallbacks, LinearOperator, Capabilities):
     """Operators of one shape as a batch ``(C, n, m)``.
 
     Args:
@@ -42,12 +49,44 @@ class StackedOperator(DenseFallbacks, LinearOperator):
     @property
     def space(self) -> Space:
         """The space of the rows."""
-        return row_space(self._parts[0])
+        space: Space = capabilities(self._parts[0]).space
+        return space
+
+    # what the operators can do, one beside the other
 
     @property
-    def structure(self) -> Any:
-        """What the operators can do beyond products; see `ntkops.operators.structure`."""
-        return _StackedStructure(self)
+    def _each(self) -> list[Capabilities]:
+        return [capabilities(part) for part in self._parts]
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether all of them are."""
+        return all(part.symmetric for part in self._each)
+
+    def tile_size(self) -> int:
+        """Return the smallest of theirs."""
+        return min(part.tile_size() for part in self._each)
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield their tiles; of one that is symmetric beside others that are not, those of both triangles."""
+        size, symmetric = size or self.tile_size(), self.symmetric
+        groups = (part.tiles(size) if symmetric else part.all_tiles(size) for part in self._each)
+        for group in zip(*groups, strict=True):
+            yield Tile(group[0].rows, group[0].cols, torch.stack([tile.block for tile in group]))
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes of all of them."""
+        both = quantity == "tiles" and not self.symmetric
+        return sum(part.exact_cost(quantity) * (2 if both and part.symmetric else 1) for part in self._each)
+
+    def factors(self) -> Factors | None:
+        """Return factors of all of them, where they are of one shape."""
+        found = [part.factors() for part in self._each]
+        pairs = [pair for pair in found if pair is not None]
+        if len(pairs) < len(found) or len({(a.shape, b.shape) for a, b in pairs}) > 1:
+            return None
+        left = StackedOperator(*(a for a, _ in pairs))
+        return left, left if self.symmetric else StackedOperator(*(b for _, b in pairs))
 
     def _size(self) -> torch.Size:
         return torch.Size((len(self._parts), *self._parts[0].shape))
@@ -80,7 +119,7 @@ class StackedOperator(DenseFallbacks, LinearOperator):
         return values.reshape(shape)
 
     def _diagonal(self) -> Tensor:
-        return torch.stack([structure(part).diagonal() for part in self._parts])
+        return torch.stack([capabilities(part).diagonal() for part in self._parts])
 
     def _expand_batch(self, batch_shape: Any) -> LinearOperator:
         return self if tuple(batch_shape) == tuple(self.batch_shape) else super()._expand_batch(batch_shape)
@@ -90,48 +129,7 @@ class StackedOperator(DenseFallbacks, LinearOperator):
         return torch.stack([part.to_dense() for part in self._parts])
 
 
-class _StackedStructure:
-    """The structure protocol for operators side by side: each is asked."""
-
-    def __init__(self, operator: StackedOperator) -> None:
-        parts = [structure(part) for part in operator.parts]
-        self.symmetric = all(part.symmetric for part in parts)
-        if not self.symmetric:
-            parts = [structure(part, whole=True) for part in operator.parts]
-        self._parts, self._operator = parts, operator
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, parts[0].device
-
-    @property
-    def space(self) -> Space:
-        return self._operator.space
-
-    def tile_size(self) -> int:
-        return min(part.tile_size() for part in self._parts)
-
-    def diagonal(self) -> Tensor:
-        return torch.stack([part.diagonal() for part in self._parts])
-
-    def tiles(self, size: int | None = None) -> Iterator[Tile]:
-        size = size or self.tile_size()
-        for group in zip(*(part.tiles(size) for part in self._parts), strict=True):
-            yield Tile(group[0].rows, group[0].cols, torch.stack([tile.block for tile in group]))
-
-    def exact_cost(self, quantity: str) -> float:
-        return sum(part.exact_cost(quantity) for part in self._parts)
-
-    def factors(self) -> Factors | None:
-        found = [part.factors() for part in self._parts]
-        pairs = [pair for pair in found if pair is not None]
-        if len(pairs) < len(found) or len({(a.shape, b.shape) for a, b in pairs}) > 1:
-            return None
-        left = StackedOperator(*(a for a, _ in pairs))
-        return left, left if self.symmetric else StackedOperator(*(b for _, b in pairs))
-
-    def sample_gram(self, probes: Tensor) -> None:
-        return None
-
-
-class MeanOperator(DenseFallbacks, LinearOperator):
+class MeanOperator(DenseFallbacks, LinearOperator, Capabilities):
     r"""The weighted mean :math:`\sum_c w_c K^c` of a batch of kernels.
 
     Args:
@@ -151,12 +149,30 @@ class MeanOperator(DenseFallbacks, LinearOperator):
     @property
     def space(self) -> Space:
         """The space of the rows."""
-        return row_space(self._base)
+        space: Space = capabilities(self._base).space
+        return space
+
+    # what the batch can do, averaged
 
     @property
-    def structure(self) -> Any:
-        """What the mean can do beyond products; see `ntkops.operators.structure`."""
-        return _MeanStructure(self)
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether the batch is."""
+        return bool(capabilities(self._base).symmetric)
+
+    def tile_size(self) -> int:
+        """Return that of the batch."""
+        size: int = capabilities(self._base).tile_size()
+        return size
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield the mean of the batch's tiles."""
+        for tile in capabilities(self._base).tiles(size):
+            yield Tile(tile.rows, tile.cols, self.mean(tile.block))
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return that of the batch."""
+        cost: float = capabilities(self._base).exact_cost(quantity)
+        return cost
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the weighted mean over the first axis of ``(C, ...)``."""
@@ -171,7 +187,7 @@ class MeanOperator(DenseFallbacks, LinearOperator):
         return self.mean(apply(self._base, rhs.expand(self._base.shape[0], *rhs.shape)))
 
     def _transpose_nonbatch(self) -> MeanOperator:
-        return self if structure(self._base).symmetric else MeanOperator(self._base.mT, self._weights)
+        return self if capabilities(self._base).symmetric else MeanOperator(self._base.mT, self._weights)
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         return MeanOperator(self._base._getitem(row_index, col_index, slice(None)), self._weights)
@@ -184,44 +200,12 @@ class MeanOperator(DenseFallbacks, LinearOperator):
         return self.mean(self._base._get_indices(*entries))
 
     def _diagonal(self) -> Tensor:
-        return self.mean(structure(self._base).diagonal())
+        return self.mean(capabilities(self._base).diagonal())
 
     def to_dense(self) -> Tensor:
         """Return the dense mean, guarded by ``max_dense_bytes``."""
         require_room(self)
-        return dense_from_tiles(self.structure)
-
-
-class _MeanStructure:
-    """The structure protocol for a mean: that of the batch, averaged."""
-
-    def __init__(self, operator: MeanOperator) -> None:
-        self._operator, self._base = operator, structure(operator._base)
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, self._base.device
-        self.symmetric = self._base.symmetric
-
-    @property
-    def space(self) -> Space:
-        return self._operator.space
-
-    def tile_size(self) -> int:
-        return self._base.tile_size()
-
-    def diagonal(self) -> Tensor:
-        return self._operator.mean(self._base.diagonal())
-
-    def tiles(self, size: int | None = None) -> Iterator[Tile]:
-        for tile in self._base.tiles(size):
-            yield Tile(tile.rows, tile.cols, self._operator.mean(tile.block))
-
-    def exact_cost(self, quantity: str) -> float:
-        return self._base.exact_cost(quantity)
-
-    def factors(self) -> None:
-        return None
-
-    def sample_gram(self, probes: Tensor) -> None:
-        return None
+        return dense_from_tiles(self)
 
 
 def apply(operator: LinearOperator, block: Tensor) -> Tensor:

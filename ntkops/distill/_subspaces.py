@@ -6,7 +6,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..operators.counting import multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..regression import KernelRidge
 from ..regression._operands import Layout
 from ..vectors import Space
@@ -31,7 +31,7 @@ def krylov_basis(
     Returns:
         ``(m, size)``, and the number of random directions among them.
     """
-    space = row_space(kernel)
+    space = capabilities(kernel).space
     basis = start[:, :0]
     block, drawn = _outside(space, basis, start), 0
     while True:
@@ -107,7 +107,7 @@ def leading_combinations(kernel: LinearOperator, duals: Tensor, ridge: float, co
     Returns:
         ``(m, s)`` orthonormal columns; fewer where A has a lower rank.
     """
-    space = row_space(kernel)
+    space = capabilities(kernel).space
     images = multiply(kernel, duals)
     gram = space.inner(images, images) + ridge * space.inner(duals, images)
     _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)

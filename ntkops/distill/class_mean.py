@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..operators.axes import StateAxis
 from ..operators.base import EngineOperator
-from ..operators.structure import structure
+from ..operators.capabilities import capabilities
 from ._kernels import Kernels, read_kernels
 from ._stack import MeanOperator
 
@@ -73,7 +73,7 @@ def _weights(kernels: LinearOperator, weights: Any) -> Tensor:
         if weights != "trace":
             raise InputError(f"weights={weights!r}: None, 'trace', or a number for each class")
         with torch.no_grad():
-            traces = structure(kernels).diagonal().double().sum(-1)
+            traces = capabilities(kernels).diagonal().double().sum(-1)
         if not bool((traces > 0).all()):
             number = int((traces <= 0).nonzero()[0])
             raise ZeroKernelError(f"the kernel of class {number} has trace {float(traces[number]):.3g}")

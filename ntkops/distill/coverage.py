@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..errors import DtypeError, InputError, ShapeError, SingularKernelError, ZeroKernelError
-from ..operators.counting import multiply
-from ..operators.structure import structure
+from ..operators.capabilities import capabilities, multiply
 from ._kernels import Kernels, read_square
 from .distilled import Distilled
 
@@ -116,7 +115,7 @@ def _energies(
     block = torch.cat([U, one.expand(*U.shape[:-2], size, 1)], dim=-1) if centred else U
     products = multiply(kernel, block.expand(*batch, *block.shape[-2:]).contiguous()).double()
     with torch.no_grad():
-        total = structure(kernel).diagonal().double().sum(-1)
+        total = capabilities(kernel).diagonal().double().sum(-1)
     if centred:
         total = total - products[..., -1].sum(-1) / size
         products = products[..., :-1]

@@ -11,7 +11,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, OutOfRangeError, ShapeError
-from ..operators.structure import structure
+from ..operators.capabilities import capabilities
 from ..regression._operands import read_labels
 from ..results import DistillationInfo
 from ..results.html import facts_html
@@ -105,7 +105,7 @@ class Distilled:
         """
         kernel = read_square(K)
         U, indices = _read_coefficients(U, kernel)
-        factors = structure(kernel).factors()
+        factors = capabilities(kernel).factors()
         features = None
         if factors is not None:
             if indices is None:

@@ -16,7 +16,7 @@ from ..arguments import checked
 from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ..operators import NTKOperator
 from ..operators._inducing import induce
-from ..operators.structure import structure
+from ..operators.capabilities import capabilities
 from ..regression._operands import Layout, read_labels
 from ..results import InducingPoints
 from ._descent import Options, Record, descend, resolve_run
@@ -255,7 +255,7 @@ def _objective(
     choice: _Choice, scene: Scene, indices: Tensor | None, z: Tensor, generator: torch.Generator
 ) -> EnergyObjective | RegressionObjective:
     kernel, width = scene.kernel, scene.rows.outputs.shape[-1]
-    diagonal = structure(kernel).diagonal().detach().double()
+    diagonal = capabilities(kernel).diagonal().detach().double()
     if not float(diagonal.sum()) > 0:
         raise ZeroKernelError("the kernel is zero: no inducing points are better than others")
     rounding = _ROUNDINGS * torch.finfo(kernel.dtype).eps * len(z) * width

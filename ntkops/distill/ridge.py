@@ -15,7 +15,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..errors import DtypeError, SingularKernelError
-from ..operators.counting import multiply
+from ..operators.capabilities import multiply
 from ..regression import KernelRidge
 from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange

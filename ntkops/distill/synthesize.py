@@ -14,8 +14,7 @@ from ..arguments import checked
 from ..errors import InputError
 from ..estimators import eigsh
 from ..estimators._request import checked_generator
-from ..operators.counting import multiply, row_space
-from ..operators.structure import dense_bytes_allowed
+from ..operators.capabilities import capabilities, dense_bytes_allowed, multiply
 from ..regression._operands import Layout, read_labels, read_ridges
 from ._als import alternate
 from ._kernel_kmeans import kernel_kmeans, means
@@ -215,7 +214,7 @@ def _galerkin(task: _Task) -> _Made:
     if task.count < duals.shape[-1]:
         return _Made(leading_combinations(mean, duals, ridge, task.count), details, of_mean=True)
     # All of them are kept: a class with small coefficients is not to pass for rounding.
-    lengths = row_space(mean).sum_squares(duals).sqrt()
+    lengths = capabilities(mean).space.sum_squares(duals).sqrt()
     scaled = duals / torch.where(lengths > 0, lengths, torch.ones_like(lengths)).to(duals.dtype)
     U, drawn = krylov_basis(mean, scaled, task.count, task.generator)
     return _Made(U, {**details, "random_directions": drawn}, of_mean=task.count > duals.shape[-1])

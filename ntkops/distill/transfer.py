@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..errors import InputError
-from ..operators.counting import multiply
+from ..operators.capabilities import multiply
 from ..regression import KernelRidge
 from ..regression.metrics import accuracy
 from ..results import VarianceTransfer

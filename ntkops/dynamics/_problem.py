@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, OutOfRangeError, ShapeError
-from ..operators.counting import column_space, multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..regression._operands import (
     Kernel,
     Layout,
@@ -180,8 +180,8 @@ def read_problem(K: Any, Y: Any, offset: Any, *, classes: bool = False) -> Probl
         NonFiniteError: If one of them holds NaN or infinity.
     """
     K = read_kernel(K)
-    space = row_space(K)
-    if not space.matches(column_space(K)):
+    space = capabilities(K).space
+    if not space.matches(capabilities(K).domain):
         raise ShapeError(
             f"training takes the square kernel of the training samples, this one is {tuple(K.shape)}; cross "
             "kernels go to predict"
@@ -252,18 +252,18 @@ def one_hot(Y: Any, K: Kernel, offset: Any) -> Tensor:
         return Y
     if Y.dim() != 1:
         raise InputError(f"class numbers need shape (N,), got {tuple(Y.shape)}")
-    samples = sum(row_space(K).share(len(Y)))
+    samples = sum(capabilities(K).space.share(len(Y)))
     if len(K.shape) == 3:
         classes = K.shape[0]
-    elif row_space(K).size % samples == 0 and row_space(K).size > samples:
-        classes = row_space(K).size // samples
+    elif capabilities(K).space.size % samples == 0 and capabilities(K).space.size > samples:
+        classes = capabilities(K).space.size // samples
     elif isinstance(offset, Tensor) and offset.dim():
         classes = offset.shape[-1]
     else:
         raise InputError(
-            f"{samples} class numbers beside a kernel of {row_space(K).size} rows do not tell how many "
-            "classes there are: pass probabilities, torch.nn.functional.one_hot(Y).to(K.dtype), or a kernel "
-            "over all outputs"
+            f"{samples} class numbers beside a kernel of {capabilities(K).space.size} rows do not tell "
+            "how many classes there are: pass probabilities, torch.nn.functional.one_hot(Y).to(K.dtype), or "
+            "a kernel over all outputs"
         )
     if len(Y) and not 0 <= int(Y.min()) <= int(Y.max()) < classes:
         raise OutOfRangeError(f"classes go from 0 to {classes - 1}, the labels from {Y.min()} to {Y.max()}")

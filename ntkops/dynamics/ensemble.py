@@ -14,8 +14,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import DenseMemoryError, DtypeError, InputError, ShapeError, UnsupportedOperationError
 from ..operators import Sandwich, sandwich
-from ..operators.counting import multiply
-from ..operators.structure import structure
+from ..operators.capabilities import capabilities, multiply
 from ..regression._operands import Kernel, dense_of, is_spread, may_be_dense
 from ..vectors import resolve_generator
 from ._filters import Filter
@@ -200,7 +199,7 @@ def _root(prior: Kernel) -> Kernel:
         DenseMemoryError: If it has none and may not be dense.
         InputError: If it is not positive semidefinite.
     """
-    known = structure(prior)
+    known = capabilities(prior)
     factors = known.factors() if known.symmetric else None
     if factors is not None:
         return factors[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError, ZeroKernelError
 from ..estimators import eigsh
-from ..operators.counting import row_space
+from ..operators.capabilities import capabilities
 from ..regression._operands import read_kernel
 from ..results import Eigenpairs, Estimate
 
@@ -93,7 +93,7 @@ def max_learning_rate(
         raise ZeroKernelError(
             "the largest eigenvalue of the kernel is not positive: no learning rate diverges"
         )
-    rows = row_space(K).size
+    rows = capabilities(K).space.size
     samples = rows / num_targets if loss == "cross_entropy" and K.dim() == 2 else rows
     factor = 4 * samples if loss == "cross_entropy" else rows * K.shape[:-2].numel() * num_targets
     value = (1 + momentum) * factor / largest

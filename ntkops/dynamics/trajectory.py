@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, ShapeError
-from ..operators.counting import row_space
+from ..operators.capabilities import capabilities
 from ..regression._operands import read_kernel, require_finite
 from ..regression._parameter_space import ParameterChange
 from ..regression._rounding import precise_product
@@ -193,7 +193,7 @@ class Trajectory:
     def _read_cross(self, K_cross: Any) -> Any:
         problem = self._problem
         cross = read_kernel(K_cross, "the cross kernel", problem.dtype)
-        if not row_space(cross).is_spread:
+        if not capabilities(cross).space.is_spread:
             problem.layout.check_rows(cross.shape, problem.K.shape[-1])
         if cross.dtype != problem.dtype:
             raise DtypeError(

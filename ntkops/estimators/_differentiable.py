@@ -37,7 +37,7 @@ from torch import Tensor
 from ..engines import count_passes
 from ..errors import InputError, UnsupportedOperationError, ZeroKernelError
 from ..operators.base import EngineOperator
-from ..operators.structure import tile_slices
+from ..operators.capabilities import tile_slices
 from ..results import Estimate
 from ._quantities import ALIGNMENT, FROBENIUS_NORM, Inner, Quantity, exact_cost, exact_moments
 from ._request import Operand, Request, operands
@@ -320,13 +320,13 @@ def _diagonal_terms(operand: Operand) -> list[Term]:
     def term(rows: slice) -> Term:
         return lambda operators: diagonal_part(operators[0], rows).double().sum(-1, keepdim=True)
 
-    return [term(rows) for rows in tile_slices(operand.shape[-1], operand.structure.tile_size())]
+    return [term(rows) for rows in tile_slices(operand.shape[-1], operand.capabilities.tile_size())]
 
 
 def _tile_terms(quantity: Quantity, given: Sequence[Operand]) -> list[Term]:
-    structures = [operand.structure for operand in given]
-    symmetric = all(structure.symmetric for structure in structures)
-    size = min(structure.tile_size() for structure in structures)
+    sources = [operand.capabilities for operand in given]
+    symmetric = all(source.symmetric for source in sources)
+    size = min(source.tile_size() for source in sources)
     shape = given[0].shape
 
     def term(rows: slice, cols: slice) -> Term:
@@ -412,7 +412,7 @@ def _probes(
     width = min(columns // (1 + 2 * len(given)), space.size // len(given))
     parts, drawn = [], {}
     for operand in given:
-        straight = operand.structure.symmetric or operand.is_square and len(given) == 1
+        straight = operand.capabilities.symmetric or operand.is_square and len(given) == 1
         if straight not in drawn:
             drawn[straight] = draw(space if straight else operand.rows, width)
         parts.append(operand.multiply(drawn[True]) if straight else operand.pull(drawn[False]))

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators.structure import tile_slices
+from ..operators.capabilities import tile_slices
 
 __all__ = ["Invariants", "RootOfSquare"]
 

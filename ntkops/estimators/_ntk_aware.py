@@ -38,7 +38,7 @@ class NtkAware(TwoSided):
 
     def __init__(self, quantity: Quantity, operands: Sequence[Operand], generator: torch.Generator) -> None:
         self._factors = [factors_of(operand)[0] for operand in operands]
-        if not all(operand.structure.symmetric for operand in operands):
+        if not all(operand.capabilities.symmetric for operand in operands):
             raise UnsupportedOperationError(
                 "method='ntk-hutch++' needs a symmetric kernel J Jᵀ; use method='hutch++'"
             )

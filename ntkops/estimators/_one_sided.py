@@ -26,14 +26,14 @@ def factors_of(operand: Operand) -> tuple[Operand, Operand]:
     Raises:
         UnsupportedOperationError: If the operator does not know its factors.
     """
-    found = operand.structure.factors()
+    found = operand.capabilities.factors()
     if found is None:
         raise UnsupportedOperationError(
             f"one-sided estimators need the factors of K = L Rᵀ, and {type(operand.operator).__name__} has "
             "none; use method='hutch++' or 'hutchinson', or estimate the terms of a sum one by one"
         )
     left = Operand(found[0])
-    return left, left if operand.structure.symmetric or found[1] is found[0] else Operand(found[1])
+    return left, left if operand.capabilities.symmetric or found[1] is found[0] else Operand(found[1])
 
 
 class OneSidedTrace:

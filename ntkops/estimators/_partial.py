@@ -11,7 +11,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import InputError, OutOfRangeError, ShapeError
-from ..operators.structure import tile_slices
+from ..operators.capabilities import tile_slices
 from ._request import Operand, require_finite
 from ._statistics import Summary
 from ._stratified import FrameMoments, extend_frames
@@ -257,7 +257,7 @@ class SharedProbes:
         cotangents = torch.zeros((rows.shape[1], outputs), dtype=torch.float64)
         cotangents.scatter_(1, rows.T, probe.expand(rows.shape[1], -1))
         cotangents = cotangents.to(dtype=self._operand.dtype, device=self._operand.device)
-        gram = self._operand.structure.sample_gram(cotangents.expand(count, -1, -1))
+        gram = self._operand.capabilities.sample_gram(cotangents.expand(count, -1, -1))
         assert gram is not None
         return require_finite(gram, "the partial trace").double().flatten(2).flatten(0, 1)
 

@@ -146,7 +146,7 @@ class ScalarPlan:
 
 def _is_gram(operand: Operand) -> bool:
     """Whether an operator is known to be J Jᵀ, and so positive semidefinite."""
-    return operand.structure.symmetric and operand.structure.factors() is not None
+    return operand.capabilities.symmetric and operand.capabilities.factors() is not None
 
 
 def _two_sided(name: str) -> Callable[[ScalarPlan, torch.Generator], Sampler]:

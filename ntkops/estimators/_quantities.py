@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ZeroKernelError
-from ..operators.structure import diagonal_parts, diagonal_step, later_tiles, paired_tiles, tile_count
+from ..operators.capabilities import paired_tiles, tile_count
 from ._exact import ExactWork, Terms
 from ._request import Operand, require_finite
 from ._statistics import Combination
@@ -143,7 +143,7 @@ EFFECTIVE_RANK = Quantity(
 def exact_cost(quantity: Quantity, operands: Sequence[Operand]) -> float:
     """Return the passes that the exact moments take."""
     what = "tiles" if quantity.needs_pairs else "diagonal"
-    return float(sum(operand.structure.exact_cost(what) for operand in operands))
+    return float(sum(operand.capabilities.exact_cost(what) for operand in operands))
 
 
 def exact_moments(quantity: Quantity, operands: Sequence[Operand], work: ExactWork | None = None) -> Tensor:
@@ -170,7 +170,7 @@ def exact_moments(quantity: Quantity, operands: Sequence[Operand], work: ExactWo
 
 
 def _diagonal_step(operands: Sequence[Operand]) -> int:
-    return diagonal_step(operands[0].structure)
+    return operands[0].capabilities.diagonal_step()
 
 
 def _rows(operands: Sequence[Operand], size: int) -> int:
@@ -181,9 +181,9 @@ def _sums_of_diagonal(operands: Sequence[Operand], size: int, done: int) -> Gene
     """Yield the sums over parts of the rows, of those that this process holds."""
     if operands[0].rows.is_spread:  # other processes have other numbers of rows
         if not done:
-            yield 1, operands[0].structure.diagonal().double().sum(-1, keepdim=True)
+            yield 1, operands[0].capabilities.diagonal().double().sum(-1, keepdim=True)
         return
-    for rows, part in diagonal_parts(operands[0].structure, size, done):
+    for rows, part in operands[0].capabilities.diagonal_parts(size, done):
         yield rows.stop, part.double().sum(-1, keepdim=True)
 
 
@@ -194,13 +194,13 @@ def _tile_terms(quantity: Quantity) -> Terms:
     """Return the sums over single tiles as terms."""
 
     def size(operands: Sequence[Operand]) -> int:
-        return min(operand.structure.tile_size() for operand in operands)
+        return min(operand.capabilities.tile_size() for operand in operands)
 
     def count(operands: Sequence[Operand], size: int) -> int | None:
         first = operands[0]
         if first.rows.length != first.rows.size:  # other processes have tiles, too
             return None
-        return tile_count(first.structure, operands[-1].structure, size)
+        return tile_count(first.capabilities, operands[-1].capabilities, size)
 
     def after(operands: Sequence[Operand], size: int, done: int) -> Generator[tuple[int, Tensor]]:
         for blocks, on_diagonal, mirrored in _tiles(operands, size, done):
@@ -214,13 +214,13 @@ def _tiles(
     operands: Sequence[Operand], size: int, done: int
 ) -> Iterator[tuple[tuple[Tensor, ...], bool, bool]]:
     """Yield blocks in float64, whether they lie on the diagonal, and whether they stand for two."""
-    first, last = operands[0].structure, operands[-1].structure
+    first, last = operands[0].capabilities, operands[-1].capabilities
     if len(operands) > 1:
         for one, other, mirrored in paired_tiles(first, last, size, done):
             blocks = one.block.double(), other.block.double()
             yield blocks, one.rows.start == one.cols.start, mirrored
         return
-    for tile in later_tiles(first, size, done):
+    for tile in first.tiles_after(size, done):
         on_diagonal = tile.rows.start == tile.cols.start
         yield (tile.block.double(),), on_diagonal, first.symmetric and not on_diagonal
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..engines import spare_passes
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.counting import cache_cost, column_space, multiply, product_cost, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..operators.sandwich import smaller_side
-from ..operators.structure import Structure, structure
 from ..vectors import Space, resolve_generator
 
 __all__ = ["Operand", "Request", "operands", "require_finite", "spectral_operand"]
@@ -154,13 +153,13 @@ class Operand:
             )
         if not operator.dtype.is_floating_point:
             raise DtypeError(f"expected a real floating dtype, got {operator.dtype}; cast the operator first")
-        self.structure: Structure = structure(operator)
+        self.capabilities = capabilities(operator)  # its `Capabilities`
         self.shape: torch.Size = operator.shape
         self.batch_shape: torch.Size = operator.shape[:-2]
         self.dtype: torch.dtype = operator.dtype
-        self.device = self.structure.device
-        self.cost: int = product_cost(operator)
-        self.cache_cost: float = cache_cost(operator)
+        self.device = self.capabilities.device
+        self.cost: int = capabilities(operator).product_cost()
+        self.cache_cost: float = capabilities(operator).cache_cost()
 
     @property
     def size(self) -> int:
@@ -170,12 +169,12 @@ class Operand:
     @property
     def rows(self) -> Space:
         """The space of its rows."""
-        return row_space(self.operator)
+        return capabilities(self.operator).space
 
     @property
     def columns(self) -> Space:
         """The space of its columns: of the vectors that it multiplies."""
-        return column_space(self.operator)
+        return capabilities(self.operator).domain
 
     def multiply(self, block: Tensor) -> Tensor:
         """Return K V for ``(*batch, m, k)``, counted and finite."""
@@ -231,7 +230,7 @@ def spectral_operand(operator: LinearOperator | Tensor, method: str) -> list[Ope
     has a name, since that is a way on this side.
     """
     (found,) = operands(operator)
-    stays = hasattr(found.structure, "sample_shape") or method not in ("auto", "exact")
+    stays = found.capabilities.of_samples or method not in ("auto", "exact")
     other = None if stays else smaller_side(operator)
     return [found] if other is None else operands(other)
 

@@ -147,8 +147,8 @@ class SketchCore:
 
 
 def _side(operand: Operand, empty: Tensor) -> _Factored | _Multiplied:
-    found = operand.structure.factors()
-    if found is not None and operand.structure.symmetric:
+    found = operand.capabilities.factors()
+    if found is not None and operand.capabilities.symmetric:
         return _Factored(Operand(found[0]), empty)
     return _Multiplied(operand, empty)
 

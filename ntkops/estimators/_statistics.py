@@ -42,7 +42,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..operators.structure import tile_slices
+from ..operators.capabilities import tile_slices
 
 __all__ = [
     "Combination",

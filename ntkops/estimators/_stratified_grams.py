@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engines.passes import SharedPasses
 from ..errors import InputError, UnsupportedOperationError
-from ..operators.structure import tile_slices
+from ..operators.capabilities import capabilities, tile_slices
 from ._request import Operand, require_finite
 
 __all__ = ["SampleGrams", "Strata", "gram_passes", "sample_grams"]
@@ -39,7 +39,7 @@ class Strata:
     @classmethod
     def of(cls, operands: Sequence[Operand]) -> Strata | None:
         """Return the strata of some operands, or None where there are none."""
-        shapes = {getattr(operand.structure, "sample_shape", None) for operand in operands}
+        shapes = {operand.capabilities.sample_shape for operand in operands}
         shape = shapes.pop()
         return None if shape is None or shapes else cls(tuple(operands), *shape)
 
@@ -52,7 +52,7 @@ class Strata:
             UnsupportedOperationError: If an operand is not a kernel over all outputs of its samples.
         """
         for operand in operands:
-            if getattr(operand.structure, "sample_shape", None) is None:
+            if operand.capabilities.sample_shape is None:
                 raise UnsupportedOperationError(
                     f"method='stratified' draws probes sample by sample, so {what} must be that of a square "
                     "kernel over all outputs of its samples, ntkops.ntk(model, x), and not of a part, a sum "
@@ -61,7 +61,7 @@ class Strata:
                 )
         found = cls.of(operands)
         if found is None:
-            shapes = [operand.structure.sample_shape for operand in operands]  # type: ignore[attr-defined]
+            shapes = [operand.capabilities.sample_shape for operand in operands]
             raise InputError(
                 f"the kernels have {shapes[0]} and {shapes[1]} samples and outputs: shared probes need the "
                 "same of both"
@@ -72,7 +72,7 @@ class Strata:
     def layered(self) -> bool:
         """Whether layer structure makes a per-sample pass as cheap as a backward pass."""
         for operand in self.operands:
-            agreed = getattr(operand.structure, "layered", None)
+            agreed = operand.capabilities.layered
             if agreed is not None:
                 if not agreed:
                     return False
@@ -96,7 +96,7 @@ class Strata:
         operand = self.operands[position]
         operator: Any = operand.operator if kernel is None else kernel
         probes = frames.mT.to(dtype=operand.dtype, device=operand.device)
-        found = operator.structure.sample_gram(probes.contiguous())
+        found = capabilities(operator).sample_gram(probes.contiguous())
         return require_finite(found, "the Gram matrix of per-sample gradients").double()
 
     def own(self, position: int, frames: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -106,7 +106,7 @@ class Strata:
         is read once.
         """
         size = max(1, math.isqrt(_ENTRIES // 8) // frames.shape[-1])
-        source: Any = self.operands[position].structure
+        source: Any = self.operands[position].capabilities
         space = self.operands[position].rows
         if space.is_spread:
             for part, kernel in source.sample_parts(size):
@@ -121,7 +121,7 @@ class Strata:
 
     def pair_reader(self) -> Callable[[slice, slice], list[Any]]:
         """Return what gives the kernels over two parts of the samples, to be asked for row after row."""
-        sources: list[Any] = [operand.structure for operand in self.operands]
+        sources: list[Any] = [operand.capabilities for operand in self.operands]
         readers = [source.sample_reader() for source in sources]
         return lambda one, other: [reader(one, other) for reader in readers]
 
@@ -216,7 +216,7 @@ def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[
 def _spread_tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Yield what `_tiles` does for samples over several processes: to each of them, an equal share."""
     size, space = _part(frames.shape[-1]), strata.operands[0].rows
-    sources: list[Any] = [operand.structure for operand in strata.operands]
+    sources: list[Any] = [operand.capabilities for operand in strata.operands]
     for pairs in zip(*(source.sample_pairs(size) for source in sources), strict=True):
         one, other, _ = pairs[0]
         make = partial(_blocks_of, strata, frames, one, other, [kernel for _, _, kernel in pairs])

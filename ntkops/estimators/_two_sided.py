@@ -51,7 +51,7 @@ class TwoSided:
         self._sketched = sketched
         # A square operator that is not symmetric has its trace in its range, its norm in that of Kᵀ.
         self._transposed = [
-            not (op.structure.symmetric or (op.is_square and quantity.needs_square)) for op in operands
+            not (op.capabilities.symmetric or (op.is_square and quantity.needs_square)) for op in operands
         ]
         self._width = 0
         self._basis = self._empty(self._space.length)

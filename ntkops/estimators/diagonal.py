@@ -9,7 +9,6 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
-from ..operators.structure import diagonal_parts, diagonal_step
 from ..results import Estimate
 from ..vectors import Space
 from ._driver import Sampler, run
@@ -88,12 +87,12 @@ class _Plan:
         self.eps = torch.finfo(operand.dtype).eps
 
     def exact_cost(self) -> float:
-        return float(self._operand.structure.exact_cost("diagonal"))
+        return float(self._operand.capabilities.exact_cost("diagonal"))
 
     def exact(self, work: ExactWork) -> Tensor:
-        source = self._operand.structure
+        source = self._operand.capabilities
         whole = torch.empty(self._operand.shape[:-1], dtype=torch.float64, device=self._operand.device)
-        parts = diagonal_parts(source, diagonal_step(source))
+        parts = source.diagonal_parts(source.diagonal_step())
         for rows, part in work.shown(parts, source.shape[-2], "row", length_of):
             whole[..., rows] = part
         return require_finite(whole, self.name)

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -21,7 +22,7 @@ from ..errors import (
     UnsupportedOperationError,
     ZeroKernelError,
 )
-from ..operators.structure import Structure, dense_from_tiles, fits_dense
+from ..operators.capabilities import dense_from_tiles, fits_dense
 from ..results import Eigenpairs
 from ..spectra import Lanczos, RitzPairs
 from ._request import Operand, checked_generator, require_finite
@@ -113,7 +114,7 @@ def eigsh(
     sign = 1.0 if which == "largest" else -1.0
     with torch.no_grad(), count_passes() as tally:
         if max_products is None and _dense_pays(operand, k):
-            parts = _dense_pairs(operand.structure, k, sign)
+            parts = _dense_pairs(operand.capabilities, k, sign)
             method, converged, drawn = "dense", True, None
         else:
             with tqdm(desc="eigsh", unit="product", disable=not progress) as bar:
@@ -167,7 +168,7 @@ def _dense_pays(operand: Operand, k: int) -> bool:
     small = operand.size <= _DENSE or 4 * k >= operand.size
     if not small or not fits_dense(operand.operator):
         return False
-    return operand.structure.exact_cost("tiles") <= 4 * krylov_passes
+    return operand.capabilities.exact_cost("tiles") <= 4 * krylov_passes
 
 
 def members(operand: Operand) -> Iterator[Operand]:
@@ -233,37 +234,37 @@ def _require_symmetric(dense: Tensor) -> None:
         )
 
 
-def symmetric_by_tiles(structure: Structure) -> Tensor:
+def symmetric_by_tiles(source: Any) -> Tensor:
     """Return the dense float64 matrix, put together from tiles.
 
     Raises:
         UnsupportedOperationError: If it is not symmetric.
         NonFiniteError: If it has entries that are not finite.
     """
-    if structure.space.is_spread:
+    if source.space.is_spread:
         raise UnsupportedOperationError(
             "the dense matrix of an operator over a process group is not put together on any rank: use the "
             "iterative method, or one process"
         )
-    dense = require_finite(dense_from_tiles(structure), "the operator")
+    dense = require_finite(dense_from_tiles(source), "the operator")
     _require_symmetric(dense)
     wide = dense.double()
     return (wide + wide.mT) / 2
 
 
-def eigenvalues_by_tiles(structure: Structure) -> Tensor:
+def eigenvalues_by_tiles(source: Any) -> Tensor:
     """Return all eigenvalues ``(*batch, n)``, largest first, in float64."""
-    return torch.linalg.eigvalsh(symmetric_by_tiles(structure)).flip(-1)
+    return torch.linalg.eigvalsh(symmetric_by_tiles(source)).flip(-1)
 
 
-def _dense_pairs(structure: Structure, k: int, sign: float) -> tuple[Tensor, Tensor, Tensor]:
-    dense = symmetric_by_tiles(structure)
+def _dense_pairs(source: Any, k: int, sign: float) -> tuple[Tensor, Tensor, Tensor]:
+    dense = symmetric_by_tiles(source)
     values, vectors = torch.linalg.eigh(dense)
     if sign > 0:
         values, vectors = values.flip(-1), vectors.flip(-1)
     values, vectors = values[..., :k], vectors[..., :k]
     residuals = (dense @ vectors - vectors * values.unsqueeze(-2)).norm(dim=-2)
-    return values, vectors.to(structure.dtype), residuals
+    return values, vectors.to(source.dtype), residuals
 
 
 # -- what is decided by leading eigenvalues and the trace: truncation ranks and redundancies
@@ -294,7 +295,7 @@ def dense_pays(operand: Operand) -> bool:
     """Whether all eigenvalues of the dense matrix cost less than leading ones by products."""
     if operand.size > _DENSE_BY_TILES or not fits_dense(operand.operator):
         return False
-    return operand.structure.exact_cost("tiles") <= 2 * operand.size * max(operand.cost, 1)
+    return operand.capabilities.exact_cost("tiles") <= 2 * operand.size * max(operand.cost, 1)
 
 
 def clamped(values: Tensor) -> Tensor:
@@ -330,9 +331,9 @@ def require_nonzero(total: Tensor) -> None:
 
 def traces(operand: Operand) -> Tensor | None:
     """Return the exact trace of each member of a batch, ``(b,)``, or None where that is too dear."""
-    if operand.structure.exact_cost("diagonal") > _PROBES * operand.cost * 32:
+    if operand.capabilities.exact_cost("diagonal") > _PROBES * operand.cost * 32:
         return None
-    found = require_finite(operand.rows.sum(operand.structure.diagonal()), "the trace").cpu().reshape(-1)
+    found = require_finite(operand.rows.sum(operand.capabilities.diagonal()), "the trace").cpu().reshape(-1)
     require_nonzero(found)
     return found
 

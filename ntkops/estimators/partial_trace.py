@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..engines.passes import SharedPasses
 from ..errors import UnsupportedOperationError
-from ..operators.structure import dense_from_tiles, structure, tile_count
+from ..operators.capabilities import capabilities, dense_from_tiles, tile_count
 from ..results import Estimate
 from ._driver import Sampler, run
 from ._exact import ExactWork, length_of
@@ -154,14 +154,14 @@ class _Plan:
         self.space, self.size = operand.rows, axes.terms
         self.eps = torch.finfo(operand.dtype).eps
         # Blocks of coupled samples come from one graph of all of them.
-        self._over_nodes = axes.over_samples and getattr(operand.structure, "is_coupled", False)
+        self._over_nodes = axes.over_samples and operand.capabilities.is_coupled
         self._traced = self._traced_kernel()
 
     def _traced_kernel(self) -> Any:
         """Return the lazy kernel of ours summed over the traced output axes, or None where there is none."""
-        own: Any = self._operand.structure
+        own: Any = self._operand.capabilities
         known = getattr(self._operand.operator, "num_samples", None) == self._axes.sizes[0]
-        if not known or not hasattr(own, "output_traced") or own.exact_cost("tiles") == 0:
+        if not known or own.exact_cost("tiles") == 0:
             return None
         if self._over_nodes:
             return own.node_blocks(self._axes.rows()) if own.symmetric else None
@@ -172,10 +172,10 @@ class _Plan:
     def exact_cost(self) -> float:
         """Return the passes of the exact value."""
         if self._traced is None:
-            return float(self._operand.structure.exact_cost("tiles"))
+            return float(self._operand.capabilities.exact_cost("tiles"))
         # Over samples, the blocks within them: a pass for each output, as the diagonal takes.
         kind = "diagonal" if self._axes.over_samples else "tiles"
-        return float(structure(self._traced).exact_cost(kind))
+        return float(capabilities(self._traced).exact_cost(kind))
 
     def exact(self, work: ExactWork) -> Tensor:
         """Return the exact entries, ``(*batch, r²)``."""
@@ -184,22 +184,22 @@ class _Plan:
         elif self._axes.over_samples and not self._over_nodes:
             value = self._over_samples(work)
         else:
-            value = dense_from_tiles(structure(self._traced)).double()
+            value = dense_from_tiles(self._traced).double()
         return require_finite(value, self.name).flatten(-2)
 
     def _over_samples(self, work: ExactWork) -> Tensor:
         samples, size = self._axes.sizes[0], self._axes.size
         total = torch.zeros((*self._operand.batch_shape, size, size), dtype=torch.float64)
-        parts = structure(self._traced).sample_parts(max(1, _BLOCK_ROWS // size))  # type: ignore[attr-defined]
+        parts = capabilities(self._traced).sample_parts(max(1, _BLOCK_ROWS // size))
         with SharedPasses(samples) as passes:
             for part, kernel in work.shown(parts, samples, "sample", length_of):
                 with passes.over(part.stop - part.start):
-                    dense = dense_from_tiles(structure(kernel))
+                    dense = dense_from_tiles(kernel)
                 total += _own_blocks(dense, size)
         return total
 
     def _from_tiles(self, work: ExactWork) -> Tensor:
-        axes, source = self._axes, self._operand.structure
+        axes, source = self._axes, self._operand.capabilities
         rows = axes.rows()
         term, kept = torch.empty(rows.numel(), dtype=torch.long), torch.empty(rows.numel(), dtype=torch.long)
         term[rows] = torch.arange(axes.terms)[:, None].expand_as(rows)

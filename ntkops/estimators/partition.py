@@ -15,7 +15,7 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, TiedPartsWarning, UnsupportedOperationError
 from ..model import Linearization
-from ..operators.counting import row_space
+from ..operators.capabilities import capabilities
 from ..operators.kernel import NTKOperator
 from ..results import Estimate, Partition
 
@@ -75,7 +75,7 @@ def partition(
             f"partition splits a kernel of ntkops.ntk by its parameters, not a {type(operator).__name__}: "
             "take it of each part of a sum, and scale its numbers by hand"
         )
-    if row_space(operator).is_spread:
+    if capabilities(operator).space.is_spread:
         raise UnsupportedOperationError(
             "the samples of this kernel lie on several ranks: make a kernel a part, ntkops.ntk(model, shard, "
             "params='*.attn.*', group=group), and take ntkops.trace of each"
@@ -88,7 +88,7 @@ def partition(
     traces = torch.zeros((*batch, count), dtype=torch.float64)
     symmetric, start = operator._core.symmetric, time.perf_counter()
     with count_passes() as counter:
-        for tile in operator.structure.part_tiles(owners, count):
+        for tile in operator.part_tiles(owners, count):
             twice = symmetric and tile.cols.start != tile.rows.start
             inner += (2 if twice else 1) * _inner(tile.block)
             if square:

@@ -16,7 +16,7 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning
 from ..operators import JacobianOperator
-from ..operators.counting import column_space
+from ..operators.capabilities import capabilities
 from ..results import Redundancy
 from ._request import Operand, checked_generator
 from .eigenvalues import (
@@ -95,7 +95,7 @@ def data_redundancy(
         progress=progress,
     )
     assert found.interval is not None
-    size = column_space(operator).size
+    size = capabilities(operator).domain.size
     low, high = found.interval
     return Redundancy(
         factor=_times(size, found.rank),
@@ -177,7 +177,7 @@ def parameter_redundancy(
     with torch.no_grad(), count_passes() as tally:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
-            values = clamped(eigenvalues_by_tiles(operand.structure).cpu())
+            values = clamped(eigenvalues_by_tiles(operand.capabilities).cpu())
             rank = _ranks(values, torch.zeros(()), epsilon)
             found = _Found(rank, rank, rank, values, True)
         else:
@@ -224,7 +224,7 @@ def _kernel(operator: LinearOperator | Tensor, num_parameters: int | None) -> tu
     if not operand.is_square or isinstance(operator, JacobianOperator):
         root = RootLinearOperator(to_linear_operator(operator))
         return Operand(root), num_parameters or operand.columns.size
-    factors = operand.structure.factors()
+    factors = operand.capabilities.factors()
     if num_parameters is None and factors is None:
         raise InputError(
             "a kernel that does not know its Jacobian: pass num_parameters, or the Jacobian itself"
@@ -232,7 +232,7 @@ def _kernel(operator: LinearOperator | Tensor, num_parameters: int | None) -> tu
     if num_parameters is not None:
         return operand, num_parameters
     assert factors is not None
-    return operand, column_space(factors[0]).size
+    return operand, capabilities(factors[0]).domain.size
 
 
 @dataclass(frozen=True)

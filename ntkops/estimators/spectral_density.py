@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
-from ..operators.structure import fits_dense
+from ..operators.capabilities import fits_dense
 from ..results import SpectralDensity
 from ..results.density import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
@@ -123,7 +123,7 @@ def spectral_density(
     frame = _Frame(grid, bandwidth, scale, torch.finfo(operand.dtype).eps, operand.rows.size)
     with torch.no_grad(), count_passes() as tally:
         if method == "exact" or method == "auto" and _dense_pays(operand):
-            nodes = eigenvalues_by_tiles(operand.structure).cpu().flip(-1).unsqueeze(0)
+            nodes = eigenvalues_by_tiles(operand.capabilities).cpu().flip(-1).unsqueeze(0)
             weights = torch.full_like(nodes, 1 / nodes.shape[-1])
             sampled = _Rules(nodes, weights, [], True)
         else:
@@ -185,7 +185,7 @@ def _check(
 
 
 def _dense_pays(operand: Operand) -> bool:
-    tiles = operand.structure.exact_cost("tiles")
+    tiles = operand.capabilities.exact_cost("tiles")
     usual = _STEPS * _PROBES * max(operand.cost, 1)
     return operand.size <= _DENSE and fits_dense(operand.operator) and tiles <= 2 * usual
 

@@ -17,9 +17,8 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, SingularKernelError, ZeroKernelError
-from ..operators.counting import row_space
+from ..operators.capabilities import capabilities, fits_dense
 from ..operators.sandwich import smaller_side
-from ..operators.structure import fits_dense
 from ..results import Estimate, PassCount
 from ..shortage import memory_for
 from ..spectra import FunctionTrace, function_trace
@@ -145,7 +144,7 @@ def absolute_ridge(operand: Operand, ridge: float, relative: bool) -> float:
         raise InputError(f"ridge={ridge!r}: pass a finite number ≥ 0")
     if not relative or not ridge:
         return float(ridge)
-    diagonal = require_finite(operand.structure.diagonal(), "the diagonal")
+    diagonal = require_finite(operand.capabilities.diagonal(), "the diagonal")
     mean = float(operand.rows.sum(diagonal).mean()) / operand.rows.size
     if not mean > 0:
         raise ZeroKernelError(
@@ -157,7 +156,7 @@ def absolute_ridge(operand: Operand, ridge: float, relative: bool) -> float:
 
 def without_jitter(operator: LinearOperator | Tensor) -> tuple[LinearOperator | Tensor, float]:
     """Return K and c for an operator K + c I with c > 0, which may be added in steps."""
-    if not isinstance(operator, AddedDiagLinearOperator) or row_space(operator).is_spread:
+    if not isinstance(operator, AddedDiagLinearOperator) or capabilities(operator).space.is_spread:
         return operator, 0.0
     entries = operator._diag_tensor._diagonal().detach().double()
     least, largest = float(entries.min()), float(entries.max())
@@ -172,7 +171,7 @@ def added_diagonal(operator: LinearOperator | Tensor) -> float:
     if not isinstance(operator, AddedDiagLinearOperator):
         return 0.0
     entries = operator._diag_tensor._diagonal().double()
-    least = -row_space(operator).largest(-float(entries.min()) if entries.numel() else -math.inf)
+    least = -capabilities(operator).space.largest(-float(entries.min()) if entries.numel() else -math.inf)
     return max(least, 0.0) + added_diagonal(operator._linear_op)
 
 
@@ -198,7 +197,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
         operand, quantity = Operand(other), replace(quantity, constant=quantity.constant * ratio)
     options = replace(options, request=options.request.shared(operand.rows))
     request, eps = options.request, torch.finfo(operand.dtype).eps
-    exact_passes = float(operand.structure.exact_cost("tiles"))
+    exact_passes = float(operand.capabilities.exact_cost("tiles"))
     with (
         torch.no_grad(),
         count_passes() as tally,
@@ -224,7 +223,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
             if request.method == "auto" and fits and not spent and not all(one.converged for one in found):
                 found = None  # as much again as the exact value costs would be spent: take that
         if found is None:
-            value = quantity.exact(eigenvalues_by_tiles(operand.structure).cpu(), eps)
+            value = quantity.exact(eigenvalues_by_tiles(operand.capabilities).cpu(), eps)
             return Estimate.of_exact(
                 value,
                 passes=tally.total,

@@ -93,7 +93,7 @@ def truncation_rank(
     with torch.no_grad(), count_passes() as tally:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
-            found = _from_all(eigenvalues_by_tiles(operand.structure).cpu(), epsilon)
+            found = _from_all(eigenvalues_by_tiles(operand.capabilities).cpu(), epsilon)
         else:
             tolerance = default_tolerance(operand.dtype) if tol is None else tol
             limit = 4 * operand.size + 500 if max_products is None else max_products

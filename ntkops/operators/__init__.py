@@ -1,5 +1,6 @@
 """Lazy operators: the Jacobian and the kernel."""
 
+from . import foreign, product_tiles  # noqa: F401  # which enter their kinds into the table of capabilities
 from .energy_gap import energy_gap
 from .gradient_features import GradientFeatures, gradient_features
 from .jacobian import JacobianOperator, jacobian

@@ -17,7 +17,7 @@ from ..vectors import resolve_generator
 from ._ridge_system import kernel_columns, kernel_entries
 from .axes import StateAxis
 from .base import EngineOperator
-from .structure import structure
+from .capabilities import capabilities
 
 __all__ = ["Inducing", "induce"]
 
@@ -174,7 +174,7 @@ def _by_rule(
     traced = kernel._rebuild(kernel._core.with_axes(every, every))
     found = rpcholesky(
         kernel_columns(traced),
-        structure(traced).diagonal(),
+        capabilities(traced).diagonal(),
         number,
         block_size=25,
         entries=kernel_entries(traced),

@@ -27,9 +27,8 @@ from ..solvers import (
 )
 from ..solvers._outcome import check_options
 from ..spectra import function_trace
-from .counting import multiply, row_space
+from .capabilities import capabilities, dense_from_tiles, multiply
 from .indexing import IndexedOperator
-from .structure import dense_from_tiles, structure
 
 __all__ = [
     "PreconditionerChoice",
@@ -110,7 +109,7 @@ class RidgeSystem:
 
     def __init__(self, kernel: LinearOperator, entries: Tensor, options: SolverOptions) -> None:
         self.kernel, self.entries, self.options = kernel.detach(), entries.detach(), options
-        self.space = row_space(self.kernel)
+        self.space = capabilities(self.kernel).space
 
     def product(self, block: Tensor) -> Tensor:
         """Return (K + D) V."""
@@ -203,7 +202,7 @@ class RidgeSystem:
                 "preconditioner='nystrom'"
             )
         batch, found = self.kernel.shape[:-2], []
-        diagonals = structure(self.kernel).diagonal().clamp(min=0).reshape(-1, self.space.size)
+        diagonals = capabilities(self.kernel).diagonal().clamp(min=0).reshape(-1, self.space.size)
         for number in range(batch.numel()):
             member = self.kernel[batch_position(number, batch)] if batch else self.kernel
             columns = kernel_columns(member)
@@ -279,7 +278,7 @@ def kernel_entries(kernel: LinearOperator) -> Any:
 
     def entries(chosen: Tensor) -> Tensor:
         rows, inverse = torch.unique(chosen, return_inverse=True)
-        block = dense_from_tiles(structure(kernel.submatrix(rows, rows)))
+        block = dense_from_tiles(kernel.submatrix(rows, rows))
         return block[inverse][:, inverse]
 
     return entries
@@ -290,7 +289,7 @@ def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Ge
     scaling = entries.rsqrt().unsqueeze(-1).to(kernel.dtype)
     found = function_trace(
         lambda block: scaling * multiply(kernel, scaling * block),
-        row_space(kernel),
+        capabilities(kernel).space,
         torch.log1p,
         generator=generator,
         rtol=rtol,

@@ -23,7 +23,15 @@ from torch import Tensor
 from ..errors import InputError, OutOfRangeError, ShapeError
 from ..model import Inputs
 
-__all__ = ["Axis", "Outputs", "ParameterAxis", "StateAxis", "at_places", "require_own_positions"]
+__all__ = [
+    "Axis",
+    "AxisReader",
+    "Outputs",
+    "ParameterAxis",
+    "StateAxis",
+    "at_places",
+    "require_own_positions",
+]
 
 _keys = itertools.count()
 
@@ -419,3 +427,27 @@ Axis = StateAxis | ParameterAxis
 def batch_count(axis: Axis) -> int:
     """Return the number M of kernels in the batch."""
     return math.prod(axis.batch_shape)
+
+
+class AxisReader:
+    """Slices of an axis, to be asked for in order: what is streamed is read in one pass.
+
+    Args:
+        axis: Rows or columns.
+    """
+
+    def __init__(self, axis: StateAxis) -> None:
+        self._axis = axis
+        in_order = axis.inputs.is_streamed and axis.pick is None
+        self._between = axis.inputs.in_order() if in_order else None
+
+    def take(self, rows: slice) -> StateAxis:
+        """Return the axis of some consecutive rows, its samples in memory."""
+        if self._between is None:
+            return self._axis.take(rows)
+        offsets = self._axis.offsets
+        first = int(torch.searchsorted(offsets, rows.start, right=True)) - 1
+        last = int(torch.searchsorted(offsets, rows.stop))
+        part = StateAxis(self._between(first, last), self._axis.outputs)
+        start = int(offsets[first])
+        return part.take(slice(rows.start - start, rows.stop - start))

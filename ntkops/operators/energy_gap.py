@@ -12,11 +12,9 @@ from ..arguments import checked
 from ..errors import InputError, ShapeError
 from ..results import EnergyGap
 from ..spectra import Lanczos, RitzPairs
-from ._nystrom_structure import dense_by_tiles
 from ._ridge_system import batch_position
-from .counting import multiply, row_space
-from .nystrom import NystromOperator, nystrom_ntk
-from .structure import dense_bytes_allowed, structure
+from .capabilities import capabilities, dense_bytes_allowed, multiply
+from .nystrom import NystromOperator, dense_by_tiles, nystrom_ntk
 
 __all__ = ["energy_gap"]
 
@@ -80,8 +78,8 @@ def energy_gap(
     if approximation.shape != kernel.shape:
         raise ShapeError(f"the Nyström kernel is {tuple(approximation.shape)}, K {tuple(kernel.shape)}")
     with torch.no_grad():
-        total = structure(kernel).diagonal().double().sum(-1)
-        captured = structure(approximation).diagonal().double().sum(-1)
+        total = capabilities(kernel).diagonal().double().sum(-1)
+        captured = capabilities(approximation).diagonal().double().sum(-1)
         ranks = torch.as_tensor(approximation.rank)
         leading, converged = _leading_sums(kernel, ranks, generator)
     # The difference of two traces is known to their rounding, below which it has no sign.
@@ -104,7 +102,7 @@ def _leading_pairs(kernel: LinearOperator, rank: int, generator: torch.Generator
     def product(block: Tensor) -> Tensor:
         return multiply(kernel, block)
 
-    solver = Lanczos(product, row_space(kernel), generator, block_size=width)
+    solver = Lanczos(product, capabilities(kernel).space, generator, block_size=width)
     return solver.solve(rank, tolerance=tolerance, max_products=20 * rank + 500)
 
 

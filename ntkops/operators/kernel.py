@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,25 +13,32 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..engines import EngineChoice, LayerwiseEngine, build_engine, tensor_bytes
+from ..engines.passes import SharedPasses
+from ..engines.tiles import sample_slices
 from ..errors import (
     InputError,
     ShapeError,
     UnknownParameterError,
     UnsupportedOperationError,
 )
-from ..model import BatchDim, linearize
+from ..model import BatchDim, Inputs, linearize
+from ..model.inputs import joined
 from .algebra import KernelAlgebra
-from .axes import ParameterAxis, StateAxis
+from .axes import AxisReader, ParameterAxis, StateAxis, at_places
 from .base import EngineOperator
+from .capabilities import Capabilities, Tile, tile_slices
 from .core import Core, Spending
-from .jacobian import JacobianOperator, state_axis
+from .jacobian import JacobianOperator, jacobian_rows, state_axis
 from .output_choice import OutputChoice, choose_outputs, labelled, over_samples
 from .sample_kernel import SampleKernelOperator
 
 __all__ = ["NTKOperator", "ntk"]
 
+_LEAST_STEP = 16  # samples of a part of the diagonal
+_TILES_OF_STEP = 8
 
-class NTKOperator(KernelAlgebra, EngineOperator):
+
+class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     """K = J(x₁) J(x₂)ᵀ, per class, traced over outputs, or a slice of these; never stored unasked.
 
     Make one with `ntkops.ntk`. Sums, multiples, products, slices and ``K.add_jitter(ridge)`` stay lazy.
@@ -89,12 +96,12 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         beside = ParameterAxis.beside(axis, self.num_parameters)
         return JacobianOperator(*self._args, core=self._core.with_axes(axis, beside))
 
-    @property
-    def structure(self) -> Any:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        from .kernel_structure import KernelStructure
+    of_samples = True
 
-        return KernelStructure(self)
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether rows and columns are the same, so that K equals its transpose."""
+        return self._core.symmetric
 
     def cross(self, x: Any) -> NTKOperator:
         """Return the kernel between new samples and this kernel's columns.
@@ -176,6 +183,9 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         if stored is not None and not self._is_recorded():
             return stored.diagonal(dim1=-2, dim2=-1).clone()
         rows = self._rows
+        if rows.inputs.is_streamed and rows.pick is None and not self._is_recorded():  # read once
+            parts = [part for _, part in self.diagonal_parts(self.diagonal_step())]
+            return torch.cat(parts, dim=-1)
         if self._is_recorded():
             diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
         else:
@@ -255,6 +265,255 @@ class NTKOperator(KernelAlgebra, EngineOperator):
         self._check_fresh()
         with torch.set_grad_enabled(self._is_recorded(cotangents)):
             return self._core.engine.sample_gram(self._args, inputs, cotangents)
+
+    # tiles
+
+    def factors(self) -> tuple[JacobianOperator, JacobianOperator]:
+        """Return J(x₁) and J(x₂) with K = left @ right.mT."""
+        return self.left, self.right
+
+    @property
+    def sample_shape(self) -> tuple[int, int] | None:  # type: ignore[override]
+        """Samples and outputs, where the rows are all outputs of all samples, as `sample_gram` has them."""
+        rows = self._rows
+        whole = self.symmetric and rows.pick is None and rows._is_whole() and not rows.inputs.is_coupled
+        return (rows.inputs.num_samples, rows.inputs.num_outputs) if whole else None
+
+    def output_traced(self, outputs: Tensor) -> NTKOperator | None:
+        """Return the lazy kernel summed over some of the outputs, or None for uneven rows or a cross kernel.
+
+        Args:
+            outputs: ``(R, r)`` positions among the outputs of a sample: row s of the kernel's outputs is
+                paired with row s, and the R kernels over r outputs are added.
+        """
+        rows = self._rows
+        if not self.symmetric or rows.index is not None:
+            return None
+        if rows.inputs.is_coupled:  # the same rows of every node
+            outputs = at_places(outputs, rows.num_samples, rows.num_outputs)
+        numbers = rows.outputs[..., outputs]  # (*batch, R', R, r)
+        axis = StateAxis(rows.inputs, numbers.flatten(-3, -2))
+        return self._rebuild(self._core.with_axes(axis, axis))
+
+    @property
+    def is_coupled(self) -> bool:  # type: ignore[override]
+        """Whether samples are coupled, so that a pass is one over all of them."""
+        return self._rows.inputs.is_coupled
+
+    def node_blocks(self, rows: Tensor) -> SampleKernelOperator:
+        """Return the sum of R blocks of coupled samples, given ``(R, r)`` rows; no other is made."""
+        axis = StateAxis(self._rows.inputs, self._rows.outputs[..., rows].flatten(-3, -2))
+        return SampleKernelOperator(*self._args, core=self._core.with_axes(axis, axis))
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included.
+
+        Infinite where they are more backward passes than the engine allows.
+        """
+        if self._stored_dense() is not None:
+            return 0.0
+        rows = self._rows
+        outputs = len(rows.distinct_outputs)
+        engine = self._core.engine
+        if not engine.allows(outputs):
+            return math.inf
+        if quantity == "diagonal":
+            return engine.diagonal_passes(rows.inputs, outputs)
+        if self._over_time:
+            return self._tile_cost()
+        size = self.tile_size()
+        count, others = (math.ceil(length / size) for length in self.shape[-2:])
+        slabs = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
+        return max(0.0, slabs - outputs) + self._tile_cost()
+
+    def _row_bytes(self) -> int:
+        rows = self._rows
+        entries = rows.batch_shape.numel() * rows.terms * self.num_parameters
+        return max(1, entries * self.dtype.itemsize)
+
+    @property
+    def _by_layers(self) -> bool:
+        """Whether blocks come from layer structure, which never writes gradients down."""
+        return self._core.engine.name == "layerwise"
+
+    @property
+    def _over_time(self) -> bool:
+        """Whether blocks of hidden states over time come from recursions, one for each pair of samples."""
+        engine = self._core.engine
+        return isinstance(engine, LayerwiseEngine) and engine.over_time
+
+    def tile_size(self, parts: int = 1) -> int:
+        """Return the rows of a tile for which the workspace suffices, one of each of so many kernels."""
+        workspace = self._core.engine.workspace_bytes()
+        if self._by_layers:  # the tiles themselves are what takes the memory
+            entry = 4 * self.dtype.itemsize * self._rows.batch_shape.numel() * parts
+            fit = max(1, math.isqrt(workspace // entry))
+        else:
+            fit = max(1, workspace // self._row_bytes())
+        width, inputs = self._rows.outputs.shape[-1], self._rows.inputs
+        if inputs.is_streamed:  # samples may be larger than what is made of them
+            fit = min(fit, max(1, workspace // inputs.sample_bytes) * width)
+        fit = fit // width * width if fit >= width else fit  # whole samples, where they fit
+        if self._over_time and width**2 * self.dtype.itemsize <= workspace:
+            fit = max(fit, width)  # parts of a sample cost as much as all of it
+        return max(1, min(fit, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal.
+
+        Args:
+            size: Rows and columns of a tile; None for as many as the workspace holds.
+
+        Yields:
+            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of per-sample gradients. A re-iterable is
+            read once for each row of tiles, of a symmetric kernel from the row's first sample on.
+        """
+        yield from self.tiles_after(size or self.tile_size(), 0)
+
+    def tiles_after(self, size: int, skip: int) -> Iterator[Tile]:
+        """Yield what `tiles` yields after the first ``skip`` tiles, which are not made."""
+        right = AxisReader(self._columns)
+        left = right if self.symmetric else AxisReader(self._rows)
+        with SharedPasses(self._rows.inputs.num_samples) as passes:
+            for rows in tile_slices(self.shape[-2], size):
+                columns = list(tile_slices(self.shape[-1], size))
+                if self.symmetric:
+                    columns = [part for part in columns if part.start >= rows.start]
+                yield from self._row_of_tiles(left, right, rows, columns[skip:], passes)
+                skip = max(0, skip - len(columns))
+
+    def _row_of_tiles(
+        self, left: AxisReader, right: AxisReader, rows: slice, columns: list[slice], passes: SharedPasses
+    ) -> Iterator[Tile]:
+        stored = self._stored_dense()
+        if stored is not None:
+            yield from (Tile(rows, part, stored[..., rows, part]) for part in columns)
+            return
+        if not columns:
+            return
+        longest = max(part.stop - part.start for part in (rows, *columns))
+        fits = not self._by_layers
+        fits = fits and longest * self._row_bytes() <= 2 * self._core.engine.workspace_bytes()
+        one = left.take(rows)
+        slab: Tensor | None = None
+        for part in columns:
+            same = self.symmetric and part == rows
+            other = one if same else right.take(part)
+            if not fits:
+                with passes.over(one.inputs.num_samples):
+                    block = self._block(one, other)
+            else:
+                if slab is None:
+                    with passes.over(one.inputs.num_samples):
+                        slab = self._slab(one)
+                with passes.over(other.inputs.num_samples):
+                    block = slab @ (slab if same else self._slab(other)).mT
+            yield Tile(rows, part, block)
+
+    def _slab(self, axis: StateAxis) -> Tensor:
+        """Return the dense Jacobian rows ``(*batch, r, R·P)`` of a part of an axis."""
+        self._check_fresh()
+        with torch.set_grad_enabled(self._is_recorded()):
+            return jacobian_rows(self._core.engine, self._args, axis)
+
+    def _block(self, rows: StateAxis, columns: StateAxis) -> Tensor:
+        self._check_fresh()
+        part = self._rebuild(self._core.with_axes(rows, columns))
+        with torch.set_grad_enabled(self._is_recorded()):
+            return part._dense_values(self._args)
+
+    # parts of the samples
+
+    def sample_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, NTKOperator]]:
+        """Yield the kernels within consecutive samples, in memory; a re-iterable is read once.
+
+        Args:
+            size: Samples of a part, at most.
+            first: Number of samples, a whole number of parts, that are left out.
+
+        Yields:
+            The samples of a part, and their symmetric kernel over all rows of these samples.
+        """
+        rows = self._rows
+        for start, stop, part in sample_slices(rows.inputs, size, first):
+            if part is rows.inputs:
+                yield slice(start, stop), self
+            else:
+                yield slice(start, stop), self._within(part)
+
+    def sample_reader(self) -> Callable[..., NTKOperator]:
+        """Return what gives the symmetric kernel over the samples of some slices, to be asked for in order.
+
+        Each place among the slices has its own pass over a re-iterable, which lasts as long as what is asked
+        for there follows what was asked for last.
+        """
+        inputs = self._rows.inputs
+        readers = [inputs.in_order(), inputs.in_order()]
+        held: dict[int, tuple[slice, Inputs]] = {}
+
+        def kernel_of(*chosen: slice) -> NTKOperator:
+            parts = []
+            for place, part in enumerate(chosen):
+                if held.get(place, (None,))[0] != part:
+                    held[place] = part, readers[place](part.start, part.stop)
+                parts.append(held[place][1])
+            return self._within(joined(parts))
+
+        return kernel_of
+
+    def part_tiles(self, owners: Mapping[str, int], count: int) -> Iterator[Tile]:
+        """Yield tiles of the kernels of parts of the parameters, ``(L, *batch, r, c)``, as `tiles` does.
+
+        Args:
+            owners: Number of the part of each parameter, by name.
+            count: Number L of parts.
+        """
+        size = self.tile_size(count)
+        right = AxisReader(self._columns)
+        left = right if self.symmetric else AxisReader(self._rows)
+        with SharedPasses(self._rows.inputs.num_samples) as passes:
+            for rows in tile_slices(self.shape[-2], size):
+                one = left.take(rows)
+                for columns in tile_slices(self.shape[-1], size):
+                    if self.symmetric and columns.start < rows.start:
+                        continue
+                    other = one if self.symmetric and columns == rows else right.take(columns)
+                    with passes.over(one.inputs.num_samples):
+                        block = self.part_blocks(one, other, owners, count)
+                    yield Tile(rows, columns, block)
+
+    def _within(self, part: Inputs) -> NTKOperator:
+        axis = StateAxis(part, self._rows.outputs)
+        return self._rebuild(self._core.with_axes(axis, axis))
+
+    def diagonal_step(self) -> int:
+        """Return the samples of the parts in which a diagonal is made: several tiles of gradients."""
+        tile = self._core.engine.tile_samples(len(self._rows.distinct_outputs))
+        return max(_LEAST_STEP, _TILES_OF_STEP * tile)
+
+    def diagonal_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the exact diagonal in parts ``(*batch, k)``, each with its rows; a re-iterable is read once.
+
+        Args:
+            size: Samples of a part.
+            first: Number of rows, a whole number of parts, that are left out.
+
+        Yields:
+            The rows, and their part of the diagonal.
+        """
+        rows = self._rows
+        if not self.symmetric or rows.pick is not None or self._stored_dense() is not None:
+            if first < self.shape[-1]:
+                yield slice(0, self.shape[-1]), self._diagonal()
+            return
+        count = rows.inputs.num_samples
+        even = rows.inputs.lengths is None
+        offsets = torch.arange(count + 1) * rows.outputs.shape[-1] if even else rows.offsets
+        with SharedPasses(count) as passes:
+            for part, kernel in self.sample_parts(size, int(torch.searchsorted(offsets, first))):
+                with passes.over(part.stop - part.start):
+                    found = kernel.diagonal()
+                yield slice(int(offsets[part.start]), int(offsets[part.stop])), found
 
     # algebra
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..arguments import checked
 from ..errors import InputError
 from ..model import BatchDim, Linearization, linearize
-from .counting import multiply
+from .capabilities import multiply
 from .jacobian import jacobian, network_states
 from .sandwich import Sandwich, sandwich
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from linear_operator.operators import (
     DenseLinearOperator,
     LinearOperator,
+    MatmulLinearOperator,
 )
 from torch import Tensor
 
@@ -22,20 +24,27 @@ from ..errors import (
 from ..model.context import full_precision
 from ..vectors import Space
 from ._inducing import induce
-from ._nystrom_structure import NystromStructure, dense_by_tiles, feature_blocks
 from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
-from .counting import row_space
+from .capabilities import (
+    Capabilities,
+    Factors,
+    Tile,
+    capabilities,
+    dense_bytes_allowed,
+    dense_from_tiles,
+    multiply,
+    tile_slices,
+)
 from .dense import DenseFallbacks
-from .structure import dense_bytes_allowed
 
 __all__ = ["NystromOperator", "nystrom_ntk"]
 
 logger = logging.getLogger(__name__)
 
 
-class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
+class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilities):
     """K_XZ K_ZZ⁺ K_ZX, lazily; made by `nystrom_ntk`.
 
     Args:
@@ -92,15 +101,11 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
     @property
     def space(self) -> Space:
         """The space of the rows."""
-        return row_space(self._left)
+        space: Space = capabilities(self._left).space
+        return space
 
     @property
-    def structure(self) -> Any:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        return NystromStructure(self)
-
-    @property
-    def symmetric(self) -> bool:
+    def symmetric(self) -> bool:  # type: ignore[override]
         """Whether rows and columns are the same samples."""
         return self._left is self._right
 
@@ -142,6 +147,38 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator):
         inputs = core.engine.linearization.inputs(x)
         rows = StateAxis(inputs, points.outputs)
         return self._like(right._rebuild(core.with_axes(rows, points)), right)
+
+    # tiles
+
+    def tile_size(self) -> int:
+        """Return the rows of a tile."""
+        return max(1, min(512, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield products of features; of a symmetric kernel those on and above the diagonal."""
+        size = size or self.tile_size()
+        left = torch.cat([part for _, part in feature_blocks(self._left, self._root)], dim=-1)
+        right = left
+        if not self.symmetric:
+            blocks = feature_blocks(self._right, self._root)
+            right = torch.cat([part for _, part in blocks], dim=-1)
+        for rows in tile_slices(self.shape[-2], size):
+            for cols in tile_slices(self.shape[-1], size):
+                if not self.symmetric or cols.start >= rows.start:
+                    with full_precision(self.device):  # autocast takes no digits
+                        block = left[..., rows, :] @ right[..., cols, :].mT
+                    yield Tile(rows, cols, block)
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes of all features."""
+        sides = 1 if self.symmetric else 2
+        return float(sides * self._root.shape[-1] * capabilities(self._left).product_cost())
+
+    def factors(self) -> Factors:
+        """Return K_XZ W on both sides: K = F Fᵀ."""
+        root = DenseLinearOperator(self._root)
+        left = MatmulLinearOperator(self._left, root)
+        return left, left if self.symmetric else MatmulLinearOperator(self._right, root)
 
     # dense results
 
@@ -329,3 +366,17 @@ def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     width = int(ranks.max())
     root = (vectors * inverse.unsqueeze(-2))[..., -width:] * largest.rsqrt()
     return root.to(dtype), ranks
+
+
+def feature_blocks(cross: LinearOperator, root: Tensor, width: int = 64) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of columns of F = K_XZ W."""
+    for columns in tile_slices(root.shape[-1], width):
+        with full_precision(root.device):
+            block = multiply(cross, root[..., columns])
+        yield columns, block
+
+
+def dense_by_tiles(operator: LinearOperator) -> Tensor:
+    """Return a block between samples and inducing points, which is small by what it is."""
+    with torch.no_grad():
+        return dense_from_tiles(operator)

@@ -9,6 +9,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..engines import LayerwiseEngine
 from ..engines.base import require_finite_product
 from ..errors import DifferentiationError, ShapeError, UnsupportedOperationError
 from ..model.watch import tracked
@@ -82,6 +83,20 @@ class ProductOperator(Expression):
         core = self._core
         sides = isinstance(core.rows, StateAxis) + isinstance(core.columns, StateAxis)
         return sides * core.rows.batch_shape.numel() * core.rows.terms
+
+    def product_cost(self) -> int:
+        """Return `passes_per_column`."""
+        return self.passes_per_column
+
+    def cache_cost(self) -> float:
+        """Return the most passes that factors of layers may take once, which make products faster."""
+        core = self._core
+        if not isinstance(core.engine, LayerwiseEngine):
+            return 0.0
+        inputs = {
+            id(axis.inputs): axis.inputs for axis in (core.rows, core.columns) if isinstance(axis, StateAxis)
+        }
+        return sum(core.engine.diagonal_passes(known, known.num_outputs) for known in inputs.values())
 
     @property
     def max_dense_bytes(self) -> int:

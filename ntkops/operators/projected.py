@@ -15,15 +15,15 @@ from ..engines import shared_store, tensor_bytes
 from ..errors import InputError, UnsupportedOperationError
 from ..model.context import full_precision
 from ..projections import SJLT, Projection
-from ..vectors import Space, resolve_generator
+from ..vectors import resolve_generator
 from ._projected_features import feature_rows
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
+from .capabilities import Capabilities, Tile, dense_from_tiles, tile_slices
 from .core import Core, Spending
 from .kernel import NTKOperator
 from .projection import MatrixProjection, ProjectionOperator, as_projection
 from .sharded import ShardedKernelOperator
-from .structure import Tile, tile_slices
 
 __all__ = [
     "FeatureOperator",
@@ -31,99 +31,6 @@ __all__ = [
     "ProjectionOperator",
     "projected_ntk",
 ]
-
-
-class ProjectedStructure:
-    """The structure protocol for a `ProjectedNTKOperator`.
-
-    Args:
-        kernel: The kernel.
-    """
-
-    def __init__(self, kernel: ProjectedNTKOperator) -> None:
-        self._kernel = kernel
-        self.shape: torch.Size = kernel.shape
-        self.dtype: torch.dtype = kernel.dtype
-        self.device: torch.device = kernel.device
-        self.symmetric: bool = kernel._core.symmetric
-
-    @property
-    def space(self) -> Space:
-        """The space of the kernel's rows."""
-        return self._kernel.space
-
-    def factors(self) -> tuple[FeatureOperator, FeatureOperator]:
-        """Return the features of rows and columns: K = left @ right.mT."""
-        return self._kernel.left, self._kernel.right
-
-    def sample_gram(self, probes: Tensor) -> None:
-        """Return None: the Gram matrix of per-sample gradients is that of the kernel itself."""
-        return None
-
-    def _sides(self) -> tuple[StateAxis, StateAxis]:
-        return self._kernel._rows, self._kernel._columns
-
-    def exact_cost(self, quantity: str) -> float:
-        """Return the passes that the exact "diagonal" or all "tiles" take."""
-        rows, columns = self._sides()
-        kernel = self._kernel
-        if quantity == "diagonal":
-            return kernel._passes_of_features(rows)
-        left, right = kernel._passes_of_features(rows), kernel._passes_of_features(columns)
-        if all(kernel._may_hold(axis) for axis in (rows, columns)):
-            return left if self.symmetric else left + right
-        slabs = math.ceil(self.shape[-2] / self.tile_size())
-        return left * (slabs + 1) / 2 if self.symmetric else left + slabs * right
-
-    def tile_size(self) -> int:
-        """Return the rows of a tile: as many features as the workspace holds."""
-        rows, _ = self._sides()
-        width = rows.batch_shape.numel() * max(rows.terms * self._kernel.projection.k, 1)
-        fit = self._kernel._core.engine.workspace_bytes() // (width * self.dtype.itemsize)
-        return max(1, min(fit, max(self.shape[-2:])))
-
-    def diagonal(self) -> Tensor:
-        """Return the exact diagonal ``(*batch, n)``: squared lengths of features, slab by slab."""
-        kernel, (rows, columns) = self._kernel, self._sides()
-        parts = []
-        for part in tile_slices(self.shape[-2], self.tile_size()):
-            left = self._slab(rows, part)
-            right = left if self.symmetric else self._slab(columns, part)
-            parts.append((left.double() * right.double()).sum(-1).to(kernel.dtype))
-        return torch.cat(parts, dim=-1)
-
-    def tiles(self, size: int | None = None) -> Iterator[Tile]:
-        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal.
-
-        Args:
-            size: Rows and columns of a tile; None for as many as the workspace holds.
-
-        Yields:
-            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of features.
-        """
-        rows, columns = self._sides()
-        size = size or self.tile_size()
-        for height in tile_slices(self.shape[-2], size):
-            left = self._slab(rows, height)
-            for width in tile_slices(self.shape[-1], size):
-                if self.symmetric and width.start < height.start:
-                    continue
-                right = left if self.symmetric and width == height else self._slab(columns, width)
-                with full_precision(self.device):  # autocast takes no digits
-                    block = left @ right.mT
-                yield Tile(height, width, block)
-
-    def _slab(self, axis: StateAxis, part: slice) -> Tensor:
-        """Return features of some rows of an axis, a slice of all where these may be kept."""
-        kernel = self._kernel
-        kernel._check_fresh()
-        with full_precision(self.device), torch.set_grad_enabled(kernel._is_recorded()):
-            if kernel._may_hold(axis):
-                return kernel._make_features(axis)[..., part, :]
-            return kernel._make_features(axis.take(part))
-
-
-# -- the kernel K = J Pᵀ P Jᵀ that is seen through a projection, and its features J Pᵀ
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,13 +206,6 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         """
         return self.left.to_dense()
 
-    @property
-    def structure(self) -> Any:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        from .projected import ProjectedStructure
-
-        return ProjectedStructure(self)
-
     def sample_gram(self, cotangents: Tensor) -> NoReturn:
         """Refuse: Gram matrices of per-sample gradients are those of the kernel itself.
 
@@ -319,6 +219,67 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
             "a projected kernel has no Gram matrix of per-sample gradients; take that of the kernel itself, "
             "or features()"
         )
+
+    # tiles; Gram matrices of per-sample gradients and parts of the samples are those of the kernel itself
+
+    of_samples = False
+    sample_shape = None
+    is_coupled = False
+    tiles_after = Capabilities.tiles_after
+    diagonal_step = Capabilities.diagonal_step
+    diagonal_parts = Capabilities.diagonal_parts
+    output_traced = Capabilities.output_traced
+
+    def factors(self) -> tuple[FeatureOperator, FeatureOperator]:
+        """Return the features of rows and columns: K = left @ right.mT."""
+        return self.left, self.right
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes that the exact "diagonal" or all "tiles" take."""
+        rows, columns = self._rows, self._columns
+        if quantity == "diagonal":
+            return self._passes_of_features(rows)
+        left, right = self._passes_of_features(rows), self._passes_of_features(columns)
+        if all(self._may_hold(axis) for axis in (rows, columns)):
+            return left if self.symmetric else left + right
+        slabs = math.ceil(self.shape[-2] / self.tile_size())
+        return left * (slabs + 1) / 2 if self.symmetric else left + slabs * right
+
+    def tile_size(self, parts: int = 1) -> int:
+        """Return the rows of a tile: as many features as the workspace holds."""
+        rows = self._rows
+        width = rows.batch_shape.numel() * max(rows.terms * self.projection.k, 1)
+        fit = self._core.engine.workspace_bytes() // (width * self.dtype.itemsize)
+        return max(1, min(fit, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal.
+
+        Args:
+            size: Rows and columns of a tile; None for as many as the workspace holds.
+
+        Yields:
+            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of features.
+        """
+        rows, columns = self._rows, self._columns
+        size = size or self.tile_size()
+        for height in tile_slices(self.shape[-2], size):
+            left = self._feature_rows(rows, height)
+            for width in tile_slices(self.shape[-1], size):
+                if self.symmetric and width.start < height.start:
+                    continue
+                right = left if self.symmetric and width == height else self._feature_rows(columns, width)
+                with full_precision(self.device):  # autocast takes no digits
+                    block = left @ right.mT
+                yield Tile(height, width, block)
+
+    def _feature_rows(self, axis: StateAxis, part: slice) -> Tensor:
+        """Return features of some rows of an axis, a slice of all where these may be kept."""
+        self._check_fresh()
+        with full_precision(self.device), torch.set_grad_enabled(self._is_recorded()):
+            if self._may_hold(axis):
+                return self._make_features(axis)[..., part, :]
+            return self._make_features(axis.take(part))
 
     # products and dense results
 
@@ -353,9 +314,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         if not self._is_recorded(*params) and not (
             self._may_hold(self._rows) and self._may_hold(self._columns)
         ):
-            from .structure import dense_from_tiles
-
-            return dense_from_tiles(self.structure)
+            return dense_from_tiles(self)
         right = self._make_features(self._columns, params)
         left = right if self._core.symmetric else self._make_features(self._rows, params)
         with self._core.engine.linearization.full_precision():
@@ -364,7 +323,13 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
     def _diagonal(self) -> Tensor:
         if not self._core.symmetric or self._is_recorded():
             return self._get_diagonal()
-        return self.structure.diagonal()
+        rows, columns = self._rows, self._columns
+        parts = []
+        for part in tile_slices(self.shape[-2], self.tile_size()):
+            left = self._feature_rows(rows, part)
+            right = left if self.symmetric else self._feature_rows(columns, part)
+            parts.append((left.double() * right.double()).sum(-1).to(self.dtype))
+        return torch.cat(parts, dim=-1)
 
     def _get_diagonal(self) -> Tensor:
         self._check_fresh()

@@ -13,7 +13,7 @@ from ..checkpoint import fingerprint
 from ..engines import Engine, LayerwiseEngine
 from ..errors import CheckpointError
 from .axes import ParameterAxis, StateAxis
-from .counting import row_space
+from .capabilities import capabilities
 from .kernel import NTKOperator
 from .sharded import ShardedKernelOperator
 
@@ -49,7 +49,7 @@ def made_of(operator: LinearOperator | Tensor, what: str) -> dict[str, Any]:
     assert isinstance(operator, NTKOperator | ShardedKernelOperator)
     core = operator._core
     axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
-    return {**network_of(operator), "data": [row_space(operator).part, axes]}
+    return {**network_of(operator), "data": [capabilities(operator).space.part, axes]}
 
 
 def network_of(operator: NTKOperator | ShardedKernelOperator) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from ._ridge_system import (
     checked,
     log_determinant,
 )
+from .capabilities import dense_bytes_allowed, fits_dense
 from .dense import DenseFallbacks
 from .indexing import _same_index
-from .structure import dense_bytes_allowed, fits_dense
 
 __all__ = ["RidgeOperator"]
 

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vectors import Space
 from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
-from .structure import Tile, tile_slices
+from .capabilities import Capabilities, Tile, tile_slices
 
 __all__ = ["SampleKernelOperator"]
 
 
-class SampleKernelOperator(KernelAlgebra, EngineOperator):
+class SampleKernelOperator(KernelAlgebra, EngineOperator, Capabilities):
     r"""The kernels :math:`J_n J_n^\top` of single samples, ``(N, r, r)``, or their sum, ``(r, r)``.
 
     `ntkops.ntk` makes one for ``outputs={"samples": "each"}`` or ``{"samples": "trace"}``. No pair of two
@@ -38,9 +37,9 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator):
         return self._state_axes()[0].num_samples
 
     @property
-    def structure(self) -> SampleKernelStructure:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        return SampleKernelStructure(self)
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether rows and columns are the same, so that every block equals its transpose."""
+        return self._core.symmetric
 
     def _dense_cost(self) -> float:
         return float(self._num_distinct())
@@ -59,6 +58,36 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator):
             each = rows.mT.flatten(0, 1).unsqueeze(-1)  # (M r, R, 1): a kernel of its own for every row
             return self._sums(self._args, each, each).reshape(self.shape[:-1])
 
+    # tiles; a factor would hold a row of J for each sample: there is none
+
+    def tile_size(self) -> int:
+        """Return the rows of a tile for which the workspace suffices."""
+        entry = self.shape[:-2].numel() * self.dtype.itemsize
+        fit = math.isqrt(self._core.engine.workspace_bytes() // max(1, 4 * entry))
+        return max(1, min(fit, max(self.shape[-2:])))
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal."""
+        stored, size = self._stored_dense(), size or self.tile_size()
+        every = [slice(None)] * len(self.shape[:-2])
+        for rows in tile_slices(self.shape[-2], size):
+            for columns in tile_slices(self.shape[-1], size):
+                if self.symmetric and columns.start < rows.start:
+                    continue
+                if stored is not None:
+                    yield Tile(rows, columns, stored[..., rows, columns])
+                    continue
+                part: Any = self._getitem(rows, columns, *every)
+                part._check_fresh()
+                yield Tile(rows, columns, part._dense_values(part._args))
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes that the exact "diagonal" or all "tiles" take."""
+        if self._stored_dense() is not None:
+            return 0.0
+        count = math.ceil(max(self.shape[-2:]) / self.tile_size())
+        return self._dense_cost() * (1 if quantity == "diagonal" else count)
+
     def _sums(self, params: Sequence[Tensor], rows: Tensor, columns: Tensor) -> Tensor:
         """Return ``(M, r₁, r₂)`` kernels of terms ``(M, R, r₁)`` and ``(M, R, r₂)``."""
         inputs = self._state_axes()[0].inputs
@@ -76,7 +105,7 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator):
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         # By tiles: a product by differentiation would take two passes over all samples for each of them.
         whole, found = self._rebuild(self._core, params), []
-        size = self.structure.tile_size()
+        size = self.tile_size()
         for rows in tile_slices(self.shape[-2], size):
             parts = []
             for columns in tile_slices(self.shape[-1], size):
@@ -90,57 +119,3 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator):
 def _terms(axis: StateAxis) -> Tensor:
     """Return the numbers ``(M, R, n)`` of the rows, in their order."""
     return axis.flat_outputs if axis.pick is None else axis.flat_outputs[..., axis.pick]
-
-
-class SampleKernelStructure:
-    """The structure protocol for a `SampleKernelOperator`: its diagonal and its tiles."""
-
-    def __init__(self, kernel: SampleKernelOperator) -> None:
-        self._kernel = kernel
-        self.shape: torch.Size = kernel.shape
-        self.dtype: torch.dtype = kernel.dtype
-        self.device: torch.device = kernel.device
-        self.symmetric: bool = kernel._core.symmetric
-
-    @property
-    def space(self) -> Space:
-        """The space of the kernel's rows."""
-        return self._kernel.space
-
-    def diagonal(self) -> Tensor:
-        """Return the exact diagonal ``(*batch, r)``."""
-        return self._kernel.diagonal()
-
-    def tile_size(self) -> int:
-        """Return the rows of a tile for which the workspace suffices."""
-        entry = self.shape[:-2].numel() * self.dtype.itemsize
-        fit = math.isqrt(self._kernel._core.engine.workspace_bytes() // max(1, 4 * entry))
-        return max(1, min(fit, max(self.shape[-2:])))
-
-    def tiles(self, size: int | None = None) -> Iterator[Tile]:
-        """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal."""
-        stored, size = self._kernel._stored_dense(), size or self.tile_size()
-        every = [slice(None)] * len(self.shape[:-2])
-        for rows in tile_slices(self.shape[-2], size):
-            for columns in tile_slices(self.shape[-1], size):
-                if self.symmetric and columns.start < rows.start:
-                    continue
-                if stored is not None:
-                    yield Tile(rows, columns, stored[..., rows, columns])
-                    continue
-                part: Any = self._kernel._getitem(rows, columns, *every)
-                part._check_fresh()
-                yield Tile(rows, columns, part._dense_values(part._args))
-
-    def exact_cost(self, quantity: str) -> float:
-        """Return the passes that the exact "diagonal" or all "tiles" take."""
-        if self._kernel._stored_dense() is not None:
-            return 0.0
-        count = math.ceil(max(self.shape[-2:]) / self.tile_size())
-        return self._kernel._dense_cost() * (1 if quantity == "diagonal" else count)
-
-    def factors(self) -> None:
-        """Return None: a factor would hold a row of J for each sample."""
-
-    def sample_gram(self, probes: Tensor) -> None:
-        """Return None: the rows are outputs, not samples."""

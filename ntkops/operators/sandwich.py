@@ -27,10 +27,9 @@ from ..errors import DenseMemoryError, DeviceError, DtypeError, InputError, NonF
 from ..model.context import full_precision
 from ._diagonal_part import DiagonalPart
 from .algebra import KernelAlgebra
-from .counting import row_space
+from .capabilities import capabilities, dense_bytes_allowed, dense_from_tiles, fits_dense
 from .dense import DenseFallbacks
 from .ridge import RidgeOperator
-from .structure import dense_bytes_allowed, dense_from_tiles, fits_dense, structure
 
 __all__ = ["Sandwich", "sandwich", "smaller_side"]
 
@@ -98,13 +97,13 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
         if self._is_recorded():
             return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
         with torch.no_grad(), full_precision(self.device):
-            return dense_from_tiles(structure(self))
+            return dense_from_tiles(self)
 
     def _diagonal(self) -> Tensor:
         if self._is_recorded():
             return self.to_dense().diagonal(dim1=-2, dim2=-1)
         with torch.no_grad(), full_precision(self.device):
-            return structure(self).diagonal()
+            return capabilities(self).diagonal()
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         return type(self)(
@@ -118,7 +117,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
         for rows, cols, *batch in zip(*(i.reshape(-1).split(_GROUP) for i in index), strict=True):
             (some_rows, i), (some_cols, j) = (torch.unique(k, return_inverse=True) for k in (rows, cols))
             block = self._getitem(some_rows, some_cols, *(_noop_index for _ in self.batch_shape))
-            dense = block.to_dense() if self._is_recorded() else dense_from_tiles(structure(block))
+            dense = block.to_dense() if self._is_recorded() else dense_from_tiles(block)
             parts.append(dense[(*batch, i, j)])
         return torch.cat(parts).reshape(index[0].shape)
 
@@ -207,16 +206,16 @@ def smaller_side(operator: LinearOperator | Tensor) -> LinearOperator | None:
         single = operator._constant.numel() == 1 and float(operator._constant) > 0
         inner = smaller_side(operator.base_linear_op) if single else None
         return None if inner is None else inner.mul(operator._constant.detach().reshape(()))
-    if not isinstance(operator, LinearOperator) or row_space(operator).is_spread:
+    if not isinstance(operator, LinearOperator) or capabilities(operator).space.is_spread:
         return None
-    known = structure(operator)
+    known = capabilities(operator)
     found = known.factors()
     if found is None or found[0].shape[-1] >= operator.shape[-1] or not known.symmetric:
         return None
     other = Sandwich(found[0].mT, found[0])
     # Products cost the same on both sides. Dense, the smaller one needs gradients of single samples written
     # down, which layer structure may do without; against n³ operations some passes more are nothing.
-    sooner = structure(other).exact_cost("tiles") > _MORE_PASSES * known.exact_cost("tiles")
+    sooner = capabilities(other).exact_cost("tiles") > _MORE_PASSES * known.exact_cost("tiles")
     return None if sooner and fits_dense(operator) else other
 
 
@@ -227,7 +226,7 @@ def smaller_side(operator: LinearOperator | Tensor) -> LinearOperator | None:
 
 
 def _ours(operator: Any) -> bool:
-    return isinstance(operator, DenseFallbacks) and not row_space(operator).is_spread
+    return isinstance(operator, DenseFallbacks) and not capabilities(operator).space.is_spread
 
 
 def _product_decides(matmul: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

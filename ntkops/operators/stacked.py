@@ -16,10 +16,10 @@ from ..engines import count_passes, shared_store
 from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ..results import Estimate
 from .axes import ParameterAxis
+from .capabilities import capabilities
 from .jacobian import JacobianOperator
 from .joined import JoinedOperator
 from .sandwich import Sandwich
-from .structure import diagonal_parts, diagonal_step, structure
 
 __all__ = ["BlockKernelOperator", "Blocks", "balance", "stack"]
 
@@ -202,7 +202,7 @@ class BlockKernelOperator(Sandwich):
             UnsupportedOperationError: If the kernel is not that of one stack with itself.
         """
         rows = self.blocks
-        if not structure(self).symmetric:
+        if not capabilities(self).symmetric:
             raise UnsupportedOperationError(
                 "weights belong to a square kernel J @ J.mT; weight the stacks: ntkops.stack({...}, weights)"
             )
@@ -262,8 +262,8 @@ class Blocks:
             return Estimate.of_exact(torch.stack([part.sum() for part in diagonal]).cpu(), passes=0)
         with count_passes() as counter:
             for name in self.rows:
-                own = structure(self[name, name])
-                parts = diagonal_parts(own, diagonal_step(own))
+                own = capabilities(self[name, name])
+                parts = own.diagonal_parts(own.diagonal_step())
                 found.append(sum(part.double().sum(-1).cpu() for _, part in parts))
         value = torch.stack([torch.as_tensor(trace) for trace in found])
         return Estimate.of_exact(value, passes=counter.total, seconds=time.perf_counter() - start)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NotConvergedWarning, SingularKernelError
-from ..operators.counting import multiply
+from ..operators.capabilities import capabilities, multiply
 from ..operators.rounding import symmetric
-from ..operators.structure import structure
 from ..results import SolveInfo
 from ._evidence import Evidence
 from ._factorizations import CholeskyFactor, Factorization, SpectralFactor
@@ -262,7 +261,7 @@ class FeatureFit(DenseFit):
         The weights are at most |y| / (2 √ridge), the dual coefficients |y| / ridge: products with the weights
         lose half as many digits.
         """
-        factors = None if isinstance(K_cross, Tensor) else structure(K_cross).factors()
+        factors = None if isinstance(K_cross, Tensor) else capabilities(K_cross).factors()
         if factors is None or factors[1].shape[-1] != self.weights.shape[-2]:
             return super().predict(K_cross)
         left, right = factors

@@ -21,8 +21,7 @@ from ..errors import (
     ZeroKernelError,
 )
 from ..estimators import diagonal
-from ..operators.counting import column_space, multiply, row_space
-from ..operators.structure import dense_bytes_allowed, fits_dense
+from ..operators.capabilities import capabilities, dense_bytes_allowed, fits_dense, multiply
 from ..vectors import Space
 
 __all__ = [
@@ -115,7 +114,7 @@ def read_kernel(K: Any, what: str = "the kernel", dtype: torch.dtype | None = No
             f"{what} needs shape (*batch, n, m), got {tuple(K.shape)}. Reshape your data: one row for each "
             "sample, one column for each that the fit has seen"
         )
-    if 0 in (*K.shape[:-2], row_space(K).size, column_space(K).size):
+    if 0 in (*K.shape[:-2], capabilities(K).space.size, capabilities(K).domain.size):
         raise ShapeError(
             f"{what} needs entries: {K.shape[-1]} feature(s) (shape={tuple(K.shape)}) while a minimum of 1 "
             "is required."
@@ -188,7 +187,7 @@ def mean_diagonal(K: Kernel) -> float:
         ZeroKernelError: If it is not positive, so that nothing is relative to it.
     """
     entries = K.diagonal(dim1=-2, dim2=-1) if isinstance(K, Tensor) else diagonal(K, method="exact").value
-    space = row_space(K)
+    space = capabilities(K).space
     entries = require_finite(entries.double(), "the diagonal of the kernel")
     if space.any(bool((entries < 0).any())):
         raise InputError(
@@ -206,7 +205,7 @@ def mean_diagonal(K: Kernel) -> float:
 
 def is_spread(K: Kernel) -> bool:
     """Whether the rows of a kernel lie on several processes."""
-    return row_space(K).is_spread
+    return capabilities(K).space.is_spread
 
 
 def may_be_dense(K: Kernel) -> bool:

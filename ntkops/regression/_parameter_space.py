@@ -19,14 +19,13 @@ from torch import Tensor
 from ..errors import UnsupportedOperationError
 from ..operators import JacobianOperator, NTKOperator, ShardedKernelOperator
 from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.capabilities import capabilities, multiply
 from ..operators.chain import multiplied, product_factors
-from ..operators.counting import column_space, multiply
 from ..operators.joined import JoinedOperator, is_stack
 from ..operators.nystrom import NystromOperator
 from ..operators.products import ProductOperator
 from ..operators.projected import FeatureOperator
 from ..operators.sharded.kernel import ShardedJacobianOperator
-from ..operators.structure import structure
 from ._fits import FeatureFit, Fit
 from ._operands import Kernel, Layout
 from ._rounding import added_share, precise_product
@@ -74,7 +73,7 @@ def parameter_change(K: Kernel, fit: Fit, layout: Layout) -> ParameterChange:
         UnsupportedOperationError: If K does not know its Jacobian, or is traced over outputs and has several
             targets.
     """
-    factors = structure(K).factors() if isinstance(fit, FeatureFit) else None
+    factors = capabilities(K).factors() if isinstance(fit, FeatureFit) else None
     if factors is None or not isinstance(fit, FeatureFit):
         return ParameterChange.of(K, fit.active, layout)
     # Weights of features are at most |y| / (2 √ridge), the dual coefficients |y| / ridge.
@@ -152,7 +151,7 @@ def _product(operator: LinearOperator, block: Tensor) -> Tensor:
     Warns:
         RoundingWarning: If what rounding may have added is above 1e-2 of its length.
     """
-    if column_space(operator).is_spread:  # all ranks sum over their rows, and none warns alone
+    if capabilities(operator).domain.is_spread:  # all ranks sum over their rows, and none warns alone
         high = block.to(operator.dtype)
         halves = torch.cat([high, (block - high.double()).to(operator.dtype)], dim=-1)
         made = multiply(operator, halves).double()

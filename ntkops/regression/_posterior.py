@@ -12,9 +12,9 @@ from torch import Tensor
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DtypeError, InputError, ShapeError, UnsupportedOperationError
 from ..operators.algebra import KernelAlgebra
+from ..operators.capabilities import capabilities, dense_bytes_allowed
 from ..operators.dense import DenseFallbacks
 from ..operators.indexing import _same_index
-from ..operators.structure import dense_bytes_allowed, structure
 from ._fits import Fit
 from ._operands import Kernel, Layout, read_kernel, require_finite
 from ._rounding import precise_product
@@ -97,7 +97,7 @@ def read_prior(prior: Any, K: Kernel, K_cross: Kernel) -> Kernel:
 def prior_variances(prior: Kernel) -> Tensor:
     """Return the exact diagonal of a prior, ``(*batch, m)``, float64."""
     with torch.no_grad():
-        return require_finite(structure(prior).diagonal(), "the prior").double()
+        return require_finite(capabilities(prior).diagonal(), "the prior").double()
 
 
 def posterior_variance(fit: Fit, K_cross: Kernel, prior: Tensor, share: float) -> Tensor:

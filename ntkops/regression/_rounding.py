@@ -24,7 +24,7 @@ from ..errors import (
     UnsupportedOperationError,
 )
 from ..operators._ridge_system import batch_position
-from ..operators.counting import column_space, multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..operators.products import ProductOperator
 from ..operators.rounding import eigenvalue_rounding
 from ..spectra import Lanczos
@@ -111,7 +111,7 @@ def raise_by_name(K: Kernel, error: NotConvergedError) -> NoReturn:
     for number in range(batch.numel()):
         member = K[batch_position(number, batch)] if batch else K
         member = member.double() if isinstance(member, Tensor) else member.to(dtype=torch.float64)
-        space = row_space(member)
+        space = capabilities(member).space
         negative = functools.partial(_negative, member)  # the largest eigenvalue of -K is the least of K
         work = Lanczos(negative, space, torch.Generator().manual_seed(0))
         try:
@@ -162,7 +162,7 @@ def added_share(K: Kernel, columns: Tensor, added: Tensor, what: str = "predicti
     Warns:
         RoundingWarning: If it is above 1e-2.
     """
-    lengths = row_space(K).sum_squares(columns).sqrt()
+    lengths = capabilities(K).space.sum_squares(columns).sqrt()
     share = torch.where(added > 0, added / lengths, torch.zeros_like(added))
     worst = float(share.max()) if share.numel() else 0.0
     if worst > _ROUNDED:
@@ -192,8 +192,8 @@ def _precise(K: Kernel, block: Tensor) -> tuple[Tensor, Tensor]:
         return constant * value, constant.abs().reshape(*constant.shape[:-2], 1) * error
     if K.dtype == torch.float64:
         return multiply(K, block), none
-    spread = row_space(K).is_spread
-    space = column_space(K) if spread else Space(block.shape[-2], K.dtype, block.device)
+    spread = capabilities(K).space.is_spread
+    space = capabilities(K).domain if spread else Space(block.shape[-2], K.dtype, block.device)
     high = block.to(K.dtype)
     flat = torch.full((space.length, 1), space.size**-0.5, dtype=K.dtype, device=block.device)
     drawn = space.probes(1, torch.Generator().manual_seed(0), "gaussian").to(flat)
@@ -202,7 +202,7 @@ def _precise(K: Kernel, block: Tensor) -> tuple[Tensor, Tensor]:
     width = block.shape[-1]
     value = made[..., :width] + made[..., width : 2 * width]
     # |K|: of one direction that all entries add up in, and of all (|K z|² has the mean |K|_F²).
-    norm = row_space(K).sum_squares(made[..., 2 * width :]).sqrt().amax(-1, keepdim=True)
+    norm = capabilities(K).space.sum_squares(made[..., 2 * width :]).sqrt().amax(-1, keepdim=True)
     return value, _SHARE * torch.finfo(K.dtype).eps * norm * space.sum_squares(block).sqrt()
 
 
@@ -212,7 +212,7 @@ def _entries(K: Kernel, columns: int) -> Tensor | None:
         return K
     if isinstance(K, DenseLinearOperator):
         return K.tensor
-    if not isinstance(K, ProductOperator) or row_space(K).is_spread:
+    if not isinstance(K, ProductOperator) or capabilities(K).space.is_spread:
         return None
     K._check_fresh()
     return K._dense_if_cheaper(columns)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError, NotConvergedError, OutOfRangeError, SingularKernelError
 from ..operators._ridge_system import RidgeSystem, SolverOptions
-from ..operators.counting import column_space, multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..operators.rounding import require_resolved, require_semidefinite, symmetric
-from ..operators.structure import structure
 from ..results import Solution, SolveInfo
 from ..solvers import lsmr
 from ..vectors import resolve_generator
@@ -127,7 +126,7 @@ def kernel_solver(
     if is_stored(K):  # then float32 products save little, and round
         kernel = kernel.to(dtype=torch.float64)
     entries = torch.full(kernel.shape[:-1], ridge, dtype=kernel.dtype, device=kernel.device)
-    drawn = row_space(K).common(resolve_generator(generator)[0])
+    drawn = capabilities(K).space.common(resolve_generator(generator)[0])
     seed = int(torch.randint(2**31, (), generator=drawn))
     made = SolverOptions(tolerance=tol, seed=seed)
 
@@ -155,7 +154,7 @@ def least_squares_solver(
     """
     if ridge == 0:
         raise InputError("method='lsmr' finds α = (y - J w) / ridge and needs a positive ridge")
-    known = structure(K)
+    known = capabilities(K)
     factors = known.factors() if known.symmetric else None
     if factors is None:
         raise InputError(
@@ -184,8 +183,8 @@ def _solve(jacobian: LinearOperator, rhs: Tensor, ridge: float, tol: float, step
         lambda block: multiply(jacobian, block),
         lambda block: multiply(transposed, block),
         rhs,
-        row_space(jacobian),
-        column_space(jacobian),
+        capabilities(jacobian).space,
+        capabilities(jacobian).domain,
         ridge=ridge,
         tolerance=tol,
         max_iterations=steps,
@@ -338,7 +337,7 @@ def _automatic(problem: Problem) -> str:
 
 def _few_features(K: Kernel) -> bool:
     """Whether K knows features that are fewer than its rows and may be dense."""
-    known = structure(K)
+    known = capabilities(K)
     factors = known.factors() if known.symmetric else None
     if factors is None or factors[0].shape[-1] >= min(K.shape[-1], _DIRECT):
         return False
@@ -386,7 +385,7 @@ def _eigh(problem: Problem) -> Solved:
 
 def _features(problem: Problem) -> Solved:
     started = time.perf_counter()
-    known = structure(problem.K)
+    known = capabilities(problem.K)
     found = known.factors() if known.symmetric else None
     if found is None:
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
 from ..operators.axes import StateAxis
+from ..operators.capabilities import Capabilities
 from ..operators.chain import product_factors
 from ..operators.jacobian import network_states
 from ..operators.products import ProductOperator
@@ -50,7 +51,7 @@ def require_same_snapshot(fitted: Kernel, cross: Kernel) -> None:
         StaleOperatorError: If parameters, buffers, the choice of the output or a projection differ.
         ShapeError: If the columns are other outputs, or another choice of rows, than those of the fit.
     """
-    kinds = [type(k).__name__ for k in (fitted, cross) if hasattr(k, "structure")]
+    kinds = [type(k).__name__ for k in (fitted, cross) if isinstance(k, Capabilities)]
     if len(set(kinds)) > 1:
         raise InputError(
             f"the fitted kernel is a {kinds[0]}, the cross kernel a {kinds[1]}: make it with .cross(x_new) "

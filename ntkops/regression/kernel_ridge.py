@@ -19,7 +19,7 @@ from ..engines import count_passes
 from ..errors import DtypeError, InputError, ShapeError, StaleOperatorError, UnsupportedOperationError
 from ..estimators import logdet
 from ..model.watch import Watch
-from ..operators.counting import column_space, row_space
+from ..operators.capabilities import capabilities
 from ..results import Estimate, LeaveOneOut, RidgePath, SolveInfo
 from ._evidence import Evidence, log_evidence, read_positive, require_energy
 from ._fits import Fit
@@ -217,8 +217,8 @@ class KernelRidge(Parameters):
                 f"max_products={self.max_products!r}: pass a positive number of products, or None"
             )
         K = read_kernel(K)
-        space = row_space(K)
-        if not space.matches(column_space(K)):
+        space = capabilities(K).space
+        if not space.matches(capabilities(K).domain):
             raise ShapeError(
                 f"fit takes the square kernel of the training samples, this one is {tuple(K.shape)}; "
                 "cross kernels "

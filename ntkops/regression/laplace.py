@@ -19,7 +19,7 @@ from ..engines import count_passes
 from ..errors import DtypeError, InputError, ShapeError, SingularKernelError, UnsupportedOperationError
 from ..estimators import logdet
 from ..operators import NTKOperator
-from ..operators.counting import column_space, multiply, row_space
+from ..operators.capabilities import capabilities, multiply
 from ..operators.sandwich import Sandwich, sandwich
 from ..results import Estimate, SolveInfo
 from ._evidence import Evidence, read_positive
@@ -151,7 +151,7 @@ class LinearizedLaplace(Parameters):
         K = read_kernel(K)
         if is_spread(K):
             raise UnsupportedOperationError("the rows of the kernel lie on several ranks: take one process")
-        if K.dim() != 2 or not row_space(K).matches(column_space(K)):
+        if K.dim() != 2 or not capabilities(K).space.matches(capabilities(K).domain):
             raise ShapeError(
                 f"fit takes one square kernel over samples and outputs, this one is {tuple(K.shape)}: "
                 "ntkops.ntk(model, x) with outputs='all', since Hessians couple the outputs of a sample"

@@ -12,9 +12,8 @@ from ..arguments import checked
 from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError, ZeroKernelError
 from ..operators import JacobianOperator
+from ..operators.capabilities import capabilities, multiply
 from ..operators.core import dense_limit
-from ..operators.counting import multiply
-from ..operators.structure import structure
 from ._operands import require_finite, to_float64
 
 __all__ = ["TangentProjector", "optimal_residual", "projection_residual", "tangent_projector"]
@@ -167,8 +166,8 @@ def _jacobian_and_kernel(x: Any) -> tuple[LinearOperator, Tensor]:
         assert isinstance(product, LinearOperator)
         return x, to_float64(product, "tangent_projector")
     if isinstance(x, LinearOperator):
-        factors = structure(x).factors()
-        if factors is not None and structure(x).symmetric:
+        factors = capabilities(x).factors()
+        if factors is not None and capabilities(x).symmetric:
             return factors[0], to_float64(x, "tangent_projector")
     raise InputError(
         f"tangent_projector takes a square kernel that knows its Jacobian (ntkops.ntk), a Jacobian "

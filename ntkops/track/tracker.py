@@ -361,7 +361,7 @@ def _route_of(point: Point) -> dict[str, Any]:
         **{name: getattr(info, name) for name in _PINNED},
         "engine": info.engine,
         "rung": info.mode,  # as files of earlier releases have it
-        "tile": point.kernel.structure.tile_size(),
+        "tile": point.kernel.tile_size(),
         "threads": torch.get_num_threads(),
         "device": str(point.linearization.device),
         **_platform(),

@@ -13,7 +13,8 @@ import ntkops
 from ntkops.curvature import hessian_factor
 from ntkops.errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError
 from ntkops.operators import RidgeOperator, Sandwich
-from ntkops.operators.structure import dense_from_tiles, structure
+from ntkops.operators.capabilities import capabilities, dense_from_tiles
+from tests.cases import from_all_tiles
 from tests.curvature import reference
 from tests.curvature.reference import network
 
@@ -351,11 +352,11 @@ def test_tiles_of_any_size_slices_and_pickles(kind):
     ):
         close = close_to(matrix)
         for size in (None, 4, 6):
-            torch.testing.assert_close(dense_from_tiles(structure(operator), size), matrix, **close)
-            found = dense_from_tiles(structure(operator, whole=True), size)
+            torch.testing.assert_close(dense_from_tiles(capabilities(operator), size), matrix, **close)
+            found = from_all_tiles(operator, size)
             torch.testing.assert_close(found, matrix, **close)
         if matrix.shape[0] == matrix.shape[1]:
-            torch.testing.assert_close(structure(operator).diagonal(), matrix.diagonal(), **close)
+            torch.testing.assert_close(capabilities(operator).diagonal(), matrix.diagonal(), **close)
     close = close_to(expected)
     torch.testing.assert_close(G[3:9, 1:4].to_dense(), expected[3:9, 1:4], **close)
     torch.testing.assert_close(G[[2, 5], [2, 7]], expected[[2, 5], [2, 7]], **close)

@@ -201,7 +201,7 @@ def test_samples_in_batches_of_one_and_in_small_tiles(monkeypatch):
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
     monkeypatch.setattr("ntkops.engines.hidden_states._ENTRIES", 2 * 6 * 25)
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
-    tiles = list(K.structure.tiles(30))
+    tiles = list(K.tiles(30))
     assert [tile.block.shape for tile in tiles] == [(30, 30)] * 10
     whole = K._core.engine.kernel(
         K._args, K._rows.inputs, K._rows.inputs, K._rows.flat_outputs, K._rows.flat_outputs
@@ -226,7 +226,7 @@ def test_passes_do_not_grow_with_the_number_of_states():
         K = ntkops.ntk(model, sequences(length=length), output=0)
         with count_passes() as tally:
             K.diagonal()
-        assert tally.total == tally.count.per_sample == K.structure.exact_cost("diagonal")
+        assert tally.total == tally.count.per_sample == K.exact_cost("diagonal")
         counts.append(tally.total)
     assert counts == [10, 10]
 

@@ -7,8 +7,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ntkops.engines import report_passes
-from ntkops.operators.structure import Tile, tile_slices
-from ntkops.vectors import Space
+from ntkops.operators.capabilities import Capabilities, Tile, tile_slices
 
 SPECTRA = {
     "power law": lambda n: 1.0 / torch.arange(1, n + 1, dtype=torch.float64) ** 1.5,
@@ -56,7 +55,7 @@ class OnlyProducts(LinearOperator):
         return OnlyProducts(self.matrix[index], self.columns)
 
 
-class Factored(OnlyProducts):
+class Factored(OnlyProducts, Capabilities):
     """K = L Rᵀ that offers its factors, and nothing dense."""
 
     def __init__(self, left: Tensor, right: Tensor | None = None) -> None:
@@ -69,27 +68,12 @@ class Factored(OnlyProducts):
         report_passes(vjp=rhs.shape[-1], jvp=rhs.shape[-1])
         return super()._matmul(rhs)
 
-    @property
-    def structure(self):
-        return FactoredStructure(self)
-
-
-class FactoredStructure:
-    def __init__(self, operator: Factored) -> None:
-        self.operator = operator
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self.symmetric = operator.symmetric
-
-    @property
-    def space(self) -> Space:
-        return Space(self.shape[-2], self.dtype, self.device)
-
     def factors(self):
-        left = OnlyProducts(self.operator.left_matrix)
-        return left, left if self.symmetric else OnlyProducts(self.operator.right_matrix)
+        left = OnlyProducts(self.left_matrix)
+        return left, left if self.symmetric else OnlyProducts(self.right_matrix)
 
-    def diagonal(self) -> Tensor:
-        return self.operator.matrix.diagonal(dim1=-2, dim2=-1)
+    def _diagonal(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
 
     def tile_size(self) -> int:
         return 16
@@ -99,10 +83,7 @@ class FactoredStructure:
         for rows in tile_slices(self.shape[-2], size):
             for cols in tile_slices(self.shape[-1], size):
                 if not self.symmetric or cols.start >= rows.start:
-                    yield Tile(rows, cols, self.operator.matrix[..., rows, cols])
+                    yield Tile(rows, cols, self.matrix[..., rows, cols])
 
     def exact_cost(self, quantity: str) -> float:
         return 1e9  # never the cheap way
-
-    def sample_gram(self, probes):
-        return None

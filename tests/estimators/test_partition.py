@@ -90,7 +90,7 @@ def test_names_of_layers():
 def test_small_tiles_give_the_same(monkeypatch):
     K = ntkops.ntk(network(), data(9), max_dense_bytes=0)
     expected = dense_parts(network(), ntkops.partition(K).parameters, data(9))
-    monkeypatch.setattr(type(K.structure), "tile_size", lambda self, parts=1: 4)
+    monkeypatch.setattr(type(K), "tile_size", lambda self, parts=1: 4)
     require_right(ntkops.partition(K), expected, 1e-12)
     some = K.submatrix([7, 0, 3, 12], [7, 0, 3, 12])
     rows = torch.tensor([7, 0, 3, 12])

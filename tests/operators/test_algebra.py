@@ -10,7 +10,7 @@ import ntkops
 from ntkops.errors import InputError, ShapeError, UnsupportedOperationError
 from ntkops.operators import RidgeOperator, nystrom_ntk
 from ntkops.operators.algebra import KernelMultiple, KernelSum
-from ntkops.operators.structure import dense_from_tiles, structure
+from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from tests.operators.test_contract import _concrete, _Square, _SquareBatch
 from tests.operators.test_ridge import columns, dense_of, kernel
 
@@ -116,11 +116,11 @@ def test_the_structure_sees_the_parts():
     K, dense = kernel(), dense_of()
     v = columns(N, 2)
     for A, factor in ((2 * K, 2), (K + 2 * K, 3), ((2 * K + K).add_jitter(0.0), 3)):
-        found = structure(A)
+        found = capabilities(A)
         assert found.symmetric
         torch.testing.assert_close(found.diagonal(), factor * dense.diagonal())
         torch.testing.assert_close(dense_from_tiles(found, 5), factor * dense)
-    left, right = structure(2 * K).factors()
+    left, right = capabilities(2 * K).factors()
     torch.testing.assert_close(left @ (right.mT @ v), 2 * dense @ v)
     torch.testing.assert_close(ntkops.trace(K + 2 * K).value, 3 * dense.trace())
 

@@ -15,7 +15,7 @@ from ntkops.errors import (
     UnsupportedOperationError,
 )
 from ntkops.operators import RidgeOperator, energy_gap, nystrom_ntk
-from ntkops.operators.structure import dense_from_tiles, structure
+from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from tests.cases import BY_NAME
 from tests.operators.test_contract import SAMPLES, _concrete, _Square, dense_jacobian, make_model
 
@@ -50,7 +50,7 @@ def test_products_blocks_and_diagonals_are_those_of_the_formula(outputs):
     torch.testing.assert_close(Q[..., 2:5, 1:3] @ v[..., :2, :], expected[..., 2:5, 1:3] @ v[..., :2, :])
     torch.testing.assert_close(Q[..., 1, 2], expected[..., 1, 2])
     torch.testing.assert_close(nystrom_ntk(kernel(outputs, lazy=False), samples).to_dense(), expected)
-    found = structure(Q)
+    found = capabilities(Q)
     torch.testing.assert_close(dense_from_tiles(found, 4), expected)
     left, right = found.factors()
     torch.testing.assert_close(left @ (right.mT @ v), expected @ v)

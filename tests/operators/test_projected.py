@@ -21,7 +21,7 @@ from ntkops.errors import (
     UnsupportedOperationError,
 )
 from ntkops.operators import ProjectedNTKOperator, ProjectionOperator, projected_ntk
-from ntkops.operators.structure import dense_from_tiles, structure
+from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from ntkops.projections import (
     SJLT,
     SRHT,
@@ -32,7 +32,7 @@ from ntkops.projections import (
     Rademacher,
     compose,
 )
-from tests.cases import BY_NAME, CASES, Case, reference_jacobian
+from tests.cases import BY_NAME, CASES, Case, from_all_tiles, reference_jacobian
 
 K = 6
 ENGINES = ("autograd", "layerwise")
@@ -114,8 +114,8 @@ def test_every_choice_of_outputs(outputs: object, kind: str, limit: object) -> N
     for _ in range(4):  # the first products go through J and P, later ones through kept features
         close(sketch @ block, dense @ block)
     close(sketch.diagonal(), dense.diagonal(dim1=-2, dim2=-1))
-    close(dense_from_tiles(structure(sketch), 2), dense)
-    close(dense_from_tiles(structure(sketch, whole=True), 3), dense)
+    close(dense_from_tiles(capabilities(sketch), 2), dense)
+    close(from_all_tiles(sketch, 3), dense)
     wide = torch.randn(*features.shape[:-2], features.shape[-1], 2, dtype=torch.float64)
     close(sketch.left @ wide, features @ wide)
     close(sketch.left.mT @ block, features.mT @ block)
@@ -154,7 +154,7 @@ def test_slices_stay_projected() -> None:
         close(part.to_dense(), dense[index])
     close(sketch[2:6, 1:3].to_dense(), dense[2:6, 1:3])
     close(sketch.submatrix([1, 4], [1, 4]).to_dense(), dense[[1, 4]][:, [1, 4]])
-    assert sketch.submatrix([1, 4], [1, 4]).structure.symmetric
+    assert sketch.submatrix([1, 4], [1, 4]).symmetric
     close(sketch[[0, 3], [2, 7]], dense[[0, 3], [2, 7]])
     close(sketch[3, 4], dense[3, 4])
     close(sketch.left[2:5].to_dense(), features[2:5])
@@ -174,7 +174,7 @@ def test_algebra_stays_lazy() -> None:
     close(problem.sketch.add_jitter(0.3) @ block, (dense + 0.3 * eye) @ block)
     close((problem.kernel - problem.sketch) @ block, (problem.J @ problem.J.mT - dense) @ block)
     close((2.0 * problem.sketch + problem.kernel) @ block, (2 * dense + problem.J @ problem.J.mT) @ block)
-    close(structure(problem.sketch.add_jitter(0.3)).diagonal(), dense.diagonal() + 0.3)
+    close(capabilities(problem.sketch.add_jitter(0.3)).diagonal(), dense.diagonal() + 0.3)
     solved = (
         projected_ntk(ntkops.ntk(problem.model, problem.x), problem.projection).add_jitter(0.3).solve(block)
     )
@@ -434,7 +434,7 @@ def test_projection_operator_is_the_matrix() -> None:
     assert P.to(torch.float32).dtype == torch.float32
     assert repr(P.mT) == "ProjectionOperator(SJLT(dim=40, k=6, seed=0, nonzeros=4), torch.float64, cpu).mT"
     close(pickle.loads(pickle.dumps(P)) @ block, dense @ block)
-    close(dense_from_tiles(structure(P), 7), dense)
+    close(dense_from_tiles(capabilities(P), 7), dense)
 
 
 def test_projection_operator_refuses_to_become_dense() -> None:

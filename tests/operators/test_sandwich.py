@@ -16,9 +16,9 @@ from torch import nn
 import ntkops
 from ntkops import errors
 from ntkops.operators import RidgeOperator, Sandwich
-from ntkops.operators.counting import product_cost
-from ntkops.operators.structure import dense_from_tiles, structure
+from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from ntkops.regression import KernelRidge
+from tests.cases import from_all_tiles
 
 D = torch.float64
 
@@ -80,9 +80,9 @@ def test_against_the_dense_matrix(name, limit):
     V = draw(dense.shape[1], 3, seed=8)
     torch.testing.assert_close(A @ V, dense @ V, **close)
     torch.testing.assert_close(A.mT @ draw(len(dense), 2), dense.mT @ draw(len(dense), 2), **close)
-    known = structure(A)
+    known = capabilities(A)
     torch.testing.assert_close(dense_from_tiles(known, 4), dense, **close)
-    torch.testing.assert_close(dense_from_tiles(structure(A, whole=True)), dense, **close)
+    torch.testing.assert_close(from_all_tiles(A), dense, **close)
     assert known.symmetric == (rooted is not None)
     if rooted is not None:
         torch.testing.assert_close(dense, dense.mT, **close)
@@ -90,7 +90,7 @@ def test_against_the_dense_matrix(name, limit):
     if rooted is False:
         assert known.factors() is None
     else:
-        left, right = (dense_from_tiles(structure(factor)) for factor in known.factors())
+        left, right = (dense_from_tiles(factor) for factor in known.factors())
         torch.testing.assert_close(left @ right.mT, dense, **close)
         assert not rooted or torch.equal(left, right)
     if name != "stock product":
@@ -233,7 +233,7 @@ def test_traces_of_known_factors_are_exact():
 
 def test_products_count_what_they_cost():
     J = build(5)[0]
-    assert product_cost(J @ DiagLinearOperator(torch.ones(J.shape[1], dtype=D)) @ J.mT) == 2
+    assert capabilities(J @ DiagLinearOperator(torch.ones(J.shape[1], dtype=D)) @ J.mT).product_cost() == 2
 
 
 def test_linear_operator_alone_is_left_alone():

@@ -13,7 +13,7 @@ from torch.func import functional_call, hessian, vmap
 
 import ntkops
 from ntkops.errors import DenseMemoryError, InputError, ParameterSelectionError, ShapeError, ZeroKernelError
-from ntkops.operators.structure import structure
+from ntkops.operators.capabilities import capabilities
 
 from ..laws.reference import close, jacobian, normal
 
@@ -170,7 +170,7 @@ def test_slices_casts_and_pickles():
     again = pickle.loads(pickle.dumps(K))
     assert again.blocks.names == ("u", "r")
     close(again.to_dense(), expected, 1e-12)
-    assert structure(again).symmetric
+    assert capabilities(again).symmetric
     with pytest.raises(DenseMemoryError):
         small = stacked(max_dense_bytes=0)
         (small @ small.mT).to_dense()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ntkops
-from ntkops.operators.sharded.structure import ShardedStructure
+from ntkops.operators import ShardedKernelOperator
 from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
 
 from .problems import block, generator, network, rows, samples, share
@@ -185,7 +185,7 @@ def norm(rank: int, count: int, folder: Path, victim: int | None) -> Any:
     K = ntkops.ntk(network(), x[cuts[rank] : cuts[rank + 1]], group="world", batch_size=8)
     made = []
     if rank == victim:
-        make = ShardedStructure._tile
+        make = ShardedKernelOperator._tile
 
         def dying(self: Any, *args: Any) -> Any:
             made.append(1)
@@ -193,8 +193,8 @@ def norm(rank: int, count: int, folder: Path, victim: int | None) -> Any:
                 os.kill(os.getpid(), signal.SIGKILL)
             return make(self, *args)
 
-        ShardedStructure._tile = dying
-    ShardedStructure.tile_size = lambda self: 36  # twelve samples
+        ShardedKernelOperator._tile = dying
+    ShardedKernelOperator.tile_size = lambda self: 36  # twelve samples
     try:
         found = ntkops.frobenius_norm(K, checkpoint=folder / "norm.safetensors", checkpoint_every=0)
     except ntkops.NtkopsError as error:

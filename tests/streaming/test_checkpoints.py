@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import ntkops
-from ntkops import checkpoint
+from ntkops import NTKOperator, checkpoint
 from ntkops.engines import tiles
 from ntkops.errors import CheckpointError, InputError
 from ntkops.estimators import _quantities
-from ntkops.operators.kernel_structure import KernelStructure
 from tests.streaming.sources import Counted, made, samples, uneven
 
 N = 19
@@ -18,8 +17,8 @@ N = 19
 def many_steps(monkeypatch):
     """Cut the work into many tiles and parts."""
     monkeypatch.setattr(tiles, "_HELD_BYTES", 250)
-    monkeypatch.setattr(KernelStructure, "tile_size", lambda self: 12)
-    monkeypatch.setattr(KernelStructure, "diagonal_step", lambda self: 4)
+    monkeypatch.setattr(NTKOperator, "tile_size", lambda self: 12)
+    monkeypatch.setattr(NTKOperator, "diagonal_step", lambda self: 4)
 
 
 def _kernel(seed=0, model_change=0.0, **options):
@@ -94,9 +93,9 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(quantity, engine, tmp_pat
 @pytest.mark.parametrize("quantity", ["trace", "frobenius_norm"])
 def test_finished_work_is_not_done_again(quantity, tmp_path, monkeypatch):
     first = WORK[quantity](_kernel(), checkpoint=tmp_path / "file")
-    monkeypatch.setattr(KernelStructure, "_block", None)
-    monkeypatch.setattr(KernelStructure, "_slab", None)
-    monkeypatch.setattr(KernelStructure, "_within", None)
+    monkeypatch.setattr(NTKOperator, "_block", None)
+    monkeypatch.setattr(NTKOperator, "_slab", None)
+    monkeypatch.setattr(NTKOperator, "_within", None)
     again = WORK[quantity](_kernel(), checkpoint=tmp_path / "file")
     assert torch.equal(again.value, first.value)
     assert again.passes == first.passes
@@ -121,7 +120,7 @@ def test_sizes_and_threads_are_followed(tmp_path, monkeypatch):
     interrupter.left = 7
     with pytest.raises(KeyboardInterrupt):
         ntkops.frobenius_norm(_kernel(batch_size=4, chunk_size=2), checkpoint=tmp_path / "cut")
-    monkeypatch.setattr(KernelStructure, "tile_size", lambda self: 30)
+    monkeypatch.setattr(NTKOperator, "tile_size", lambda self: 30)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:

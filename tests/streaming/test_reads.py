@@ -9,7 +9,7 @@ from ntkops.errors import NonDeterministicDataError
 from ntkops.estimators import _stratified_grams
 from ntkops.model import linearize
 from ntkops.model.inputs import joined
-from ntkops.operators.structure import structure
+from ntkops.operators.capabilities import capabilities
 from tests.streaming.sources import MODELS, Counted, Reused, made, samples, uneven
 
 N = 23
@@ -105,7 +105,7 @@ def test_projected_features_and_rows_take_one_pass(part, small_parts):
 @pytest.mark.parametrize("size", [8, 30, 1000])
 def test_tiles_read_once_a_row(name, engine, size, small_parts):
     streamed, source, held = _pair(name, engine=engine)
-    tiles, wanted = list(structure(streamed).tiles(size)), held.to_dense()
+    tiles, wanted = list(capabilities(streamed).tiles(size)), held.to_dense()
     rows = len({tile.rows.start for tile in tiles})
     assert source.passes <= rows
     dense = torch.zeros_like(wanted)
@@ -122,7 +122,7 @@ def test_tiles_of_cross_kernels_read_rows_once(small_parts):
     K = ntkops.ntk(model, one, other, outputs="trace")
     one.clear()
     other.clear()
-    tiles = list(structure(K).tiles(6))
+    tiles = list(capabilities(K).tiles(6))
     assert one.passes == 1
     assert other.passes == -(-N // 6)
     dense = torch.cat([torch.cat([t.block for t in tiles if t.rows.start == r], 1) for r in range(0, N, 6)])
@@ -141,7 +141,7 @@ def test_a_sequence_of_batches_is_not_read_before_what_is_wanted(small_parts):
 
     K = ntkops.ntk(model, Recorded(x.split(5)), outputs="trace")
     read.clear()
-    found = list(structure(K).tiles(10))
+    found = list(capabilities(K).tiles(10))
     assert read == [*range(5), *range(2, 5)]  # the last rows are what was read last
     assert len(found) == 6
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -13,12 +15,15 @@ from torch import Tensor
 from ...engines import Engine, EngineChoice, LayerwiseEngine, build_engine
 from ...engines.sharded import ShardedEngine
 from ...errors import ShapeError, UnsupportedOperationError
-from ...model import Inputs
+from ...model import Batch, Inputs
+from ...model.inputs import joined
 from ...ranks import Ranks, ShardedSpace
 from ...results import EngineInfo
 from ...vectors import Space
 from ..axes import Axis, ParameterAxis, StateAxis
+from ..capabilities import Capabilities, Factors, Tile
 from ..core import Core
+from ..kernel import NTKOperator
 from ..products import ProductOperator
 from .rows import ShardedRows, refuse_derivatives, refused
 from .shares import no_samples, take_shard
@@ -219,30 +224,40 @@ class _ShardedOperator(ProductOperator):
 
 
 @refused
-class ShardedJacobianOperator(_ShardedOperator):
+class ShardedJacobianOperator(_ShardedOperator, Capabilities):
     """J of samples that are spread over ranks, or its transpose.
 
     ``J @ p`` gives this rank's rows; ``J.mT @ v`` takes this rank's rows of v and gives the same product on
     all ranks.
     """
 
-    @property
-    def structure(self) -> Any:
-        """What it can do beyond products: nothing."""
-        from .structure import ShardedJacobianStructure
+    holds_ours = True
 
-        return ShardedJacobianStructure(self)
+    def exact_cost(self, quantity: str) -> float:
+        """Return infinity: nothing exact is offered."""
+        return math.inf
 
 
 @refused
-class ShardedKernelOperator(ShardedRows, _ShardedOperator):
+class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
     """K = J(x₁) J(x₂)ᵀ of samples that are spread over the ranks of a process group.
 
     Make one with ``ntkops.ntk(model, shard, group=group)`` on every rank. Its shape is that of the rows and
     columns of this rank; `space` knows the whole. ``K @ V`` takes this rank's rows of V and gives this
     rank's rows of the product, by one sum over ranks for the block. Estimators and solvers of ntkops take it
     as it is; what linear_operator would compute of this rank's rows alone raises.
+
+    Tiles are those of this rank's rows: together the ranks yield each once, or, of a symmetric kernel, each
+    of those above the diagonal or its mirror image, in equal shares. All ranks yield the same number of
+    tiles, some of them empty, so that several kernels can be gone through side by side.
     """
+
+    of_samples = True
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether rows and columns are the same samples."""
+        return self._core.symmetric
 
     @property
     def space(self) -> ShardedSpace:
@@ -253,22 +268,27 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
     @property
     def num_samples(self) -> int:
         """Number of samples of the rows on this rank."""
-        return self._axis.inputs.num_samples
+        return self._rows.inputs.num_samples
 
     @property
     def num_outputs(self) -> int:
         """Number of rows that each sample has."""
-        return self._axis.outputs.shape[-1]
+        return self._rows.outputs.shape[-1]
 
     @property
     def output_shape(self) -> torch.Size:
         """Shape of the model's output for one sample, before flattening."""
-        return self._axis.inputs.output_shape
+        return self._rows.inputs.output_shape
 
     @property
-    def _axis(self) -> ShardedAxis:
+    def _rows(self) -> ShardedAxis:
         assert isinstance(self._core.rows, ShardedAxis)
         return self._core.rows
+
+    @property
+    def _columns(self) -> ShardedAxis:
+        assert isinstance(self._core.columns, ShardedAxis)
+        return self._core.columns
 
     @property
     def left(self) -> ShardedJacobianOperator:
@@ -285,15 +305,17 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
         beside = ParameterAxis.beside(axis, self.num_parameters)
         return ShardedJacobianOperator(*self._args, core=self._core.with_axes(axis, beside))
 
-    @property
-    def structure(self) -> Any:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        from .structure import ShardedStructure
-
-        return ShardedStructure(self)
-
     def _diagonal(self) -> Tensor:
-        return self.structure.diagonal()
+        """Return this rank's rows of the diagonal, ``(*batch, length)``."""
+        shape = (*self._rows.batch_shape, self._rows.length)
+        engine = self._engine.local
+
+        def work() -> Tensor:
+            if engine is None or self._rows.length == 0:
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return self._own(engine).diagonal()
+
+        return self.ranks.together(work, "the diagonal")
 
     def diagonal(self, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
         """Return this rank's rows of the diagonal; called by all ranks."""
@@ -335,6 +357,205 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator):
         rows = ShardedAxis(inputs, columns.outputs, counts=counts)
         return self._rebuild(dataclasses.replace(core.with_axes(rows, columns), engine=built))
 
+    # tiles
+
+    def factors(self) -> Factors:
+        """Return J(x₁) and J(x₂) with K = left @ right.mT."""
+        return self.left, self.right
+
+    def _alone(self, engine: Engine, rows: StateAxis, columns: StateAxis) -> NTKOperator:
+        """Return a local kernel between samples that this rank has."""
+        return NTKOperator(*self._args, core=Core(engine, rows, columns, limit=0))
+
+    def _own(self, engine: Engine) -> NTKOperator:
+        return self._alone(engine, self._rows, self._rows)
+
+    def diagonal_step(self) -> int:
+        """Return the samples of a part of the diagonal: all that this rank has."""
+        return max(1, self._rows.inputs.num_samples)
+
+    def diagonal_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Yield this rank's rows of the diagonal in one part."""
+        yield slice(0, self._rows.length), self._diagonal()
+
+    @property
+    def sample_shape(self) -> tuple[int, int] | None:  # type: ignore[override]
+        """Samples on all ranks and outputs, where the rows are all outputs of all samples."""
+        whole = self.symmetric and self._rows._is_whole()
+        return (sum(self._rows.counts), self._rows.inputs.num_outputs) if whole else None
+
+    @property
+    def layered(self) -> bool:  # type: ignore[override]
+        """Whether layer structure covers all parameters, on every rank."""
+        return self._engine.layered
+
+    def sample_parts(self, size: int) -> Iterator[tuple[slice, NTKOperator | None]]:
+        """Yield the kernels within parts of the samples, the same number of them on all ranks.
+
+        Args:
+            size: Samples of a part, at most.
+
+        Yields:
+            The samples, counted over all ranks, and their kernel; None for a part without samples.
+        """
+        for rows in self._sample_slices(size):
+            yield (
+                self._counted(self.ranks.rank, rows),
+                self.ranks.together(partial(self._kernel_of, rows), "reading samples"),
+            )
+
+    def sample_pairs(self, size: int) -> Iterator[tuple[slice, slice, NTKOperator | None]]:
+        """Yield kernels over pairs of parts of the samples, the same number of them on all ranks.
+
+        Args:
+            size: Samples of a part, at most.
+
+        Yields:
+            Two parts, counted over all ranks, and the kernel over both of them; over one, where they are the
+            same; None where it is made on another rank.
+        """
+        for source, count in enumerate(self._columns.counts):
+            for start in range(0, count, size):
+                part = slice(start, min(start + size, count))
+                received = self._received(source, part)
+                for rows in self._sample_slices(size):
+                    make = partial(self._kernel_over, source, part, rows, received)
+                    kernel = self.ranks.together(make, "reading samples")
+                    yield self._counted(self.ranks.rank, rows), self._counted(source, part), kernel
+
+    def _sample_slices(self, size: int) -> list[slice]:
+        """Cut this rank's samples into as many parts as the rank with the most of them has."""
+        mine, most = self._rows.inputs.num_samples, max(self._rows.counts)
+        return [slice(min(a, mine), min(a + size, mine)) for a in range(0, most, size)]
+
+    def _counted(self, rank: int, part: slice) -> slice:
+        """Return samples of a rank as they are counted over all ranks."""
+        before = sum(self._rows.counts[:rank])
+        return slice(part.start + before, part.stop + before)
+
+    def _kernel_of(self, rows: slice) -> NTKOperator | None:
+        engine = self._engine.local
+        if engine is None or rows.stop <= rows.start:
+            return None
+        part = self._rows.inputs.select(torch.arange(rows.start, rows.stop))
+        axis = StateAxis(part, self._rows.outputs)
+        return self._alone(engine, axis, axis)
+
+    def _kernel_over(
+        self, source: int, part: slice, rows: slice, received: Inputs | None
+    ) -> NTKOperator | None:
+        engine, own = self._engine.local, source == self.ranks.rank
+        if received is None or engine is None or rows.stop <= rows.start:
+            return None
+        if own and part == rows:
+            return self._kernel_of(rows)
+        if own and part.start < rows.start:
+            return None
+        mine = self._rows.inputs.select(torch.arange(rows.start, rows.stop))
+        axis = StateAxis(joined([mine, received]), self._rows.outputs)
+        return self._alone(engine, axis, axis)
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return the passes of the rank that makes the most of them."""
+        engine = self._engine.local
+
+        def work() -> float:
+            if engine is None or self._rows.length == 0:
+                return 0.0
+            own = self._own(engine).exact_cost(quantity)
+            pairs = (1 + self.ranks.count) / 2 if self.symmetric else self.ranks.count
+            return own if quantity == "diagonal" else own * pairs
+
+        return self.ranks.largest(self.ranks.together(work, "the cost of an exact value"))
+
+    def tile_size(self) -> int:
+        """Return the length of tiles for which every rank's memory suffices."""
+        engine, rows = self._engine.local, self._rows
+
+        def work() -> int:
+            if engine is None or rows.length == 0:
+                return 2**31
+            return max(self._own(engine).tile_size() // self._width, 1) * self._width
+
+        return int(-self.ranks.largest(-self.ranks.together(work, "the size of tiles")))
+
+    @property
+    def _width(self) -> int:
+        return self._rows.outputs.shape[-1]
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield this rank's tiles; see there. Samples go from rank to rank, gradients do not.
+
+        Args:
+            size: Rows and columns of a tile.
+
+        Yields:
+            Tiles, whose rows and columns are counted over all ranks.
+        """
+        yield from self.tiles_after(size or self.tile_size(), 0)
+
+    def tiles_after(self, size: int, skip: int) -> Iterator[Tile]:
+        """Yield what `tiles` yields after the first ``skip`` tiles, for which nothing is sent or made."""
+        samples = max(1, size // self._width)
+        most = max(self._rows.counts)
+        slices = [slice(a, min(a + samples, most)) for a in range(0, most, samples)]
+        for source, count in enumerate(self._columns.counts):
+            for start in range(0, count, samples):
+                part = slice(start, min(start + samples, count))
+                wanted, skip = slices[skip:], max(0, skip - len(slices))
+                if not wanted:
+                    continue
+                received = self._received(source, part)
+                for rows in wanted:
+                    make = partial(self._tile, source, part, rows, received)
+                    yield self.ranks.together(make, "a tile")
+
+    def _received(self, source: int, part: slice) -> Inputs | None:
+        """Return samples of another rank, or of this one; None where this rank makes no tile of them."""
+        mine, engine = self._columns.inputs, self._engine
+        own = source == self.ranks.rank
+
+        def cut() -> tuple[Inputs | None, Batch | None]:
+            if not own:
+                return None, None
+            chosen = mine.select(torch.arange(part.start, part.stop))
+            (_, _, batch), *_ = chosen.batches(chosen.num_samples)
+            return chosen, batch.map(lambda tensor: tensor.detach().cpu())
+
+        chosen, batch = self.ranks.together(cut, "reading samples")
+        batch = self.ranks.broadcast(batch, source)
+        if own:
+            return chosen
+        if not self._makes(source):
+            return None
+        moved = batch.map(lambda tensor: tensor.to(engine.linearization.device))
+        return Inputs(moved, mine.output_shape)
+
+    def _makes(self, source: int) -> bool:
+        """Return whether this rank makes the tiles between its rows and another rank's columns."""
+        if not self.symmetric or source == self.ranks.rank:
+            return True
+        count = self.ranks.count
+        ahead = (source - self.ranks.rank) % count
+        return 2 * ahead < count or (2 * ahead == count and self.ranks.rank < source)
+
+    def _tile(self, source: int, part: slice, rows: slice, received: Inputs | None) -> Tile:
+        width, axis = self._width, self._rows
+        engine = self._engine.local
+        rows = slice(rows.start, min(rows.stop, axis.inputs.num_samples))
+        row_start, column_start = self.space.start, sum(self._columns.counts[:source]) * width
+        place = _Place(row_start + rows.start * width, column_start + part.start * width)
+        same = self.symmetric and source == self.ranks.rank
+        none = received is None or engine is None or rows.stop <= rows.start
+        if none or (same and part.start < rows.start):
+            return place.tile(torch.zeros((*axis.batch_shape, 0, 0), dtype=self.dtype, device=self.device))
+        assert received is not None and engine is not None
+        own = axis.take(slice(rows.start * width, rows.stop * width))
+        if same and part == rows:
+            return place.tile(_dense(self._alone(engine, own, own)))
+        other = StateAxis(received, self._columns.outputs)
+        return place.tile(_dense(self._alone(engine, own, other)))
+
     # what linear_operator does with an operator without asking for its entries
 
     def detach(self) -> Self:
@@ -346,3 +567,22 @@ def core_of(engine: ShardedEngine, rows: Axis, columns: Axis) -> Core:
     """Return the core of an operator over ranks, which never builds anything dense."""
     opaque: Any = engine
     return Core(engine=opaque, rows=rows, columns=columns, limit=0)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The first row and column of a tile."""
+
+    row: int
+    column: int
+
+    def tile(self, block: Tensor) -> Tile:
+        height, width = block.shape[-2:]
+        rows = slice(self.row, self.row + height)
+        return Tile(rows, slice(self.column, self.column + width), block)
+
+
+def _dense(kernel: NTKOperator) -> Tensor:
+    with torch.no_grad():
+        kernel._check_fresh()
+        return kernel._dense_values(kernel._args)

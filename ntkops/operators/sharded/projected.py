@@ -15,8 +15,8 @@ from ...errors import ShapeError, ShardingError, UnsupportedOperationError
 from ...projections import Projection
 from ...ranks import Ranks, ShardedSpace
 from .._projected_features import feature_rows
+from ..capabilities import Capabilities, Tile
 from ..projection import as_projection
-from ..structure import Tile
 from .kernel import ShardedKernelOperator
 from .rows import ShardedRows, refused
 
@@ -24,7 +24,7 @@ __all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
 
 
 @refused
-class ShardedProjectedOperator(ShardedRows):
+class ShardedProjectedOperator(ShardedRows, Capabilities):
     """K = Φ₁ Φ₂ᵀ with features Φ = J Pᵀ of samples that are spread over ranks.
 
     Every rank holds the features of its own rows. ``K @ V`` sums Φ₂ᵀ V over ranks: k numbers a column, where
@@ -128,45 +128,15 @@ class ShardedProjectedOperator(ShardedRows):
         return type(self)(rows, self._columns, spaces=(space, self.domain), remake=self._remake)
 
     @property
-    def structure(self) -> Any:
-        """What the kernel can do beyond products; see `ntkops.operators.structure`."""
-        return _ProjectedStructure(self)
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether rows and columns are the same samples."""
+        return self._is_square
 
-    def _diagonal(self) -> Tensor:
-        return (self._rows * self._rows).sum(-1)
-
-    def diagonal(self, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
-        """Return this rank's rows of the diagonal."""
-        if (offset, dim1, dim2) != (0, -2, -1) or not self._is_square:
-            raise UnsupportedOperationError("only a square kernel has a diagonal, along its last two axes")
-        return self._diagonal()
-
-    def detach(self) -> Self:
-        """Return itself: nothing is recorded through it."""
-        return self
-
-
-class _ProjectedStructure:
-    """The structure of a projected kernel over ranks: its diagonal, and products."""
-
-    def __init__(self, kernel: ShardedProjectedOperator) -> None:
-        self._kernel = kernel
-        self.shape, self.dtype, self.device = kernel.shape, kernel.dtype, kernel.device
-        self.symmetric, self.space = kernel._is_square, kernel.space
-
-    def diagonal(self) -> Tensor:
-        """Return this rank's rows of the diagonal."""
-        return self._kernel._diagonal()
+    # the features lie on several ranks: there are no factors
 
     def exact_cost(self, quantity: str) -> float:
         """Return nothing for the diagonal; tiles are not offered."""
         return 0.0 if quantity == "diagonal" else math.inf
-
-    def factors(self) -> None:
-        """Return nothing: the features lie on several ranks."""
-
-    def sample_gram(self, probes: Tensor) -> None:
-        """Return nothing."""
 
     def tile_size(self) -> int:
         """Refuse, as `tiles`."""
@@ -185,6 +155,23 @@ class _ProjectedStructure:
             "a projected kernel over a process group has no tiles: estimate by products (method='sketch', "
             "'hutch++'), or take the exact value of the kernel itself"
         )
+
+    def product_cost(self) -> int:
+        """Return a column for each batch entry."""
+        return self.batch_shape.numel()
+
+    def _diagonal(self) -> Tensor:
+        return (self._rows * self._rows).sum(-1)
+
+    def diagonal(self, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
+        """Return this rank's rows of the diagonal."""
+        if (offset, dim1, dim2) != (0, -2, -1) or not self._is_square:
+            raise UnsupportedOperationError("only a square kernel has a diagonal, along its last two axes")
+        return self._diagonal()
+
+    def detach(self) -> Self:
+        """Return itself: nothing is recorded through it."""
+        return self
 
 
 def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedProjectedOperator:
@@ -214,7 +201,7 @@ def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedP
             raise ShardingError(f"rank {rank} brings another projection than rank 0: give both the same seed")
 
     def features(kernel: ShardedKernelOperator) -> Tensor:
-        axis, engine = kernel._axis, kernel._engine.local
+        axis, engine = kernel._rows, kernel._engine.local
 
         def work() -> Tensor:
             if engine is None or axis.length == 0:

@@ -7,7 +7,7 @@ and names what there is for all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedOperationError
 from ...ranks import ShardedSpace
 from ..algebra import KernelMultiple, KernelSum
-from ..counting import row_space
+from ..capabilities import Capabilities, Tile, capabilities
 from ..ridge import RidgeOperator
 
 __all__ = [
@@ -74,7 +74,7 @@ class ShardedRows(LinearOperator):
     @property
     def space(self) -> ShardedSpace:
         """The space of the rows, spread over the ranks: that of the first part."""
-        found = row_space(self._args[0])
+        found = capabilities(self._args[0]).space
         assert isinstance(found, ShardedSpace)
         return found
 
@@ -140,18 +140,41 @@ class ShardedMultiple(ShardedRows, KernelMultiple):
 
 
 @refused
-class ShardedRidge(ShardedRows, RidgeOperator):
+class ShardedRidge(ShardedRows, RidgeOperator, Capabilities):
     """K + D over ranks: solves by conjugate gradients whose inner products are those of all rows."""
 
     solve = RidgeOperator.solve
     _solve = RidgeOperator._solve
 
-    @property
-    def structure(self) -> Any:
-        """What it can do beyond products; see `ntkops.operators.structure`."""
-        from .structure import ShardedRidgeStructure
+    # D has no factor of the parameters
 
-        return ShardedRidgeStructure(self)
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether K is."""
+        return bool(capabilities(self.kernel).symmetric)
+
+    def tile_size(self) -> int:
+        """Return that of K."""
+        size: int = capabilities(self.kernel).tile_size()
+        return size
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return that of K."""
+        cost: float = capabilities(self.kernel).exact_cost(quantity)
+        return cost
+
+    def _diagonal(self) -> Tensor:
+        return capabilities(self.kernel).diagonal() + self.ridge.detach()
+
+    def tiles(self, size: int | None = None) -> Iterator[Tile]:
+        """Yield the tiles of K, with D on the diagonal."""
+        start = self.space.start
+        for tile in capabilities(self.kernel).tiles(size):
+            if tile.rows == tile.cols and tile.block.numel():
+                own = self.ridge.detach()[..., tile.rows.start - start : tile.rows.stop - start]
+                yield Tile(tile.rows, tile.cols, tile.block + torch.diag_embed(own))
+            else:
+                yield tile
 
     @property
     def _factorises(self) -> bool:

@@ -1,4 +1,4 @@
-"""The structure of every operator agrees with its dense matrix, lazily and at the stated cost."""
+"""What every operator can do agrees with its dense matrix, lazily and at the stated cost."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import Tensor
 import ntkops
 from ntkops.engines import count_passes
 from ntkops.errors import NonFiniteError, ShapeError
-from ntkops.operators.counting import column_space, multiply, product_cost, row_space
-from ntkops.operators.structure import (
-    Structure,
+from ntkops.operators.capabilities import (
+    Capabilities,
     Tile,
+    capabilities,
     dense_from_tiles,
+    multiply,
     paired_tiles,
-    structure,
     tile_slices,
 )
 from ntkops.vectors import Space
@@ -139,29 +139,29 @@ NAMES = list(operators())
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles_cover_the_operator_row_after_row(name: str, size: int | None, whole: bool) -> None:
     operator, dense = operators()[name]
-    found = structure(operator, whole=whole)
-    assert isinstance(found, Structure)
+    found = capabilities(operator)
+    assert isinstance(found, Capabilities)
+    above = found.symmetric and not whole
     assert found.shape == dense.shape and found.dtype == dense.dtype
     step = size or found.tile_size()
     corners = [
         (rows, cols)
         for rows in tile_slices(dense.shape[-2], step)
         for cols in tile_slices(dense.shape[-1], step)
-        if not found.symmetric or cols.start >= rows.start
+        if not above or cols.start >= rows.start
     ]
-    tiles = list(found.tiles(size))
+    tiles = list(found.all_tiles(size) if whole else found.tiles(size))
     assert [(tile.rows, tile.cols) for tile in tiles] == corners
     for tile in tiles:
         torch.testing.assert_close(tile.block, dense[..., tile.rows, tile.cols], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dense_from_tiles(found, size), dense, rtol=1e-12, atol=1e-12)
-    if whole:
-        assert not found.symmetric
+    if not whole:
+        torch.testing.assert_close(dense_from_tiles(found, size), dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_diagonal_is_exact_where_there_is_one(name: str) -> None:
     operator, dense = operators()[name]
-    found = structure(operator)
+    found = capabilities(operator)
     if dense.shape[-1] != dense.shape[-2]:
         if not isinstance(operator, ntkops.JacobianOperator):
             with pytest.raises(ShapeError, match="square"):
@@ -173,12 +173,12 @@ def test_diagonal_is_exact_where_there_is_one(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_multiply_to_the_operator(name: str) -> None:
     operator, dense = operators()[name]
-    found = structure(operator)
+    found = capabilities(operator)
     factors = found.factors()
     if factors is None:
         assert name not in ("ours", "ours each", "ours scaled", "root", "product")
         return
-    left, right = (dense_from_tiles(structure(factor)) for factor in factors)
+    left, right = (dense_from_tiles(factor) for factor in factors)
     torch.testing.assert_close(left @ right.mT, dense, rtol=1e-12, atol=1e-12)
     if found.symmetric:
         torch.testing.assert_close(left, right, rtol=0, atol=0)
@@ -191,13 +191,13 @@ def test_products_are_right_and_cost_what_was_said(name: str) -> None:
     with count_passes() as tally:
         result = multiply(operator, block)
     torch.testing.assert_close(result, dense @ block, rtol=1e-12, atol=1e-12)
-    assert tally.total == 3 * product_cost(operator)
+    assert tally.total == 3 * capabilities(operator).product_cost()
     assert not result.requires_grad
 
 
 @pytest.mark.parametrize("name", ["tensor", "dense", "diagonal", "identity", "jitter", "block diagonal"])
 def test_what_is_stored_costs_nothing(name: str) -> None:
-    found = structure(operators()[name][0])
+    found = capabilities(operators()[name][0])
     with count_passes() as tally:
         list(found.tiles())
         found.diagonal()
@@ -208,14 +208,14 @@ def test_what_is_stored_costs_nothing(name: str) -> None:
     "name", ["lazy", "lazy wide", "lazy tall", "lazy batch", "added diagonal", "product"]
 )
 def test_identity_columns_are_counted(name: str) -> None:
-    found = structure(operators()[name][0])
+    found = capabilities(operators()[name][0])
     with count_passes() as tally:
         list(found.tiles())
     assert tally.total == found.exact_cost("tiles") == tally.count.products > 0
 
 
 def test_a_tall_operator_is_tiled_from_its_few_columns() -> None:
-    found = structure(Lazy(matrix(9, 2, symmetric=False)))
+    found = capabilities(Lazy(matrix(9, 2, symmetric=False)))
     assert found.exact_cost("tiles") == 2
     with count_passes() as tally:
         blocks = [tile.block for tile in found.tiles(4)]
@@ -223,14 +223,14 @@ def test_a_tall_operator_is_tiled_from_its_few_columns() -> None:
 
 
 def test_symmetry_is_measured_for_tensors_and_never_assumed_of_others() -> None:
-    assert structure(matrix(5, 5)).symmetric
-    assert structure(matrix(5, 5, dtype=torch.float32)).symmetric
-    assert not structure(matrix(5, 5, symmetric=False)).symmetric
-    assert not structure(matrix(5, 4, symmetric=False)).symmetric
-    assert not structure(Lazy(matrix(5, 5))).symmetric
-    assert structure(RootLinearOperator(Lazy(matrix(5, 2, symmetric=False)))).symmetric
-    assert structure(torch.zeros(3, 3)).symmetric
-    assert not structure(torch.full((3, 3), torch.nan)).symmetric
+    assert capabilities(matrix(5, 5)).symmetric
+    assert capabilities(matrix(5, 5, dtype=torch.float32)).symmetric
+    assert not capabilities(matrix(5, 5, symmetric=False)).symmetric
+    assert not capabilities(matrix(5, 4, symmetric=False)).symmetric
+    assert not capabilities(Lazy(matrix(5, 5))).symmetric
+    assert capabilities(RootLinearOperator(Lazy(matrix(5, 2, symmetric=False)))).symmetric
+    assert capabilities(torch.zeros(3, 3)).symmetric
+    assert not capabilities(torch.full((3, 3), torch.nan)).symmetric
 
 
 def test_ours_is_asked_and_never_made_dense() -> None:
@@ -238,10 +238,10 @@ def test_ours_is_asked_and_never_made_dense() -> None:
     dense = kernel_reference()
     ridge = (2.0 * K).add_jitter(0.1)
     expected = 2 * dense + 0.1 * torch.eye(10, dtype=torch.float64)
-    torch.testing.assert_close(dense_from_tiles(structure(ridge), 3), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dense_from_tiles(capabilities(ridge), 3), expected, rtol=1e-12, atol=1e-12)
     with count_passes() as tally:
-        structure(ridge).diagonal()
-    assert tally.count.per_sample == tally.total == structure(K).exact_cost("diagonal")
+        capabilities(ridge).diagonal()
+    assert tally.count.per_sample == tally.total == capabilities(K).exact_cost("diagonal")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_ours_is_asked_and_never_made_dense() -> None:
 def test_pairs_of_tiles_meet(names: tuple[str, str], size: int | None) -> None:
     (first, left), (second, right) = (operators()[name] for name in names)
     total = torch.zeros((), dtype=torch.float64)
-    a, b = structure(first), structure(second)
+    a, b = capabilities(first), capabilities(second)
     if size is not None:
         a, b = _Cut(a, size), _Cut(b, size)
     for one, other, mirrored in paired_tiles(a, b):
@@ -260,12 +260,12 @@ def test_pairs_of_tiles_meet(names: tuple[str, str], size: int | None) -> None:
     torch.testing.assert_close(total, (left * right).sum(), rtol=1e-12, atol=1e-12)
 
 
-class _Cut:
-    """A structure with tiles of another size."""
+class _Cut(Capabilities):
+    """An operator with tiles of another size."""
 
-    def __init__(self, base: Structure, size: int) -> None:
+    def __init__(self, base: Capabilities, size: int) -> None:
         self._base, self._size = base, size
-        self.symmetric = base.symmetric
+        self.symmetric, self.shape = base.symmetric, base.shape
 
     def tile_size(self) -> int:
         return self._size
@@ -276,17 +276,19 @@ class _Cut:
 
 def test_spaces_have_the_size_of_the_vectors() -> None:
     tall = Lazy(matrix(6, 4, symmetric=False))
-    assert (row_space(tall).size, column_space(tall).size) == (6, 4)
+    assert (capabilities(tall).space.size, capabilities(tall).domain.size) == (6, 4)
     K = kernel()
-    assert structure(K.add_jitter(1.0)).space.size == structure(2.0 * K).space.size == K.space.size == 10
+    assert (
+        capabilities(K.add_jitter(1.0)).space.size == capabilities(2.0 * K).space.size == K.space.size == 10
+    )
 
 
 def test_the_space_of_a_part_is_the_space_of_the_sum() -> None:
     special = Space(7, torch.float64)
     part = Lazy(matrix(7, 7))
     part.space = special
-    assert structure(part.add_jitter(1.0)).space is special
-    assert structure(2.0 * part).space is special
+    assert capabilities(part.add_jitter(1.0)).space is special
+    assert capabilities(2.0 * part).space is special
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
