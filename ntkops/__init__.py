@@ -9,6 +9,7 @@ with _warnings.catch_warnings():
 
 from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
+from .constructors import ntk, projected_ntk
 from .curvature import GGNOperator, ggn
 from .dynamics import Gaussian, Trajectory, gradient_descent, gradient_flow, max_learning_rate
 from .engines import Layerwise, count_passes, set_memory_budget
@@ -38,23 +39,19 @@ from .estimators import (
 from .model import Batches, Entries, Linearization, linearize
 from .operators import (
     BlockKernelOperator,
-    GradientFeatures,
     JacobianOperator,
     NTKOperator,
     SampleKernelOperator,
     ShardedKernelOperator,
     balance,
     energy_gap,
-    gradient_features,
     jacobian,
     nngp,
-    ntk,
     nystrom_ntk,
-    projected_ntk,
     sandwich,
     stack,
 )
-from .regression import KernelRidge, LinearizedLaplace, influence
+from .regression import GradientFeatures, KernelRidge, LinearizedLaplace, gradient_features, influence
 from .results import (
     CheckReport,
     Comparison,

@@ -19,6 +19,7 @@ from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from .arguments import checked
+from .constructors import ntk
 from .engines import EngineChoice, format_bytes
 from .errors import (
     DenseMemoryError,
@@ -28,7 +29,7 @@ from .errors import (
     UnsupportedOperationError,
 )
 from .model import Linearization, linearize
-from .operators import NTKOperator, ntk
+from .operators import NTKOperator
 
 try:
     from gpytorch import settings

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..engines import AutogradEngine
 from ..errors import NtkopsError
 from ..model import Batch, Linearization
-from ..model.precision import lowest_dtype
+from ..model.rounding import lowest_dtype
 from ..results import Check
 from ._engines import Ours, state_inputs
 from ._products import Products, relative

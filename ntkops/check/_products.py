@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..curvature import GGNOperator
 from ..engines import free_bytes
-from ..model.precision import lowest_dtype
+from ..model.rounding import lowest_dtype
 from ..operators import JacobianOperator, NTKOperator
 from ..operators.axes import StateAxis
 from ..results import Check

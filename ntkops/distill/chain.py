@@ -13,9 +13,10 @@ from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from ..arguments import checked
+from ..constructors import ntk, projected_ntk
 from ..engines import count_passes
 from ..errors import DenseMemoryError, InputError
-from ..operators import NTKOperator, ntk, projected_ntk
+from ..operators import NTKOperator
 from ..operators.projected import ProjectedNTKOperator
 from ..projections import SJLT, Projection, check_interpolation
 from ..regression import KernelRidge

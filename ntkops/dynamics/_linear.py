@@ -17,7 +17,9 @@ from ..spectra import Jacobi
 from ._filters import Filter, Flow
 from ._problem import Problem
 
-__all__ = ["Solved", "by_eigh", "by_krylov", "rounding_of"]
+__all__ = ["Solved", "by_eigh", "by_krylov", "rounding_of", "solve"]
+
+_SMALL, _DIRECT = 512, 5000  # rows up to which an eigendecomposition is cheap, or a matter of a minute
 
 _FIRST, _GROWTH = 4, 1.06  # steps before the bounds are looked at, and between two looks
 _TO_LARGEST = 12  # products that find the largest eigenvalue to some per cent
@@ -410,3 +412,22 @@ def _least_norm(problem: Problem, tol: float, max_products: int | None) -> Solve
         products=products,
         basis=basis.steps,
     )
+
+
+def _automatic(problem: Problem, filters: Filter) -> str:
+    if not problem.is_dense:
+        return "krylov"
+    # Whether an eigenvalue is zero is what decides the limit, and what a Krylov space does not know.
+    limit = problem.shift == 0 and not bool(filters.times.isfinite().all())
+    return "eigh" if problem.space.size <= (_DIRECT if limit else _SMALL) else "krylov"
+
+
+def solve(
+    problem: Problem, filters: Filter, method: str, tol: float, max_products: int | None
+) -> tuple[str, Solved]:
+    """Return the method that was used, and training by it."""
+    method = _automatic(problem, filters) if method == "auto" else method
+    with torch.no_grad():
+        if method == "eigh":
+            return method, by_eigh(problem, filters)
+        return method, by_krylov(problem, filters, tol, max_products)

@@ -10,14 +10,13 @@ from torch import Tensor
 from ..errors import InputError
 from ..results import TrajectoryInfo
 from ._filters import Filter
-from ._linear import Solved, by_eigh, by_krylov, rounding_of
+from ._linear import Solved, rounding_of, solve
 from ._problem import Problem
 from .trajectory import Trajectory
 
-__all__ = ["assemble", "check_method", "linear_trajectory", "solve"]
+__all__ = ["assemble", "check_method", "linear_trajectory"]
 
 _BASES = 4.0  # rounding units times n that a basis may be off from being orthogonal
-_SMALL, _DIRECT = 512, 5000  # rows up to which an eigendecomposition is cheap, or a matter of a minute
 
 
 def check_method(method: str, known: tuple[str, ...], problem: Problem) -> None:
@@ -33,25 +32,6 @@ def check_method(method: str, known: tuple[str, ...], problem: Problem) -> None:
             "method='eigh' needs the dense kernel on one process, which max_dense_bytes or the ranks forbid: "
             "take method='krylov'"
         )
-
-
-def _automatic(problem: Problem, filters: Filter) -> str:
-    if not problem.is_dense:
-        return "krylov"
-    # Whether an eigenvalue is zero is what decides the limit, and what a Krylov space does not know.
-    limit = problem.shift == 0 and not bool(filters.times.isfinite().all())
-    return "eigh" if problem.space.size <= (_DIRECT if limit else _SMALL) else "krylov"
-
-
-def solve(
-    problem: Problem, filters: Filter, method: str, tol: float, max_products: int | None
-) -> tuple[str, Solved]:
-    """Return the method that was used, and training by it."""
-    method = _automatic(problem, filters) if method == "auto" else method
-    with torch.no_grad():
-        if method == "eigh":
-            return method, by_eigh(problem, filters)
-        return method, by_krylov(problem, filters, tol, max_products)
 
 
 def linear_trajectory(

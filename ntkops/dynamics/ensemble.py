@@ -18,6 +18,7 @@ from ..operators.capabilities import capabilities, multiply
 from ..regression._operands import Kernel, dense_of, is_spread, may_be_dense
 from ..vectors import resolve_generator
 from ._filters import Filter
+from ._linear import solve
 from ._problem import Problem
 
 __all__ = ["Gaussian", "gaussian"]
@@ -185,8 +186,6 @@ def gaussian(
         raise DtypeError(f"the kernel has dtype {problem.dtype}, the prior {prior.dtype}; cast one of them")
 
     def train(some: Filter, block: Tensor) -> Tensor:
-        from ._result import solve
-
         return solve(dataclasses.replace(problem, rhs=block), some, "auto", tol, None)[1].dual
 
     return Gaussian(times, mean, problem, filters, prior, cross, train)

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..errors import NtkopsError
 from ..model import Inputs, Linearization
 from ..model.batch import take
-from ..model.record import Call, Place, Recording, record
-from ..model.trial import Recordings
+from ..model.record import Call, Place, Recording, Recordings, record
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collect import Collector, backward

@@ -20,9 +20,9 @@ from ..engines import Engine, EngineChoice, LayerwiseEngine
 from ..errors import CheckpointError, InputError
 from ..model.context import full_precision
 from ..operators.kernel import NTKOperator
-from ..operators.provenance import kernel_route, made_of, place_of
 from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
+from ._provenance import kernel_route, made_of, place_of
 from ._request import Operand
 
 __all__ = [

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..arguments import checked
+from ..constructors import ntk
 from ..engines import EngineChoice
 from ..errors import InputError, NtkopsError
 from ..model import BatchDim, linearize
-from ..operators.kernel import NTKOperator, ntk
+from ..operators.kernel import NTKOperator
 from ..results import Comparison, Estimate
 from ._request import checked_generator
 from .condition_number import condition_number

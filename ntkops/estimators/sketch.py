@@ -17,12 +17,12 @@ from ..engines import LayerwiseEngine, count_passes
 from ..errors import CheckpointError, InputError, ShapeError
 from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
-from ..operators.provenance import kernel_route, made_of
 from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
 from ..results import Estimate
 from ..vectors import Distribution
 from ._leave_out import ritz_values
+from ._provenance import kernel_route, made_of
 from ._quantities import ALIGNMENT, EFFECTIVE_RANK, FROBENIUS_NORM, TRACE, Quantity
 from ._request import Operand, checked_generator, operands
 from ._sketch import SketchCore, _Factored, _Multiplied

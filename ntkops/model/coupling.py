@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..errors import CoupledSamplesError, NtkopsError, OutputError, UnsupportedModelError
 from .batch import Batch, take
-from .precision import lowest_dtype
-from .rounding import UNITS, neighbours
+from .rounding import UNITS, lowest_dtype, neighbours
 
 if TYPE_CHECKING:
-    from .linearization import Linearization
+    from .pure import PureFunction
 
 __all__ = ["SampleAxis", "first_line", "is_fault_of_model"]
 
@@ -38,7 +37,7 @@ class SampleAxis:
 
     def __init__(
         self,
-        linearization: Linearization,
+        linearization: PureFunction,
         sample: Batch,
         params: Sequence[Tensor],
         evaluate: Callable[..., Tensor],
@@ -189,7 +188,7 @@ class SampleAxis:
 
 
 def require_own_rows(
-    linearization: Linearization,
+    linearization: PureFunction,
     start: int,
     params: Sequence[Tensor],
     batch: Batch,

@@ -14,7 +14,7 @@ from .stream import Stream, StreamReader
 from .watch import Watch, hold, require_fresh, tracked
 
 if TYPE_CHECKING:
-    from .trial import Recordings
+    from .record import Recordings
 
 __all__ = ["Batch", "Inputs", "joined", "read_inputs"]
 

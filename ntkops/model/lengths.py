@@ -21,7 +21,7 @@ from .rounding import neighbours
 from .stream import Stream
 
 if TYPE_CHECKING:
-    from .linearization import Linearization
+    from .pure import PureFunction
 
 __all__ = ["real_rows", "require_neutral_padding", "sample_lengths"]
 
@@ -99,7 +99,7 @@ def sample_lengths(stream: Stream, shapes: Sequence[torch.Size]) -> tuple[Tensor
 
 
 def require_neutral_padding(
-    linearization: Linearization, stream: Stream, shapes: Sequence[torch.Size]
+    linearization: PureFunction, stream: Stream, shapes: Sequence[torch.Size]
 ) -> None:
     """Raise if a sample has other outputs where it is padded than at its own length.
 

@@ -23,8 +23,9 @@ from .coupling import first_line, is_fault_of_model, require_own_rows
 from .inputs import Inputs, read_inputs
 from .lengths import real_rows, require_neutral_padding, sample_lengths
 from .output import OutputSelector, require_state, sample_rows, samples_first
+from .record import Recordings
 from .stream import Stream
-from .trial import MOST_TRIED, Recordings, differing_rows, examine
+from .trial import MOST_TRIED, differing_rows, examine
 from .verdict import StateFacts, Verdict
 from .watch import Watch, require_fresh, tracked
 

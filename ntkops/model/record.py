@@ -22,7 +22,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from .batch import Batch
 
-__all__ = ["Call", "Entry", "Place", "Recorder", "Recording", "describe_calls", "record"]
+__all__ = ["Call", "Entry", "Place", "Recorder", "Recording", "Recordings", "describe_calls", "record"]
 
 Function = Callable[[Sequence[Tensor], Batch], Tensor]
 
@@ -426,3 +426,6 @@ _VIEWS = {
 }
 _RESHAPES = {torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__, torch.Tensor.view}
 _DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+
+Recordings = tuple[Recording, Recording]  # of the two passes of a trial

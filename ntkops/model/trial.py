@@ -33,14 +33,14 @@ from .capture import Guard, first_random_module, foreign_use, graph_leaves, stor
 from .context import untouched_randomness
 from .coupling import SampleAxis, first_line, is_fault_of_model
 from .output import require_state, sample_rows, samples_first
-from .record import Recorder, Recording
+from .record import Recorder, Recording, Recordings
 from .verdict import StateFacts
 from .watch import Watch, same_bits
 
 if TYPE_CHECKING:
-    from .linearization import Linearization
+    from .pure import PureFunction
 
-__all__ = ["MOST_TRIED", "Recordings", "differing_rows", "examine"]
+__all__ = ["MOST_TRIED", "differing_rows", "examine"]
 
 MOST_TRIED = 4  # samples of the trial run
 _SEARCHED = 64  # samples among which differing ones are looked for
@@ -51,10 +51,7 @@ _ORDERS = {1: (0,), 2: (1, 0, 1), 3: (2, 0), 4: (3, 0)}  # one: coupled samples
 _OTHER_ORDER = {count: torch.tensor(order) for count, order in _ORDERS.items()}
 
 
-Recordings = tuple[Recording, Recording]
-
-
-def examine(linearization: Linearization, batch: Batch, rows: Tensor) -> tuple[StateFacts, Recordings | None]:
+def examine(linearization: PureFunction, batch: Batch, rows: Tensor) -> tuple[StateFacts, Recordings | None]:
     """Run a model on a few samples and raise if products with it could be wrong.
 
     Args:
@@ -110,7 +107,7 @@ class _Unusual(Exception):
 class _Trial:
     """One model on one small batch."""
 
-    def __init__(self, linearization: Linearization, sample: Batch, rows: Tensor, whole: Batch) -> None:
+    def __init__(self, linearization: PureFunction, sample: Batch, rows: Tensor, whole: Batch) -> None:
         self.lin = linearization
         self.sample, self.whole = sample, whole
         self.rows = rows

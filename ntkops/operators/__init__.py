@@ -1,13 +1,16 @@
 """Lazy operators: the Jacobian and the kernel."""
 
+import importlib
+import warnings
+from typing import Any
+
 from . import foreign, product_tiles  # noqa: F401  # which enter their kinds into the table of capabilities
 from .energy_gap import energy_gap
-from .gradient_features import GradientFeatures, gradient_features
 from .jacobian import JacobianOperator, jacobian
-from .kernel import NTKOperator, ntk
+from .kernel import NTKOperator
 from .nngp import nngp
 from .nystrom import NystromOperator, nystrom_ntk
-from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator, projected_ntk
+from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator
 from .ridge import RidgeOperator
 from .sample_kernel import SampleKernelOperator
 from .sandwich import Sandwich, sandwich
@@ -29,16 +32,19 @@ __all__ = [
     "ShardedKernelOperator",
     # constructors
     "jacobian",
-    "ntk",
     "nystrom_ntk",
-    "projected_ntk",
     "sandwich",
     "stack",
     "balance",
     "nngp",
-    # in files
-    "GradientFeatures",
-    "gradient_features",
     # what an approximation leaves out
     "energy_gap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what stood here before, with a warning: kernels are made in `ntkops` itself."""
+    if name not in ("ntk", "projected_ntk", "GradientFeatures", "gradient_features"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"use ntkops.{name}: ntkops.operators.{name} goes in 0.4", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module("ntkops"), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, overload
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ _NORMS = (torch.norm, torch.linalg.norm, torch.linalg.matrix_norm)
 
 class Expression(LinearOperator):
     """Arithmetic, indexing, casts and torch's functions, with every operand checked before any work."""
+
+    join: ClassVar[Any]  # what joins operators, `joined.join`: it is made of expressions itself and sets it
 
     def __repr__(self) -> str:
         """Show the shape, what the operator is made of, and where it lives."""
@@ -421,9 +423,8 @@ class Expression(LinearOperator):
 
     def _joined_with(self, parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
         """Return parts, of which this is one, side by side, lazily."""
-        from .joined import join
-
-        return join(parts, dim)
+        joined: LinearOperator = self.join(parts, dim)
+        return joined
 
     # casting
 

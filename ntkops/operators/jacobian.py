@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -32,6 +32,8 @@ class JacobianOperator(EngineOperator):
     fused kernel operator.
     """
 
+    kernel_class: ClassVar[Any]  # `NTKOperator`, which is made of Jacobians itself and sets it
+
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         """Multiply; two Jacobians of one snapshot that meet over the parameters give the kernel.
 
@@ -43,13 +45,11 @@ class JacobianOperator(EngineOperator):
             product.
         """
         if isinstance(other, JacobianOperator) and self._meets(other):
-            from .kernel import NTKOperator
-
             rows, columns = self._core.rows, other._core.columns
             assert isinstance(rows, StateAxis) and isinstance(columns, StateAxis)
             if _same_rows(rows, columns):
                 columns = rows
-            return NTKOperator(*self._args, core=self._core.with_axes(rows, columns))
+            return self.kernel_class(*self._args, core=self._core.with_axes(rows, columns))
         if isinstance(other, JacobianOperator):
             inner, facing = self._core.columns, other._core.rows
             if isinstance(inner, ParameterAxis) and isinstance(facing, ParameterAxis):

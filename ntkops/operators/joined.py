@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from linear_operator.operators import (
@@ -18,6 +18,7 @@ from ..errors import DeviceError, DtypeError, InputError, ShapeError, Unsupporte
 from .algebra import KernelAlgebra
 from .axes import ParameterAxis, resolve_index
 from .dense import DenseFallbacks
+from .expression import Expression
 from .jacobian import JacobianOperator
 
 __all__ = ["JoinedOperator", "is_stack", "join"]
@@ -43,6 +44,8 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         (torch.Size([20, 8]), torch.Size([20]), torch.Size([8]))
     """
 
+    kernel_class: ClassVar[Any]  # `BlockKernelOperator`, which is made of these itself and sets it
+
     def __init__(
         self,
         *linear_ops: LinearOperator,
@@ -67,9 +70,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
             A tensor for a tensor; a `BlockKernelOperator` for ``J1 @ J2.mT``; else a lazy product.
         """
         if isinstance(other, LinearOperator) and is_stack(self) and is_stack(other.mT):
-            from .stacked import BlockKernelOperator
-
-            return BlockKernelOperator(self, other)
+            return self.kernel_class(self, other)
         return super().matmul(other)
 
     def _transpose_nonbatch(self) -> Self:
@@ -172,3 +173,6 @@ def join(parts: Sequence[LinearOperator | Tensor], dim: int) -> LinearOperator:
             if isinstance(part, JacobianOperator):
                 first.require_same_parameters(part, "the Jacobians that are joined")
     return JoinedOperator(*map(to_linear_operator, parts), dim=dim, output_device=first.device)
+
+
+Expression.join = staticmethod(join)  # what `torch.cat` of an operator of ours is

@@ -5,34 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..arguments import checked
 from ..engines import EngineChoice, LayerwiseEngine, build_engine, tensor_bytes
 from ..engines.passes import SharedPasses
 from ..engines.tiles import sample_slices
 from ..errors import (
-    InputError,
     ShapeError,
     UnknownParameterError,
     UnsupportedOperationError,
 )
-from ..model import BatchDim, Inputs, linearize
+from ..model import Inputs
 from ..model.inputs import joined
 from .algebra import KernelAlgebra
 from .axes import AxisReader, ParameterAxis, StateAxis, at_places
 from .base import EngineOperator
 from .capabilities import Capabilities, Tile, tile_slices
-from .core import Core, Spending
-from .jacobian import JacobianOperator, jacobian_rows, state_axis
-from .output_choice import OutputChoice, choose_outputs, labelled, over_samples
+from .core import Spending
+from .jacobian import JacobianOperator, jacobian_rows
 from .sample_kernel import SampleKernelOperator
 
-__all__ = ["NTKOperator", "ntk"]
+__all__ = ["NTKOperator"]
 
 _LEAST_STEP = 16  # samples of a part of the diagonal
 _TILES_OF_STEP = 8
@@ -524,143 +521,4 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         return self._map_batch(merge)
 
 
-@checked
-def ntk(
-    model: Any,
-    x: Any,
-    x2: Any = None,
-    outputs: OutputChoice = "all",
-    params: Any = None,
-    output: Any = None,
-    engine: EngineChoice = "auto",
-    batch_size: int | Literal["auto"] = "auto",
-    chunk_size: int | Literal["auto"] = "auto",
-    max_dense_bytes: int | Literal["auto"] = "auto",
-    *,
-    axes: Sequence[str] | None = None,
-    batch_dim: BatchDim = 0,
-    differentiable: bool = False,
-    group: Any = None,
-) -> NTKOperator:
-    r"""Return the empirical neural tangent kernel :math:`K = J(x) J(x_2)^\top` as a lazy operator.
-
-    Args:
-        model: `torch.nn.Module`, a function ``(params, inputs) -> output``, or a `Linearization`.
-            It is never run or changed itself: the operator works on a private copy.
-        x: N samples: a tensor, a tuple (positional arguments), a dict (keyword arguments), or a
-            re-iterable of batches of these.
-        x2: M samples of the columns; None for the square kernel of ``x``.
-        outputs: "all" for all outputs, ``(N·O, M·O)``, sample-major; "each" for the batch of O kernels
-            of single outputs, ``(O, N, M)``; "trace" for their sum, ``(N, M)``; a number for one of
-            them; a list for a kernel over some, ``(N·len, M·len)``. With ``axes``, a dict by their names:
-            "each" axes become the batch, in the order of ``axes``, "trace" axes are summed over, and the
-            others are "all": ``{"time": "trace", "class": "each"}`` is ``(C, N, M)``. "samples" is the name
-            of one more axis, for square kernels: ``{"samples": "trace"}`` is ``(O, O)``, the sum of the
-            kernels of single samples, and ``{"samples": "each"}`` these, ``(N, O, O)``.
-        params: Selects parameters: None (all that require grad), names, glob patterns, modules of the model,
-            a predicate ``(name, parameter) -> bool``, a dict of values at which to linearise, or
-            `ntkops.Entries` for single weights.
-        output: What the state is: None (the model returns a tensor), a key or position, a callable
-            on the raw output, or a module path (``"rnn[0]"``, ``"block@1"``).
-        engine: "auto", "autograd", or "layerwise" (exact layer structure where rules cover it); a
-            `Layerwise` is "layerwise" with routes, and a limit of backward passes, of your own choice.
-            Results do not depend on it.
-        batch_size: Samples per pass, or "auto": what the memory holds, and less from where it runs out, with
-            a warning in the log. Results do not depend on it.
-        chunk_size: Columns per pass, or "auto" in the same way. Results do not depend on it.
-        max_dense_bytes: Largest dense result allowed; "auto" is a quarter of what is free now. Inside
-            it products may switch to a dense block once that is cheaper (`engine_info.dense`); at 0
-            nothing dense is ever built.
-        axes: Names of the axes of one sample's output, such as ``("time", "class")``.
-        batch_dim: Position of the sample axis in inputs and output; None for coupled samples, such as the
-            nodes of one graph, which are then the first axis of the output; or an axis for each input, by
-            keyword or position: ``{"x": 0, "h": 1, "edges": None}``, None for what all samples share.
-        differentiable: Keep the live tensors instead of a snapshot, so that products can be
-            differentiated.
-        group: A `torch.distributed.ProcessGroup`, or "world": x holds this rank's samples (none is allowed
-            where other ranks have some), every rank makes the same call with the same model, and the result
-            is a `ShardedKernelOperator`, whose shape is that of this rank's rows. Nothing dense is built.
-
-    Returns:
-        `NTKOperator`. Cost of ``K @ V``: at most one vjp and one jvp a column (times O for
-        "each", "trace"); less where layer factors are cached, or a dense block has been paid for.
-        Over "samples" a `SampleKernelOperator`, whose blocks cost one per-sample pass an output.
-
-    Raises:
-        InputError: If ``outputs``, ``axes`` or ``engine`` is not understood.
-        ShapeError: If the outputs of ``x`` and ``x2`` have different shapes, or ``axes`` does not name
-            each axis of the output.
-        OutOfRangeError: If an output number does not exist.
-        ShardingError: If the ranks of ``group`` bring different models, options or output shapes.
-        RankFailedError: If another rank of ``group`` has failed.
-        NtkopsError: The one that fits what is wrong with model, selection, inputs or output; see
-            `ntkops.errors`.
-
-    Example:
-        >>> import torch, ntkops
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
-        ... )
-        >>> x = torch.randn(5, 3)
-        >>> K = ntkops.ntk(model, x)
-        >>> K.shape, (K @ torch.ones(10)).shape
-        (torch.Size([10, 10]), torch.Size([10]))
-        >>> ntkops.ntk(model, x, outputs="each").shape, K.cross(torch.randn(4, 3)).shape
-        (torch.Size([2, 5, 5]), torch.Size([8, 10]))
-        >>> gru = torch.nn.GRU(3, 2, batch_first=True)
-        >>> ntkops.ntk(
-        ...     gru,
-        ...     torch.randn(5, 4, 3),
-        ...     output=0,
-        ...     axes=("time", "hidden"),
-        ...     outputs={"time": "each"},
-        ... ).shape
-        torch.Size([4, 10, 10])
-    """
-    of_samples = over_samples(outputs)
-    if of_samples and (x2 is not None or group is not None):
-        raise InputError(
-            f"outputs={outputs!r}: kernels of single samples are square, and of one process: leave x2=None "
-            "and group=None"
-        )
-
-    def choose(axis: StateAxis) -> StateAxis:
-        return choose_outputs(labelled(axis, axes), outputs)
-
-    if group is not None:
-        from .sharded.build import sharded_ntk
-
-        if differentiable:
-            raise InputError("products over a process group have no derivative: leave differentiable=False")
-        sharded: Any = sharded_ntk(
-            model,
-            x,
-            x2,
-            choose,
-            params=params,
-            output=output,
-            engine=engine,
-            batch_size=batch_size,
-            chunk_size=chunk_size,
-            batch_dim=batch_dim,
-            group=group,
-            described={"outputs": outputs, "axes": axes, "batch_dim": batch_dim, "engine": repr(engine)},
-        )
-        return sharded
-    linearization = linearize(model, params, output, batch_dim=batch_dim, differentiable=differentiable)
-    whole = state_axis(linearization, x)
-    rows = choose(whole)
-    columns = rows if x2 is None else rows.over(linearization.inputs(x2))
-    core = Core(
-        engine=build_engine(
-            linearization, whole.inputs, engine, batch_size=batch_size, chunk_size=chunk_size
-        ),
-        rows=rows,
-        columns=columns,
-        limit=max_dense_bytes,
-    )
-    if of_samples:
-        kernels: Any = SampleKernelOperator(*linearization.parameters, core=core)
-        return kernels
-    return NTKOperator(*linearization.parameters, core=core)
+JacobianOperator.kernel_class = NTKOperator  # what J @ J'.mT is

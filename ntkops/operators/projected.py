@@ -5,31 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NoReturn, Self
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from ..arguments import checked
 from ..engines import shared_store, tensor_bytes
-from ..errors import InputError, UnsupportedOperationError
+from ..errors import UnsupportedOperationError
 from ..model.context import full_precision
-from ..projections import SJLT, Projection
-from ..vectors import resolve_generator
+from ..projections import Projection
 from ._projected_features import feature_rows
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .capabilities import Capabilities, Tile, dense_from_tiles, tile_slices
-from .core import Core, Spending
+from .core import Core
 from .kernel import NTKOperator
-from .projection import MatrixProjection, ProjectionOperator, as_projection
-from .sharded import ShardedKernelOperator
+from .projection import MatrixProjection, ProjectionOperator
 
 __all__ = [
     "FeatureOperator",
     "ProjectedNTKOperator",
     "ProjectionOperator",
-    "projected_ntk",
 ]
 
 
@@ -336,83 +332,3 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         left = self._make_features(self._rows)
         right = left if self._core.symmetric else self._make_features(self._columns)
         return (left * right).sum(-1)
-
-
-@checked
-def projected_ntk(
-    K: NTKOperator,
-    projection: Any,
-    *,
-    max_dense_bytes: int | Literal["auto"] | None = None,
-    generator: torch.Generator | None = None,
-) -> ProjectedNTKOperator:
-    r"""Return the kernel that is seen through a projection, :math:`J P^\top P J^\top`, lazily.
-
-    With P from `ntkops.projections` it is an unbiased sketch of K from features of k numbers a row; with
-    rows of P that are orthonormal it is the kernel restricted to their span,
-    :math:`\Phi \Pi \Phi^\top` with :math:`\Pi = P^\top P` (eq. 7 of the paper on distilled kernels): a
-    basis of principal components, or of the gradients of inducing points.
-
-    Args:
-        K: Kernel from `ntkops.ntk`, square or cross, with any choice of outputs; over a process group too,
-            where products then sum k numbers a column over ranks. All outputs, and the
-            samples of `cross`, meet the same P.
-        projection: One of `ntkops.projections` with dim P; a number k, for a random `SJLT` to k features;
-            or a constant ``(k, P)`` tensor or LinearOperator in the dtype of K.
-        max_dense_bytes: Largest dense result, the features among them; None for that of K. At 0 features
-            are never kept, and products go through J and P.
-        generator: CPU generator from which the seed of a projection given by its k is drawn; None for a
-            fresh one. ``.projection.seed`` is the seed.
-
-    Returns:
-        `ProjectedNTKOperator`, the shape of K. Cost of the features: one per-sample pass for each output
-        and one application of P; then n k operations a product. Memory: the features and one tile of
-        gradients, never N x P.
-
-    Raises:
-        InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects; or if a
-            generator is given with a projection that is fixed.
-        ShapeError: If the projection does not take P entries.
-        DtypeError: If a given matrix has another dtype than K.
-        DeviceError: If a given matrix lives on another device.
-        UnsupportedOperationError: If a given matrix requires grad.
-
-    Example:
-        >>> import torch, ntkops
-        >>> from ntkops.operators import projected_ntk
-        >>> from ntkops.projections import SJLT
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
-        ... )
-        >>> K = ntkops.ntk(model, torch.randn(5, 3))
-        >>> sketch = projected_ntk(K, SJLT(dim=50, k=16, seed=0))
-        >>> sketch.shape, sketch.features().shape, sketch.cross(torch.randn(4, 3)).shape
-        (torch.Size([10, 10]), torch.Size([10, 16]), torch.Size([8, 10]))
-    """
-    known = isinstance(K, NTKOperator) and not isinstance(K, ProjectedNTKOperator)
-    if not known and not isinstance(K, ShardedKernelOperator):
-        kind = "already projected" if isinstance(K, ProjectedNTKOperator) else f"a {type(K).__name__}"
-        raise InputError(
-            f"K is {kind}: pass a kernel from ntkops.ntk; ntkops.projections.compose joins projections"
-        )
-    if isinstance(projection, int) and not isinstance(projection, bool):
-        shared = K.space.common(resolve_generator(generator)[0])  # one seed for all ranks
-        projection = SJLT(K.num_parameters, projection, nonzeros=max(1, min(4, projection)), generator=shared)
-    elif generator is not None:
-        raise InputError("generator draws a projection that is given by its k; this one is fixed")
-    if isinstance(K, ShardedKernelOperator):
-        from .sharded.projected import sharded_projected_ntk
-
-        sharded: Any = sharded_projected_ntk(K, projection)
-        return sharded
-    found = as_projection(projection, K.num_parameters, K.dtype, K.device)
-    core = ProjectedCore(
-        engine=K._core.engine,
-        rows=K._core.rows,
-        columns=K._core.columns,
-        limit=K._core.limit if max_dense_bytes is None else max_dense_bytes,
-        spending=Spending(),
-        projection=found,
-    )
-    return ProjectedNTKOperator(*K._args, core=core)

@@ -330,3 +330,6 @@ def balance(operator: BlockKernelOperator, per: Literal["sum", "mean"] = "sum") 
         traces = {name: trace / blocks.rows[name].shape[-2] for name, trace in traces.items()}
     total = sum(traces.values())
     return {name: total / trace for name, trace in traces.items()}
+
+
+JoinedOperator.kernel_class = BlockKernelOperator  # what J @ J'.mT of two stacks is

@@ -3,6 +3,7 @@
 from . import metrics
 from ._posterior import PosteriorCovariance
 from .error_terms import error_terms, truncation_error
+from .gradient_features import GradientFeatures, gradient_features
 from .influence import influence
 from .kernel_ridge import KernelRidge
 from .laplace import LinearizedLaplace
@@ -18,6 +19,8 @@ from .tangent_projector import (
 )
 
 __all__ = [
+    "GradientFeatures",
+    "gradient_features",
     # regression
     "KernelRidge",
     "LinearizedLaplace",

@@ -18,8 +18,8 @@ from ..errors import (
     ShapeError,
     ZeroKernelError,
 )
-from ..operators import GradientFeatures
 from ..operators.core import dense_limit
+from ..regression import GradientFeatures
 from ._factorizations import CholeskyFactor
 from ._operands import read_ridges, require_finite
 

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..constructors import ntk
 from ..errors import ZeroKernelError
 from ..estimators import alignment, effective_rank, eigsh, frobenius_norm, trace, truncation_rank
-from ..operators import NTKOperator, ntk
+from ..operators import NTKOperator
 from ..results import Eigenpairs, EngineInfo, Estimate, TruncationRank
 from .subjects import Subject
 

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..constructors import ntk
 from ..engines import EngineChoice, count_passes
 from ..errors import InputError, ShapeError
 from ..estimators import alignment, effective_rank, eigsh, frobenius_norm, trace
 from ..model import Inputs, Linearization
-from ..operators import NTKOperator, jacobian, ntk
+from ..operators import NTKOperator, jacobian
 from ..operators.output_choice import OutputChoice
 from ..results import Estimate
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 import ntkops
 from ntkops.errors import DifferentiationError
-from ntkops.model.precision import lowest_dtype
+from ntkops.model.rounding import lowest_dtype
 from tests.model.zoo import untouched
 
 from .rows import Row

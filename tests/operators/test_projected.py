@@ -11,6 +11,7 @@ from linear_operator.operators import DenseLinearOperator
 from torch import Tensor, nn
 
 import ntkops
+from ntkops import projected_ntk
 from ntkops.engines import count_passes
 from ntkops.errors import (
     DenseMemoryError,
@@ -20,7 +21,7 @@ from ntkops.errors import (
     StaleOperatorError,
     UnsupportedOperationError,
 )
-from ntkops.operators import ProjectedNTKOperator, ProjectionOperator, projected_ntk
+from ntkops.operators import ProjectedNTKOperator, ProjectionOperator
 from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from ntkops.projections import (
     SJLT,

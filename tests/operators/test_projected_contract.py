@@ -3,7 +3,7 @@
 import torch
 
 import ntkops
-from ntkops.operators import projected_ntk
+from ntkops import projected_ntk
 from ntkops.projections import Gaussian
 from tests.operators import test_contract as contract
 

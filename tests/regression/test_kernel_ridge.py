@@ -6,8 +6,8 @@ import torch
 from linear_operator.operators import DenseLinearOperator, RootLinearOperator
 
 import ntkops
-from ntkops import errors
-from ntkops.operators import nystrom_ntk, projected_ntk
+from ntkops import errors, projected_ntk
+from ntkops.operators import nystrom_ntk
 from ntkops.projections import SJLT
 from ntkops.regression import KernelRidge
 from tests.regression.problems import gram, labels, network, reference_jacobian, samples

@@ -7,8 +7,7 @@ import torch
 from linear_operator.operators import DenseLinearOperator, RootLinearOperator
 
 import ntkops
-from ntkops import errors
-from ntkops.operators import projected_ntk
+from ntkops import errors, projected_ntk
 from ntkops.regression import KernelRidge
 from tests.regression.problems import gram, labels, network, reference_jacobian, samples
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import ntkops
-from ntkops import distill, errors
-from ntkops.operators import nystrom_ntk, projected_ntk
+from ntkops import distill, errors, projected_ntk
+from ntkops.operators import nystrom_ntk
 from ntkops.projections import SJLT
 from ntkops.regression import KernelRidge
 from tests.regression.problems import labels, network, reference_jacobian, samples

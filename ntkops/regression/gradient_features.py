@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..checkpoint import Checkpoint, fingerprint, load, only_writer, save
+from ..constructors import ntk, projected_ntk
 from ..engines import EngineChoice, tensor_bytes
 from ..errors import CheckpointError, InputError, NonFiniteError, OutOfRangeError
+from ..estimators._provenance import network_of
 from ..model import BatchDim, Inputs
+from ..operators._projected_features import feature_rows
+from ..operators.axes import StateAxis
+from ..operators.projected import ProjectedNTKOperator
+from ..operators.projection import MatrixProjection
 from ..projections import SJLT, Projection
-from ._projected_features import feature_rows
-from .axes import StateAxis
-from .kernel import ntk
-from .projected import ProjectedNTKOperator, projected_ntk
-from .projection import MatrixProjection
-from .provenance import network_of
 
 __all__ = ["GradientFeatures", "gradient_features"]
 

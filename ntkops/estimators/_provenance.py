@@ -12,10 +12,10 @@ from torch import Tensor
 from ..checkpoint import fingerprint
 from ..engines import Engine, LayerwiseEngine
 from ..errors import CheckpointError
-from .axes import ParameterAxis, StateAxis
-from .capabilities import capabilities
-from .kernel import NTKOperator
-from .sharded import ShardedKernelOperator
+from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.capabilities import capabilities
+from ..operators.kernel import NTKOperator
+from ..operators.sharded import ShardedKernelOperator
 
 __all__ = ["kernel_route", "made_of", "network_of", "place_of"]
 
