@@ -130,8 +130,8 @@ def _bisect(indices: Sequence[int], fails: Callable[[Sequence[int]], bool]) -> l
         if len(part) == 1:
             guilty += part
             continue
-        halves = [part[: len(part) // 2], part[len(part) // 2 :]]
-        failing = [half for half in halves if fails(half)]
+        parts = [part[: len(part) // 2], part[len(part) // 2 :]]
+        failing = [half for half in parts if fails(half)]
         if not failing:  # only together: name them all
             guilty += part
         pending += failing

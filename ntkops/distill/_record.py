@@ -18,8 +18,8 @@ __all__ = ["Record", "recording"]
 class Record:
     """Passes and time since it was opened; `info` closes it."""
 
-    def __init__(self, tally: Any) -> None:
-        self._tally, self._start = tally, time.perf_counter()
+    def __init__(self, counter: Any) -> None:
+        self._counter, self._start = counter, time.perf_counter()
 
     def info(
         self,
@@ -33,7 +33,7 @@ class Record:
         """Return the info of a method that has ended."""
         seconds = time.perf_counter() - self._start
         return DistillationInfo(
-            method, class_mean, converged, self._tally.total, seed, seconds, dict(details or {})
+            method, class_mean, converged, self._counter.total, seed, seconds, dict(details or {})
         )
 
 
@@ -44,5 +44,5 @@ def recording() -> Iterator[Record]:
     Yields:
         The record.
     """
-    with torch.no_grad(), count_passes() as tally:
-        yield Record(tally)
+    with torch.no_grad(), count_passes() as counter:
+        yield Record(counter)

@@ -157,9 +157,9 @@ class _Clock:
     def step(self, name: str) -> Iterator[None]:
         """Measure what happens inside the block."""
         started = time.perf_counter()
-        with count_passes() as tally:
+        with count_passes() as counter:
             yield
-        self.steps.append(ChainStep(name, tally.count, time.perf_counter() - started))
+        self.steps.append(ChainStep(name, counter.count, time.perf_counter() - started))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def local_global(
         raise InputError(f"budget={budget!r}: a positive number of columns, or None")
     start = time.perf_counter()
     kernel = read_square(K)
-    with count_passes() as tally:
+    with count_passes() as counter:
         mean = dense_mean(kernel, "local_global", class_weight)
     seed: int | None
     generator, seed = resolve_generator(generator)
@@ -144,7 +144,7 @@ def local_global(
     info = DistillationInfo(
         method="local_global",
         class_mean=kernel.dim() == 3,
-        passes=tally.total,
+        passes=counter.total,
         seed=seed,
         seconds=time.perf_counter() - start,
         details=details,

@@ -93,7 +93,7 @@ def search_local_global(
     start = time.perf_counter()
     kernel = read_square(K)
     size = read_count(s, kernel.shape[-1])
-    with count_passes() as tally:
+    with count_passes() as counter:
         grid = _Grid.of(kernel, Y, coverage, orthogonalize, class_weight, ridge)
     generator, seed = resolve_generator(generator)
     allowed = _Allowed(math.ceil(_WINDOW * size - 1e-9), size)
@@ -119,7 +119,7 @@ def search_local_global(
     info = DistillationInfo(
         method="search_local_global",
         class_mean=kernel.dim() == 3,
-        passes=tally.total,
+        passes=counter.total,
         seed=seed,
         seconds=time.perf_counter() - start,
         details=details,

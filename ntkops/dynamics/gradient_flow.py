@@ -35,7 +35,7 @@ def gradient_flow(
     tol: float = 1e-6,
     max_products: int | None = None,
 ) -> Trajectory:
-    r"""Train a linearised network by gradient flow, and say how far the result can be trusted.
+    r"""Train a linearised network by gradient flow, and say how exact the result is.
 
     The flow :math:`\Delta\theta' = -\mathrm{lr}\,(\nabla L(f_0 + J \Delta\theta) + \mu \Delta\theta)` stays
     in the range of Jᵀ: :math:`\Delta\theta = J^\top a`, f = f₀ + K a, and

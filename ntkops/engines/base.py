@@ -16,7 +16,7 @@ from .cost import KernelShape
 from .differentiation import Differentiation, Parameters
 from .factors import is_transformed
 from .memory import EngineSizes, shared_store
-from .readout import tail_diagonal, tail_kernel
+from .readout import readout_diagonal, readout_kernel
 from .tiles import Source, gram, own_kernels, part_kernels
 
 __all__ = ["Engine", "Linearized", "Work", "is_recorded", "require_finite_product"]
@@ -254,7 +254,7 @@ class Engine(EngineSizes):
         self._require_few("the kernel", left_outputs, right_outputs)
 
         def work(source: Source, chosen: Parameters) -> Tensor:
-            return tail_kernel(source, chosen, left, right, left_outputs, right_outputs)
+            return readout_kernel(source, chosen, left, right, left_outputs, right_outputs)
 
         result = self._summed(params, (left, right), work)
         require_finite_product(result, "the kernel", self.linearization, left_outputs)
@@ -277,7 +277,7 @@ class Engine(EngineSizes):
         """
         self._require_few("the diagonal", outputs)
         result = self._summed(
-            params, (inputs,), lambda source, chosen: tail_diagonal(source, chosen, inputs, outputs)
+            params, (inputs,), lambda source, chosen: readout_diagonal(source, chosen, inputs, outputs)
         )
         require_finite_product(result, "the diagonal", self.linearization, outputs)
         return result

@@ -16,7 +16,7 @@ from .cost import DiagonalRoute, KernelRoute, choose_diagonal
 from .factors import Direct, Outer, outer_gradients
 from .layer_rules import Activation, OneHot
 from .memory import even_size
-from .summation import COLUMNS, Total, Workspace, long_product, slabs
+from .summation import COLUMNS, Total, Workspace, long_product, row_blocks
 
 __all__ = [
     "SLAB_ENTRIES",
@@ -133,7 +133,7 @@ def _add_gram(
     one = pick_left.rows(left.gradients)
     other = one if symmetric else pick_right.rows(right.gradients)
     for block, a, b in zip(target, one, other, strict=True):
-        for start, stop in slabs(count, r1, symmetric):
+        for start, stop in row_blocks(count, r1, symmetric):
             end = stop if symmetric else columns
             product = workspace.matrix("product", (stop - start) * r1, end * r2, a)
             long_product(a[start * r1 : stop * r1], b[: end * r2].mT, product)

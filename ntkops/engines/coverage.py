@@ -27,8 +27,8 @@ __all__ = [
     "Coverage",
     "HiddenStates",
     "LayerSizes",
-    "Tail",
-    "find_tail",
+    "LinearReadout",
+    "find_readout",
     "read_positions",
 ]
 
@@ -37,7 +37,7 @@ _HEADS = {"linear": "weight", "matmul": "other", "addmm": "mat2"}
 
 
 @dataclass(frozen=True)
-class Tail:
+class LinearReadout:
     """A linear head.
 
     Attributes:
@@ -76,12 +76,12 @@ class Tail:
         return weight.mT if self.transposed else weight
 
 
-def find_tail(
+def find_readout(
     recording: Recording,
     covered: frozenset[int],
     layouts: dict[tuple[object, ...], Layout],
     shapes: Sequence[torch.Size],
-) -> Tail | None:
+) -> LinearReadout | None:
     """Return the linear head of a recorded pass, or None if the last call is none that pays.
 
     Args:
@@ -114,7 +114,7 @@ def find_tail(
     positions = read_positions(recording, layouts[call.signature], values.to(recording.output), classes)
     if not positions:
         return None
-    return Tail(place.index, bias, transposed, classes, width, positions)
+    return LinearReadout(place.index, bias, transposed, classes, width, positions)
 
 
 def _own_units(calls: Sequence[Call], number: int, covered: frozenset[int]) -> tuple[Unit, int | None] | None:
@@ -234,8 +234,8 @@ class Coverage:
         layer_entries: Entries of the largest layer's gradient.
         shapes: Sizes of every layer whose gradients are outer products.
         states: What the output is if it is all hidden states of a recurrent layer, else None.
-        tail: The linear layer with which the model ends, if it is wider than what it reads.
-        body: The coverage of what is before the tail.
+        readout: The linear layer with which the model ends, if it is wider than what it reads.
+        body: The coverage of what is before the readout.
     """
 
     covered: frozenset[int]
@@ -247,21 +247,21 @@ class Coverage:
     layer_entries: int = 0
     shapes: tuple[LayerShape, ...] = ()
     states: HiddenStates | None = None
-    tail: Tail | None = None
+    readout: LinearReadout | None = None
     body: Coverage | None = None
 
     def without(self, index: int, reason: str) -> Coverage:
         """Return the coverage with one parameter less."""
         left = replace(self, covered=self.covered - {index}, reasons={**self.reasons, index: reason})
-        if self.tail is None or self.body is None:
+        if self.readout is None or self.body is None:
             return left
-        if index in self.tail.parameters or self.body.covered == {index}:
-            return left.without_tail()
+        if index in self.readout.parameters or self.body.covered == {index}:
+            return left.without_readout()
         return replace(left, body=self.body.without(index, reason))
 
-    def without_tail(self) -> Coverage:
+    def without_readout(self) -> Coverage:
         """Return the coverage with one backward pass for each output."""
-        return replace(self, tail=None, body=None)
+        return replace(self, readout=None, body=None)
 
     def measured(self, layers: Iterable[LayerSizes]) -> Coverage:
         """Return the coverage with the sizes of its factors, seen on those of one direction."""
@@ -287,16 +287,16 @@ class Coverage:
 
     def backwards(self, outputs: int) -> int:
         """Return how many backward passes a number of outputs takes."""
-        return outputs if self.tail is None else min(outputs, self.tail.rank)
+        return outputs if self.readout is None else min(outputs, self.readout.rank)
 
     def reduced(self, wanted: KernelShape) -> KernelShape:
-        """Return the kernel that is made of what is before the tail, in order to make another one."""
-        tail = self.tail
-        if tail is None or wanted.rows * wanted.terms * wanted.kernels <= tail.rank:
+        """Return the kernel that is made of what is before the readout, in order to make another one."""
+        readout = self.readout
+        if readout is None or wanted.rows * wanted.terms * wanted.kernels <= readout.rank:
             return wanted
         if wanted.rows == wanted.columns == wanted.kernels == 1:
-            return replace(wanted, terms=tail.rank)
-        return replace(wanted, rows=tail.rank, columns=tail.rank, terms=1, kernels=1)
+            return replace(wanted, terms=readout.rank)
+        return replace(wanted, rows=readout.rank, columns=readout.rank, terms=1, kernels=1)
 
     def chunk(self, directions: int, count: int) -> int:
         """Return how many directions may go through one backward pass: as many as stay small."""

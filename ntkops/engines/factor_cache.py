@@ -13,7 +13,7 @@ from .differentiation import Parameters
 from .memory import budget_bytes, shared_store
 from .passes import take_spare
 from .products import CachedFactors, prepare_products
-from .readout import prepare_tail
+from .readout import prepare_readout
 from .source import LayerSource
 
 __all__ = ["FactorCache"]
@@ -75,9 +75,9 @@ class FactorCache:
         if inputs.is_streamed:  # what is read batch by batch is never held whole
             return None
         cover, directions = source.coverage, inputs.num_outputs
-        read, tail, body = 0, cover.tail, cover.body
-        if tail is not None and body is not None and tail.rank < directions:
-            cover, directions, read = body, tail.rank, tail.rank
+        read, readout, body = 0, cover.readout, cover.body
+        if readout is not None and body is not None and readout.rank < directions:
+            cover, directions, read = body, readout.rank, readout.rank
         fitting = _CACHE_SHARE * budget_bytes(source.device)
         routes: tuple[ProductRoute | None, ...] = (source.options.product, "factors")
         for route in routes:
@@ -95,7 +95,7 @@ class FactorCache:
         state: object,
         route: ProductRoute | None,
     ) -> CachedFactors | None:
-        ready: CachedFactors | None = prepare_tail(source, params, inputs, route)
+        ready: CachedFactors | None = prepare_readout(source, params, inputs, route)
         if ready is None:
             factors = source.of_outputs(params, inputs, torch.arange(inputs.num_outputs))
             ready = prepare_products(factors, source.rows, route)

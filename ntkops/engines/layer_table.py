@@ -56,11 +56,11 @@ def _line(
         why = "gradients are small"
         return LayerInfo(name, rule, "direct", "gradient", "gradient", "gradient", 0, bias, why)
     options = source.options
-    tail = source.coverage.tail
+    readout = source.coverage.readout
     return LayerInfo(
         name,
         rule,
-        "tail" if tail is not None and tail.weight == unit.index else "outer",
+        "readout" if readout is not None and readout.weight == unit.index else "outer",
         choose_kernel(shape, tile, options.kernel),
         choose_diagonal(shape, options.diagonal),
         choose_product(shape, whole.left, whole.right, directions, options.product),

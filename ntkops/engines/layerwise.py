@@ -301,7 +301,7 @@ class LayerwiseEngine(Engine):
             coverage = coverage.without(index, change.lost[index])
         if not change.lost:  # the linear layer with which the model ended: one backward pass an output
             logger.warning("%s", change)
-            coverage = coverage.without_tail()
+            coverage = coverage.without_readout()
         self._source.coverage = self.linearization.verdict.coverage = replace(coverage, states=None)
         self._measured = None
         self.free()
@@ -355,7 +355,7 @@ class LayerwiseEngine(Engine):
     def large_factor_passes(self, inputs: Inputs) -> float:
         """Return in how many backward passes factors for products would be made; 0 where they are small."""
         cover, directions = self._coverage, inputs.num_outputs
-        if not cover.covered or cover.tail is not None:
+        if not cover.covered or cover.readout is not None:
             return 0.0
         entries = inputs.num_samples * cover.product_entries(directions, self.options.product)
         return float(directions) if entries > _LARGE_FACTORS else 0.0

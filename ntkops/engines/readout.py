@@ -12,7 +12,7 @@ from ..model.record import record
 from .attribution import CoverageChanged
 from .collect import backward
 from .cost import ProductRoute
-from .coverage import Tail, read_positions
+from .coverage import LinearReadout, read_positions
 from .differentiation import Parameters
 from .hidden_states import states_diagonal, states_kernel
 from .products import ProductFactors, Span, prepare_products
@@ -22,9 +22,9 @@ from .tiles import Source, diagonal, kernel, mirror, over_parts, rows_of_parts
 from .units import plan_units
 
 __all__ = [
-    "prepare_tail",
-    "tail_diagonal",
-    "tail_kernel",
+    "prepare_readout",
+    "readout_diagonal",
+    "readout_kernel",
 ]
 
 
@@ -34,14 +34,14 @@ _ENTRIES = 2**24  # entries of a kernel of directions that is made in one piece
 class Reduction:
     """An orthonormal basis for what the head can pass on to some outputs."""
 
-    def __init__(self, tail: Tail, params: Parameters, outputs: Tensor, num_outputs: int) -> None:
-        self._classes_total, self._num_outputs = tail.classes, num_outputs
+    def __init__(self, readout: LinearReadout, params: Parameters, outputs: Tensor, num_outputs: int) -> None:
+        self._classes_total, self._num_outputs = readout.classes, num_outputs
         numbers = torch.unique(outputs).cpu()
         self.distinct = len(numbers)
-        self.positions, _ = torch.unique(numbers // tail.classes, return_inverse=True)
-        self.classes, _ = torch.unique(numbers % tail.classes, return_inverse=True)
-        rows = tail.matrix(params)[self.classes.to(params[tail.weight].device)]
-        self._full = tail
+        self.positions, _ = torch.unique(numbers // readout.classes, return_inverse=True)
+        self.classes, _ = torch.unique(numbers % readout.classes, return_inverse=True)
+        rows = readout.matrix(params)[self.classes.to(params[readout.weight].device)]
+        self._full = readout
         self._rows = rows
         self.size = len(self.positions) * min(rows.shape)
 
@@ -99,19 +99,19 @@ class Reduction:
         return found.view(*outputs.shape, -1)
 
 
-class TailSource(LayerSource):
+class ReadoutSource(LayerSource):
     """Factors of what is before the head, for the directions of a reduction instead of outputs."""
 
     def __init__(self, source: LayerSource, reduction: Reduction) -> None:
-        assert source.coverage.body is not None and source.coverage.tail is not None
+        assert source.coverage.body is not None and source.coverage.readout is not None
         super().__init__(source.sizes, source.coverage.body, source.options)
         self.workspace = source.workspace
-        self._tail, self._reduction = source.coverage.tail, reduction
+        self._readout, self._reduction = source.coverage.readout, reduction
         self._basis = reduction.directions
 
     def _directions(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> tuple[Tensor, Known]:
         """Return some of the directions, the head's place confirmed."""
-        if not confirmed(self, self._tail, self._reduction, params, inputs):
+        if not confirmed(self, self._readout, self._reduction, params, inputs):
             raise CoverageChanged(
                 {}, "a batch does not end with the linear layer that the first samples ended with"
             )
@@ -121,7 +121,7 @@ class TailSource(LayerSource):
 
 
 def confirmed(
-    source: LayerSource, tail: Tail, reduction: Reduction, params: Parameters, inputs: Inputs
+    source: LayerSource, readout: LinearReadout, reduction: Reduction, params: Parameters, inputs: Inputs
 ) -> bool:
     """Whether the output of the first sample moves with parameters before the head within its range only.
 
@@ -129,23 +129,23 @@ def confirmed(
     before the head; at the head the combination itself must arrive.
 
     Returns:
-        Whether the tail may be used. Cost: one forward and three backward passes over one sample.
+        Whether the readout may be used. Cost: one forward and three backward passes over one sample.
     """
     _, _, batch = next(iter(inputs.select(torch.zeros(1, dtype=torch.long)).batches(1)))
     with source.linearization.safe_context():
         recording = record(source.linearization.function, params, batch)
         layout = source.coverage.layouts.get(recording.calls[-1].signature) if recording.calls else None
-        if layout is None or tail.weight not in {p.index for p in recording.calls[-1].places.values()}:
+        if layout is None or readout.weight not in {p.index for p in recording.calls[-1].places.values()}:
             return False
         generator = torch.Generator().manual_seed(18)
         whole = torch.randn((1, inputs.num_outputs), generator=generator, dtype=torch.float64)
         sent = whole.to(recording.output)
-        if read_positions(recording, layout, sent, tail.classes) != tail.positions:
+        if read_positions(recording, layout, sent, readout.classes) != readout.positions:
             return False
         directions = reduction.directions
         sent = sent.to(directions.dtype) * reduction.considered
         projected = sent @ directions.mT @ directions
-        units = plan_units(recording.calls, source.coverage.covered - tail.parameters)
+        units = plan_units(recording.calls, source.coverage.covered - readout.parameters)
         numbers = sorted({use.call for unit in units for use in unit.uses})
         one, other = (
             backward(recording, c.to(recording.output).unsqueeze(0), numbers, False, False)
@@ -162,27 +162,29 @@ def confirmed(
 
 
 def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, *inputs: Inputs) -> Reduction | None:
-    tail = source.coverage.tail
-    if tail is None or not all(map(tail.ends, inputs)):
+    readout = source.coverage.readout
+    if readout is None or not all(map(readout.ends, inputs)):
         return None
-    reduction = Reduction(tail, params, outputs, inputs[0].num_outputs)
+    reduction = Reduction(readout, params, outputs, inputs[0].num_outputs)
     return reduction.prepare() if reduction.pays else None
 
 
 def head_activations(source: LayerSource, params: Parameters, inputs: Inputs) -> Tensor:
     """Return what the head reads at every output position, ``(N, S, d)``: one forward pass."""
-    tail = source.coverage.tail
-    assert tail is not None
-    head = LayerSource(source.sizes, replace(source.coverage, covered=tail.parameters, tail=None, body=None))
+    readout = source.coverage.readout
+    assert readout is not None
+    head = LayerSource(
+        source.sizes, replace(source.coverage, covered=readout.parameters, readout=None, body=None)
+    )
     (layer,) = head.of_outputs(params, inputs, torch.zeros(1, dtype=torch.long)).outers
     assert isinstance(layer.activations, Tensor)
-    return layer.activations[:, 0].mT[:, list(tail.positions)]
+    return layer.activations[:, 0].mT[:, list(readout.positions)]
 
 
 # kernels
 
 
-def tail_kernel(
+def readout_kernel(
     source: Source,
     params: Parameters,
     left: Inputs,
@@ -202,7 +204,7 @@ def tail_kernel(
         one, other = unique.tensor_split([left_outputs[0].numel()], dim=1)
         one = one.unflatten(1, (-1, width))
         other = other.unflatten(1, (-1, right_outputs.shape[2]))
-        distinct = tail_kernel(source, params, left, right, one, other)
+        distinct = readout_kernel(source, params, left, right, one, other)
         return distinct[index.to(distinct.device)]
     if not isinstance(source, LayerSource):
         return kernel(source, params, left, right, left_outputs, right_outputs)
@@ -213,7 +215,7 @@ def tail_kernel(
     reduction = _reduced(source, params, both, left, right)
     if reduction is None:
         return kernel(source, params, left, right, left_outputs, right_outputs)
-    body = TailSource(source, reduction)
+    body = ReadoutSource(source, reduction)
     same = torch.equal(left_outputs, right_outputs)
     if _is_trace(left_outputs, reduction) and same:  # the sum over an orthonormal basis is the same
         index = torch.arange(reduction.size).view(1, -1, 1)
@@ -234,7 +236,7 @@ def _is_trace(outputs: Tensor, reduction: Reduction) -> bool:
 
 
 def _projected(
-    body: TailSource, params: Parameters, left: Inputs, right: Inputs, one: Tensor, other: Tensor
+    body: ReadoutSource, params: Parameters, left: Inputs, right: Inputs, one: Tensor, other: Tensor
 ) -> Tensor:
     """Return the kernels Σ_R B K' B'ᵀ for coordinates ``(M, R, r, C)``, in parts that fit."""
     size = one.shape[-1]
@@ -288,13 +290,13 @@ def _add_head(
     right_outputs: Tensor,
 ) -> None:
     """Add the head's own kernel: outputs of one class share ⟨h, h'⟩, and 1 for the bias."""
-    tail = source.coverage.tail
-    assert tail is not None
+    readout = source.coverage.readout
+    assert readout is not None
     chosen = reduction.positions
     one = head_activations(source, params, left)[:, chosen]  # (N₁, S, d)
     other = one if left is right else head_activations(source, params, right)[:, chosen]
     gram = (one.flatten(0, 1) @ other.flatten(0, 1).mT).view(*one.shape[:2], *other.shape[:2])
-    if tail.bias is not None:
+    if readout.bias is not None:
         gram += 1
     (p1, c1), (p2, c2) = reduction.split(left_outputs), reduction.split(right_outputs)
     r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
@@ -314,7 +316,7 @@ def _add_head(
 # diagonals
 
 
-def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
+def readout_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: Tensor) -> Tensor:
     """Return ``(M, N·r)`` kernel diagonals by the way that takes fewest backward passes."""
     if not isinstance(source, LayerSource):
         return diagonal(source, params, inputs, outputs)
@@ -324,9 +326,9 @@ def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: T
     reduction = _reduced(source, params, outputs, inputs)
     if reduction is None:
         return diagonal(source, params, inputs, outputs)
-    body = TailSource(source, reduction)
-    tail = source.coverage.tail
-    assert tail is not None
+    body = ReadoutSource(source, reduction)
+    readout = source.coverage.readout
+    assert readout is not None
     numbers, index = torch.unique(outputs, return_inverse=True)
     place, _ = reduction.split(numbers)
     traced = _is_trace(outputs, reduction)
@@ -340,7 +342,7 @@ def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: T
             basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
             own = ((basis @ grams) * basis).sum(2)  # (n, u)
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
-        read = (read + (tail.bias is not None))[:, place]  # (n, u)
+        read = (read + (readout.bias is not None))[:, place]  # (n, u)
         head = read.sum(1, keepdim=True) if traced else read
         return (own.double() + head).to(source.dtype)
 
@@ -352,16 +354,16 @@ def tail_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs: T
     return lengths[:, index.to(lengths.device)].sum(2).movedim(1, 0).flatten(1)
 
 
-# -- products with cached factors of a model with a linear tail: as wide as the tail, not as the output
+# -- products with cached factors of a model with a linear readout: as wide as the readout, not as the output
 
 
 @dataclass(eq=False)
-class TailFactors:
+class ReadoutFactors:
     """The interface of `ProductFactors` for a body in reduced directions and a head.
 
     Attributes:
         body: Factors of what is before the head, for the directions.
-        tail: The head.
+        readout: The head.
         basis: Q, ``(V, k)``.
         read: ``(N, S, d)`` what the head reads.
         weight: Where its weight lies in the flat parameter vector.
@@ -369,7 +371,7 @@ class TailFactors:
     """
 
     body: ProductFactors
-    tail: Tail
+    readout: LinearReadout
     basis: Tensor
     read: Tensor
     weight: Span
@@ -378,7 +380,7 @@ class TailFactors:
     @property
     def spans_key(self) -> object:
         """What two sides of a kernel must have in common."""
-        return ("tail", self.body.spans_key)
+        return ("readout", self.body.spans_key)
 
     def tensors(self) -> list[Tensor]:
         """Return what takes memory."""
@@ -387,24 +389,26 @@ class TailFactors:
     @property
     def column_entries(self) -> int:
         """Entries that one column of a product takes in between."""
-        return max(self.body.column_entries, len(self.read) * len(self.tail.positions) * self.tail.classes)
+        return max(
+            self.body.column_entries, len(self.read) * len(self.readout.positions) * self.readout.classes
+        )
 
     def _by_position(self, vectors: Tensor) -> Tensor:
-        return vectors.unflatten(2, (len(self.tail.positions), self.tail.classes))  # (k, N, S, V)
+        return vectors.unflatten(2, (len(self.readout.positions), self.readout.classes))  # (k, N, S, V)
 
     def _reduce(self, split: Tensor) -> Tensor:
         return long_product(split, self.basis).flatten(2)  # (k, N, S·k')
 
     def _expand(self, reduced: Tensor) -> Tensor:
         """Return ``(k, N, S, V)`` for ``(k, N, S·k')``."""
-        return reduced.unflatten(2, (len(self.tail.positions), -1)) @ self.basis.mT
+        return reduced.unflatten(2, (len(self.readout.positions), -1)) @ self.basis.mT
 
     def pull(self, vectors: Tensor, size: int) -> Tensor:
         """Return Jᵀv, ``(k, P)``, for ``(k, N, O)``; parameters that are not covered get zero."""
         split = self._by_position(vectors)
         result = self.body.pull(self._reduce(split), size)
         pulled = long_product(split.flatten(1, 2).mT, self.read.flatten(0, 1))  # (k, V, d)
-        if self.tail.transposed:
+        if self.readout.transposed:
             pulled = pulled.mT
         result[:, self.weight.start : self.weight.stop] += pulled.flatten(1)
         if self.bias is not None:
@@ -415,19 +419,21 @@ class TailFactors:
         """Return J p, ``(k, N, O)``, for ``(k, P)``."""
         result = self._expand(self.body.push(tangents))
         weight = tangents[:, self.weight.start : self.weight.stop]
-        shape = (self.tail.classes, self.tail.width)
-        matrix = weight.unflatten(1, shape[::-1]).mT if self.tail.transposed else weight.unflatten(1, shape)
+        shape = (self.readout.classes, self.readout.width)
+        matrix = (
+            weight.unflatten(1, shape[::-1]).mT if self.readout.transposed else weight.unflatten(1, shape)
+        )
         result += (self.read.flatten(0, 1) @ matrix.mT).view_as(result)
         if self.bias is not None:
             result += tangents[:, None, None, self.bias.start : self.bias.stop]
         return result.flatten(2)
 
-    def through(self, right: TailFactors, vectors: Tensor) -> Tensor:
+    def through(self, right: ReadoutFactors, vectors: Tensor) -> Tensor:
         """Return J(self) J(right)ᵀ v, ``(k, N₁, O)``, for ``(k, N₂, O)``."""
         split = right._by_position(vectors)
         result = self._expand(self.body.through(right.body, right._reduce(split)))
         one, other, flat = self.read.flatten(0, 1), right.read.flatten(0, 1), split.flatten(1, 2)
-        if len(one) * len(other) < (len(one) + len(other)) * self.tail.width:
+        if len(one) * len(other) < (len(one) + len(other)) * self.readout.width:
             moved = (one @ other.mT) @ flat
         else:
             moved = one @ (other.mT @ flat)
@@ -436,20 +442,22 @@ class TailFactors:
         return (result + moved.view_as(result)).flatten(2)
 
 
-def prepare_tail(
+def prepare_readout(
     source: LayerSource, params: Parameters, inputs: Inputs, route: ProductRoute | None
-) -> TailFactors | None:
-    """Return the factors of N samples for products, or None if no tail makes them fewer."""
-    tail = source.coverage.tail
-    if tail is None or not tail.ends(inputs):
+) -> ReadoutFactors | None:
+    """Return the factors of N samples for products, or None if no readout makes them fewer."""
+    readout = source.coverage.readout
+    if readout is None or not readout.ends(inputs):
         return None
-    reduction = Reduction(tail, params, torch.arange(inputs.num_outputs), inputs.num_outputs)
+    reduction = Reduction(readout, params, torch.arange(inputs.num_outputs), inputs.num_outputs)
     if not reduction.pays:
         return None
-    body = TailSource(source, reduction.prepare())
+    body = ReadoutSource(source, reduction.prepare())
     factors = body.of_outputs(params, inputs, torch.arange(reduction.size))
     ready = prepare_products(factors, source.rows, route)
     starts = source.starts
-    weight = Span(starts[tail.weight], starts[tail.weight + 1])
-    bias = None if tail.bias is None else Span(starts[tail.bias], starts[tail.bias + 1])
-    return TailFactors(ready, tail, reduction.basis, head_activations(source, params, inputs), weight, bias)
+    weight = Span(starts[readout.weight], starts[readout.weight + 1])
+    bias = None if readout.bias is None else Span(starts[readout.bias], starts[readout.bias + 1])
+    return ReadoutFactors(
+        ready, readout, reduction.basis, head_activations(source, params, inputs), weight, bias
+    )

@@ -186,18 +186,18 @@ def same_time_diagonal(steps: Steps) -> Tensor:
     moves = steps.transitions.mT  # Mᵀ
     result = moves.new_empty((steps.count, length, hidden))
     gramian = moves.new_zeros((steps.count, size, size))
-    tail = moves.new_zeros((steps.count, length, size, size))  # C of the steps that are left
+    readout = moves.new_zeros((steps.count, length, size, size))  # C of the steps that are left
     for now in range(length):
         move = moves[:, now]
         if now:  # from C at t' = now - 1 to t' = now, the rows of steps before now left behind
-            tail = torch.bmm(tail[:, 1:].flatten(1, 2), move).view(steps.count, -1, size, size)
-        cross = tail[:, 0]
-        own = torch.zeros_like(tail[:, :1])
+            readout = torch.bmm(readout[:, 1:].flatten(1, 2), move).view(steps.count, -1, size, size)
+        cross = readout[:, 0]
+        own = torch.zeros_like(readout[:, :1])
         _add_sources(own, steps.between(now, now + 1), steps, 0, now)
         gramian = move.mT @ gramian @ move + cross + cross.mT + own[:, 0]
         result[:, now] = gramian.diagonal(dim1=1, dim2=2)[:, :hidden]
         if now + 1 < length:
-            _add_sources(tail[:, 1:], steps, steps, now + 1, now)
+            _add_sources(readout[:, 1:], steps, steps, now + 1, now)
     return result
 
 

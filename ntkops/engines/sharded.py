@@ -146,7 +146,7 @@ class ShardedEngine:
     def _linearized(
         self, params: Parameters, left: Inputs, right: Inputs, vectors: Tensor, cached: bool
     ) -> Linearized | None:
-        """Return the two halves of a product on this rank; None where it has no samples on either side."""
+        """Return what this rank multiplies by; None where it has no samples on either side."""
         if self.local is None or left.num_samples + right.num_samples == 0:
             return None
         local = self.local

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Total", "Workspace", "long_product", "slabs"]
+__all__ = ["COLUMNS", "Total", "Workspace", "long_product", "row_blocks"]
 
 _BATCHED_ROWS = 16  # of products whose blocks go through one batched product
 _MANY_ROWS, _FEW_COLUMNS = 64, 256
@@ -48,7 +48,7 @@ class Workspace:
         return self.take(key, rows * columns, like)[: rows * columns].view(rows, columns)
 
 
-def slabs(count: int, rows: int, symmetric: bool) -> list[tuple[int, int]]:
+def row_blocks(count: int, rows: int, symmetric: bool) -> list[tuple[int, int]]:
     """Return ranges of samples whose rows meet all columns, or those up to their own where ``symmetric``."""
     if not symmetric:
         return [(0, count)]
@@ -89,7 +89,7 @@ class Total:
         """Add left rightᵀ, ``(N₁·r₁, N₂·r₂)``, to one of the kernels."""
         rows = len(left) // max(self._count, 1)
         wide = self._wide[number]
-        for start, stop in slabs(self._count, rows, self._symmetric):
+        for start, stop in row_blocks(self._count, rows, self._symmetric):
             end = stop * rows if self._symmetric else len(right)
             part = slice(start * rows, stop * rows)
             if self._short:

@@ -23,7 +23,7 @@ from ..model.record import Call, Place, Recording, Recordings, record
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collect import Collector, backward
-from .coverage import Coverage, LayerSizes, Signature, Tail, find_tail
+from .coverage import Coverage, LayerSizes, LinearReadout, Signature, find_readout
 from .factors import Direct, Outer, in_parameter_order
 from .layer_rules import RULES, Layout, OneHot
 from .passes import report_passes
@@ -138,7 +138,7 @@ class _Trial:
             for index in coverage.covered:
                 coverage = coverage.without(index, "the output does not use it")
             return coverage
-        return self._with_tail(coverage.measured(self.sizes))
+        return self._with_readout(coverage.measured(self.sizes))
 
     # -- where the samples are
 
@@ -294,24 +294,24 @@ class _Trial:
 
     # -- a wide linear layer at the end
 
-    def _with_tail(self, coverage: Coverage) -> Coverage:
+    def _with_readout(self, coverage: Coverage) -> Coverage:
         """Return the coverage with the linear layer that ends the model, if there is a wide one."""
-        tail = find_tail(self._first, coverage.covered, coverage.layouts, self._lin.shapes)
-        if tail is None:
+        readout = find_readout(self._first, coverage.covered, coverage.layouts, self._lin.shapes)
+        if readout is None:
             return coverage
-        body = replace(coverage, covered=coverage.covered - tail.parameters).measured(self.sizes)
+        body = replace(coverage, covered=coverage.covered - readout.parameters).measured(self.sizes)
         units = plan_units(self._first.calls, body.covered)
         if not units or not self._reads_through(
-            tail, sorted({use.call for unit in units for use in unit.uses})
+            readout, sorted({use.call for unit in units for use in unit.uses})
         ):
             logger.info("the last linear layer is not the end of the model: one backward pass an output")
             return coverage
-        return replace(coverage, tail=tail, body=body)
+        return replace(coverage, readout=readout, body=body)
 
-    def _reads_through(self, tail: Tail, numbers: Sequence[int]) -> bool:
+    def _reads_through(self, readout: LinearReadout, numbers: Sequence[int]) -> bool:
         """Whether parameters before the last layer move the output within the range of its weight only."""
-        basis, _ = torch.linalg.qr(tail.matrix(self._lin.parameters).double())
-        split = self._cotangents.double().unflatten(2, (-1, tail.classes))
+        basis, _ = torch.linalg.qr(readout.matrix(self._lin.parameters).double())
+        split = self._cotangents.double().unflatten(2, (-1, readout.classes))
         projected = (split @ basis @ basis.mT).flatten(2).to(self._cotangents)
         one = backward(self._first, self._cotangents, numbers, False, False)
         other = backward(self._first, projected, numbers, False, False)

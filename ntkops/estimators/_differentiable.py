@@ -231,7 +231,7 @@ def differentiable_estimate(
     for operator in operators:
         require_known(operator)
     start = time.perf_counter()
-    with count_passes() as tally:
+    with count_passes() as counter:
         with torch.no_grad():
             cost = exact_cost(quantity, given)
         if method == "exact" or method == "auto" and request.allows(cost):
@@ -243,7 +243,7 @@ def differentiable_estimate(
     _require_derivative(quantity, moments.detach())
     value = _combination(quantity)(moments).cpu()
     plain = value.detach()
-    result = Estimate.of_exact(plain, passes=tally.total, seconds=time.perf_counter() - start)
+    result = Estimate.of_exact(plain, passes=counter.total, seconds=time.perf_counter() - start)
     if not exact:
         assert summary is not None
         result = _with_error(result, summary, request, quantity, given, method)

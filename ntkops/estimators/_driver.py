@@ -263,9 +263,9 @@ def _reach(
             course.columns = limit
         step = course.work(course.columns)
         full = course.columns >= _enough(plan, sampler)
-        dear = auto and cost <= max(course.work(course.goal) / _DOUBT, spent + step)
+        costly = auto and cost <= max(course.work(course.goal) / _DOUBT, spent + step)
         possible = not sampler.one_sided and math.isfinite(cost) and request.allows(account.passes + cost)
-        if possible and (full or dear):
+        if possible and (full or costly):
             found = account.exact(cost, needed=not auto)
             if found is not None:
                 return found
@@ -316,7 +316,7 @@ class _Account:
 
     def __enter__(self) -> _Account:
         self._inside = ExitStack()
-        self._tally: PassCounter = self._inside.enter_context(count_passes())
+        self._counter: PassCounter = self._inside.enter_context(count_passes())
         self._inside.enter_context(
             memory_for(self._plan.name, "give fewer passes with num_passes=, or call K.free() first")
         )
@@ -330,7 +330,7 @@ class _Account:
     @property
     def passes(self) -> int:
         """Passes made so far."""
-        return self._tally.total
+        return self._counter.total
 
     def show(self) -> None:
         """Move the bar."""
@@ -339,7 +339,7 @@ class _Account:
             self._bar = tqdm(
                 total=total, desc=self._plan.name, unit="pass", disable=not self._request.progress
             )
-        self._bar.update(self._tally.total - self._bar.n)
+        self._bar.update(self._counter.total - self._bar.n)
 
     @property
     def _seconds(self) -> float:
@@ -357,8 +357,8 @@ class _Account:
                 f"the exact value of {self._plan.name} costs about {cost:.0f} passes, more than "
                 f"num_passes={self._request.num_passes}; raise it, or choose an estimator"
             )
-        work, before = self._work, self._tally.total
-        work.passes = lambda: self._tally.total - before
+        work, before = self._work, self._counter.total
+        work.passes = lambda: self._counter.total - before
         try:
             value = self._plan.exact(work).cpu()
         except BackwardLimitError:  # raised before any work
@@ -367,9 +367,9 @@ class _Account:
             return None
         return Estimate.of_exact(
             value,
-            passes=self._tally.total + work.passes_before,
+            passes=self._counter.total + work.passes_before,
             seconds=self._seconds + work.seconds_before,
-            checks=self._tally.count.checks,
+            checks=self._counter.count.checks,
         )
 
     def interval(self, summary: Summary, level: float) -> tuple[Tensor, Tensor]:
@@ -390,11 +390,11 @@ class _Account:
             interval=self.interval(summary, level),
             method=method,
             exact=summary.exact,
-            passes=self._tally.total,
+            passes=self._counter.total,
             converged=converged,
             seed=self._request.seed,
             seconds=self._seconds,
-            checks=self._tally.count.checks,
+            checks=self._counter.count.checks,
         )
 
     def not_converged(self, summary: Summary, method: str, level: float, reached: float) -> Estimate:

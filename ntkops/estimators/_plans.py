@@ -78,7 +78,7 @@ class Plan(Protocol):
         """Return the estimate as it stands."""
 
     def choices(self) -> tuple[str, ...]:
-        """Return the methods of "auto" where exact is too dear: the first that passes pay for."""
+        """Return the methods of "auto" where exact is too expensive: the first that passes pay for."""
 
 
 class ScalarPlan:

@@ -26,8 +26,8 @@ class SketchCore:
 
     A kernel that knows its factors K = J Jᵀ takes one vjp and one jvp a column: G = Jᵀ Ω = Q R, F = J Q. One
     that is only multiplied takes a product, Y = K Ω: with :math:`\Omega^\top Y = R^\top R` and
-    :math:`F = Y R^{-1}` the numbers are the same, save that a square root halves the digits of what is small
-    in R.
+    :math:`F = Y R^{-1}` the numbers are the same, save that of what is small in R a
+    square root leaves half the digits.
 
     Args:
         operands: One or two positive semidefinite kernels of the same shape.

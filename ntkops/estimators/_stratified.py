@@ -51,7 +51,7 @@ class Stratified:
     :math:`c\,\mathrm{tr}(V_i^\top L_i V_i)` plus the part of s, and an unbiased estimate of the variance of
     the first is read off the frame itself. The sum over the samples is the Efron-Stein bound (Efron and Stein
     1981), never below the variance in expectation. The part of s, one pair in N, is judged by the
-    difference of the two halves of each frame, or by the spread over the samples where the halves are too
+    difference of the two parts of each frame, or by the spread over the samples where the parts are too
     narrow; the two standard deviations are added.
 
     Columns that are drawn later are orthogonal to those before, and meet only each other: nothing is
@@ -236,16 +236,16 @@ class _Sampled:
         weights = torch.stack(
             [w for w, m in zip(self._weights, self.quantity.moments, strict=True) if isinstance(m, Inner)]
         )
-        halves = self._halves()
-        if halves is None:
+        parts = self._two_parts()
+        if parts is None:
             spread = self._spread(weights @ self._own_products).sum()
             return spread if self._carrying >= _FEWEST else torch.full_like(spread, torch.inf)
-        sizes = [sum(own.shape[-1] for own in half) for half in halves]
-        difference = weights @ (self._own_products_of(halves[0]) - self._own_products_of(halves[1]))
+        sizes = [sum(own.shape[-1] for own in part) for part in parts]
+        difference = weights @ (self._own_products_of(parts[0]) - self._own_products_of(parts[1]))
         return sizes[0] * sizes[1] / sum(sizes) ** 2 * difference.square().sum()
 
-    def _halves(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Return the own blocks of two halves of the frames, None where a half is less than two columns."""
+    def _two_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return the own blocks of two parts of the frames, None where a part is less than two columns."""
         left: list[Tensor] = []
         right: list[Tensor] = []
         for block in self.blocks:
@@ -255,7 +255,7 @@ class _Sampled:
                 continue
             left.append(own[..., : size // 2, : size // 2])
             right.append(own[..., size // 2 :, size // 2 :])
-        enough = all(sum(own.shape[-1] for own in half) >= 2 for half in (left, right))
+        enough = all(sum(own.shape[-1] for own in part) >= 2 for part in (left, right))
         return (left, right) if enough else None
 
     @staticmethod

@@ -45,7 +45,7 @@ def diagonal(
             None too.
         num_passes: Passes to spend; with ``rtol`` a cap
             (by default 20,000 in one direction, and none where exactness is the end).
-        method: "auto" (exact unless that is too dear), "exact", "hutchinson" or "fhutch" (jvps alone).
+        method: "auto" (exact unless that is too expensive), "exact", "hutchinson" or "fhutch" (jvps alone).
         generator: CPU generator of the probes; None draws a seed from the operating system.
         progress: Show a bar of passes.
 

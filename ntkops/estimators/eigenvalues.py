@@ -112,7 +112,7 @@ def eigsh(
     tolerance = default_tolerance(operand.dtype) if tol is None else tol
     limit = 20 * k + 500 if max_products is None else max_products
     sign = 1.0 if which == "largest" else -1.0
-    with torch.no_grad(), count_passes() as tally:
+    with torch.no_grad(), count_passes() as counter:
         if max_products is None and _dense_pays(operand, k):
             parts = _dense_pairs(operand.capabilities, k, sign)
             method, converged, drawn = "dense", True, None
@@ -128,7 +128,7 @@ def eigsh(
                     )
             parts = _restack(operand, [pairs for pairs, _ in solved])
             method, converged, drawn = "lanczos", all(good for _, good in solved), seed
-    result = Eigenpairs(*parts, converged, tally.total, method, drawn, time.perf_counter() - start)
+    result = Eigenpairs(*parts, converged, counter.total, method, drawn, time.perf_counter() - start)
     if not converged:
         message = (
             f"eigsh ended within {limit} products with residuals of up to {float(parts[2].max()):.2g}, or "
@@ -272,7 +272,7 @@ def _dense_pairs(source: Any, k: int, sign: float) -> tuple[Tensor, Tensor, Tens
 
 FIRST = 16  # eigenvalues asked for before the captured share is looked at
 _DENSE_BY_TILES = 1024  # rows up to which all eigenvalues are computed where tiles are cheap
-_PROBES = 32  # for the rest of the trace, where its exact value is too dear
+_PROBES = 32  # for the rest of the trace, where its exact value is too expensive
 
 
 def check_options(epsilon: float, tol: float | None, method: str, max_products: int | None) -> None:
@@ -330,7 +330,7 @@ def require_nonzero(total: Tensor) -> None:
 
 
 def traces(operand: Operand) -> Tensor | None:
-    """Return the exact trace of each member of a batch, ``(b,)``, or None where that is too dear."""
+    """Return the exact trace of each member of a batch, ``(b,)``, or None where that is too expensive."""
     if operand.capabilities.exact_cost("diagonal") > _PROBES * operand.cost * 32:
         return None
     found = require_finite(operand.rows.sum(operand.capabilities.diagonal()), "the trace").cpu().reshape(-1)

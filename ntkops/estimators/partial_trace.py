@@ -73,8 +73,8 @@ def partial_trace(
         rtol: Relative tolerance in the Frobenius norm of the result. Default 1e-2 where ``num_passes`` is
             None too.
         num_passes: Passes to spend; with ``rtol`` a cap.
-        method: "auto" (exact unless that is too dear, else "stratified" where samples are traced and known,
-            else "hutchinson"), "exact", "hutchinson" or "stratified".
+        method: "auto" (exact unless that is too expensive, else "stratified" where samples are traced and
+            known, else "hutchinson"), "exact", "hutchinson" or "stratified".
         generator: CPU generator of the probes; None draws a seed from the operating system.
         progress: Show a bar of passes.
 
@@ -218,7 +218,7 @@ class _Plan:
         return total.movedim(0, -1).reshape(*batch, axes.size, axes.size)
 
     def choices(self) -> tuple[str, ...]:
-        """Return the methods of "auto" where exact is too dear."""
+        """Return the methods of "auto" where exact is too expensive."""
         by_samples = self._axes.over_samples and Strata.of([self._operand]) is not None
         return ("stratified", "hutchinson") if by_samples else ("hutchinson",)
 

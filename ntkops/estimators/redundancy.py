@@ -174,7 +174,7 @@ def parameter_redundancy(
     check_options(epsilon, tol, method, max_products)
     operand, size = _kernel(operator, num_parameters)
     generator, seed = checked_generator(generator, operand.rows)
-    with torch.no_grad(), count_passes() as tally:
+    with torch.no_grad(), count_passes() as counter:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
             values = clamped(eigenvalues_by_tiles(operand.capabilities).cpu())
@@ -201,7 +201,7 @@ def parameter_redundancy(
         values=found.values,
         exact=dense,
         converged=found.converged,
-        passes=tally.total,
+        passes=counter.total,
         seed=None if dense else seed,
         seconds=time.perf_counter() - start,
     )

@@ -130,10 +130,10 @@ class Sketch:
 
     def _grow(self, columns: int) -> None:
         started = time.perf_counter()
-        with torch.no_grad(), count_passes() as tally:
+        with torch.no_grad(), count_passes() as counter:
             self._core.grow(columns)
             _ = self._core.numbers  # which refuse a kernel that is not positive semidefinite
-        self._passes += tally.total
+        self._passes += counter.total
         self._seconds += time.perf_counter() - started
 
     def trace(self) -> Estimate:

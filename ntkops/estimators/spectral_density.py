@@ -121,7 +121,7 @@ def spectral_density(
             "index it first, as in K[0]"
         )
     frame = _Frame(grid, bandwidth, scale, torch.finfo(operand.dtype).eps, operand.rows.size)
-    with torch.no_grad(), count_passes() as tally:
+    with torch.no_grad(), count_passes() as counter:
         if method == "exact" or method == "auto" and _dense_pays(operand):
             nodes = eigenvalues_by_tiles(operand.capabilities).cpu().flip(-1).unsqueeze(0)
             weights = torch.full_like(nodes, 1 / nodes.shape[-1])
@@ -138,7 +138,7 @@ def spectral_density(
     exact = not sampled.jacobis
     if not sampled.converged:
         warnings.warn(
-            f"the spectral density ended after {tally.total} passes with a band wider than rtol={rtol}; "
+            f"the spectral density ended after {counter.total} passes with a band wider than rtol={rtol}; "
             "raise num_passes or the bandwidth, or loosen rtol",
             NotConvergedWarning,
             stacklevel=3,
@@ -152,7 +152,7 @@ def spectral_density(
         cutoff=frame.cutoff(sampled.nodes),
         method="exact" if exact else "slq",
         exact=exact,
-        passes=tally.total,
+        passes=counter.total,
         converged=sampled.converged,
         seed=None if exact else asked.seed,
         seconds=time.perf_counter() - start,

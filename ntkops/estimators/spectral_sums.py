@@ -200,7 +200,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
     exact_passes = float(operand.capabilities.exact_cost("tiles"))
     with (
         torch.no_grad(),
-        count_passes() as tally,
+        count_passes() as counter,
         memory_for(quantity.name, "give fewer passes with num_passes=, or call K.free() first"),
         tqdm(desc=quantity.name, unit="product", disable=not request.progress) as bar,
     ):
@@ -219,18 +219,18 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
             cap = _cap(operand, request, exact_passes, fits)
             with request.capped():
                 found = _by_quadrature(operand, quantity, options, cap, bar)
-            spent = request.num_passes is not None and tally.total + exact_passes > request.num_passes
+            spent = request.num_passes is not None and counter.total + exact_passes > request.num_passes
             if request.method == "auto" and fits and not spent and not all(one.converged for one in found):
                 found = None  # as much again as the exact value costs would be spent: take that
         if found is None:
             value = quantity.exact(eigenvalues_by_tiles(operand.capabilities).cpu(), eps)
             return Estimate.of_exact(
                 value,
-                passes=tally.total,
+                passes=counter.total,
                 seconds=time.perf_counter() - start,
-                checks=tally.count.checks,
+                checks=counter.count.checks,
             )
-    result = _wrap(operand, found, request.seed, tally.count, time.perf_counter() - start)
+    result = _wrap(operand, found, request.seed, counter.count, time.perf_counter() - start)
     if not result.converged:
         _warn(quantity.name, found, options)
     return result

@@ -51,7 +51,7 @@ def truncation_rank(
 
     The eigenvalues come from all tiles of a small operator, else from Lanczos, going on with twice as many
     until their sum reaches the share. The trace is exact, from the diagonal, unless that is much
-    dearer than the products; then the part of it outside the eigenvectors found is estimated, and the
+    more expensive than the products; then the part of it outside the eigenvectors found is estimated, and the
     result has an interval. Negative eigenvalues of rounding size count as zero. Source: distilled NTK
     paper, Definition 3.1.
 
@@ -90,7 +90,7 @@ def truncation_rank(
     operand = Operand(operator)
     operand.require_square("the truncation rank")
     generator, seed = checked_generator(generator, operand.rows)
-    with torch.no_grad(), count_passes() as tally:
+    with torch.no_grad(), count_passes() as counter:
         dense = method == "dense" or (method == "auto" and dense_pays(operand))
         if dense:
             found = _from_all(eigenvalues_by_tiles(operand.capabilities).cpu(), epsilon)
@@ -112,7 +112,7 @@ def truncation_rank(
         values=found.values,
         exact=dense,
         converged=found.converged,
-        passes=tally.total,
+        passes=counter.total,
         seed=None if dense else seed,
         seconds=time.perf_counter() - start,
         interval=found.interval,

@@ -161,7 +161,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def _neutralise(module: nn.Module) -> None:
     """Give modules of the private copy one derivative in both modes, also in a checkpointed block.
 
-    Such a block runs again where no `Mended` is held.
+    Such a block runs again where no `Corrected` is held.
     """
     if isinstance(module, nn.PReLU) and _has_own_forward(module, nn.PReLU):
         vars(module)["forward"] = functools.partial(_prelu, module)

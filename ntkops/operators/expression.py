@@ -342,7 +342,7 @@ class Expression(LinearOperator):
     # exact numbers
 
     def trace(self) -> Tensor:
-        """Return the sum of the diagonal, exact; `ntkops.trace` estimates it where that is dear.
+        """Return the sum of the diagonal, exact; `ntkops.trace` estimates it where that is expensive.
 
         Returns:
             ``(*batch)``. Cost: that of ``K.diagonal()``.
@@ -360,7 +360,7 @@ class Expression(LinearOperator):
         return entries.double().sum(-1).to(self.dtype)
 
     def norm(self, ord: Any = "fro") -> Tensor:
-        """Return a norm of the dense matrix, exact; `ntkops.frobenius_norm` estimates where that is dear.
+        """Return a norm of the dense matrix, exact; `ntkops.frobenius_norm` estimates it otherwise.
 
         Args:
             ord: "fro", "nuc", 2, -2, 1, -1, inf or -inf, as for `torch.linalg.matrix_norm`.

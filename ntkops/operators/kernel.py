@@ -320,8 +320,8 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             return self._tile_cost()
         size = self.tile_size()
         count, others = (math.ceil(length / size) for length in self.shape[-2:])
-        slabs = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
-        return max(0.0, slabs - outputs) + self._tile_cost()
+        steps = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
+        return max(0.0, steps - outputs) + self._tile_cost()
 
     def _row_bytes(self) -> int:
         rows = self._rows
@@ -362,8 +362,8 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             size: Rows and columns of a tile; None for as many as the workspace holds.
 
         Yields:
-            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of per-sample gradients. A re-iterable is
-            read once for each row of tiles, of a symmetric kernel from the row's first sample on.
+            Tiles with blocks ``(*batch, r, c)``. Memory: gradients of two blocks of rows. A re-iterable
+            is read once for each row of tiles, of a symmetric kernel from the row's first sample on.
         """
         yield from self.tiles_after(size or self.tile_size(), 0)
 
@@ -392,7 +392,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         fits = not self._by_layers
         fits = fits and longest * self._row_bytes() <= 2 * self._core.engine.workspace_bytes()
         one = left.take(rows)
-        slab: Tensor | None = None
+        block_row: Tensor | None = None
         for part in columns:
             same = self.symmetric and part == rows
             other = one if same else right.take(part)
@@ -400,14 +400,14 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
                 with passes.over(one.inputs.num_samples):
                     block = self._block(one, other)
             else:
-                if slab is None:
+                if block_row is None:
                     with passes.over(one.inputs.num_samples):
-                        slab = self._slab(one)
+                        block_row = self._block_row(one)
                 with passes.over(other.inputs.num_samples):
-                    block = slab @ (slab if same else self._slab(other)).mT
+                    block = block_row @ (block_row if same else self._block_row(other)).mT
             yield Tile(rows, part, block)
 
-    def _slab(self, axis: StateAxis) -> Tensor:
+    def _block_row(self, axis: StateAxis) -> Tensor:
         """Return the dense Jacobian rows ``(*batch, r, R·P)`` of a part of an axis."""
         self._check_fresh()
         with torch.set_grad_enabled(self._is_recorded()):

@@ -179,8 +179,8 @@ class _Product(_OfFactors):
         inside = sum(capabilities(factor).product_cost() for factor in self._chain[1:-1])
         if quantity == "diagonal":
             return left + (0 if self._even else right) + self.shape[-1] * inside
-        slabs = -(-self.shape[-2] // self.tile_size())
-        share = (slabs + 1) / 2 if self.symmetric else slabs
+        steps = -(-self.shape[-2] // self.tile_size())
+        share = (steps + 1) / 2 if self.symmetric else steps
         # Of a symmetric one the tile on the diagonal takes the rows that are there.
         return left + (share - 1 if self._even else share) * right + share * self.shape[-1] * inside
 
@@ -395,11 +395,11 @@ class _BlockProduct(_Product):
             blocks = slice(rows.start // height, -(-rows.stop // height))
             part = self._between[..., _scaled_slice(blocks, inside), :]
             around = _scaled_slice(blocks, height)
-            slab = self._weighed(dense_from_tiles(part), around, everything)
-            slab = slab[..., shift(rows, around.start), :]
+            block_row = self._weighed(dense_from_tiles(part), around, everything)
+            block_row = block_row[..., shift(rows, around.start), :]
             for cols in tile_slices(self.shape[-1], size):
                 if cols.start >= rows.start or not upper:
-                    yield Tile(rows, cols, slab[..., cols])
+                    yield Tile(rows, cols, block_row[..., cols])
 
     def _weighed(self, block: Tensor, rows: slice, cols: slice) -> Tensor:
         """Return a block of what is between, times the blocks of the ends that it meets."""
@@ -491,17 +491,17 @@ class _ParameterGram(_Product):
         size = size or self.tile_size()
         for rows in tile_slices(self.shape[-2], size):
             start = rows.start if upper else 0
-            slab = torch.zeros(
+            block_row = torch.zeros(
                 (rows.stop - rows.start, self.shape[-1] - start), dtype=self.dtype, device=self.device
             )
             for left, right in self._sweep():
-                slab.addmm_(left[:, rows].mT, right[:, start:])
+                block_row.addmm_(left[:, rows].mT, right[:, start:])
             for cols in tile_slices(self.shape[-1], size):
                 if cols.start >= start:
-                    yield Tile(rows, cols, slab[:, shift(cols, start)])
+                    yield Tile(rows, cols, block_row[:, shift(cols, start)])
 
     def tile_size(self) -> int:
-        return max(1, min(self._rows.fit, self.shape[-1]))  # a slab is as large as the rows of J beside it
+        return max(1, min(self._rows.fit, self.shape[-1]))  # beside rows of J
 
     def exact_cost(self, quantity: str) -> float:
         sweeps = 1 if quantity == "diagonal" else -(-self.shape[-2] // self.tile_size())

@@ -238,8 +238,8 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         left, right = self._passes_of_features(rows), self._passes_of_features(columns)
         if all(self._may_hold(axis) for axis in (rows, columns)):
             return left if self.symmetric else left + right
-        slabs = math.ceil(self.shape[-2] / self.tile_size())
-        return left * (slabs + 1) / 2 if self.symmetric else left + slabs * right
+        steps = math.ceil(self.shape[-2] / self.tile_size())
+        return left * (steps + 1) / 2 if self.symmetric else left + steps * right
 
     def tile_size(self, parts: int = 1) -> int:
         """Return the rows of a tile: as many features as the workspace holds."""
@@ -255,7 +255,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
             size: Rows and columns of a tile; None for as many as the workspace holds.
 
         Yields:
-            Tiles with blocks ``(*batch, r, c)``. Memory: two slabs of features.
+            Tiles with blocks ``(*batch, r, c)``. Memory: two blocks of features.
         """
         rows, columns = self._rows, self._columns
         size = size or self.tile_size()

@@ -306,7 +306,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
             raise InputError("log det by quadrature needs positive entries of the diagonal")
         generator = torch.Generator().manual_seed(self._options.seed) if generator is None else generator
         batch, seed, found = self.batch_shape, generator.initial_seed(), []
-        with torch.no_grad(), count_passes() as tally:
+        with torch.no_grad(), count_passes() as counter:
             for number in range(batch.numel()):
                 place = batch_position(number, batch)
                 member = (self._linear_op[place] if batch else self._linear_op).detach()
@@ -326,7 +326,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
             interval=(low, high),
             method="lanczos quadrature",
             exact=False,
-            passes=tally.total,
+            passes=counter.total,
             converged=all(f.converged for f in found),
             seed=seed,
             seconds=time.perf_counter() - start,

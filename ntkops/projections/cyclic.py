@@ -49,7 +49,7 @@ class _Cyclic(Projection):
         """Yield parts of segments with their signs and the places where they go, copy by copy.
 
         A place is the shift plus the position in the segment: the state has 2k entries, so that a rotated
-        segment is contiguous in it; its halves are folded in the end.
+        segment is contiguous in it; the second k are folded onto the first in the end.
         """
         k, device, stop = self.k, block.device, offset + block.shape[-1]
         sign_keys = self._keys("sign")

@@ -96,7 +96,7 @@ class Gaussian(Dense):
         seed: Integer that fixes the map; None draws one.
         generator: CPU generator from which the seed is drawn.
 
-    Cost: 2 k dim operations a vector and k dim normal variates a call, several times dearer than
+    Cost: 2 k dim operations a vector and k dim normal variates a call, several times more than
     `Rademacher`; memory: a block of 2²⁰ entries of the map. The entries are float32 numbers.
 
     Example:

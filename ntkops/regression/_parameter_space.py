@@ -153,8 +153,8 @@ def _product(operator: LinearOperator, block: Tensor) -> Tensor:
     """
     if capabilities(operator).domain.is_spread:  # all ranks sum over their rows, and none warns alone
         high = block.to(operator.dtype)
-        halves = torch.cat([high, (block - high.double()).to(operator.dtype)], dim=-1)
-        made = multiply(operator, halves).double()
+        parts = torch.cat([high, (block - high.double()).to(operator.dtype)], dim=-1)
+        made = multiply(operator, parts).double()
         return made[..., : block.shape[-1]] + made[..., block.shape[-1] :]
     found, added = precise_product(operator, block)
     added_share(operator, found, added, "weights")

@@ -587,7 +587,7 @@ class KernelRidge(Parameters):
         self._require_process("the marginal likelihood")
         require_energy(self._problem.rhs)
         given = read_positive(self.ridge_ if ridge is None else ridge, "ridge").to(self._K.device)
-        with count_passes() as tally:
+        with count_passes() as counter:
             if self._evidence is None:
                 self._require_unchanged("the marginal likelihood")
                 self._evidence = self._solved.evidence(self._problem.K)
@@ -595,7 +595,7 @@ class KernelRidge(Parameters):
                 return self._estimated_likelihood(given)
             self._evidence.require_resolved(given)
             value = self._evidence(given) + self._shift()
-        return Estimate.of_exact(value, passes=tally.total, seconds=time.perf_counter() - started)
+        return Estimate.of_exact(value, passes=counter.total, seconds=time.perf_counter() - started)
 
     def _shift(self) -> float:
         """Return what weights add to the log evidence on S K S: log|K + r W⁻¹| = log|S K S + r| - log|W|."""

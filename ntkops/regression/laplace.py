@@ -346,12 +346,12 @@ class LinearizedLaplace(Parameters):
             raise InputError(f"at={at!r}: 'plug-in' or 'mode'")
         given = self._precision if prior_precision is None else prior_precision
         delta = read_positive(given, "prior_precision").to(self._K.device)
-        with count_passes() as tally:
+        with count_passes() as counter:
             found = self._at_mode(delta) if at == "mode" else self._plug_in(delta)
         seconds = time.perf_counter() - started
         if isinstance(found, Estimate):
-            return dataclasses.replace(found, passes=tally.total, seconds=seconds)
-        return Estimate.of_exact(found, passes=tally.total, seconds=seconds)
+            return dataclasses.replace(found, passes=counter.total, seconds=seconds)
+        return Estimate.of_exact(found, passes=counter.total, seconds=seconds)
 
     def _plug_in(self, delta: Tensor) -> Tensor | Estimate:
         scatter = 0.0 if self._center == "network" else float(self._weights()[1].double().square().sum())

@@ -20,7 +20,7 @@ class LayerInfo:
         parameter: Its name, with the range of rows where different functions use different ones.
         rule: Names of the functions that use it; "none" where automatic differentiation takes it.
         kind: "outer" (sums of outer products of output gradients and activations), "direct" (gradients
-            that are small enough to be written down), "tail" (a linear layer at the end, wider than what
+            that are small enough to be written down), "readout" (a linear layer at the end, wider than what
             it reads: one backward pass for each of its columns instead of each output) or "autograd".
         kernel_route: "gram", "gradient" or "autograd": how dense kernels are made.
         diagonal_route: The same for diagonals.

@@ -11,7 +11,7 @@ __all__ = ["TrajectoryInfo"]
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryInfo:
-    """How a trajectory was computed, and how far it can be trusted.
+    """How a trajectory was computed, and how exact it is.
 
     Attributes:
         method: "krylov", "eigh", "ode" or "steps".

@@ -231,7 +231,7 @@ class Lanczos:
             self._report(self.products)
 
     def _project(self, images: Tensor) -> None:
-        """Add rows and columns of Vᵀ K V; its two halves tell whether K is symmetric.
+        """Add rows and columns of Vᵀ K V; its two triangles tell whether K is symmetric.
 
         Raises:
             UnsupportedOperationError: If K is not symmetric.

@@ -205,7 +205,7 @@ def _distance(cosine: Estimate) -> Estimate:
 def _target_alignment(point: Point, first: Point, options: Options) -> Estimate:
     assert options.targets is not None
     columns = target_columns(options.targets, point.kernel)  # (*batch, n, c)
-    with torch.no_grad(), count_passes() as tally:
+    with torch.no_grad(), count_passes() as counter:
         products = (point.kernel @ columns).double()
     wide = columns.double()
     top = (wide * products).sum((-2, -1)).cpu()  # <K, Y Yᵀ>, exact
@@ -219,7 +219,7 @@ def _target_alignment(point: Point, first: Point, options: Options) -> Estimate:
         value=value,
         stderr=value.abs() * norm.stderr / norm.value,  # the numerator has none
         interval=(value, value) if norm.exact else (ends[0], ends[1]),
-        passes=norm.passes + tally.total,
+        passes=norm.passes + counter.total,
     )
 
 
@@ -247,7 +247,7 @@ def _parameter_distance(point: Point, first: Point, options: Options) -> Estimat
 
 def _linearization_error(point: Point, first: Point, options: Options) -> Estimate:
     step = first.displacement(point.linearization)
-    with count_passes() as tally:
+    with count_passes() as counter:
         linear = first.pushed(step)
     moved = point.state.double() - first.state.double()
     change = moved.square().sum().sqrt().cpu()
@@ -256,7 +256,7 @@ def _linearization_error(point: Point, first: Point, options: Options) -> Estima
     eps = torch.finfo(point.state.dtype).eps
     rounding = eps * point.state.double().square().sum().sqrt().cpu() / change
     ends = (error - rounding).clamp(min=0), error + rounding
-    exact = Estimate.of_exact(error, passes=tally.total, method="jvp")
+    exact = Estimate.of_exact(error, passes=counter.total, method="jvp")
     return dataclasses.replace(exact, stderr=torch.nan_to_num(rounding, nan=0.0), interval=ends)
 
 
@@ -297,7 +297,7 @@ def own_quantity(name: str, function: Callable[[NTKOperator], Any]) -> Quantity:
     """
 
     def quantity(point: Point, first: Point, options: Options) -> Estimate:
-        with count_passes() as tally:
+        with count_passes() as counter:
             found = function(point.kernel)
         if isinstance(found, Estimate):
             return found
@@ -307,7 +307,7 @@ def own_quantity(name: str, function: Callable[[NTKOperator], Any]) -> Quantity:
                 "or an Estimate"
             )
         value = torch.as_tensor(found, dtype=torch.float64).detach().cpu()
-        return Estimate.of_exact(value, passes=tally.total, method=name)
+        return Estimate.of_exact(value, passes=counter.total, method=name)
 
     return quantity
 

@@ -146,7 +146,7 @@ def test_factors_that_do_not_fit_are_left_for_automatic_differentiation(monkeypa
     import ntkops.engines.factor_cache as factor_cache
 
     monkeypatch.setattr(factor_cache, "prepare_products", fail)
-    monkeypatch.setattr(factor_cache, "prepare_tail", fail)
+    monkeypatch.setattr(factor_cache, "prepare_readout", fail)
     with caplog.at_level(logging.WARNING, logger="ntkops"):
         torch.testing.assert_close(K @ v, expected)
     assert "going on by automatic differentiation" in caplog.text

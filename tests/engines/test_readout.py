@@ -124,7 +124,7 @@ IDS = [case.name for case, _ in TAILS]
 def test_kernels_and_diagonals(case, rank, dtype):
     engine, linearization, inputs = build(case, dtype)
     reference = Reference(case, dtype, (3, 1), (2, 9))
-    assert engine._coverage.tail is not None and engine._coverage.tail.rank == rank
+    assert engine._coverage.readout is not None and engine._coverage.readout.rank == rank
     width, params = len(reference.exact[0]) // 3, linearization.parameters
     other = linearization.inputs(case.data(2, dtype, seed=9))
     for kind, numbers in outputs_of(width).items():
@@ -224,7 +224,7 @@ def test_backward_passes_are_those_of_the_width(kind):
 def test_what_only_looks_like_a_tail_is_not_taken_for_one(kind):
     case = Case(kind, lambda: Changed(kind), vectors)
     engine, linearization, inputs = build(case)
-    assert engine._coverage.tail is None
+    assert engine._coverage.readout is None
     J = jacobian(case)
     every = outputs_of(6)["all"]
     found = engine.kernel(linearization.parameters, inputs, inputs, every, every)[0]
@@ -234,7 +234,7 @@ def test_what_only_looks_like_a_tail_is_not_taken_for_one(kind):
 def test_a_tied_head_takes_a_pass_for_each_output():
     case = Case("tied", lambda: Language(tied=True), tokens)
     engine, linearization, inputs = build(case)
-    assert engine._coverage.tail is None
+    assert engine._coverage.readout is None
     J, every = jacobian(case), outputs_of(36)["all"]
     found = engine.kernel(linearization.parameters, inputs, inputs, every, every)[0]
     assert distance(found, J @ J.T) < 1e-12
@@ -269,7 +269,7 @@ def test_a_batch_that_ends_in_another_way_is_found(caplog):
 
     case = Case("moody", Moody, vectors)
     engine, linearization, inputs = build(case)
-    assert engine._coverage.tail is not None
+    assert engine._coverage.readout is not None
     far = linearization.inputs(case.data(3) + 100)
     model, every = case.make(), outputs_of(6)["all"]
     rows = [
@@ -297,7 +297,7 @@ def test_other_parameters_than_the_snapshot():
 def test_the_operator_shows_the_tail_and_survives_pickling():
     case = TAILS[3][0]
     K = ntkops.ntk(case.make(), case.data(3))
-    assert [layer.kind for layer in K.engine_info.layers][-1] == "tail"
+    assert [layer.kind for layer in K.engine_info.layers][-1] == "readout"
     J = jacobian(case)
     for kernel in (K, pickle.loads(pickle.dumps(K)), K[:40, :40]):
         n = kernel.shape[0]
