@@ -437,7 +437,7 @@ def test_autocast_takes_no_digits(kind):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "huber", "empirical"])
 def test_slices_of_many_samples_take_what_they_need(kind, monkeypatch):
-    monkeypatch.setattr("ntkops.operators.structure_kinds._TILE", 7)
+    monkeypatch.setattr("ntkops.operators.product_tiles.TILE", 7)
     G, _ = problem("mlp", kind)
     A, S = G.function_space, G.hessian_factor
     dense, factor = A.to_dense(), S.to_dense()

@@ -113,7 +113,7 @@ def test_many_tiles_give_what_one_gives(setting, name, monkeypatch):
     params = tuple(model.parameters())
     K = ntkops.ntk(model, x, differentiable=True)
     whole = derivatives(QUANTITIES[name](K, other).value, params)
-    monkeypatch.setattr("ntkops.operators.kernel_structure.KernelStructure.tile_size", lambda self: 2)
+    monkeypatch.setattr("ntkops.operators.kernel.NTKOperator.tile_size", lambda self: 2)
     tiled = derivatives(QUANTITIES[name](K, other).value, params)
     for one, expected in zip(tiled, whole, strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-12)
@@ -301,7 +301,7 @@ def test_a_regulariser_trains_the_norm_down(options):
 
 def test_memory_of_the_backward_pass_is_one_tile(setting, monkeypatch):
     model, x, _ = setting
-    monkeypatch.setattr("ntkops.operators.kernel_structure.KernelStructure.tile_size", lambda self: 1)
+    monkeypatch.setattr("ntkops.operators.kernel.NTKOperator.tile_size", lambda self: 1)
     K = ntkops.ntk(model, x, differentiable=True, engine="autograd")
     value = ntkops.frobenius_norm(K, differentiable=True).value
     saved, waiting = 0, [value.grad_fn]

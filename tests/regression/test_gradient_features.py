@@ -16,7 +16,7 @@ from ntkops import errors
 from ntkops.projections import SJLT, Gaussian
 from tests.regression.problems import network, reference_jacobian, samples
 
-module = sys.modules["ntkops.operators.gradient_features"]
+module = sys.modules["ntkops.regression.gradient_features"]
 
 
 @pytest.fixture(scope="module")
