@@ -132,7 +132,7 @@ def _is_integer(value: Any) -> bool:
 
 
 class Operand:
-    """An operator or a dense tensor as estimators see it: counted products, and its structure.
+    """An operator or a dense tensor as estimators see it: counted products, and its `Capabilities`.
 
     Args:
         operator: ``(*batch, n, m)``.
@@ -147,34 +147,23 @@ class Operand:
         if not isinstance(operator, LinearOperator | Tensor):
             raise InputError(f"expected a LinearOperator or a torch.Tensor, got {type(operator).__name__}")
         self.operator = operator
+        if operator.dim() >= 2:
+            self.capabilities = capabilities(operator)
+            self.rows: Space = self.capabilities.space  # of the rows
+            self.columns: Space = self.capabilities.domain  # of the vectors that it multiplies
         if operator.dim() < 2 or 0 in (*operator.shape[:-2], self.rows.size, self.columns.size):
             raise ShapeError(
                 f"expected a matrix (*batch, n, m) with entries, got shape {tuple(operator.shape)}"
             )
         if not operator.dtype.is_floating_point:
             raise DtypeError(f"expected a real floating dtype, got {operator.dtype}; cast the operator first")
-        self.capabilities = capabilities(operator)  # its `Capabilities`
         self.shape: torch.Size = operator.shape
         self.batch_shape: torch.Size = operator.shape[:-2]
+        self.size: int = self.columns.size  # of a vector that it multiplies
         self.dtype: torch.dtype = operator.dtype
         self.device = self.capabilities.device
-        self.cost: int = capabilities(operator).product_cost()
-        self.cache_cost: float = capabilities(operator).cache_cost()
-
-    @property
-    def size(self) -> int:
-        """Number of entries of a vector that the operator multiplies."""
-        return self.columns.size
-
-    @property
-    def rows(self) -> Space:
-        """The space of its rows."""
-        return capabilities(self.operator).space
-
-    @property
-    def columns(self) -> Space:
-        """The space of its columns: of the vectors that it multiplies."""
-        return capabilities(self.operator).domain
+        self.cost: int = self.capabilities.product_cost()
+        self.cache_cost: float = self.capabilities.cache_cost()
 
     def multiply(self, block: Tensor) -> Tensor:
         """Return K V for ``(*batch, m, k)``, counted and finite."""

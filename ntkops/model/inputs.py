@@ -26,6 +26,8 @@ class Inputs:
     `check_fresh`. A re-iterable of batches is read anew in every pass, and compared with the first.
 
     Attributes:
+        num_samples: Number N of samples in this view.
+        num_outputs: Number O of outputs per sample.
         output_shape: Shape of the output of one sample, of the longest where they differ in length.
         lengths: ``(N,)`` how many entries of its first axis each sample has; None where all have all.
         is_coupled: Whether all of it is one sample, whose outputs, node after node, are the rows.
@@ -52,16 +54,9 @@ class Inputs:
         self._watches = watches
         self._live = live
         self.output_shape = torch.Size(output_shape)
-
-    @property
-    def num_samples(self) -> int:
-        """Number N of samples in this view."""
-        return self._source.num_samples if self._index is None else len(self._index)
-
-    @property
-    def num_outputs(self) -> int:
-        """Number O of outputs per sample."""
-        return self.output_shape.numel()
+        # Attributes, since every product asks for them many times.
+        self.num_samples: int = self._source.num_samples if index is None else len(index)
+        self.num_outputs: int = self.output_shape.numel()
 
     @property
     def num_rows(self) -> int:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -137,34 +138,34 @@ class Linearization:
 
     # -- sizes
 
-    @property
+    @cached_property
     def state_dim(self) -> int | None:
         """The sample axis of the output; None where samples are coupled, so that all of it is one sample."""
         if isinstance(self.batch_dim, int):
             return self.batch_dim
         return None if are_coupled(self.batch_dim) else 0
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[torch.Size, ...]:
         """Shapes of the selected parameters."""
         return tuple(tensor.shape for tensor in self.parameters)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of entries of the selected parameters."""
         return tuple(tensor.numel() for tensor in self.parameters)
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Number P of selected entries."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of the selected parameters, and of all products."""
         return self.parameters[0].dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Device of the selected parameters, and of all products."""
         return self.parameters[0].device
@@ -319,6 +320,8 @@ class Linearization:
 
     def _holding(self, held: _Held) -> Linearization:
         part = copy.copy(self)
+        for name in ("shapes", "sizes", "num_parameters"):  # which are computed from the parameters
+            vars(part).pop(name, None)
         part.names = tuple(self.names[i] for i in held.free)
         part.parameters = held.parts()
         part._held = held

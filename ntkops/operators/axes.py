@@ -112,45 +112,45 @@ class StateAxis:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what is computed from the rest."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_real", "index")}
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
 
-    @property
+    @cached_property
     def batch_shape(self) -> torch.Size:
         """Shape of the operator's batch."""
         return self.outputs.shape[:-2]
 
-    @property
+    @cached_property
     def terms(self) -> int:
         """Number R of terms that are summed."""
         return self.outputs.shape[-2]
 
-    @property
+    @cached_property
     def _shape(self) -> tuple[int, int]:
         """Samples and outputs that the numbers count: N and O, or 1 and N·O where samples are folded."""
         count, outputs = self.inputs.num_samples, self.inputs.num_outputs
         return (1, count * outputs) if self.folded else (count, outputs)
 
-    @property
+    @cached_property
     def output_shape(self) -> torch.Size:
         """Shape of the output of one sample, or of one node."""
         shape = self.inputs.output_shape
         return shape[1:] if self.inputs.is_coupled else shape
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """Number of samples, or of nodes, that have rows here."""
         if not self.inputs.is_coupled:
             return self.inputs.num_samples
         return len(torch.unique(self.outputs // self.output_shape.numel()))
 
-    @property
+    @cached_property
     def num_outputs(self) -> int:
         """Number of rows that a sample, or a node, has."""
         if not self.inputs.is_coupled:
             return self.outputs.shape[-1]
         return len(torch.unique(self.flat_outputs[0, 0] % self.output_shape.numel()))
 
-    @property
+    @cached_property
     def grid(self) -> int:
         """Number N·r of rows before picking, r where samples are folded."""
         return self._shape[0] * self.outputs.shape[-1]
@@ -180,7 +180,7 @@ class StateAxis:
             return torch.arange(count + 1) * width
         return torch.cat([torch.zeros(1, dtype=torch.long), self._real.sum(1).cumsum(0)])
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number n of rows."""
         return self.grid if self.index is None else len(self.index)
@@ -195,7 +195,14 @@ class StateAxis:
         """The output numbers that occur."""
         return torch.unique(self.outputs % self.inputs.num_outputs if self.folded else self.outputs)
 
-    def _is_whole(self) -> bool:
+    @cached_property
+    def num_distinct(self) -> int:
+        """How many output numbers occur."""
+        return len(self.distinct_outputs)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the rows are all outputs of all samples, in their order."""
         count = self._shape[1]
         flat = self.flat_outputs
         return flat.shape == (1, 1, count) and torch.equal(flat[0, 0], torch.arange(count))
@@ -211,7 +218,7 @@ class StateAxis:
         rows = flat.reshape(len(flat), count, self.outputs.shape[-1], columns).permute(
             0, 3, 1, 2
         )  # (M, k, N, r)
-        if self._is_whole():
+        if self.is_whole:
             return rows.reshape(columns, *whole)
         outputs = self.flat_outputs.to(rows.device)
         shape = (len(outputs), self.terms, columns, count)
@@ -222,7 +229,7 @@ class StateAxis:
     def extract(self, block: Tensor) -> Tensor:
         """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, N, O)``, summing the terms."""
         kernels, (count, width) = self.batch_shape.numel(), self._shape
-        if self._is_whole():
+        if self.is_whole:
             rows = block.unsqueeze(0)  # (1, k, N, O)
         else:
             outputs = self.flat_outputs.to(block.device)
@@ -372,17 +379,17 @@ class ParameterAxis:
         """Return the parameter axis of the Jacobian whose rows are ``axis``."""
         return cls(size, torch.zeros((*axis.batch_shape, axis.terms, 1), dtype=torch.long))
 
-    @property
+    @cached_property
     def batch_shape(self) -> torch.Size:
         """Shape of the operator's batch."""
         return self.slots.shape[:-2]
 
-    @property
+    @cached_property
     def terms(self) -> int:
         """Number R of terms."""
         return self.slots.shape[-2]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number n of entries."""
         return self.terms * self.size if self.pick is None else len(self.pick)

@@ -72,7 +72,7 @@ class EngineOperator(IndexedOperator):
         )
 
     def _num_distinct(self) -> int:
-        return max(len(axis.distinct_outputs) for axis in self._state_axes())
+        return max(axis.num_distinct for axis in self._state_axes())
 
     def _layers(self) -> tuple[LayerInfo, ...]:
         engine = self._core.engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -76,7 +77,7 @@ class Core:
         """Largest dense result allowed."""
         return self.engine.free_bytes // 4 if self.limit == "auto" else self.limit
 
-    @property
+    @cached_property
     def symmetric(self) -> bool:
         """Whether rows and columns are the same axis, so that the operator is J Jᵀ."""
         return self.rows is self.columns

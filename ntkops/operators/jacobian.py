@@ -106,7 +106,7 @@ class JacobianOperator(EngineOperator):
 
     def _dense_cost(self) -> float:
         axis = self._state_axis()
-        return 2.0 * len(axis.distinct_outputs)
+        return 2.0 * axis.num_distinct
 
     def _state_axis(self) -> StateAxis:
         axis = self._core.rows if isinstance(self._core.rows, StateAxis) else self._core.columns

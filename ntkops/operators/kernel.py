@@ -273,7 +273,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     def sample_shape(self) -> tuple[int, int] | None:  # type: ignore[override]
         """Samples and outputs, where the rows are all outputs of all samples, as `sample_gram` has them."""
         rows = self._rows
-        whole = self.symmetric and rows.pick is None and rows._is_whole() and not rows.inputs.is_coupled
+        whole = self.symmetric and rows.pick is None and rows.is_whole and not rows.inputs.is_coupled
         return (rows.inputs.num_samples, rows.inputs.num_outputs) if whole else None
 
     def output_traced(self, outputs: Tensor) -> NTKOperator | None:
@@ -310,7 +310,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         if self._stored_dense() is not None:
             return 0.0
         rows = self._rows
-        outputs = len(rows.distinct_outputs)
+        outputs = rows.num_distinct
         engine = self._core.engine
         if not engine.allows(outputs):
             return math.inf
@@ -485,7 +485,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
 
     def diagonal_step(self) -> int:
         """Return the samples of the parts in which a diagonal is made: several tiles of gradients."""
-        tile = self._core.engine.tile_samples(len(self._rows.distinct_outputs))
+        tile = self._core.engine.tile_samples(self._rows.num_distinct)
         return max(_LEAST_STEP, _TILES_OF_STEP * tile)
 
     def diagonal_parts(self, size: int, first: int = 0) -> Iterator[tuple[slice, Tensor]]:

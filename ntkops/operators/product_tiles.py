@@ -233,7 +233,7 @@ class Rows:
         if isinstance(operator, JacobianOperator):
             axis, engine = operator._state_axis(), operator._core.engine
             self._reader = AxisReader(axis)
-            self.passes = float(len(axis.distinct_outputs))
+            self.passes = float(axis.num_distinct)
             entries = operator.batch_shape.numel() * axis.terms * operator.num_parameters
             width = axis.outputs.shape[-1]
             fit = max(1, engine.workspace_bytes() // (entries * operator.dtype.itemsize))

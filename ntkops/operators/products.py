@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -67,7 +68,7 @@ class ProductOperator(Expression):
         """Device of the parameters, and so of every vector."""
         return self._args[0].device
 
-    @property
+    @cached_property
     def space(self) -> Space:
         """The space of the rows, in which estimators and solvers work."""
         return Space(self._core.rows.length, self.dtype, self.device)

@@ -105,7 +105,7 @@ class _ProjectedOperator(EngineOperator):
     def _passes_of_features(self, *axes: StateAxis) -> float:
         """Return the per-sample passes that features of these axes still take."""
         missing = {id(axis): axis for axis in axes if self._held(axis) is None}
-        return float(sum(len(axis.distinct_outputs) for axis in missing.values()))
+        return float(sum(axis.num_distinct for axis in missing.values()))
 
     def _through(self, block: Tensor) -> Tensor:
         """Return Pᵀ P x for each row of ``(c, P)``."""

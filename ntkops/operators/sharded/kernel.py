@@ -381,7 +381,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
     @property
     def sample_shape(self) -> tuple[int, int] | None:  # type: ignore[override]
         """Samples on all ranks and outputs, where the rows are all outputs of all samples."""
-        whole = self.symmetric and self._rows._is_whole()
+        whole = self.symmetric and self._rows.is_whole
         return (sum(self._rows.counts), self._rows.inputs.num_outputs) if whole else None
 
     @property
