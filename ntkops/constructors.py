@@ -12,10 +12,10 @@ from .engines import EngineChoice, build_engine
 from .errors import InputError
 from .model import BatchDim, linearize
 from .operators.axes import StateAxis
-from .operators.core import Core, Spending
 from .operators.jacobian import state_axis
 from .operators.kernel import NTKOperator
 from .operators.output_choice import OutputChoice, choose_outputs, labelled, over_samples
+from .operators.products import Core, Spending
 from .operators.projected import ProjectedCore, ProjectedNTKOperator
 from .operators.projection import as_projection
 from .operators.sample_kernel import SampleKernelOperator

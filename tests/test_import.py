@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import graphlib
 import subprocess
 import sys
+
+import grimp
+from linear_operator.operators import MatmulLinearOperator, SumLinearOperator
+
+from ntkops import operators
+from ntkops.operators.capabilities import Capabilities
 
 LATER = ("matplotlib", "scipy.optimize", "scipy.sparse.linalg", "scipy.stats", "sklearn")
 
@@ -76,3 +83,22 @@ def test_operators_of_others_do_what_they_did_before_the_import():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", _FOREIGN], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 400
+
+
+def test_no_module_imports_in_a_circle():
+    # Imports for typing and inside functions count: who follows one never comes back to where he was.
+    graph = grimp.build_graph("ntkops", exclude_type_checking_imports=False, cache_dir=None)
+    faces = {name for name in graph.modules if graph.find_children(name)}
+    known = {name: graph.find_modules_directly_imported_by(name) - faces for name in graph.modules - faces}
+    assert len(list(graphlib.TopologicalSorter(known).static_order())) >= len(known)
+
+
+def test_each_operator_of_ours_says_itself_what_it_can_do():
+    kinds = [kind for kind in map(operators.__dict__.get, operators.__all__) if isinstance(kind, type)]
+    own = {kind for kind in kinds if issubclass(kind, Capabilities)}
+    products = (MatmulLinearOperator, SumLinearOperator)  # which are asked by their parts
+    assert {kind for kind in kinds if kind not in own and not issubclass(kind, products)} == {
+        operators.JacobianOperator,
+        operators.FeatureOperator,
+        operators.ProjectionOperator,
+    }  # which can be multiplied alone

@@ -16,8 +16,8 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from .axes import Axis, ParameterAxis, StateAxis
-from .core import Core
 from .jacobian import JacobianOperator
+from .products import Core
 
 __all__ = ["is_symmetric_chain", "multiplied", "product_factors", "same_operator"]
 

@@ -11,7 +11,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import ShapeError
-from .materialize import DenseOperator
+from .dense import DenseOperator
 from .positions import require_index
 
 __all__ = ["IndexedOperator"]

@@ -17,8 +17,8 @@ from ..model import BatchDim, Inputs, Linearization, linearize
 from ..solvers import products_are_steady
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
-from .core import Core
 from .output_choice import labelled
+from .products import Core
 
 __all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "network_states", "state_axis"]
 

@@ -25,8 +25,8 @@ from .algebra import KernelAlgebra
 from .axes import AxisReader, ParameterAxis, StateAxis, at_places
 from .base import EngineOperator
 from .capabilities import Capabilities, Tile, tile_slices
-from .core import Spending
 from .jacobian import JacobianOperator, jacobian_rows
+from .products import Spending
 from .sample_kernel import SampleKernelOperator
 
 __all__ = ["NTKOperator"]

@@ -18,8 +18,8 @@ from ._projected_features import feature_rows
 from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .capabilities import Capabilities, Tile, dense_from_tiles, tile_slices
-from .core import Core
 from .kernel import NTKOperator
+from .products import Core
 from .projection import MatrixProjection, ProjectionOperator
 
 __all__ = [

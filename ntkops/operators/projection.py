@@ -24,8 +24,8 @@ from ..errors import (
 from ..model.context import full_precision
 from ..projections import Projection
 from .axes import resolve_index
-from .core import dense_limit
 from .expression import Expression
+from .products import dense_limit
 
 __all__ = [
     "MatrixProjection",

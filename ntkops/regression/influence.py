@@ -18,7 +18,7 @@ from ..errors import (
     ShapeError,
     ZeroKernelError,
 )
-from ..operators.core import dense_limit
+from ..operators.products import dense_limit
 from ..regression import GradientFeatures
 from ._factorizations import CholeskyFactor
 from ._operands import read_ridges, require_finite

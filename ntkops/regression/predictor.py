@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, UnsupportedOperationError
 from ..operators import JacobianOperator
-from ..operators.core import Core
+from ..operators.products import Core
 from ..operators.sharded.kernel import ShardedJacobianOperator
 from ._operands import Layout
 from ._parameter_space import ParameterChange

@@ -13,7 +13,7 @@ from ..engines import format_bytes, tensor_bytes
 from ..errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, ShapeError, ZeroKernelError
 from ..operators import JacobianOperator
 from ..operators.capabilities import capabilities, multiply
-from ..operators.core import dense_limit
+from ..operators.products import dense_limit
 from ._operands import require_finite, to_float64
 
 __all__ = ["TangentProjector", "optimal_residual", "projection_residual", "tangent_projector"]

@@ -22,9 +22,8 @@ from ...results import EngineInfo
 from ...vectors import Space
 from ..axes import Axis, ParameterAxis, StateAxis
 from ..capabilities import Capabilities, Factors, Tile
-from ..core import Core
 from ..kernel import NTKOperator
-from ..products import ProductOperator
+from ..products import Core, ProductOperator
 from .rows import ShardedRows, refuse_derivatives, refused
 from .shares import no_samples, take_shard
 
