@@ -234,7 +234,7 @@ class AutogradEngine(Engine):
         self, params: Parameters, left: Inputs, right: Inputs, operand: Tensor, columns: float = 0.0
     ) -> _Products:
         """Return products with J(left) and J(right)ᵀ, which share the forward pass of the same samples."""
-        return _Products(self, params, left, right, min(len(operand), self.chunk_size()) > 1)
+        return _Products(self, params, left, right)
 
     def _linearize(self, params: Parameters, batch: Batch, several: bool) -> LinearizedBatch:
         how = self.differentiated(columns=several)
@@ -283,11 +283,9 @@ class AutogradEngine(Engine):
 class _Products:
     """Products with J of some samples and Jᵀ of others, in chunks of columns."""
 
-    def __init__(
-        self, engine: AutogradEngine, params: Parameters, left: Inputs, right: Inputs, several: bool
-    ) -> None:
+    def __init__(self, engine: AutogradEngine, params: Parameters, left: Inputs, right: Inputs) -> None:
         self._engine, self._params, self._left, self._right = engine, params, left, right
-        self._several = several  # columns at a time
+        self._several = False  # columns at a time: for one it need not be known whether they go together
         self._kept_right: _Kept = []
         self._kept_left: _Kept = self._kept_right if left is right else []
 
@@ -314,6 +312,7 @@ class _Products:
     ) -> Tensor:
         """Return the work on all columns, in chunks, counted and checked."""
         engine = self._engine
+        self._several |= min(len(block), engine.chunk_size()) > 1
         with engine.linearization.safe_context():
             found = parts(len(block), engine.column_share(), lambda start, stop: work(block[start:stop]))
             pieces = [piece for _, _, piece in found]

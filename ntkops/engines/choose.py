@@ -114,6 +114,7 @@ class _Probe:
     linearized: LinearizedBatch
     cotangent: Tensor  # (1, B, O)
     pulled: Parameters
+    pushed: Tensor | None = None  # of `_tangents`, where they have gone through the model already
 
 
 def _tangents(params: Parameters) -> Parameters:
@@ -151,7 +152,7 @@ def _first_mode(
         if check_adjoint(
             mode, linearization, params, batch, linearized, cotangent, tangents, pushed, pulled, reasons
         ):
-            return _Probe(mode, linearized, cotangent, pulled)
+            return _Probe(mode, linearized, cotangent, pulled, pushed)
     if left is not None:
         return left
     hooks = any("saved tensor hooks" in reason for reason in reasons)
@@ -165,7 +166,8 @@ def _first_mode(
 def _columns(probe: _Probe, params: Parameters, reasons: list[str]) -> Columns:
     """Whether two columns may go through one vmapped pass: a multiple of what is known, and that itself."""
     tangents = () if probe.mode == "reverse" else _tangents(params)
-    single = (*probe.pulled, *([probe.linearized.push(tangents)] if tangents else ()))
+    pushed = probe.linearized.push(tangents) if tangents and probe.pushed is None else probe.pushed
+    single = probe.pulled if pushed is None else (*probe.pulled, pushed)
 
     def twice(tensor: Tensor) -> Tensor:
         return torch.cat([_MULTIPLES[1] * tensor, tensor])
