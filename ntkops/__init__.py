@@ -11,6 +11,7 @@ from . import distill, functional, plotting, projections, regression, solvers
 from .check import check_operator
 from .constructors import ntk, projected_ntk
 from .curvature import GGNOperator, ggn
+from .distributed import ShardedKernelOperator
 from .dynamics import Gaussian, Trajectory, gradient_descent, gradient_flow, max_learning_rate
 from .engines import Layerwise, count_passes, set_memory_budget
 from .errors import NtkopsError, NtkopsWarning
@@ -42,7 +43,6 @@ from .operators import (
     JacobianOperator,
     NTKOperator,
     SampleKernelOperator,
-    ShardedKernelOperator,
     balance,
     energy_gap,
     jacobian,

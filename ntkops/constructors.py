@@ -8,6 +8,9 @@ from typing import Any, Literal
 import torch
 
 from .arguments import checked
+from .distributed import ShardedKernelOperator
+from .distributed.build import sharded_ntk
+from .distributed.projected import sharded_projected_ntk
 from .engines import EngineChoice, build_engine
 from .errors import InputError
 from .model import BatchDim, linearize
@@ -19,9 +22,6 @@ from .operators.products import Core, Spending
 from .operators.projected import ProjectedCore, ProjectedNTKOperator
 from .operators.projection import as_projection
 from .operators.sample_kernel import SampleKernelOperator
-from .operators.sharded import ShardedKernelOperator
-from .operators.sharded.build import sharded_ntk
-from .operators.sharded.projected import sharded_projected_ntk
 from .projections import SJLT
 from .vectors import resolve_generator
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import fingerprint, threads
+from ..distributed import ShardedKernelOperator
 from ..engines import Engine, EngineChoice, LayerwiseEngine
 from ..errors import CheckpointError, InputError
 from ..model.context import full_precision
 from ..operators.kernel import NTKOperator
-from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
 from ._provenance import kernel_route, made_of, place_of
 from ._request import Operand

@@ -10,12 +10,12 @@ from linear_operator.operators import DenseLinearOperator, LinearOperator, RootL
 from torch import Tensor
 
 from ..checkpoint import fingerprint
+from ..distributed import ShardedKernelOperator
 from ..engines import Engine, LayerwiseEngine
 from ..errors import CheckpointError
 from ..operators.axes import ParameterAxis, StateAxis
 from ..operators.capabilities import capabilities
 from ..operators.kernel import NTKOperator
-from ..operators.sharded import ShardedKernelOperator
 
 __all__ = ["kernel_route", "made_of", "network_of", "place_of"]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..checkpoint import Checkpoint, fingerprint
+from ..distributed import ShardedKernelOperator
 from ..engines import LayerwiseEngine, count_passes
 from ..errors import CheckpointError, InputError, ShapeError
 from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
-from ..operators.sharded import ShardedKernelOperator
 from ..part_files import PartFiles
 from ..results import Estimate
 from ..vectors import Distribution

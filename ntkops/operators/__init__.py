@@ -14,7 +14,6 @@ from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator
 from .ridge import RidgeOperator
 from .sample_kernel import SampleKernelOperator
 from .sandwich import Sandwich, sandwich
-from .sharded import ShardedKernelOperator
 from .stacked import BlockKernelOperator, balance, stack
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "ProjectedNTKOperator",
     "FeatureOperator",
     "ProjectionOperator",
-    "ShardedKernelOperator",
     # constructors
     "jacobian",
     "nystrom_ntk",

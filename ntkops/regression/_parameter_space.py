@@ -16,8 +16,10 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..distributed import ShardedKernelOperator
+from ..distributed.kernel import ShardedJacobianOperator
 from ..errors import UnsupportedOperationError
-from ..operators import JacobianOperator, NTKOperator, ShardedKernelOperator
+from ..operators import JacobianOperator, NTKOperator
 from ..operators.axes import ParameterAxis, StateAxis
 from ..operators.capabilities import capabilities, multiply
 from ..operators.chain import multiplied, product_factors
@@ -25,7 +27,6 @@ from ..operators.joined import JoinedOperator, is_stack
 from ..operators.nystrom import NystromOperator
 from ..operators.products import ProductOperator
 from ..operators.projected import FeatureOperator
-from ..operators.sharded.kernel import ShardedJacobianOperator
 from ._fits import FeatureFit, Fit
 from ._operands import Kernel, Layout
 from ._rounding import added_share, precise_product

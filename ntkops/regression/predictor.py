@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.kernel import ShardedJacobianOperator
 from ..errors import DifferentiationError, UnsupportedOperationError
 from ..operators import JacobianOperator
 from ..operators.products import Core
-from ..operators.sharded.kernel import ShardedJacobianOperator
 from ._operands import Layout
 from ._parameter_space import ParameterChange
 

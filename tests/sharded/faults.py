@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ntkops
-from ntkops.operators import ShardedKernelOperator
+from ntkops.distributed import ShardedKernelOperator
 from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
 
 from .problems import block, generator, network, rows, samples, share

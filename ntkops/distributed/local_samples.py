@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model import Inputs, Linearization
-from ...model.batch import Batch, BatchDim, Layout, Place, normalise
+from ..model import Inputs, Linearization
+from ..model.batch import Batch, BatchDim, Layout, Place, normalise
 
 __all__ = ["no_samples", "take_shard"]
 

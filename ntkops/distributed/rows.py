@@ -14,11 +14,11 @@ import torch
 from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
-from ...errors import InputError, UnsupportedOperationError
-from ...ranks import ShardedSpace
-from ..algebra import KernelMultiple, KernelSum
-from ..capabilities import Capabilities, Tile, capabilities
-from ..ridge import RidgeOperator
+from ..errors import InputError, UnsupportedOperationError
+from ..operators.algebra import KernelMultiple, KernelSum
+from ..operators.capabilities import Capabilities, Tile, capabilities
+from ..operators.ridge import RidgeOperator
+from .space import ShardedSpace
 
 __all__ = [
     "ShardedMultiple",

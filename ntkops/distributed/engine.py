@@ -16,15 +16,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..engines.base import Engine, Linearized
+from ..engines.differentiation import Differentiation, Parameters
+from ..engines.layerwise import LayerwiseEngine
+from ..engines.memory import budget_bytes
+from ..engines.passes import report_passes
 from ..errors import NonFiniteError
 from ..model import Inputs, Linearization
-from ..ranks import Ranks
 from ..results import PassCount
-from .base import Engine, Linearized
-from .differentiation import Differentiation, Parameters
-from .layerwise import LayerwiseEngine
-from .memory import budget_bytes
-from .passes import report_passes
+from .group import Ranks
 
 __all__ = ["ShardedEngine"]
 

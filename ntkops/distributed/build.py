@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 import torch
 
-from ...checkpoint import fingerprint
-from ...engines import Differentiation, Engine, EngineChoice, LayerwiseEngine, build_engine
-from ...engines.sharded import ShardedEngine
-from ...errors import InputError, ShapeError, ShardingError
-from ...model import Inputs, Linearization, linearize
-from ...model.batch import BatchDim, are_coupled
-from ...ranks import Ranks
-from ..axes import StateAxis
+from ..checkpoint import fingerprint
+from ..engines import Differentiation, Engine, EngineChoice, LayerwiseEngine, build_engine
+from ..errors import InputError, ShapeError, ShardingError
+from ..model import Inputs, Linearization, linearize
+from ..model.batch import BatchDim, are_coupled
+from ..operators.axes import StateAxis
+from .engine import ShardedEngine
+from .group import Ranks
 from .kernel import ShardedAxis, ShardedKernelOperator, core_of
-from .shares import no_samples, take_shard
+from .local_samples import no_samples, take_shard
 
 __all__ = ["sharded_ntk"]
 

@@ -10,15 +10,16 @@ import torch
 from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
-from ...checkpoint import fingerprint
-from ...errors import ShapeError, ShardingError, UnsupportedOperationError
-from ...projections import Projection
-from ...ranks import Ranks, ShardedSpace
-from .._projected_features import feature_rows
-from ..capabilities import Capabilities, Tile
-from ..projection import as_projection
+from ..checkpoint import fingerprint
+from ..errors import ShapeError, ShardingError, UnsupportedOperationError
+from ..operators._projected_features import feature_rows
+from ..operators.capabilities import Capabilities, Tile
+from ..operators.projection import as_projection
+from ..projections import Projection
+from .group import Ranks
 from .kernel import ShardedKernelOperator
 from .rows import ShardedRows, refused
+from .space import ShardedSpace
 
 __all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
 

@@ -12,20 +12,21 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ...engines import Engine, EngineChoice, LayerwiseEngine, build_engine
-from ...engines.sharded import ShardedEngine
-from ...errors import ShapeError, UnsupportedOperationError
-from ...model import Batch, Inputs
-from ...model.inputs import joined
-from ...ranks import Ranks, ShardedSpace
-from ...results import EngineInfo
-from ...vectors import Space
-from ..axes import Axis, ParameterAxis, StateAxis
-from ..capabilities import Capabilities, Factors, Tile
-from ..kernel import NTKOperator
-from ..products import Core, ProductOperator
+from ..engines import Engine, EngineChoice, LayerwiseEngine, build_engine
+from ..errors import ShapeError, UnsupportedOperationError
+from ..model import Batch, Inputs
+from ..model.inputs import joined
+from ..operators.axes import Axis, ParameterAxis, StateAxis
+from ..operators.capabilities import Capabilities, Factors, Tile
+from ..operators.kernel import NTKOperator
+from ..operators.products import Core, ProductOperator
+from ..results import EngineInfo
+from ..vectors import Space
+from .engine import ShardedEngine
+from .group import Ranks
+from .local_samples import no_samples, take_shard
 from .rows import ShardedRows, refuse_derivatives, refused
-from .shares import no_samples, take_shard
+from .space import ShardedSpace
 
 __all__ = ["ShardedAxis", "ShardedJacobianOperator", "ShardedKernelOperator"]
 
