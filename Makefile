@@ -94,12 +94,12 @@ unit: $(TEST) $(OTHERS)
 long: $(TEST) $(OTHERS)
 	$(PYTEST) -n $(WORKERS) -m '(dist or long) and not slow and not models' --ignore=tests/docs
 
-# Two grammars: four tests of random networks and three of random programs.
+# Two grammars, four tests of random networks and three of random programs; and laws of small networks.
 fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)
 	$(PYTEST) -n $(WORKERS) -m long --timeout 0 --hypothesis-show-statistics \
-	  tests/architectures/test_random_networks.py tests/architectures/test_random_programs.py
+	  tests/architectures/test_random_networks.py tests/architectures/test_random_programs.py tests/operators/test_random_indices.py
 
 # The whole table of models; unit runs what torch alone can build, and a dozen of the others.
 test-models: $(TEST) $(MODELS)

@@ -1,11 +1,17 @@
 """What every test shares: a seeded global random state, put back afterwards."""
 
+import gc
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests, which are there to stay, out of what the garbage collector looks through."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import ntkops
-from tests.model.zoo import untouched
+from tests.model.zoo import left_alone, unchanged
 
 __all__ = ["every_call_leaves_all_alone"]
 
@@ -44,9 +44,9 @@ class _Guard:
             given = [leaf for leaf in leaves if type(leaf) in (Tensor, nn.Parameter) and _has_values(leaf)]
             self._inside = True
             try:
-                with ExitStack() as stack:
-                    for model in [*self._seen, _NOTHING]:
-                        stack.enter_context(untouched(model, *(given if model is _NOTHING else ())))
+                with left_alone(), unchanged(_NOTHING, *given), ExitStack() as stack:
+                    for model in self._seen:
+                        stack.enter_context(unchanged(model))
                     return function(*args, **named)
             finally:
                 self._inside = False

@@ -16,7 +16,14 @@ LATER = ("matplotlib", "scipy.optimize", "scipy.sparse.linalg", "scipy.stats", "
 
 
 def test_import_leaves_heavy_libraries_for_the_functions_that_use_them():
-    script = "import sys, ntkops; print(*sorted(sys.modules))"
+    """Given axes need no pyplot, either."""
+    script = (
+        "import sys, ntkops, ntkops.plotting as p\n"
+        "print(*sorted(sys.modules))\n"
+        "from matplotlib.figure import Figure\n"
+        "p.plot_spectrum([2.0, 1.0], Figure().subplots())\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "ntkops.estimators" in loaded

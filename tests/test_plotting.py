@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from itertools import combinations
 
@@ -300,17 +299,6 @@ def test_new_axes_are_made_and_no_style_changes() -> None:
     assert isinstance(ax, Axes)
     pyplot.close(ax.figure)
     assert pyplot.get_fignums() == []
-
-
-def test_given_axes_need_no_pyplot_and_ntkops_no_matplotlib() -> None:
-    program = (
-        "import sys, ntkops, ntkops.plotting as p\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "from matplotlib.figure import Figure\n"
-        "p.plot_spectrum([2.0, 1.0], Figure().subplots())\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

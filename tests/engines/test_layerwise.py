@@ -1,6 +1,7 @@
 """The layerwise engine against dense float64 Jacobians, on ordinary and on odd models."""
 
 import copy
+import functools
 import logging
 import pickle
 
@@ -238,6 +239,12 @@ class Reference:
         assert error < limit, (name, error, limit)
 
 
+@functools.cache
+def reference_of(name, dtype):
+    """Return that of three samples and of two others, made once for all tests of a model."""
+    return Reference(next(case for case in ALL if case.name == name), dtype, (3, 1), (2, 9))
+
+
 def block(*shape, seed=4):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -262,7 +269,7 @@ def test_blocks(case, dtype):
     engine, linearization, inputs = build(case, dtype)
     names = set(linearization.names)
     assert set(engine.covered) == names - UNCOVERED.get(case.name, set()), engine.differentiation.reasons
-    reference = Reference(case, dtype, (3, 1), (2, 9))
+    reference = reference_of(case.name, dtype)
     count, width = 3, len(reference.exact[0]) // 3
     params = linearization.parameters
     for name, numbers in outputs_of(width).items():
@@ -291,7 +298,7 @@ def test_blocks(case, dtype):
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_products_from_the_cache(case, dtype):
     engine, linearization, inputs = build(case, dtype)
-    reference = Reference(case, dtype, (3, 1), (2, 9))
+    reference = reference_of(case.name, dtype)
     rows, size = reference.exact[0].shape
     width, params = rows // 3, linearization.parameters
     other = linearization.inputs(case.data(2, dtype, seed=9))

@@ -267,8 +267,9 @@ def test_uses_of_parameters(name: str, count: int, engine: str) -> None:
     generator = torch.Generator().manual_seed(2)
     x, y = (torch.randn(n, *USES[name][1], generator=generator, dtype=torch.float64) for n in (count, 2))
     J, other = dense_jacobian(model, x), dense_jacobian(model, y)
-    K = ntkops.ntk(model, x, engine=engine)
-    lazy = ntkops.ntk(model, x, engine=engine, max_dense_bytes=0)
+    linearization = ntkops.linearize(model)
+    K = ntkops.ntk(linearization, x, engine=engine)
+    lazy = ntkops.ntk(linearization, x, engine=engine, max_dense_bytes=0)
     V = torch.randn(len(J), 2, generator=generator, dtype=torch.float64)
     size = float(J.norm())
     for found, wanted, scale in (

@@ -1,6 +1,5 @@
 """The routes through layers: what is chosen is shown, can be forced, and changes no number."""
 
-import itertools
 import pickle
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from ntkops.engines.cost import KernelShape, LayerShape, choose_diagonal, choose
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.results import LayerInfo
 from tests.cases import BY_NAME, reference_jacobian
-from tests.engines.test_layerwise import BOTH, ODD, Reference, block, build, distance
+from tests.engines.test_layerwise import BOTH, ODD, block, build, distance, reference_of
 
 KERNEL, DIAGONAL = ("auto", "gram", "gradient"), ("auto", "gram", "gradient")
 PRODUCT = ("auto", "factors", "dual", "gradient")
@@ -30,11 +29,11 @@ def rerouted(engine, options):
 def test_results_do_not_depend_on_the_route(name, dtype):
     case = {**BY_NAME, **ODD}[name]
     built, linearization, inputs = build(case, dtype)
-    reference = Reference(case, dtype, (3, 1), (2, 9))
+    reference = reference_of(name, dtype)
     rows, size = reference.exact[0].shape
     width, params = rows // 3, linearization.parameters
     every = torch.arange(width).view(1, 1, -1)
-    for kernel_route, diagonal_route in itertools.product(KERNEL, DIAGONAL):
+    for kernel_route, diagonal_route in zip(KERNEL, DIAGONAL, strict=True):
         engine = rerouted(built, ntkops.Layerwise(kernel_route, diagonal_route))
         reference.check(engine.kernel(params, inputs, inputs, every, every)[0], lambda J, _: J @ J.T)
         reference.check(engine.diagonal(params, inputs, every)[0], lambda J, _: (J * J).sum(1))

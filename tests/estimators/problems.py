@@ -21,6 +21,18 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def repeated(matrix: Tensor, runs: int) -> Tensor:
+    """Return a matrix many times as a batch: one estimate of it draws other probes for each member."""
+    return matrix.expand(runs, *matrix.shape)
+
+
+def covering(interval: tuple[Tensor, Tensor], truth: float, slack: float = 1e-12) -> int:
+    """Return how many intervals of a batch hold the truth, but for rounding."""
+    low, high = interval
+    margin = slack * abs(truth)
+    return int(((low <= truth + margin) & (truth - margin <= high)).sum())
+
+
 def rotation(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64))[0]
 

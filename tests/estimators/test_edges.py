@@ -61,7 +61,7 @@ def test_edges_are_finite_and_right(name, method, case, dtype):
         low, high = (float(end) for end in result.interval)
         assert torch.isfinite(result.value).all() and low <= float(result) <= high
         covered += low - slack <= exact <= high + slack
-        if result.exact:
+        if result.exact or covered == 2:
             break
     assert covered >= (1 if result.exact else 2), (exact, low, high)
     if method in ("exact", "sketch") and case != "multiple of the identity":  # the sketch has all of them

@@ -9,7 +9,7 @@ import torch
 import ntkops
 from ntkops.errors import UnsupportedOperationError
 from ntkops.estimators._statistics import Mean, Pairs, summarize
-from tests.estimators.problems import Factored, OnlyProducts, generator, rotation
+from tests.estimators.problems import Factored, OnlyProducts, covering, generator, repeated, rotation
 
 
 def first(moments):
@@ -61,7 +61,7 @@ def test_what_is_common_cancels_in_a_ratio():
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_proposition_one_with_four_jacobians_of_different_shapes(direction, seed):
     draw = generator(seed)
     n, m, p, q = 4, 6, 5, 3
@@ -74,18 +74,18 @@ def test_proposition_one_with_four_jacobians_of_different_shapes(direction, seed
         ntkops.one_sided_product_trace(
             J1, J2, J3, J4, direction=direction, num_passes=400, generator=generator(s)
         )
-        for s in range(200)
+        for s in range(120)
     ]
     values = torch.tensor([float(result) for result in results])
     spread = float(values.std())
-    assert abs(float(values.mean()) - truth) < 4 * spread / math.sqrt(200) and truth != wrong
+    assert abs(float(values.mean()) - truth) < 4 * spread / math.sqrt(120) and truth != wrong
     assert {result.passes for result in results} == {400}
     errors = torch.tensor([float(result.stderr) for result in results])
     assert (
         0.85 * spread < float(errors.mean()) < 1.5 * spread
     )  # the jackknife may be too large, not too small
     covered = sum(float(r.interval[0]) <= truth <= float(r.interval[1]) for r in results)
-    assert covered >= 178
+    assert covered >= 106  # .95 at level .001
 
 
 def test_all_pairs_beat_single_pairs():
@@ -114,14 +114,13 @@ def test_a_jacobian_given_twice_is_multiplied_once():
 @pytest.mark.parametrize("sizes", [(7, 7), (7, 4)])
 def test_alignment_from_jvps_alone_with_and_without_common_parameters(sizes):
     draw = generator(3)
-    A, B = (Factored(torch.randn(12, size, generator=draw, dtype=torch.float64)) for size in sizes)
+    factors = [torch.randn(12, size, generator=draw, dtype=torch.float64) for size in sizes]
+    A, B = map(Factored, factors)
     truth = float((A.matrix * B.matrix).sum() / (A.matrix.norm() * B.matrix.norm()))
-    inside = 0
-    for seed in range(40):
-        result = ntkops.alignment(A, B, method="forward", num_passes=400, generator=generator(seed))
-        assert result.passes == 400
-        inside += float(result.interval[0]) <= truth <= float(result.interval[1])
-    assert inside >= 34
+    assert ntkops.alignment(A, B, method="forward", num_passes=400, generator=generator(0)).passes == 400
+    many = [Factored(repeated(factor, 40)) for factor in factors]
+    found = ntkops.alignment(*many, method="forward", num_passes=400 * 40, generator=generator(0))
+    assert found.passes == 400 * 40 and covering(found.interval, truth, 0) >= 34
     same = ntkops.alignment(A, A, method="forward", num_passes=100, generator=generator(0))
     assert float(same) == pytest.approx(1, abs=1e-12) and float(same.stderr) < 1e-12
 
@@ -148,14 +147,12 @@ def test_algorithm_two_divides_by_the_probes_that_it_draws(method, passes):
 
 @pytest.mark.parametrize("method", ["rhutch", "fhutch"])
 def test_cross_kernels_have_one_sided_traces_too(method):
-    draw = generator(0)
+    draw, runs = generator(0), 400
     left, right = (torch.randn(10, 6, generator=draw, dtype=torch.float64) for _ in range(2))
-    K = Factored(left, right)
+    K = Factored(repeated(left, runs), repeated(right, runs))
     truth = float((left @ right.T).trace())
-    values = torch.tensor(
-        [float(ntkops.trace(K, method=method, num_passes=40, generator=generator(s))) for s in range(200)]
-    )
-    assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(200)
+    values = ntkops.trace(K, method=method, num_passes=40 * runs, generator=generator(0)).value
+    assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(runs)
 
 
 def test_sums_have_no_factors_and_say_what_to_do():

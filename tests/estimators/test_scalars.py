@@ -18,7 +18,16 @@ from ntkops.errors import (
     ZeroKernelError,
 )
 from tests.cases import BY_NAME
-from tests.estimators.problems import SPECTRA, Factored, OnlyProducts, generator, rotation, with_spectrum
+from tests.estimators.problems import (
+    SPECTRA,
+    Factored,
+    OnlyProducts,
+    covering,
+    generator,
+    repeated,
+    rotation,
+    with_spectrum,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 N = 48
@@ -29,9 +38,11 @@ def kernels(dtype=torch.float64, spectrum="power law"):
     return with_spectrum(values, 0).to(dtype), with_spectrum(values.flip(0) + values, 1).to(dtype)
 
 
-def factored(spectrum="power law", seed=0):
+def factored(spectrum="power law", seed=0, runs=None):
+    """Return a kernel with its factors; with ``runs``, a batch of as many, all the same."""
     values = SPECTRA[spectrum](N)
-    return Factored(rotation(N, seed) * values.sqrt() @ rotation(N, seed + 10))
+    factor = rotation(N, seed) * values.sqrt() @ rotation(N, seed + 10)
+    return Factored(factor if runs is None else repeated(factor, runs))
 
 
 QUANTITIES = {
@@ -82,12 +93,14 @@ def test_estimates_agree_within_their_error_and_count_their_passes(name, method)
     A, B = factored(seed=0), factored(spectrum="exponential", seed=1)
     estimate, reference = QUANTITIES[name]
     truth = float(reference(A.matrix, B.matrix))
-    inside = 0
-    for seed in range(20):
-        result = estimate(A, B, method=method, num_passes=240, generator=generator(seed))
-        assert result.method == method and not result.exact and result.seed == seed
-        assert 0 < result.passes <= 240
-        inside += float(result.interval[0]) <= truth <= float(result.interval[1])
+    result = estimate(A, B, method=method, num_passes=240, generator=generator(7))
+    assert result.method == method and not result.exact and result.seed == 7
+    assert 0 < result.passes <= 240
+    runs = 20
+    A, B = factored(seed=0, runs=runs), factored(spectrum="exponential", seed=1, runs=runs)
+    result = estimate(A, B, method=method, num_passes=240 * runs, generator=generator(0))
+    assert 0 < result.passes <= 240 * runs
+    inside = covering(result.interval, truth, 0)
     assert inside >= 15, inside
 
 
@@ -96,17 +109,13 @@ def test_estimates_agree_within_their_error_and_count_their_passes(name, method)
     [case for case in CASES if case[0] in ("trace", "inner")] + [("norm", m) for m in METHODS["norm"]],
 )
 def test_linear_moments_are_unbiased(name, method):
-    A, B = factored("step", seed=0), factored("power law", seed=1)
+    runs = 400
+    A, B = factored("step", seed=0, runs=runs), factored("power law", seed=1, runs=runs)
     estimate, reference = QUANTITIES[name]
-    truth = float(reference(A.matrix, B.matrix))
+    truth = float(reference(A.matrix[0], B.matrix[0]))
     power = 2 if name == "norm" else 1  # the square of the norm is the unbiased one
-    values = torch.tensor(
-        [
-            float(estimate(A, B, method=method, num_passes=40, generator=generator(seed))) ** power
-            for seed in range(200)
-        ],
-        dtype=torch.float64,
-    )
+    found = estimate(A, B, method=method, num_passes=40 * runs, generator=generator(0))
+    values = found.value**power
     error = float(values.mean()) - truth**power
     assert abs(error) < 4 * float(values.std()) / math.sqrt(len(values))
 
@@ -114,14 +123,12 @@ def test_linear_moments_are_unbiased(name, method):
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++", "rhutch"])
 def test_intervals_of_the_trace_cover(spectrum, method):
-    A = factored(spectrum)
-    truth = float(A.matrix.trace())
-    covered = 0
-    for seed in range(120):
-        low, high = ntkops.trace(A, method=method, num_passes=60, generator=generator(seed)).interval
-        covered += float(low) <= truth <= float(high)
+    runs = 200
+    A = factored(spectrum, runs=runs)
+    found = ntkops.trace(A, method=method, num_passes=60 * runs, generator=generator(0))
+    covered = covering(found.interval, float(A.matrix[0].trace()), 0)
     # One-sided binomial test of a coverage of .95 at level .001.
-    assert scipy.stats.binom.cdf(covered, 120, 0.95) > 1e-3, covered
+    assert scipy.stats.binom.cdf(covered, runs, 0.95) > 1e-3, covered
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
@@ -157,34 +164,24 @@ def test_hutch_plus_plus_matches_a_naive_one():
 
 @pytest.mark.parametrize("passes", [4, 5, 7, 10, 11])
 def test_hutch_plus_plus_is_unbiased_when_three_does_not_divide(passes):
-    A = kernels(spectrum="cluster")[0]
-    values = torch.tensor(
-        [
-            float(ntkops.trace(OnlyProducts(A), method="hutch++", num_passes=passes, generator=generator(s)))
-            for s in range(300)
-        ]
-    )
-    assert abs(float(values.mean()) - float(A.trace())) < 4 * float(values.std()) / 300**0.5
+    A, runs = kernels(spectrum="cluster")[0], 400
+    many = OnlyProducts(repeated(A, runs))
+    values = ntkops.trace(many, method="hutch++", num_passes=passes * runs, generator=generator(0)).value
+    assert abs(float(values.mean()) - float(A.trace())) < 4 * float(values.std()) / runs**0.5
 
 
 def test_orthogonalised_one_sided_traces_are_unbiased_and_less_noisy():
-    A = factored("step")
+    runs = 200
+    A = factored("step", runs=runs)
     for method in ("rhutch", "fhutch"):
         values = {
-            flag: torch.tensor(
-                [
-                    float(
-                        ntkops.trace(
-                            A, method=method, num_passes=61, orthogonalize=flag, generator=generator(s)
-                        )
-                    )
-                    for s in range(150)
-                ]
-            )
+            flag: ntkops.trace(
+                A, method=method, num_passes=61 * runs, orthogonalize=flag, generator=generator(0)
+            ).value
             for flag in (False, True)
         }
-        error = values[True].mean() - A.matrix.trace()
-        assert abs(float(error)) < 4 * float(values[True].std()) / 150**0.5
+        error = values[True].mean() - A.matrix[0].trace()
+        assert abs(float(error)) < 4 * float(values[True].std()) / runs**0.5
         assert values[True].std() < values[False].std()
 
 

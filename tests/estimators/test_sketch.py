@@ -202,10 +202,10 @@ def test_edges_are_finite_and_right(method, dtype, scale, spectrum):
         .to(dtype)
     )
     K = factor.double() @ factor.double().T
-    for operator in (Factored(factor), OnlyProducts(factor @ factor.T)):
+    for operator, least in ((Factored(factor), 30), (OnlyProducts(factor @ factor.T), 40)):
         if method == "ntk-hutch++" and isinstance(operator, OnlyProducts):
             continue
-        for passes in (12, 30, 40):
+        for passes in (12, least):
             options = {"method": method, "num_passes": passes, "generator": generator(passes)}
             for estimate, truth in (
                 (ntkops.trace, K.trace()),

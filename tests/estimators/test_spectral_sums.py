@@ -38,7 +38,7 @@ def test_exact_values(scale, spectrum, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_estimates(spectrum, seed, dtype):
     values = SPECTRA[spectrum](300)
     K = OnlyProducts(with_spectrum(values, seed).to(dtype))
@@ -145,10 +145,10 @@ def test_bad_options_are_named():
         logdet(torch.zeros(3, 3), 0.1, relative=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("least", [-1.0, -0.3, -0.05])
 @pytest.mark.parametrize("ridge", [0.01, 0.1, 2.0])
-def test_indefinite_operators_are_refused_by_quadrature_as_by_the_exact_way(dtype, least, ridge):
+def test_indefinite_operators_are_refused_by_quadrature_as_by_the_exact_way(least, ridge):
+    dtype = torch.float32 if (ridge == 0.1) == (least == -0.3) else torch.float64
     basis = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double())[0]
     values = torch.cat([torch.linspace(0.1, 1, 39), torch.tensor([least])]).double()
     A = ((basis * values) @ basis.T).to(dtype)

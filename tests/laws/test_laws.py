@@ -28,6 +28,7 @@ ENGINES = {
     ),
 }
 ALWAYS = ("square", "cross of equally many")
+IN_FULL = ("products are dense", "a dense matrix is dense")
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.05}
 Law = Callable[[Problem, Callable[[Problem], Subject], float], None]
 LAWS: dict[str, Law] = {}
@@ -44,7 +45,7 @@ def law_of_any_operator(function: Law) -> Law:
     return law(function)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=12)  # every engine and dtype of one kind
 def shared(kind: str, problem: Problem) -> Subject:
     """Return one operator for several laws."""
     return KINDS[kind](problem)
@@ -190,19 +191,25 @@ def an_operator_may_change_its_dtype(problem, make, tolerance):
 def _table():
     """Return every law and kind: once with engines and dtypes in turn, and more in the long run.
 
-    That is every engine in float64, and one engine in turn in each lower dtype. The kinds of `ALWAYS` are
-    compared for every engine in the usual run as well.
+    There products and dense matrices are compared for every engine in float64 and one in each lower dtype;
+    the other laws meet two engines in float64 and one in a lower dtype, in turn: over all laws a kind meets
+    every engine and dtype, and over all kinds a law does. The kinds of `ALWAYS` are compared for every engine
+    in the usual run as well.
     """
     combinations = list(itertools.product(ENGINES, TOLERANCES))
     for shift, kind in enumerate(KINDS):  # so that a law meets another combination with each kind
         turn = itertools.cycle([combinations[(number * 5 + shift) % 12] for number in range(12)])
         low = itertools.cycle(ENGINES)
         for name in LAWS:
-            usual = {next(turn)}
-            if kind in ALWAYS and name in ("products are dense", "a dense matrix is dense"):
-                usual |= {(engine, torch.float64) for engine in ENGINES}
-            more = {(engine, torch.float64) for engine in ENGINES}
-            more |= {(next(low), torch.float32), (next(low), torch.bfloat16)}
+            usual, every = {next(turn)}, {(engine, torch.float64) for engine in ENGINES}
+            if name in IN_FULL:
+                usual |= every if kind in ALWAYS else set()
+                more = every | {(next(low), torch.float32), (next(low), torch.bfloat16)}
+            else:
+                place = shift + list(LAWS).index(name)
+                two = itertools.islice(itertools.cycle(ENGINES), place % 4, place % 4 + 3, 2)
+                more = {(engine, torch.float64) for engine in two}
+                more.add((next(low), (torch.float32, torch.bfloat16)[place // 4 % 2]))
             for engine, dtype in combinations:
                 if (engine, dtype) in usual | more:
                     marks = [] if (engine, dtype) in usual else [pytest.mark.long]

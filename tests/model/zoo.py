@@ -226,6 +226,28 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextmanager
 def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
     """Prove that nothing of a model, its inputs or the global state changes inside the block."""
+    with left_alone(), unchanged(model, *inputs):
+        yield
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """Prove that nothing of the global state changes inside the block."""
+    state = torch.get_rng_state(), random.getstate(), copy.deepcopy(np.random.get_state())
+    settings = _settings()
+    try:
+        yield
+    finally:
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert random.getstate() == state[1]
+        now = np.random.get_state()
+        assert all(np.array_equal(a, b) for a, b in zip(now, state[2], strict=True))
+        assert _settings() == settings
+
+
+@contextmanager
+def unchanged(model: nn.Module, *inputs: Any) -> Iterator[None]:
+    """Prove that nothing of a model and its inputs changes inside the block."""
     leaves = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     named = [*_tensors(model), *((f"input {i}", t) for i, t in enumerate(leaves))]
     before = [
@@ -237,8 +259,6 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
     ]
     flat = {id(m): list(m._flat_weights) for m in model.modules() if isinstance(m, nn.RNNBase)}
     padding = {id(m): (m.padding_idx, m.sparse) for m in model.modules() if isinstance(m, nn.Embedding)}
-    state = torch.get_rng_state(), random.getstate(), copy.deepcopy(np.random.get_state())
-    settings = _settings()
     try:
         yield
     finally:
@@ -256,11 +276,6 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
                 assert all(a is b for a, b in zip(module._flat_weights, flat[id(module)], strict=True))
             if isinstance(module, nn.Embedding):
                 assert (module.padding_idx, module.sparse) == padding[id(module)]
-        assert torch.equal(torch.get_rng_state(), state[0])
-        assert random.getstate() == state[1]
-        now = np.random.get_state()
-        assert all(np.array_equal(a, b) for a, b in zip(now, state[2], strict=True))
-        assert _settings() == settings
 
 
 def _gradient(tensor: Tensor) -> Tensor | None:

@@ -43,8 +43,8 @@ def check_row(row: Row) -> None:
     """Hold one row to its reference on both engines, with model, inputs and global state untouched."""
     model, x = row.make(), row.draw()
     with untouched(model, x):
-        K = ntkops.ntk(model, x, **row.options)
-        linearization = K._core.engine.linearization
+        linearization = ntkops.linearize(model, **row.options)
+        K = ntkops.ntk(linearization, x)
         info = K.engine_info
         assert (info.engine, info.mode, info.per_sample) == (row.engine, row.mode, row.samples), info.reasons
         _, _, batch = next(iter(linearization.inputs(x).batches(None)))
@@ -55,7 +55,7 @@ def check_row(row: Row) -> None:
     with untouched(model, x):
         for operator in (K, K.with_engine("autograd")):
             agrees(operator, J, sizes, tolerance(row.precision))
-        lazy = ntkops.ntk(model, x, **row.options, max_dense_bytes=0)
+        lazy = ntkops.ntk(linearization, x, max_dense_bytes=0)
         V = vectors(len(J), 3, seed=5, like=K.left._args[0])
         if row.mode == "reverse":
             with pytest.raises(DifferentiationError, match="method='rhutch'"):
@@ -101,7 +101,7 @@ def agrees_after_repair(model: nn.Module, x: Any, options: dict[str, Any], state
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
     row = Row("repaired", lambda: model, lambda _: x, options=options, state=state, dtype=dtype)
     with untouched(model, x):
-        K = ntkops.ntk(model, x, **options)
-        linearization = K._core.engine.linearization
+        linearization = ntkops.linearize(model, **options)
+        K = ntkops.ntk(linearization, x)
         J = row.reference(model, x, linearization.names)
         agrees(K, J, [p.numel() for p in linearization.parameters], tolerance(dtype))

@@ -7,6 +7,7 @@ wrong: hence as many samples as outputs, which may hide it, and not as many.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -67,6 +68,16 @@ def dense_jacobian(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@functools.cache
+def _dense(name: str) -> Tensor:
+    return dense_jacobian(network(name), samples(3))
+
+
+def jacobian(name: str, count: int) -> Tensor:
+    """Return J of the first samples, made once for all tests of a layer."""
+    return _dense(name).unflatten(0, (3, -1))[:count].flatten(0, 1)
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     error = float((actual - expected).norm() / expected.norm())
     assert error <= LIMIT, error
@@ -75,19 +86,18 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(("count", "engine"), [(2, "autograd"), (3, "layerwise")])
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_and_products(name: str, count: int, engine: str) -> None:
-    model, x = network(name), samples(count)
-    J = dense_jacobian(model, x)
-    K = ntkops.ntk(model, x, engine=engine)
+    J, K = jacobian(name, count), ntkops.ntk(network(name), samples(count), engine=engine)
     if not THIS_TORCH.args[0]:
         assert (K.engine_info.mode, K.engine_info.per_sample) == HOW.get(short(name), ("forward", "vmap"))
-    close(K.to_dense(), J @ J.T)
-    close(K.diagonal(), J.square().sum(1))
-    lazy = ntkops.jacobian(model, x, engine=engine)
     V = torch.randn(len(J), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    close(lazy.mT @ V, J.T @ V)
-    close(K @ V, J @ (J.T @ V))
+    close(K.left.mT @ V, J.T @ V)
     if K.engine_info.mode != "reverse":
-        close(lazy @ (J.T @ V), J @ (J.T @ V))
+        close(K.left @ (J.T @ V), J @ (J.T @ V))
+    close(K.diagonal(), J.square().sum(1))
+    if K.engine_info.mode != "reverse":
+        close(K @ V, J @ (J.T @ V))
+    close(K.to_dense(), J @ J.T)
+    close(K @ V, J @ (J.T @ V))
 
 
 def recorded_jacobian(model: nn.Module, x: Tensor) -> Tensor:
@@ -130,10 +140,8 @@ def test_derivatives_of_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_that_was_tried_on_one_sample(name: str) -> None:
-    model, x, y = network(name), samples(1), samples(2)
-    K = ntkops.ntk(model, x, engine="autograd")
-    close(K.cross(y).to_dense(), dense_jacobian(model, y) @ dense_jacobian(model, x).T)
-    close(K.cross(y).mT.to_dense(), dense_jacobian(model, x) @ dense_jacobian(model, y).T)
+    K = ntkops.ntk(network(name), samples(1), engine="autograd")
+    close(K.cross(samples(2)).to_dense(), jacobian(name, 2) @ jacobian(name, 1).T)
 
 
 @THIS_TORCH

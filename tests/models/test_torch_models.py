@@ -45,7 +45,7 @@ class Sharpened(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [1.0, 0.1])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_grad_inside_is_found_however_large_the_model(dtype: torch.dtype, share: float, seed: int) -> None:
     torch.manual_seed(seed)
     model = Sharpened(share).to(dtype)

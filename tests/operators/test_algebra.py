@@ -203,10 +203,9 @@ class _Summed(_SquareBatch):
         return sum(super(_Summed, self).evaluate_linear_op(part) for part in linear_op.linear_ops)
 
 
-for _case in (_Scaled, _Summed):
-    _case.__test__ = False
-    for _dtype in (torch.float32, torch.float64):
-        _class = _concrete(_case, _dtype)
-        _class.__module__ = __name__
-        globals()[_class.__name__] = _class
+_Scaled.__test__ = _Summed.__test__ = False
+for _case, _dtype in ((_Scaled, torch.float64), (_Summed, torch.float32)):
+    _class = _concrete(_case, _dtype)
+    _class.__module__ = __name__
+    globals()[_class.__name__] = _class
 del _class, _case, _dtype, _Square, _SquareBatch

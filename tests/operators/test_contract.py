@@ -1,5 +1,6 @@
 """linear_operator's own contract suite, for every operator, in float32 and float64."""
 
+import functools
 import unittest
 
 import torch
@@ -21,6 +22,12 @@ def make_model(dtype: torch.dtype) -> torch.nn.Sequential:
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.7
     return model.to(dtype)
+
+
+@functools.cache
+def linearized(dtype: torch.dtype) -> ntkops.Linearization:
+    """Return one for all operators, which are many: what is found out about a model is kept there."""
+    return ntkops.linearize(make_model(dtype))
 
 
 def make_inputs(dtype: torch.dtype, seed: int = 5) -> torch.Tensor:
@@ -57,7 +64,7 @@ class _Dtype(unittest.TestCase):
 
     @property
     def data(self):
-        return make_model(self.dtype), make_inputs(self.dtype)
+        return linearized(self.dtype), make_inputs(self.dtype)
 
 
 class _Square(_Dtype, LinearOperatorTestCase):

@@ -73,12 +73,17 @@ class Problem:
     def by_outputs(self) -> Tensor:
         """Return features of single outputs, ``(O, N, k)``."""
         features = self.J @ self.P.mT
-        return features.reshape(self.kernel._rows.inputs.num_samples, -1, K).transpose(0, 1)
+        return features.reshape(self.kernel.num_samples, -1, K).transpose(0, 1)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["SJLT", "LayerKronecker"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+WAYS = [  # both maps for every model, each by another engine
+    (case, kind, ENGINES[(number + turn) % len(ENGINES)])
+    for number, case in enumerate(CASES)
+    for turn, kind in enumerate(("SJLT", "LayerKronecker"))
+]
+
+
+@pytest.mark.parametrize(("case", "kind", "engine"), WAYS, ids=lambda value: getattr(value, "name", None))
 def test_every_model_agrees_with_its_dense_reference(case: Case, kind: str, engine: str) -> None:
     problem = Problem(case.name, 3, kind, engine=engine)
     features = problem.J @ problem.P.mT
@@ -393,17 +398,6 @@ def test_estimators_take_it() -> None:
     generator = torch.Generator().manual_seed(0)
     estimate = ntkops.trace(lazy, method="hutchinson", num_passes=4000, generator=generator)
     assert estimate.interval[0] <= float(dense.trace()) <= estimate.interval[1]
-
-
-@pytest.mark.long
-def test_the_sketch_is_unbiased() -> None:
-    problem = Problem()
-    dense = problem.kernel.to_dense()
-    drawn = torch.stack(
-        [projected_ntk(problem.kernel, SJLT(problem.J.shape[1], 16, seed)).to_dense() for seed in range(300)]
-    )
-    error = (drawn.mean(0) - dense).abs() / (drawn.std(0) / 300**0.5)
-    assert float(error.max()) <= 4.5
 
 
 # the operator of a projection

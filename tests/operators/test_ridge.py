@@ -256,10 +256,9 @@ class _RidgeBatch(_SquareBatch):
 
 
 _Ridge.__test__ = _RidgeBatch.__test__ = False
-for _case in (_Ridge, _RidgeBatch):
-    for _dtype in (torch.float32, torch.float64):
-        _class = _concrete(_case, _dtype)
-        globals()[_class.__name__] = _class
+for _case, _dtype in ((_Ridge, torch.float32), (_RidgeBatch, torch.float64)):
+    _class = _concrete(_case, _dtype)
+    globals()[_class.__name__] = _class
 del _class, _case, _dtype, _Square, _SquareBatch
 
 

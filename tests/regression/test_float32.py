@@ -157,7 +157,7 @@ def test_rounding_of_eigenvalues_is_what_the_rule_says():
 
 def test_rounding_of_lazy_predictions_covers_the_error():
     covered, sharp = 0, []
-    for seed in range(40):
+    for seed in range(20):
         model, x, new = network(seed % 10, 16 + seed), draw(25, 8, seed=seed), draw(10, 8, seed=seed + 100)
         twin = copy.deepcopy(model).double()
         exact, engine = ntkops.ntk(twin, x.double()), ("layerwise", "autograd")[seed % 2]
@@ -169,7 +169,7 @@ def test_rounding_of_lazy_predictions_covers_the_error():
         error = float((found - exact.cross(new.double()).to_dense() @ dual).norm())
         covered += error <= float(added)
         sharp.append(float(added) / max(error, 1e-300))
-    assert covered >= 38 and sorted(sharp)[20] < 30
+    assert covered >= 19 and sorted(sharp)[10] < 30
 
 
 def test_lazy_predictions_say_what_they_round_by_and_warn():

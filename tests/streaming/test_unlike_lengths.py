@@ -126,11 +126,18 @@ CASES = [
     *((CHOICES[0], kind) for kind in KINDS),
     *((choice, kind) for choice, kind in zip(CHOICES[1:], KINDS, strict=True)),
 ]
-WAYS = [("auto", torch.float64), ("auto", torch.float32), ("autograd", torch.float64)]
+# Every case in float64 by layer structure, and in turn in float32 or by automatic differentiation.
+WAYS = [
+    (*case, *way)
+    for number, case in enumerate(CASES)
+    for way in (
+        ("auto", torch.float64),
+        [("auto", torch.float32), ("autograd", torch.float64)][number % 2],
+    )
+]
 
 
-@pytest.mark.parametrize(("engine", "dtype"), WAYS, ids=str)
-@pytest.mark.parametrize(("choice", "kind"), CASES, ids=str)
+@pytest.mark.parametrize(("choice", "kind", "engine", "dtype"), WAYS, ids=str)
 def test_rows_are_real_positions(
     choice: dict[str, str], kind: str, engine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):

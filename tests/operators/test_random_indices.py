@@ -1,12 +1,16 @@
-"""Laws that hold for every kernel: adjoints, linearity, definiteness, order, additivity, sub-kernels."""
+"""Sub-kernels by indices of every kind, and the one kernel that is known by its formula.
+
+What else holds for every kernel is in tests/laws and tests/architectures.
+"""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import ntkops
+from tests.architectures.profiles import LAWS as RUN
 
 pytestmark = pytest.mark.long
 
@@ -46,65 +50,7 @@ def dense(model, x):
     return J
 
 
-@settings(max_examples=40, deadline=None)
-@given(settings_of_a_kernel())
-def test_adjoint_linearity_symmetry_and_definiteness(setting):
-    model, x, knobs, seed = setting
-    J = ntkops.jacobian(model, x, **knobs)
-    K = ntkops.ntk(model, x, **knobs)
-    n, parameters = J.shape
-    u, p = vectors(n, 2, seed), vectors(parameters, 2, seed + 1)
-    torch.testing.assert_close((u * (J @ p)).sum(), ((J.mT @ u) * p).sum())
-    torch.testing.assert_close(K @ (2.0 * u[:, :1] - u[:, 1:]), 2.0 * (K @ u[:, :1]) - K @ u[:, 1:])
-    torch.testing.assert_close(u[:, 0] @ (K @ u[:, 1]), u[:, 1] @ (K @ u[:, 0]))
-    quadratic = (u * (K @ u)).sum(0)
-    torch.testing.assert_close(quadratic, (J.mT @ u).square().sum(0))
-    assert (quadratic >= 0).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(settings_of_a_kernel())
-def test_products_blocks_and_trace_match_the_reference(setting):
-    model, x, knobs, seed = setting
-    reference = dense(model, x)
-    K = ntkops.ntk(model, x, **knobs)
-    v = vectors(len(reference), 3, seed)
-    torch.testing.assert_close(K @ v, reference @ (reference.T @ v))
-    torch.testing.assert_close(K.diagonal(), reference.square().sum(1))
-    torch.testing.assert_close(float(K.diagonal().sum()), float(reference.square().sum()))
-    torch.testing.assert_close(ntkops.ntk(model, x).to_dense(), reference @ reference.T)
-
-
-@settings(max_examples=30, deadline=None)
-@given(settings_of_a_kernel(), st.randoms(use_true_random=False))
-def test_permuting_samples_permutes_the_kernel(setting, random):
-    model, x, knobs, seed = setting
-    order = list(range(len(x)))
-    random.shuffle(order)
-    outputs = dense(model, x[:1]).shape[0]
-    rows = torch.tensor([i * outputs + o for i in order for o in range(outputs)])
-    K, permuted = ntkops.ntk(model, x, **knobs), ntkops.ntk(model, x[order], **knobs)
-    v = vectors(K.shape[0], 1, seed)
-    torch.testing.assert_close(permuted @ v[rows], (K @ v)[rows])
-    torch.testing.assert_close(K.submatrix(rows, rows) @ v, permuted @ v)
-
-
-@settings(max_examples=30, deadline=None)
-@given(settings_of_a_kernel())
-def test_kernels_add_over_parameters_and_outputs(setting):
-    model, x, knobs, seed = setting
-    K = ntkops.ntk(model, x, **knobs)
-    v = vectors(K.shape[0], 2, seed)
-    parts = [ntkops.ntk(model, x, params=name, **knobs) for name, _ in model.named_parameters()]
-    torch.testing.assert_close(sum(part @ v for part in parts), K @ v)
-    each, traced = (ntkops.ntk(model, x, outputs=choice, **knobs) for choice in ("each", "trace"))
-    w = vectors(len(x), 2, seed + 1)
-    torch.testing.assert_close((each @ w).sum(0), traced @ w)
-    for number in range(each.shape[0]):
-        torch.testing.assert_close(ntkops.ntk(model, x, outputs=number, **knobs) @ w, each[number] @ w)
-
-
-@settings(max_examples=40, deadline=None)
+@RUN
 @given(settings_of_a_kernel(), st.data())
 def test_indexing_agrees_with_the_dense_matrix(setting, data):
     model, x, knobs, seed = setting
@@ -133,7 +79,7 @@ def test_indexing_agrees_with_the_dense_matrix(setting, data):
     torch.testing.assert_close(K[rows[0]], reference[rows[0]])
 
 
-@settings(max_examples=20, deadline=None)
+@RUN
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 1000))
 def test_a_linear_model_has_the_gram_kernel(features, count, outputs, seed):
     with torch.random.fork_rng():
