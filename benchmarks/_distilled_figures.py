@@ -12,7 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np  # noqa: E402
-from _distilled_targets import digits_of, method_mean  # noqa: E402
+from _distilled_headline import METHODS, STAGES
+from _distilled_targets import headline_mean, method_mean, problems_of, ratios_of, seeds_of, whole_of  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
@@ -57,12 +58,12 @@ def _over(problems: Sequence[Problem], curve: str, key: str, at: str) -> tuple[l
 
 
 def _groups(result: Result) -> list[tuple[str, list[Problem]]]:
-    groups = [("real points, pretrained network", digits_of(result))]
+    groups = [("real points, pretrained network", whole_of(result))]
     titles = {
         "distilled points": "distilled points, pretrained network",
         "distilled data alone": "distilled points, network trained on them alone",
     }
-    return groups + [(titles[p["name"]], [p]) for p in result["problems"] if p["name"] in titles]
+    return groups + [(titles[p["name"]], [p]) for p in problems_of(result) if p["name"] in titles]
 
 
 def _panels(count: int) -> tuple[Any, Sequence[Axes]]:
@@ -278,6 +279,49 @@ def _features(problems: list[Problem], path: Path) -> None:
     _save(figure, path)
 
 
+def _pareto(result: Result, path: Path) -> None:
+    """Cost against fidelity, every choice of points at 20, 50 and 100 times fewer, and what nothing beats."""
+    seeds = seeds_of(result)
+    ratios = ratios_of(result)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
+    shown = (
+        ("jacobian_rows", STAGES[0], "", "Jacobian rows, those of the choice included"),
+        ("seconds", STAGES[2], "Galerkin", "CPU seconds, all three stages, everything included"),
+    )
+    for ax, (key, stage, way, label) in zip(axes, shown, strict=True):
+        every: list[tuple[float, float]] = []
+        for position, method in enumerate(METHODS):
+            for balanced in (False, True):
+                points = []
+                for ratio in ratios:
+                    at = {"ratio": ratio, "method": method, "balanced": balanced, "stage": stage, "way": way}
+                    cost, kept = headline_mean(result, key, **at), headline_mean(result, "fidelity", **at)
+                    if cost is not None and kept is not None:
+                        points.append((cost, 1 - kept))
+                if points:
+                    style = {"color": f"C{position}", "marker": marker(position), "markersize": 5, "lw": 1,
+                             "ls": "-" if balanced else ":", "mfc": None if balanced else "none"}  # fmt: skip
+                    ax.plot(
+                        *zip(*points, strict=True), label=method + (", balanced" if balanced else ""), **style
+                    )
+                    every += points
+        at = {"method": "all", "stage": "projection" if key == "jacobian_rows" else "projection + gradients"}
+        point = headline_mean(result, key, **at), 1 - (headline_mean(result, "fidelity", **at) or 0)
+        ax.plot(*([value] for value in point), "k*", ms=11, label="all images, projected")
+        front, best = [], float("inf")
+        for cost, lost in sorted([*every, point]):
+            if lost < best:
+                front.append((cost, lost))
+                best = lost
+        ax.step(*zip(*front, strict=True), where="post", color="black", lw=5, alpha=0.15, label="not beaten")
+        ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("1 - fidelity to the network")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.suptitle(f"CNN on {seeds[0]['data']}, n = {seeds[0]['n']:,}, mean of {len(seeds)} seeds")
+    _save(figure, path)
+
+
 def draw(result: Result, folder: Path) -> None:
     """Draw all figures.
 
@@ -286,24 +330,28 @@ def draw(result: Result, folder: Path) -> None:
         folder: Where the PNG files go; made if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    problems = digits_of(result)
+    problems = whole_of(result)
     groups = _groups(result)
-    _samples(groups, folder / "distilled_figure1.png", "digits: regression on more and more points")
+    label = f"CNN on {problems[0]['data']}"
+    if ratios_of(result):
+        _pareto(result, folder / "distilled_headline.png")
+    _samples(groups, folder / "distilled_figure1.png", f"{label}: regression on more and more points")
     _spectra(problems[0], folder / "distilled_figure2.png")
     quality = ("accuracy", "fidelity", "mse")
-    title = "digits, mean of the networks: regression on s distilled gradients and their own labels"
+    title = f"{label}, mean of the seeds: regression on s distilled gradients and their own labels"
     _methods(problems, folder / "distilled_figure3.png", title, (*quality, "condition", "smallest"))
     _clusters(problems[0], folder / "distilled_figure4.png")
-    _ranks(groups, folder / "distilled_figure5.png", "digits: spectral cut-off")
-    _methods(problems, folder / "distilled_figure6.png", "digits, mean of the networks",
+    _ranks(groups, folder / "distilled_figure5.png", f"{label}: spectral cut-off")
+    _methods(problems, folder / "distilled_figure6.png", f"{label}, mean of the seeds",
              ("coverage", "centred", "reconstruction"))  # fmt: skip
-    known = {"distilled points", "distilled data alone"}
-    other = [p for p in result["problems"] if "galerkin" not in p and p["name"] not in known]
-    if other:
-        label = other[0]["data"]
-        _samples([(label, other)], folder / "distilled_figure7a.png", f"{label}: more and more points")
-        _ranks([(label, other)], folder / "distilled_figure7b.png", f"{label}: spectral cut-off")
-        _methods(other, folder / "distilled_figure7c.png", f"{label}: distilled gradients", quality)
+    others = [p for p in problems_of(result) if p["name"].startswith(("mlp", "resnet"))]
+    named = [(f"{p['name']} on {p['data']}", [p]) for p in others]
+    if named:
+        _samples(named, folder / "distilled_figure7a.png", "other networks: more and more points")
+        _ranks(named, folder / "distilled_figure7b.png", "other networks: spectral cut-off")
+        _methods(
+            others[-1:], folder / "distilled_figure7c.png", f"{named[-1][0]}: distilled gradients", quality
+        )
     _all_classes(problems[0], folder / "distilled_figure8.png")
     _settings(problems[0], folder / "distilled_figure9.png")
     _features(problems, folder / "distilled_features.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from _distilled_curves import RIDGE, seeded
 from _distilled_networks import equal_classes, train
 from torch import Tensor, nn
 
-import ntkops
 from ntkops.distill import chain, search_local_global, synthesize
 from ntkops.distill.wasserstein import wasserstein
 
-__all__ = ["ResNet18", "read_folder", "run_imagenette"]
+__all__ = ["Folder", "ResNet18", "run_imagenette"]
+
+_BATCH = 64  # images that are in memory at a time, but for the points
 
 
 class Block(nn.Module):
@@ -39,12 +41,15 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (He et al., 2016) with 11.2 million parameters for 10 classes."""
+    """ResNet-18 (He et al., 2016), in torchvision's layout; 11.2 million parameters for 10 classes."""
 
-    def __init__(self, classes: int = 10, width: int = 64) -> None:
+    def __init__(self, classes: int = 10, width: int = 64, channels: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+            nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1),
         )
         blocks, before = [], width
         for stage in range(4):
@@ -60,33 +65,45 @@ class ResNet18(nn.Module):
         return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
 
 
-def read_folder(path: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Read ``path/<class>/*`` as normalised images ``(N, 3, size, size)``, the middle square of each.
+class Folder:
+    """Images of ``path/<class>/*``, read when they are asked for: the middle square of each, normalised.
 
     Args:
         path: Folder with one folder a class.
         size: Height and width.
-
-    Returns:
-        Images, classes, and the names of the classes.
+        device: Where images go.
+        labelled: Whether batches are pairs with classes, or images alone.
     """
-    import numpy as np
-    from PIL import Image
 
-    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
-    images, labels = [], []
-    for number, name in enumerate(names):
-        for file in sorted((path / name).iterdir()):
-            with Image.open(file) as found:
-                image = found.convert("RGB")
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                image = image.crop((left, top, left + side, top + side)).resize((size, size))
-                images.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))
-            labels.append(number)
-    x = torch.stack(images).float() / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (x - mean[:, None, None]) / std[:, None, None], torch.tensor(labels), names
+    def __init__(self, path: Path, size: int, device: str = "cpu", *, labelled: bool = True) -> None:
+        self.names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+        found = [(n, file) for n, name in enumerate(self.names) for file in sorted((path / name).iterdir())]
+        self.y, self._files = torch.tensor([n for n, _ in found]), [file for _, file in found]
+        self._size, self._device, self._labelled = size, device, labelled
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Return some images ``(B, 3, size, size)``."""
+        images = torch.stack([self._read(self._files[i]) for i in index.tolist()]).float() / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return ((images - mean[:, None, None]) / std[:, None, None]).to(self._device)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in torch.arange(len(self)).split(_BATCH):
+            yield (self[index], self.y[index]) if self._labelled else self[index]
+
+    def _read(self, file: Path) -> Tensor:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(file) as found:
+            image = found.convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((self._size, self._size))
+            return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 def run_imagenette(
@@ -108,14 +125,12 @@ def run_imagenette(
         The chain's reports, ready for JSON.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, y, names = read_folder(path / "train", size)
-    x_test, y_test, _ = read_folder(path / "val", size)
-    x, y, x_test, y_test = (part.to(device) for part in (x, y, x_test, y_test))
-    model = train(x, y, seed=0, epochs=epochs, batch=32, network=ResNet18(len(names)).to(device), rate=1e-3)
-    loader = [(x[i : i + 256], y[i : i + 256]) for i in range(0, len(x), 256)]
-    points = wasserstein(model, loader, per_class, iterations=iterations, generator=seeded()).inputs
-    chosen = equal_classes(y.cpu(), per_class, seed=0).to(device)
-    found: dict[str, Any] = {"classes": names, "device": device}
+    images, tests = Folder(path / "train", size, device), Folder(path / "val", size, device, labelled=False)
+    make = lambda: ResNet18(len(images.names)).to(device)  # noqa: E731
+    model = train(images, images.y.to(device), seed=0, epochs=epochs, batch=32, network=make, rate=1e-3)
+    points = wasserstein(model, images, per_class, iterations=iterations, generator=seeded()).inputs
+    chosen = images[equal_classes(images.y, per_class, seed=0)]
+    found: dict[str, Any] = {"classes": images.names, "device": device}
     ways = {
         "algorithm 1, sketch": (lambda K, Y: search_local_global(K, Y, s, generator=seeded()), "sketch"),
         "krylov, nystrom": (lambda K, Y: synthesize(K, s, "krylov", Y=Y, generator=seeded()), "nystrom"),
@@ -123,9 +138,9 @@ def run_imagenette(
     for name, (gradients, fit) in ways.items():
         # All training images would be too many for one kernel: real images of the same number stand for them.
         report = chain(
-            model, x[chosen], x_test, y_test, data=points, projection=k, gradients=gradients, ridge=RIDGE,
-            fit=fit, ablate=False,
+            model, chosen, tests, tests.y.to(device), data=points, projection=k, gradients=gradients,
+            ridge=RIDGE, fit=fit, ablate=False,
         )  # fmt: skip
         found[name] = [str(run) for run in report.stages]
-    found["parameters"] = ntkops.ntk(model, x[:1]).num_parameters
+    found["parameters"] = sum(p.numel() for p in model.parameters())
     return found

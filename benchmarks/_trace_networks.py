@@ -151,11 +151,14 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _mnist(path: Path) -> tuple[Tensor, Tensor]:
-    """Read ``mnist.npz``, as Keras distributes it: training images first, then test images."""
+    """Read an ``.npz`` file: ``images`` and ``labels``, or those of Keras, training images first."""
     with np.load(path) as found:
-        images = np.concatenate([found["x_train"], found["x_test"]]).reshape(-1, 784) / 255
-        labels = np.concatenate([found["y_train"], found["y_test"]])
-    return torch.from_numpy(images).float(), torch.from_numpy(labels).long()
+        if "images" in found:
+            images, labels = found["images"], found["labels"]
+        else:
+            images = np.concatenate([found["x_train"], found["x_test"]])
+            labels = np.concatenate([found["y_train"], found["y_test"]])
+    return torch.from_numpy(images.reshape(-1, 784) / 255).float(), torch.from_numpy(labels).long()
 
 
 def _trained(
@@ -184,12 +187,12 @@ def _classifier(quick: bool, mnist: Path | None) -> Problem:
         images, labels = _mnist(mnist)
         return _trained(
             "classifier",
-            "784-256-256-10 on MNIST",
+            f"784-256-256-10 on MNIST, {len(images):,} images",
             widths,
             images,
             labels,
-            steps=2345,
-            test=10_000,
+            steps=2345 if len(images) > 20_000 else 1000,
+            test=10_000 if len(images) > 20_000 else len(images) // 5,
             kept=kept,
         )
     images, labels = _digits()
@@ -226,7 +229,7 @@ def build(name: str, *, quick: bool = False, mnist: Path | None = None) -> Probl
         name: One of `NAMES`. "gru" is what the paper's code runs (50 steps, batch of 15), "gru_printed" what
             the paper says (15 steps, batch of 50).
         quick: Small sizes.
-        mnist: ``mnist.npz`` for the classifier; None takes digits.
+        mnist: ``.npz`` file of MNIST for the classifier; None takes digits.
 
     Returns:
         The problem; always the same one.

@@ -6,6 +6,7 @@ Run it with ``python benchmarks/distilled_ntk.py``; docs/distilled_ntk.md explai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -30,7 +31,18 @@ from _distilled_curves import (
     transfer,
 )
 from _distilled_data import chains, distilled_only, distilled_points, inducing_points
-from _distilled_networks import Data, Problem, digits, equal_classes, from_file, harder, train
+from _distilled_headline import Sizes, measure_seed
+from _distilled_networks import (
+    Data,
+    Problem,
+    convolutional,
+    digits,
+    equal_classes,
+    from_file,
+    perceptron,
+    train,
+)
+from _distilled_resnet import ResNet18
 from _distilled_structure import clusters_and_spectra, costs, galerkin_distance, spectra
 from _measure import environment, one_thread
 from _tables import fill
@@ -48,7 +60,8 @@ class Plan:
     """Sizes of everything."""
 
     networks: int = 3
-    epochs: int = 20
+    epochs: int = 8
+    tests: int = 600
     per_class: int = 50
     samples: tuple[int, ...] = (1, 2, 5, 10, 20, 35, 50)
     ranks: tuple[int, ...] = (5, 10, 20, 50, 100, 500)
@@ -59,21 +72,27 @@ class Plan:
     ridges: tuple[float, ...] = (1e-6, 1e-4, 1e-2)
     pairs: tuple[tuple[int, ...], tuple[float, ...]] = ((3, 6, 10, 20), (0.2, 0.5, 0.8, 0.95))
     grid: tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]] = (
-        (5, 10, 15, 20), (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95), (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
+        (5, 10, 20), (0.2, 0.5, 0.7, 0.8, 0.9, 0.95), (0.0, 0.5, 0.8, 0.9, 0.95),
     )  # fmt: skip
     clusters: int = 10
     random_partitions: int = 3
-    synthesis: int = 150
+    synthesis: int = 100
     inducing: int = 2
-    descent: int = 30
+    descent: int = 20
     chain: tuple[int, int, int] = (20, 500, 10)
-    costs: tuple[int, ...] = (150, 300, 600, 1197)
+    costs: tuple[int, ...] = (150, 300, 600, 1200)
+    headline: Sizes = Sizes()
 
 
 QUICK = Plan(
-    networks=1, epochs=3, per_class=3, samples=(1, 3), ranks=(2, 10), sizes=(5, 10), fewer=(5,), printed=(5,),
+    networks=1, epochs=1, tests=60, per_class=3, samples=(1, 3), ranks=(2, 10), sizes=(5, 10), fewer=(5,),
+    printed=(5,),
     features=(30, 70), ridges=(1e-6, 1e-2), pairs=((3,), (0.5, 0.9)), grid=((2, 3), (0.3, 0.9), (0.0, 0.9)),
     clusters=3, random_partitions=1, synthesis=2, inducing=1, descent=2, chain=(3, 70, 4), costs=(20, 40),
+    headline=Sizes(
+        n=200, tests=60, ratios=(10,), k=40, k_all=40, s=4, epochs=1, synthesis=2,
+        descent=(1, 20), clusters=(2, 3),
+    ),
 )  # fmt: skip
 
 
@@ -120,68 +139,90 @@ def measure(problem: Problem, plan: Plan, *, first: bool, whole: bool) -> dict[s
     return found
 
 
-def networks(data: Data, plan: Plan, count: int) -> list[Problem]:
-    """Return trained networks with the points of their kernels."""
-    found = []
-    for seed in range(count):
-        model = train(data.x, data.y, seed=seed, epochs=plan.epochs)
-        subset = equal_classes(data.y, plan.per_class, seed=seed)
-        found.append(Problem.of(f"{data.name} {seed}", model, data, data.x[subset], data.y[subset], subset))
-    return found
+def problem_of(name: str, data: Data, plan: Plan) -> Problem:
+    """Return a trained network, such as "mlp 0", with the points of its kernel."""
+    kind, _, seed = name.partition(" ")
+    channels, classes = data.x.shape[1], data.num_classes
+    make = {
+        "cnn": lambda: convolutional(channels, classes),
+        "mlp": lambda: perceptron(classes),
+        "resnet": lambda: ResNet18(classes, width=8, channels=channels),
+    }[kind]
+    model = train(data.x, data.y, seed=int(seed), epochs=plan.epochs, network=make)
+    subset = equal_classes(data.y, plan.per_class, seed=int(seed))
+    return Problem.of(name, model, data.part(len(data.x), plan.tests), data.x[subset], data.y[subset], subset)
 
 
-def run(*, quick: bool = False, path: Path | None = None, say: Say = lambda text: None) -> dict[str, Any]:
-    """Measure everything and return the result, ready for JSON.
+def run(
+    *,
+    quick: bool = False,
+    path: Path | None = None,
+    parts: Sequence[str] | None = None,
+    before: dict[str, Any] | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Measure everything, or some parts, and return the result, ready for JSON.
 
     Args:
         quick: Smallest sizes.
-        path: ``.npz`` file with data that take the place of the harder ones.
+        path: ``.npz`` file with images; None for digits.
+        parts: Names of parts; None for all.
+        before: A result whose other parts are kept.
         say: Told what is being done.
 
     Returns:
         The result.
     """
     plan = QUICK if quick else Plan()
-    started, spent = time.perf_counter(), time.process_time()
-    problems = []
+    data = digits(quick) if path is None else from_file(path)
+    names = parts_of(plan)
+    found = {} if before is None else dict(before["parts"])
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", InterpolationWarning)
-        easy = digits(quick)
-        first: Problem | None = None
-        for position, problem in enumerate(networks(easy, plan, plan.networks)):
-            say(problem.name)
-            problems.append(measure(problem, plan, first=position == 0, whole=True))
-            first = first or problem
-        assert first is not None
-        say("distilled points")
-        points = distilled_points(first, plan.per_class, plan.synthesis)
-        seen = Problem.of("distilled points", first.model, easy, points.inputs, points.labels)
-        problems.append(measure(seen, plan, first=False, whole=False))
-        say("a network trained on them alone")
-        alone = distilled_only("distilled data alone", easy, first, points, 4 * plan.epochs)
-        problems.append(measure(alone, plan, first=False, whole=False))
-        other = harder(quick) if path is None else from_file(path)
-        say(other.title)
-        problems.append(measure(networks(other, plan, 1)[0], plan, first=False, whole=False))
-        say("the chain")
-        per_class, k, s = plan.chain
-        linked = chains(first, per_class, k, s, plan.synthesis, clusters=(2, 3, 5, 8))
-        say("costs")
-        table = costs(first, plan.costs, 10 if quick else 20)
+        for name in parts or names:
+            say(name)
+            started = time.process_time()
+            part = _measured(name, data, plan, say)
+            spent = round(time.process_time() - started, 1)
+            found[name] = {"date": datetime.now(UTC).date().isoformat(), "cpu_seconds": spent, "found": part}
     result: dict[str, Any] = {
         "benchmark": "distilled_ntk",
-        "date": datetime.now(UTC).date().isoformat(),
         "environment": {**environment(), "threads": 1},
-        "options": {"quick": quick, "ridge": RIDGE, "data": None if path is None else path.stem},
-        "problems": problems,
-        "chain": linked,
-        "costs": table,
+        "options": {"quick": quick, "ridge": RIDGE, "data": data.title},
+        "parts": {name: found[name] for name in names if name in found},
     }
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    result["cpu_seconds"] = round(time.process_time() - spent, 1)
     result["targets"] = [] if quick else judge(result)
     result["claims"] = [] if quick else claims(result)
     return result
+
+
+def parts_of(plan: Plan) -> list[str]:
+    """Return the names of all parts."""
+    return [
+        *(f"cnn {seed}" for seed in range(plan.networks)), "distilled points", "distilled data alone",
+        "mlp 0", "resnet 0", "chain", "costs", *(f"headline {seed}" for seed in range(plan.networks)),
+    ]  # fmt: skip
+
+
+def _measured(name: str, data: Data, plan: Plan, say: Say) -> Any:
+    if name.startswith("headline"):
+        return measure_seed(data, int(name.split()[1]), plan.headline, say)
+    if name.startswith(("cnn", "mlp", "resnet")):
+        problem = problem_of(name, data, plan)
+        return measure(problem, plan, first=name == "cnn 0", whole=name.startswith("cnn"))
+    first = problem_of("cnn 0", data, plan)
+    if name.startswith("distilled"):
+        points = distilled_points(first, plan.per_class, plan.synthesis)
+        if name == "distilled points":
+            problem = Problem.of(name, first.model, first.data, points.inputs, points.labels)
+        else:
+            problem = distilled_only(name, first.data, first, points, 8 * plan.epochs)
+        return measure(problem, plan, first=False, whole=False)
+    few = dataclasses.replace(first, data=first.data.part(max(plan.costs), plan.tests))
+    if name == "costs":
+        return costs(few, plan.costs, max(plan.fewer))
+    per_class, k, s = plan.chain
+    return chains(few, per_class, k, s, plan.synthesis, clusters=(2, 3, 5, 8))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="small sizes: a smoke test, not a measurement")
     parser.add_argument(
-        "--data", type=Path, metavar="NPZ", help="x_train, y_train, x_test, y_test beside digits"
+        "--data", type=Path, metavar="NPZ", help="images (x_train, y_train, x_test, y_test) instead of digits"
     )
+    parser.add_argument("--parts", nargs="+", help="measure these again, and keep the rest of --out")
     parser.add_argument(
         "--imagenette", type=Path, metavar="DIR", help="run the paper's setting on these images"
     )
@@ -215,8 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page = options.page.read_text(encoding="utf-8")
             options.page.write_text(fill(page, "distilled_ntk", text + "\n"), encoding="utf-8")
     else:
+        known = options.parts is not None and options.out is not None and options.out.exists()
         result = run(
-            quick=options.quick, path=options.data, say=lambda text: print(text, file=sys.stderr, flush=True)
+            quick=options.quick,
+            path=options.data,
+            parts=options.parts,
+            before=json.loads(options.out.read_text(encoding="utf-8")) if known else None,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
         )
         print(markdown(result))
     if options.out is not None:

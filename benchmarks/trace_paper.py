@@ -190,7 +190,7 @@ def run(
         quick: Smallest sizes, few repetitions.
         repetitions: Repetitions of our estimators.
         paper_repetitions: Repetitions of the paper's.
-        mnist: ``mnist.npz`` for the classifier.
+        mnist: ``.npz`` file of MNIST for the classifier.
         before: The result of an interrupted run with the same options: its networks are not measured again.
         say: Told what is being done.
         keep: Given the result so far after each network.
@@ -243,9 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--paper-repetitions", type=int, help="repetitions of the paper's (20, slow ones 5 or 10)"
     )
-    parser.add_argument(
-        "--mnist", type=Path, metavar="NPZ", help="mnist.npz for the classifier (else digits)"
-    )
+    parser.add_argument("--data", type=Path, metavar="NPZ", help="MNIST for the classifier (else digits)")
     parser.add_argument("--out", type=Path, help="JSON file to write after each network (none by default)")
     parser.add_argument("--resume", action="store_true", help="keep the networks that --out holds already")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures 1 to 4 into this folder")
@@ -274,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quick=options.quick,
             repetitions=options.repetitions,
             paper_repetitions=options.paper_repetitions,
-            mnist=options.mnist,
+            mnist=options.data,
             before=json.loads(options.out.read_text(encoding="utf-8")) if before else None,
             keep=keep,
             say=lambda text: print(text, file=sys.stderr, flush=True),

@@ -15,6 +15,7 @@ from ..arguments import checked
 from ..errors import InputError, ZeroKernelError
 from ..estimators._request import checked_generator
 from ..solvers import pivoted_cholesky, rpcholesky
+from ._balance import class_members, class_quotas
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
 from ._medoids import farthest_points, medoids
 from ._record import recording
@@ -35,13 +36,15 @@ def select(
     method: Literal["random", "leverage", "kmedoids", "fps", "rpcholesky", "greedy"] = "rpcholesky",
     *,
     Y: Tensor | None = None,
+    labels: Tensor | None = None,
     ridge: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> Distilled:
     r"""Choose s of the points of a kernel.
 
     Of kernels one a class the points are chosen for their mean (`class_mean`), and the result's info says so.
-    Distances are those of gradients, :math:`|\phi_i - \phi_j|^2 = K_{ii} + K_{jj} - 2 K_{ij}`.
+    Distances are those of gradients, :math:`|\phi_i - \phi_j|^2 = K_{ii} + K_{jj} - 2 K_{ij}`. With labels
+    each class has as many of the s points as the others, up to one and up to what it has, by its own block.
 
     * "random": uniformly, without replacement.
     * "leverage": without replacement, in proportion to the ridge leverage scores
@@ -58,18 +61,20 @@ def select(
         s: Number of points, 1 ≤ s ≤ m. "rpcholesky" and "greedy" take fewer where these span all gradients.
         method: One of the names above.
         Y: Labels as `ntkops.KernelRidge.fit` takes them, of which the chosen ones become `targets`; or None.
+        labels: ``(m,)`` class numbers, for as many points of each class; s is then at least their number.
         ridge: For "leverage": r > 0 as a multiple of the mean diagonal.
         generator: CPU generator of the draws; None draws a seed from the operating system.
 
     Returns:
-        `Distilled` with ``indices`` in the order in which they were chosen. Cost: "random" no products,
+        `Distilled` with ``indices`` in the order in which they were chosen, class by class with labels, whose
+        details are then those of each class. Cost: "random" no products,
         "fps", "rpcholesky" and "greedy" the diagonal and a column a point (some more for rejected
         proposals); "leverage" and "kmedoids" the dense m × m kernel, and O(m³) or O(m² s) operations a
         round.
 
     Raises:
-        InputError: If an option is not understood or out of range.
-        ShapeError: If K is not square, or Y does not fit.
+        InputError: If an option is not understood or out of range, or labels are no class numbers.
+        ShapeError: If K is not square, or Y or the labels do not fit.
         DtypeError: If dtypes differ.
         ZeroKernelError: If the kernel is zero.
         DenseMemoryError: If a method needs the dense kernel and ``max_dense_bytes`` forbids it.
@@ -93,9 +98,19 @@ def select(
     count = read_count(s, kernels.shape[-1])
     if not isinstance(ridge, int | float) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise InputError(f"ridge={ridge!r}: leverage scores need a positive multiple of the mean diagonal")
+    members = None if labels is None else class_members(labels, kernels.shape[-1])
     generator, seed = checked_generator(generator)
     with recording() as record:
-        chosen, details = _METHODS[method](_Choice(class_mean(kernels), count, ridge, generator))
+        mean = class_mean(kernels)
+        if members is None:
+            chosen, details = _METHODS[method](_Choice(mean, count, ridge, generator))
+        else:
+            parts = [
+                _METHODS[method](_Choice(mean[own, :][:, own], size, ridge, generator))
+                for own, size in zip(members, class_quotas([len(own) for own in members], count), strict=True)
+            ]
+            chosen = torch.cat([own[found] for own, (found, _) in zip(members, parts, strict=True)])
+            details = {"classes": tuple(found for _, found in parts)}
         info = record.info(
             method,
             class_mean=kernels.dim() == 3 and method != "random",

@@ -15,6 +15,7 @@ from ..model import linearize
 from ..results import SelectedInputs
 from ..solvers import rpcholesky
 from ..vectors import resolve_generator
+from ._balance import class_members, class_quotas
 from ._medoids import farthest_points, seed_points
 
 __all__ = ["select_inputs"]
@@ -99,10 +100,10 @@ def select_inputs(
     count = len(vectors)
     if not 1 <= m <= count:
         raise InputError(f"m={m}: choose from 1 to {count} samples")
-    members = _classes(labels, count)
+    members = class_members(labels, count)
     generator, seed = resolve_generator(generator)
     chosen, shares, total = [], [], 0.0
-    for own, size in zip(members, _quotas([len(own) for own in members], m), strict=True):
+    for own, size in zip(members, class_quotas([len(own) for own in members], m), strict=True):
         z = vectors[own].double()
         z = z - z.mean(0)  # distances are those of centred vectors, without the rounding of a large mean
         if not bool(z.square().sum().isfinite()):
@@ -166,46 +167,6 @@ def _finite(vectors: Tensor, what: str) -> Tensor:
         row = int((~torch.isfinite(vectors)).any(1).nonzero()[0])
         raise NonFiniteError(f"{what} is NaN or infinite at sample {row}")
     return vectors
-
-
-# classes
-
-
-def _classes(labels: Any, count: int) -> list[Tensor]:
-    """Return the positions of the samples of each class that occurs, in the order of the class numbers.
-
-    Raises:
-        InputError: If labels are no integers.
-        ShapeError: If there is not one for each sample.
-    """
-    if labels is None:
-        return [torch.arange(count)]
-    numbers = torch.as_tensor(labels).detach().cpu()
-    if numbers.dtype.is_floating_point or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise InputError(f"labels are class numbers, integers; got {numbers.dtype}")
-    if tuple(numbers.shape) != (count,):
-        raise ShapeError(f"labels have shape {tuple(numbers.shape)}, due is ({count},): one for each sample")
-    return [(numbers == number).nonzero().flatten() for number in numbers.unique()]
-
-
-def _quotas(sizes: list[int], m: int) -> list[int]:
-    """Return how many samples each class gives: as many as the others, larger classes first.
-
-    Raises:
-        InputError: If there are more classes than samples to choose.
-    """
-    if m < len(sizes):
-        raise InputError(f"m={m} is below the number of classes, {len(sizes)}: choose at least one of each")
-    found, left = [0] * len(sizes), m
-    while left:
-        open_ones = [number for number, size in enumerate(sizes) if found[number] < size]
-        if left < len(open_ones):
-            open_ones = sorted(open_ones, key=lambda number: -sizes[number])[:left]
-        step = max(1, min(left // len(open_ones), min(sizes[n] - found[n] for n in open_ones)))
-        for number in open_ones:
-            found[number] += step
-        left -= step * len(open_ones)
-    return found
 
 
 # methods: centred vectors (n, d) in float64, how many, and a source of draws

@@ -37,17 +37,25 @@ def test_the_command_measures_the_smallest_case(
     text = out.read_text(encoding="utf-8")
     assert str(ROOT) not in text and str(Path.home()) not in text
     result = json.loads(text)
-    names = [problem["name"] for problem in result["problems"]]
-    assert names == ["digits 0", "distilled points", "distilled data alone", "harder 0"]
-    first = result["problems"][0]
+    assert list(result["parts"]) == [
+        "cnn 0", "distilled points", "distilled data alone", "mlp 0", "resnet 0", "chain", "costs",
+        "headline 0",
+    ]  # fmt: skip
+    first = result["parts"]["cnn 0"]["found"]
     assert first["galerkin"] < 1e-8 and first["paired"]["least_margin"] >= -1e-10
+    rows = result["parts"]["headline 0"]["found"]["rows"]
+    looks = {(row["method"], row["jacobian_rows"] >= 200 * 10) for row in rows if row["stage"] == "data"}
+    assert looks == {
+        ("random", False), ("pixel k-medoids", False), ("feature k-medoids", False), ("WMDD", False),
+        ("energy descent", False), ("RPCholesky", True), ("leverage", True),
+    }  # fmt: skip
     assert len(list(tmp_path.glob("distilled_figure*.png"))) == 11
+    assert (tmp_path / "distilled_headline.png").exists()
     assert "### The chain" in capsys.readouterr().out
 
 
 def test_the_page_shows_the_stored_result(distilled_ntk: ModuleType, stored: dict) -> None:
     assert not stored["options"]["quick"]
-    assert [p["name"] for p in stored["problems"]][:3] == ["digits 0", "digits 1", "digits 2"]
     page = (ROOT / "docs/distilled_ntk.md").read_text(encoding="utf-8")
     claims = importlib.import_module("_distilled_claims")
     assert claims.markdown(stored) in page
@@ -63,8 +71,9 @@ def test_verdicts_are_those_of_the_numbers(distilled_ntk: ModuleType, stored: di
 
 
 def test_the_networks_are_the_papers(distilled_ntk: ModuleType) -> None:
-    small = importlib.import_module("_distilled_networks").convolutional()
-    assert sum(p.numel() for p in small.parameters()) == 14_458
+    networks = importlib.import_module("_distilled_networks")
+    assert sum(p.numel() for p in networks.convolutional().parameters()) == 6_018
+    assert sum(p.numel() for p in networks.perceptron().parameters()) == 50_890
     resnet = importlib.import_module("_distilled_resnet").ResNet18()
     assert sum(p.numel() for p in resnet.parameters()) == 11_181_642
     with torch.no_grad():
@@ -87,12 +96,25 @@ def test_data_are_read_from_a_file(distilled_ntk: ModuleType, tmp_path: Path) ->
     np.savez(path, x_train=image, y_train=[0, 1, 0, 1], x_test=image, y_test=[[0], [1], [0], [1]])
     data = importlib.import_module("_distilled_networks").from_file(path)
     assert data.x.shape == (4, 3, 6, 6) and float(data.x.max()) == 1 and data.y_test.tolist() == [0, 1, 0, 1]
+    path = tmp_path / "mnist.npz"
+    np.savez(path, images=image[..., 0].repeat(5, 0), labels=np.arange(20))
+    data = importlib.import_module("_distilled_networks").from_file(path)
+    assert (
+        data.title == "MNIST" and data.x.shape == (16, 1, 6, 6) and data.y_test.tolist() == [16, 17, 18, 19]
+    )
 
 
-def test_images_are_read_from_folders(distilled_ntk: ModuleType, tmp_path: Path) -> None:
+def test_images_are_read_when_they_are_asked_for(distilled_ntk: ModuleType, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         image.new("RGB", (20, 30), (255, 0, 0)).save(tmp_path / name / "one.png")
-    x, y, names = importlib.import_module("_distilled_resnet").read_folder(tmp_path, 16)
-    assert x.shape == (2, 3, 16, 16) and y.tolist() == [0, 1] and names == ["a", "b"]
+    (tmp_path / "b" / "two.png").write_bytes(b"no image")
+    images = importlib.import_module("_distilled_resnet").Folder(tmp_path, 16)
+    assert images.names == ["a", "b"] and images.y.tolist() == [0, 1, 1] and len(images) == 3
+    assert images[torch.tensor([1, 0])].shape == (2, 3, 16, 16)
+    with pytest.raises(OSError, match="cannot identify"):
+        images[torch.tensor([2])]
+    (tmp_path / "b" / "two.png").unlink()
+    x, y = next(iter(importlib.import_module("_distilled_resnet").Folder(tmp_path, 16)))
+    assert x.shape == (2, 3, 16, 16) and y.tolist() == [0, 1]

@@ -38,6 +38,7 @@ def test_the_paper_s_estimators_are_unbiased_and_count_their_products(
     values = torch.tensor([value for value, _ in found], dtype=torch.float64)
     assert abs(values.mean() - kernel.trace()) <= 4 * values.std() / 300**0.5
     assert found[0][1] == 2 * 2 + 5  # q = 2, s = 5: 0.75 m products, not m
+    assert 12 // 6 + (12 - 5 * 12 // 6) == 4  # the budget of 12 as printed; q and m - q probes add up to it
     root = torch.linalg.cholesky(kernel.double() + 1e-6 * torch.eye(20)).float()
     sided = [
         methods.one_sided(lambda v: v @ root, 20, 12, torch.Generator().manual_seed(seed))[0]

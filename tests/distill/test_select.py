@@ -166,3 +166,64 @@ def test_messages():
         select(K * float("inf"), 4)
     with pytest.raises(InputError, match="generator"):
         select(K, 4, "random", generator=3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_give_each_class_its_share_by_its_own_block(method):
+    classes = torch.arange(len(MEAN)) % 3
+    found = select(K, 8, method, Y=Y, labels=classes, generator=generator(1))
+    counts = torch.bincount(classes[found.indices], minlength=3)
+    assert sorted(counts.tolist()) == [2, 3, 3] and len(set(found.indices.tolist())) == 8
+    drawn, own = generator(1), (classes == 0).nonzero().flatten()
+    first = select(MEAN[own][:, own], int(counts[0]), method, generator=drawn).indices
+    assert found.indices[: counts[0]].tolist() == own[first].tolist()
+    assert len(found.info.details["classes"]) == 3
+    model, x = network(), samples(30)
+    lazy = ntkops.ntk(model, x, outputs="each")
+    dense = [lazy.to_dense(), list(lazy.to_dense())]
+    chosen = [
+        select(form, 6, method, labels=classes[:30], generator=generator()).indices.tolist()
+        for form in (lazy, *dense)
+    ]
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(ShapeError, match="labels have shape"):
+        select(K, 8, labels=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(InputError, match="labels are class numbers"):
+        select(K, 8, labels=torch.zeros(len(MEAN)))
+    with pytest.raises(InputError, match="below the number of classes"):
+        select(K, 2, labels=torch.arange(len(MEAN)) % 3)
+
+
+def test_erratum_a_truncation_rank_is_no_number_of_points():
+    # Definition 3.1's gloss: (r, ε)-redundant inputs give the kernel to 1 - ε from r times fewer inputs.
+    # Samples with one correlation are the same to any choice; an eigenvector averages them, a sample cannot.
+    n, correlation, epsilon = 400, 0.951, 0.05
+    kernel = torch.full((n, n), correlation, dtype=torch.float64).fill_diagonal_(1)
+    values = torch.linalg.eigvalsh(kernel).flip(0)
+    assert float(values[0]) >= (1 - epsilon) * n  # truncation rank 1: redundant by 400
+    chosen = select(kernel, 40, "greedy").indices
+    one = float(nystrom_gap(kernel, chosen[:1]))
+    assert one == pytest.approx((1 - correlation**2) * (n - 1) / n) and one > 1.9 * epsilon
+    needed = next(m for m in range(1, 41) if nystrom_gap(kernel, chosen[:m]) <= epsilon)
+    assert 10 <= needed <= 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_erratum_decaying_spectra_take_more_points_than_their_rank(seed):
+    kernel = kernels(seed=seed, points=60).mean(0)
+    values = torch.linalg.eigvalsh(kernel).flip(0)
+    rank = int((values.cumsum(0) < 0.95 * values.sum()).sum()) + 1
+    found = select(kernel, 60, "greedy").indices
+    left = [float(nystrom_gap(kernel, found[:m])) for m in (rank, 2 * rank)]
+    assert left[0] > 0.05 > left[1]
+
+
+def nystrom_gap(kernel, chosen):
+    """Share of the trace outside the span of the chosen points."""
+    half = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(kernel[chosen][:, chosen]), kernel[chosen], upper=False
+    )
+    return 1 - half.square().sum() / kernel.trace()

@@ -190,6 +190,53 @@ def test_printed_bound_of_the_projection_terms_fails():
     assert (found.test_kernel.abs() <= found.test_kernel_bound).all()
 
 
+@pytest.mark.parametrize("sigma", [0.1, 10.0])
+def test_erratum_approximation_error_is_a_root(sigma):
+    # A linear model plus what no feature gives: B.1 derives ε² = (1 - R²) Var f, and then writes ε for it.
+    F, outside = population(60, MU), labels(60, 1, seed=9)
+    columns = torch.cat([F, torch.ones(60, 1).double()], dim=1)  # f has mean zero, as B.1 assumes
+    outside -= columns @ torch.linalg.lstsq(columns, outside).solution
+    outside *= sigma / outside.square().mean().sqrt()
+    F = F - F.mean(0)
+    terms = error_terms(F @ F.mT, F @ WEIGHTS[:, :1] + outside, ridge=1e-9)
+    unexplained = float((1 - terms.r2) * (F @ WEIGHTS[:, :1] + outside).square().mean())
+    root = float((outside.square().mean()).sqrt())
+    assert unexplained == pytest.approx(float(terms.approximation)) == pytest.approx(root**2)
+    assert not 0.5 < unexplained / root < 2  # as printed it is not even in the units of f
+
+
+def test_erratum_the_two_laws_of_the_approximation_error():
+    # What is quadratic in Δθ leaves a root mean square ~ |Δθ|² |H|, and (1 - R²) Var f ~ |Δθ|⁴ |H|²: the text
+    # has both equal to each other and to the first.
+    F, H = population(60, MU), labels(60, 1, seed=3)
+    H -= F @ torch.linalg.lstsq(F, H).solution  # second derivatives along Δθ, outside the span of gradients
+    found = []
+    for length in (1.0, 0.1):
+        Y = F @ WEIGHTS[:, :1] + length**2 * H / 2
+        found.append(float(error_terms(F @ F.mT, Y, ridge=1e-9).approximation))
+    ratio = found[0] / found[1]
+    assert ratio == pytest.approx(1e4, rel=1e-6)  # (1 - R²) Var f
+    assert ratio**0.5 == pytest.approx(1e2, rel=1e-6)  # its root, which has the law of the text
+
+
+def test_erratum_the_constant_of_the_projection_lemma():
+    # Dasgupta and Gupta, cited by section 4.2: k >= 4 ln n / (ε²/2 - ε³/3), above 8 ln n / ε² for any ε.
+    epsilon = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    classical, printed = 4 / (epsilon**2 / 2 - epsilon**3 / 3), 8 / epsilon**2
+    assert bool((classical > printed).all())
+    assert float((classical / printed)[9]) == pytest.approx(1.5)  # at ε = 1/2
+
+
+def test_erratum_kept_distances_are_no_kept_kernel_without_the_origin():
+    # A linear map that keeps every distance between the samples, and loses what they have in common.
+    V = torch.linalg.qr(labels(50, 8, seed=1))[0]
+    common = V[:, 7]
+    F = labels(12, 7, seed=2) @ V[:, :7].mT + 3 * common
+    G = F - (F @ common).unsqueeze(1) * common
+    torch.testing.assert_close(torch.cdist(G, G), torch.cdist(F, F))
+    torch.testing.assert_close(F @ F.mT - G @ G.mT, torch.full((12, 12), 9.0).double())
+
+
 # bad input
 
 
