@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import ntkops
 import torch
+from ntkops import plotting
 from sklearn.datasets import load_digits
 
 IMAGES = Path(__file__).parent / "images"
@@ -46,7 +47,10 @@ def train(
 def landing() -> None:
     """Kernel of 100 digits, class by class, and its spectrum, before and after training."""
     model, x, labels, states = train()
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 10}):
+    palette = plt.cycler(color=plotting.COLOURS)
+    with plt.rc_context(
+        {"font.size": 9, "axes.titlesize": 10, "axes.prop_cycle": palette}
+    ):
         figure, axes = plt.subplots(
             1,
             3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -25,17 +25,20 @@ from .operators.sample_kernel import SampleKernelOperator
 from .projections import SJLT
 from .vectors import resolve_generator
 
+if TYPE_CHECKING:
+    from .model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
+
 __all__ = ["ntk", "projected_ntk"]
 
 
 @checked
 def ntk(
-    model: Any,
-    x: Any,
-    x2: Any = None,
+    model: ModelLike,
+    x: InputsLike,
+    x2: InputsLike | None = None,
     outputs: OutputChoice = "all",
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     engine: EngineChoice = "auto",
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",

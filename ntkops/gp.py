@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from linear_operator import settings as linear_operator_settings
@@ -40,6 +40,9 @@ except ImportError as error:  # pragma: no cover - held by a test in a process w
     raise MissingDependencyError(
         "ntkops.gp needs gpytorch, which is not installed: pip install 'ntkops[gp]'"
     ) from error
+
+if TYPE_CHECKING:
+    from .model.accepted import ModelLike, OutputLike, ParamsLike
 
 __all__ = ["NTKKernel", "NTKSumKernel"]
 
@@ -101,13 +104,13 @@ class NTKKernel(Kernel):
     @checked
     def __init__(
         self,
-        model: Any,
+        model: ModelLike,
         *,
         outputs: Literal["trace", "each", "all"] | int = "trace",
         num_outputs: int | None = None,
         input_shape: Sequence[int] | None = None,
-        params: Any = None,
-        output: Any = None,
+        params: ParamsLike = None,
+        output: OutputLike = None,
         engine: EngineChoice = "auto",
         batch_size: int | Literal["auto"] = "auto",
         chunk_size: int | Literal["auto"] = "auto",

@@ -246,6 +246,39 @@ def test_a_kernel_may_be_an_operator_or_a_partial_trace_with_named_classes() -> 
         plotting.plot_kernel(traced, labels=["a", "b", "c"])
 
 
+def test_a_kernel_of_several_functions_shows_its_blocks() -> None:
+    model, x = torch.nn.Linear(3, 1), torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    J = ntkops.stack({"ends": ntkops.jacobian(model, x[:2]), "inside": ntkops.jacobian(model, x[2:])})
+    ax = plotting.plot_kernel(J @ J.mT, axes())
+    assert [line.get_xdata()[0] for line in ax.get_lines()[:1]] == [1.5]
+    assert [line.get_ydata()[0] for line in ax.get_lines()[1:]] == [1.5]
+    assert [text.get_text() for text in (*ax.get_yticklabels(), *ax.get_xticklabels())] == [
+        "ends",
+        "inside",
+    ] * 2
+    assert ax.get_yticks().tolist() == [0.5, 3.5]
+
+
+def test_ticks_of_a_kernel_are_whole_numbers() -> None:
+    ax = plotting.plot_kernel(torch.eye(16), axes())
+    assert (ax.get_xticks() % 1 == 0).all()
+    assert (ax.get_yticks() % 1 == 0).all()
+
+
+def test_images_stand_in_rows_each_on_its_own_scale() -> None:
+    grey, colours = torch.zeros(2, 1, 2, 2), torch.zeros(1, 3, 2, 2)
+    grey[0, 0, 0, 1], colours[0, 2] = 5.0, 1.0
+    ax = plotting.plot_images({"grey": grey, "blue": colours}, axes())
+    page = np.asarray(ax.get_images()[0].get_array())
+    assert page.shape == (5, 5, 3)
+    assert page[0, 1].tolist() == [1, 1, 1]
+    assert page[0, 0].tolist() == [0, 0, 0]
+    assert page[3, 0].tolist() == [0, 0, 1]
+    assert (page[2] == 1).all()  # between the rows
+    assert (page[3:, 3:] == 1).all()  # there is no second one
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["grey", "blue"]
+
+
 def test_kernel_has_a_colour_scale_that_shows_where_zero_is() -> None:
     ax = plotting.plot_kernel(torch.tensor([[3.0, -1.0], [-1.0, 2.0]]), axes())
     (image,) = ax.get_images()
@@ -280,6 +313,13 @@ def test_kernel_has_a_colour_scale_that_shows_where_zero_is() -> None:
             "not zero",
         ),
         (lambda: plotting.plot_kernel([1.0]), ShapeError, "matrix"),
+        (lambda: plotting.plot_images({}), ShapeError, "no set"),
+        (lambda: plotting.plot_images({"a": torch.ones(2, 2, 3, 3)}), ShapeError, "'a' has shape"),
+        (
+            lambda: plotting.plot_images({"a": torch.ones(1, 3, 3), "b": torch.ones(1, 4, 3)}),
+            ShapeError,
+            "unlike sizes",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_a_figure_is_made(draw, error: type[NtkopsError], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -21,6 +21,9 @@ from ..operators.block_diagonal import DenseBlocks
 from ..operators.chain import product_factors
 from ..operators.jacobian import network_states
 from .losses import Loss, as_targets, loss_with_targets, read_loss, require_outputs
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["GGNOperator", "ggn"]
 
@@ -94,15 +97,15 @@ class GGNOperator(Sandwich):
 
 @checked
 def ggn(
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputsLike,
     loss: Any = "cross_entropy",
     targets: Any = None,
     fisher: Literal["type2", "empirical"] | None = None,
     *,
     reduction: Literal["sum", "mean"] = "sum",
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     engine: EngineChoice = "auto",
     axes: Sequence[str] | None = None,
     batch_size: int | Literal["auto"] = "auto",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from linear_operator.operators import LinearOperator, to_linear_operator
@@ -25,6 +25,9 @@ from ..regression.metrics import accuracy, fidelity, mean_squared_error
 from ..results import ChainReport, ChainRun, ChainStep
 from .distilled import Distilled
 
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike
+
 __all__ = ["chain"]
 
 Gradients = Callable[[LinearOperator, Tensor], Distilled]
@@ -32,12 +35,12 @@ Gradients = Callable[[LinearOperator, Tensor], Distilled]
 
 @checked
 def chain(
-    model: Any,
-    inputs: Any,
+    model: ModelLike,
+    inputs: InputsLike,
     test_inputs: Any,
     test_labels: Tensor | None = None,
     *,
-    data: Any = None,
+    data: InputsLike | None = None,
     projection: Projection | int | None = None,
     gradients: Gradients | None = None,
     ridge: float = 1e-4,

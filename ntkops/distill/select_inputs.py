@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..vectors import resolve_generator
 from ._balance import class_members, class_quotas
 from ._medoids import farthest_points, seed_points
 
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike
+
 __all__ = ["select_inputs"]
 
 Method = Literal["kmedoids", "kmeans++", "fps", "rpcholesky", "random"]
@@ -30,11 +33,11 @@ _ENTRIES = 2**22  # of distances that are held at a time
 
 @checked
 def select_inputs(
-    x: Any,
+    x: InputsLike,
     m: int,
     method: Method = "kmedoids",
     *,
-    model: Any = None,
+    model: ModelLike | None = None,
     features: str | None = None,
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,6 +18,9 @@ from .engine import ShardedEngine
 from .group import Ranks
 from .kernel import ShardedAxis, ShardedKernelOperator, core_of
 from .local_samples import no_samples, take_shard
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["sharded_ntk"]
 
@@ -40,13 +43,13 @@ class _Share:
 
 
 def sharded_ntk(
-    model: Any,
-    x: Any,
-    x2: Any,
+    model: ModelLike,
+    x: InputsLike,
+    x2: InputsLike | None,
     choose: Choice,
     *,
-    params: Any,
-    output: Any,
+    params: ParamsLike,
+    output: OutputLike,
     engine: EngineChoice,
     batch_size: int | Literal["auto"],
     chunk_size: int | Literal["auto"],

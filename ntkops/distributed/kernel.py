@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .group import Ranks
 from .local_samples import no_samples, take_shard
 from .rows import ShardedRows, refuse_derivatives, refused
 from .space import ShardedSpace
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
 
 __all__ = ["ShardedAxis", "ShardedJacobianOperator", "ShardedKernelOperator"]
 
@@ -323,7 +326,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
             raise UnsupportedOperationError("only a square kernel has a diagonal, along its last two axes")
         return self._diagonal()
 
-    def cross(self, x: Any) -> ShardedKernelOperator:
+    def cross(self, x: InputsLike) -> ShardedKernelOperator:
         """Return the kernel between new samples, spread over the ranks as well, and this kernel's columns.
 
         Args:

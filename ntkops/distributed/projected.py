@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from linear_operator.utils.generic import _to_helper
@@ -20,6 +20,9 @@ from .group import Ranks
 from .kernel import ShardedKernelOperator
 from .rows import ShardedRows, refused
 from .space import ShardedSpace
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
 
 __all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
 
@@ -111,7 +114,7 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
         )
         return type(self)(rows, columns, spaces=(first, second), remake=self._remake)
 
-    def cross(self, x: Any) -> ShardedProjectedOperator:
+    def cross(self, x: InputsLike) -> ShardedProjectedOperator:
         """Return the kernel between new samples, this rank's share of them, and this kernel's columns.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from ..results import Comparison, Estimate
 from ._request import checked_generator
 from .condition_number import condition_number
 from .moments import effective_rank, frobenius_norm, trace
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, OutputLike, ParamsLike
 
 __all__ = ["compare"]
 
@@ -32,12 +35,12 @@ _SCORES: dict[str, Callable[..., Estimate]] = {
 @checked
 def compare(
     models: Mapping[str, Any] | Sequence[Any],
-    x: Any,
+    x: InputsLike,
     scores: str | Sequence[str] = ("trace",),
     *,
     num_probes: int = 4,
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     batch_dim: BatchDim = 0,
     generator: torch.Generator | None = None,
 ) -> Comparison:

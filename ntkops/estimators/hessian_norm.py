@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..model import BatchDim, Linearization, linearize
 from ..results import Estimate
 from ._request import checked_generator
 from ._statistics import student_quantile
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["hessian_norm"]
 
@@ -39,10 +42,10 @@ _QUANTILES = {
 
 @checked
 def hessian_norm(
-    model: Any,
-    x: Any,
-    params: Any = None,
-    output: Any = None,
+    model: ModelLike,
+    x: InputsLike,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     *,
     num_probes: int = 32,
     batch_dim: BatchDim = 0,

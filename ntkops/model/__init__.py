@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 from .batch import Batch, BatchDim
 from .build import linearize
 from .entries import Entries
@@ -9,4 +10,16 @@ from .inputs import Inputs
 from .linearization import Linearization
 from .slices import Batches
 
-__all__ = ["Batch", "BatchDim", "Batches", "Entries", "Inputs", "Linearization", "linearize"]
+__all__ = [
+    "Batch",
+    "BatchDim",
+    "Batches",
+    "Entries",
+    "Inputs",
+    "InputsLike",
+    "Linearization",
+    "ModelLike",
+    "OutputLike",
+    "ParamsLike",
+    "linearize",
+]

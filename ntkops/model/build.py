@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import ParameterSelectionError, UnsupportedModelError, UnsupportedOperationError
+from .accepted import ModelLike, OutputLike, ParamsLike
 from .batch import BatchDim, are_coupled, require_batch_dim
 from .call import CallFacts, FunctionCall, ModuleCall, uncompiled
 from .entries import Entries
@@ -29,16 +30,14 @@ from .selection import Selector, select_parameters
 from .verdict import Verdict
 from .watch import Watch, hold
 
-__all__ = ["Output", "linearize"]
-
-Output = str | int | Callable[[Any], Any] | None
+__all__ = ["linearize"]
 
 
 @checked
 def linearize(
-    model: nn.Module | Callable[..., Any] | Linearization,
-    params: Selector | Entries = None,
-    output: Output = None,
+    model: ModelLike,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     *,
     batch_dim: BatchDim = 0,
     differentiable: bool = False,
@@ -121,7 +120,7 @@ def linearize(
 
 
 def _of_entries(
-    model: Any, entries: Entries, output: Output, batch_dim: BatchDim, differentiable: bool
+    model: Any, entries: Entries, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     if not isinstance(model, nn.Module):
         raise ParameterSelectionError(
@@ -136,7 +135,7 @@ def _of_entries(
 
 
 def _of_module(
-    model: nn.Module, params: Selector, output: Output, batch_dim: BatchDim, differentiable: bool
+    model: nn.Module, params: Selector, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     require_supported(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
@@ -203,7 +202,7 @@ _CHOICES = 8  # of parameters and outputs of one module that are remembered
 
 
 def _of_function(
-    model: Any, params: Any, output: Output, batch_dim: BatchDim, differentiable: bool
+    model: Any, params: Any, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
     if not callable(model) or isinstance(model, type):
         raise UnsupportedModelError(

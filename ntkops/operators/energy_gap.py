@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -16,13 +16,16 @@ from ._ridge_system import batch_position
 from .capabilities import capabilities, dense_bytes_allowed, multiply
 from .nystrom import NystromOperator, dense_by_tiles, nystrom_ntk
 
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
+
 __all__ = ["energy_gap"]
 
 
 @checked
 def energy_gap(
     kernel: LinearOperator,
-    inducing: Any,
+    inducing: InputsLike | NystromOperator,
     *,
     num_inducing: int | None = None,
     generator: torch.Generator | None = None,
@@ -70,9 +73,11 @@ def energy_gap(
         ... )
         (5, True, True)
     """
-    approximation = inducing
-    if not isinstance(inducing, NystromOperator):
-        approximation = nystrom_ntk(kernel, inducing, num_inducing=num_inducing, generator=generator)
+    approximation = (
+        inducing
+        if isinstance(inducing, NystromOperator)
+        else nystrom_ntk(kernel, inducing, num_inducing=num_inducing, generator=generator)
+    )
     if not approximation.symmetric:
         raise InputError("the energy gap is of a square Nyström kernel, this one is between two sets")
     if approximation.shape != kernel.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -19,6 +19,9 @@ from .axes import ParameterAxis, StateAxis
 from .base import EngineOperator
 from .output_choice import labelled
 from .products import Core
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "network_states", "state_axis"]
 
@@ -177,10 +180,10 @@ def state_axis(linearization: Linearization, x: Any) -> StateAxis:
 
 @checked
 def jacobian(
-    model: Any,
-    x: Any,
-    params: Any = None,
-    output: Any = None,
+    model: ModelLike,
+    x: InputsLike,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     engine: EngineChoice = "auto",
     *,
     axes: Sequence[str] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -28,6 +28,9 @@ from .capabilities import Capabilities, Tile, tile_slices
 from .jacobian import JacobianOperator, jacobian_rows
 from .products import Spending
 from .sample_kernel import SampleKernelOperator
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
 
 __all__ = ["NTKOperator"]
 
@@ -100,7 +103,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         """Whether rows and columns are the same, so that K equals its transpose."""
         return self._core.symmetric
 
-    def cross(self, x: Any) -> NTKOperator:
+    def cross(self, x: InputsLike) -> NTKOperator:
         """Return the kernel between new samples and this kernel's columns.
 
         It shares the snapshot, the engine and the outputs; nothing but ``x`` is checked. The first axis of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,18 +15,21 @@ from .capabilities import multiply
 from .jacobian import jacobian, network_states
 from .sandwich import Sandwich, sandwich
 
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike
+
 __all__ = ["nngp"]
 
 
 @checked
 def nngp(
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputsLike,
     head: Any,
     *,
     weight_variance: float,
     bias_variance: float,
-    output: Any = None,
+    output: OutputLike = None,
     batch_dim: BatchDim = 0,
 ) -> Sandwich:
     r"""Return the covariance of a network's outputs over random readouts, lazily and exactly.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from linear_operator.operators import (
@@ -38,6 +38,9 @@ from .capabilities import (
     tile_slices,
 )
 from .dense import DenseFallbacks
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
 
 __all__ = ["NystromOperator", "nystrom_ntk"]
 
@@ -127,7 +130,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
     def _transpose_nonbatch(self) -> Self:
         return self if self.symmetric else self._like(self._right, self._left)
 
-    def cross(self, x: Any) -> NystromOperator:
+    def cross(self, x: InputsLike) -> NystromOperator:
         """Return K_*Z K_ZZ⁺ K_ZX between new samples and this kernel's columns.
 
         Args:
@@ -286,7 +289,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
 @checked
 def nystrom_ntk(
     kernel: LinearOperator,
-    inducing: Any,
+    inducing: InputsLike,
     *,
     num_inducing: int | None = None,
     generator: torch.Generator | None = None,

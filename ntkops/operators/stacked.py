@@ -138,6 +138,8 @@ class BlockKernelOperator(Sandwich):
         >>> import torch, ntkops
         >>> model, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
         >>> J = ntkops.stack({"a": ntkops.jacobian(model, x[:2]), "b": ntkops.jacobian(model, x)})
+        >>> (J @ J.mT).blocks
+        Blocks(a 2, b 5)
         >>> (J @ J.mT).blocks["b", "b"].shape
         torch.Size([5, 5])
     """
@@ -224,6 +226,12 @@ class Blocks:
     def __init__(self, kernel: BlockKernelOperator) -> None:
         self._kernel = kernel
         self.rows, self.columns = _named(kernel.left_linear_op), _named(kernel.right_linear_op.mT)
+
+    def __repr__(self) -> str:
+        """Return names and sizes of the blocks."""
+        rows = ", ".join(f"{name} {part.shape[-2]}" for name, part in self.rows.items())
+        columns = ", ".join(f"{name} {part.shape[-2]}" for name, part in self.columns.items())
+        return f"Blocks({rows})" if rows == columns else f"Blocks({rows} x {columns})"
 
     @property
     def names(self) -> tuple[str, ...]:

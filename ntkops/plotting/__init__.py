@@ -2,9 +2,11 @@
 
 Every function draws on the axes it is given, or on new ones, and returns them. None shows a window, changes a
 style or keeps state: titles, limits and saving are the caller's. Colours are told apart with every common
-kind of colour blindness, and lines that share a colour differ in their dashes.
+kind of colour blindness, and lines that share a colour differ in their dashes; ``plt.rc("axes",
+prop_cycle=plt.cycler(color=plotting.COLOURS))`` gives them to drawings of your own.
 """
 
+from ._axes import COLOURS
 from .calibration import plot_calibration
 from .density import plot_spectral_density
 from .distillation import (
@@ -17,6 +19,7 @@ from .distillation import (
 )
 from .estimates import plot_error_against_passes, plot_estimates
 from .history import plot_history
+from .images import plot_images
 from .kernels import plot_kernel
 from .partition import plot_partition
 from .regression import plot_label_energy, plot_ridge_path
@@ -24,6 +27,8 @@ from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
 from .trajectory import plot_losses, plot_outputs
 
 __all__ = [
+    # the palette
+    "COLOURS",
     # spectra
     "plot_spectrum",
     "plot_class_spectra",
@@ -44,6 +49,7 @@ __all__ = [
     "plot_local_containment",
     "plot_cluster_variance",
     "plot_coverage_gap",
+    "plot_images",
     # along training
     "plot_history",
     "plot_losses",

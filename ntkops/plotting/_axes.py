@@ -17,6 +17,7 @@ __all__ = ["COLOURS", "finite_array", "line_style", "logarithmic", "marker", "ne
 
 # Okabe and Ito's palette without its yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Colours of lines, in their order; told apart with every common kind of colour blindness."""
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DECADES = 1.5  # data that span more than this many decades get a logarithmic axis

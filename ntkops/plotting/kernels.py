@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +27,14 @@ def plot_kernel(
 ) -> Axes:
     """Draw a kernel, or a block of one, as an image; the colours start at zero, or are symmetric around it.
 
+    Lines divide the blocks of a kernel of several functions, ``ntkops.stack``, and these are named.
+
     Args:
         matrix: ``(r, c)`` entries: a tensor, an operator such as ``K[:50, :50]``, which is made dense, or an
             `Estimate` of a matrix, such as ``ntkops.partial_trace(K, over="samples")``.
         ax: Axes to draw on; None for new ones.
         labels: r names of the rows, and of the columns where these are as many, such as the classes; None for
-            numbers.
+            numbers, or for the names of blocks.
         **kwargs: For `matplotlib.axes.Axes.imshow`.
 
     Returns:
@@ -43,7 +45,17 @@ def plot_kernel(
         DenseMemoryError: If an operator is too large to be made dense.
         NonFiniteError: If one is not finite.
         MissingDependencyError: If matplotlib is missing.
+
+    Example:
+        >>> import ntkops, torch
+        >>> from matplotlib.figure import Figure
+        >>> K = ntkops.ntk(torch.nn.Linear(3, 2), torch.ones(4, 3))
+        >>> classes = ntkops.partial_trace(K, over="samples")
+        >>> ax = ntkops.plotting.plot_kernel(classes, Figure().subplots(), labels=("cat", "dog"))
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['cat', 'dog']
     """
+    blocks = getattr(matrix, "blocks", None)  # of a kernel of several functions
     if isinstance(matrix, Estimate):
         matrix = matrix.value
     elif hasattr(matrix, "to_dense") and not isinstance(matrix, Tensor):
@@ -62,8 +74,21 @@ def plot_kernel(
     ax.figure.colorbar(image, ax=ax, label="entry of K", shrink=0.8)
     ax.set_xlabel("column")
     ax.set_ylabel("row")
+    ax.locator_params(integer=True)
     if names is not None:
         ax.set_yticks(range(len(names)), names)
         if entries.shape[1] == len(names):
             ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+    elif blocks is not None:
+        _divide(ax.axvline, ax.set_xticks, blocks.columns)
+        _divide(ax.axhline, ax.set_yticks, blocks.rows)
     return ax
+
+
+def _divide(line: Callable[..., Any], ticks: Callable[..., Any], parts: Mapping[str, Any]) -> None:
+    """Draw a line between parts, and the name of each at its middle."""
+    ends = np.cumsum([part.shape[-2] for part in parts.values()])
+    starts = np.concatenate([[0], ends[:-1]])
+    for end in ends[:-1]:
+        line(end - 0.5, color="0.4", linewidth=0.8)
+    ticks((starts + ends - 1) / 2, list(parts))

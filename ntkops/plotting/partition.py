@@ -28,6 +28,15 @@ def plot_partition(partition: Partition, ax: Axes | None = None, **kwargs: Any) 
     Raises:
         ShapeError: If the kernel has a batch, or is not square.
         MissingDependencyError: If matplotlib is missing.
+
+    Example:
+        >>> import ntkops, torch
+        >>> from matplotlib.figure import Figure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> parts = ntkops.partition(ntkops.ntk(model, torch.ones(5, 3)))
+        >>> ax = ntkops.plotting.plot_partition(parts, Figure().subplots())
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['0', '2']
     """
     traces = finite_array(partition.trace.value, "a trace")
     if traces.ndim != 1:
@@ -37,5 +46,6 @@ def plot_partition(partition: Partition, ax: Axes | None = None, **kwargs: Any) 
     ax.set_yticks(range(len(traces)), partition.names)
     ax.invert_yaxis()
     ax.set_xlabel("trace")
+    ax.locator_params(axis="x", nbins=5)  # large numbers have no room for more
     ax.grid(visible=True, axis="x", alpha=0.3)
     return ax

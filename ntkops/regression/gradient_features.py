@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ..operators.axes import StateAxis
 from ..operators.projected import ProjectedNTKOperator
 from ..operators.projection import MatrixProjection
 from ..projections import SJLT, Projection
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["GradientFeatures", "gradient_features"]
 
@@ -181,13 +184,13 @@ class GradientFeatures:
 
 @checked
 def gradient_features(
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputsLike,
     projection: Any,
     path: str | os.PathLike[str],
     *,
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     tile_size: int | Literal["auto"] = "auto",
     engine: EngineChoice = "auto",
     batch_size: int | Literal["auto"] = "auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..model import Linearization, linearize
 from ..results import Estimate
 from .digits import classifier, load_digits, train
 from .loading import brief, load_data, load_model, place
+
+if TYPE_CHECKING:
+    from ..model.accepted import OutputLike, ParamsLike
 
 __all__ = ["Subject", "accuracy", "digits_subject", "user_subject"]
 
@@ -79,8 +82,8 @@ def digits_subject(
     epochs: int = 30,
     width: int = 128,
     seed: int = 0,
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     announce: Callable[[str], None] | None = None,
@@ -133,8 +136,8 @@ def user_subject(
     *,
     samples: int | None = None,
     seed: int = 0,
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Subject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..results import History
 from .quantities import BUILT_IN, KernelOptions, Options, Quantity, own_quantity
 from .tracker import Tracker, known_name
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["track"]
 
@@ -39,8 +42,8 @@ def track(model: Any, x: Any, checkpoints: Checkpoints, quantities: Any = ..., *
 
 
 def track(  # type: ignore[misc]  # the overloads do not repeat the options
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputsLike,
     checkpoints: Checkpoints | None = None,
     quantities: Chosen | Sequence[Chosen] | Mapping[str, Callable[..., Any]] = _DEFAULT,
     *,
@@ -54,8 +57,8 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
     outputs: OutputChoice = "all",
-    params: Any = None,
-    output: Any = None,
+    params: ParamsLike = None,
+    output: OutputLike = None,
     engine: EngineChoice = "auto",
     batch_size: int | Literal["auto"] = "auto",
     chunk_size: int | Literal["auto"] = "auto",

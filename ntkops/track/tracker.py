@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from ..results import Estimate, History
 from .quantities import KernelOptions, Options, Point, Quantity, needs_first, needs_previous, target_columns
 from .weights import Places, Weights, live_values, read_weights, stored_values
 
-__all__ = [
-    "Tracker",
-]
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
+
+__all__ = ["Tracker"]
 
 
 KIND = "track"
@@ -145,14 +146,14 @@ class Tracker:
 
     def __init__(
         self,
-        model: Any,
-        x: Any,
+        model: ModelLike,
+        x: InputsLike,
         quantities: Mapping[str, Quantity],
         *,
         options: Options,
         kernel: KernelOptions,
-        params: Any,
-        output: Any,
+        params: ParamsLike,
+        output: OutputLike,
         batch_dim: BatchDim,
         path: str | os.PathLike[str] | None,
         seeded: bool,

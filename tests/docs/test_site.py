@@ -70,6 +70,35 @@ def test_no_private_or_dunder_name_is_an_anchor() -> None:
 
 
 @built
+def test_arguments_have_types_that_mean_something() -> None:
+    page = (SITE / "api/operators.html").read_text(encoding="utf-8")
+    for name in ("ModelLike", "InputsLike", "ParamsLike", "OutputLike"):
+        assert f'id="ntkops.model.{name}"' in page
+        assert f'href="#ntkops.model.{name}"' in page or f">{name}<" in page
+
+
+@built
+def test_figures_of_other_libraries_are_those_of_the_benchmarks() -> None:
+    page = (SITE / "other_libraries.html").read_text(encoding="utf-8")
+    assert "<!--" not in page.split("<article", 1)[1].split("</article", 1)[0]
+    results = json.loads((ROOT / "benchmarks/results/exact_kernels.json").read_text(encoding="utf-8"))
+    ratios = [case["ratio"]["cpu"]["median"] for case in results["kernels"] if case["kind"] == "all"]
+    assert ratios
+    for ratio in ratios:
+        assert f">{ratio:.0f}×<" in page or f">{ratio:.2g}×<" in page
+    for library in (
+        "torch.func",
+        "neural-tangents",
+        "NNGeometry",
+        "curvlinops",
+        "TRAK",
+        "kpflow",
+        "laplace-torch",
+    ):
+        assert f"<strong>{library}</strong>" in page
+
+
+@built
 def test_formulas_need_no_network() -> None:
     for page in PAGES:
         text = (SITE / page).read_text(encoding="utf-8")
@@ -140,14 +169,97 @@ function plain(inside) {
 """
 
 
+# Types each phrase into the site's own search, and reads the pages that it lists. A browser dumps a page once
+# it has all of it: an image, which comes when the search is over, among it.
+SEARCH = """
+<!doctype html><body><iframe id="frame" src="/index.html" style="width:1400px;height:900px"></iframe>
+<img src="/wait">
+<script>
+const phrases = PHRASES_HERE, frame = document.getElementById("frame"), found = {};
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+frame.onload = async () => {
+  const inside = frame.contentDocument, field = inside.querySelector("[data-md-component=search-query]");
+  const listed = () => [...inside.querySelectorAll(".md-search-result__item")].map(
+    (item) => item.querySelector("a").href);
+  function ask(text) {
+    field.value = text;
+    field.dispatchEvent(new Event("keyup"));
+  }
+  inside.getElementById("__search").click();  // which loads the index
+  field.dispatchEvent(new Event("focus"));
+  for (const phrase of phrases) {
+    ask("");
+    for (let i = 0; i < 200 && listed().length; i++) await pause(20);
+    ask(phrase);
+    for (let i = 0; i < 500 && !listed().length; i++) await pause(20);
+    await pause(100);
+    found[phrase] = listed().slice(0, 3).map((href) => new URL(href).pathname.slice(1));
+  }
+  document.body.innerHTML = "";
+  const result = document.createElement("pre");
+  result.id = "found";
+  result.textContent = JSON.stringify(found);
+  document.body.append(result);
+  fetch("/found");
+};
+</script>
+"""
+
+# For each how-to, what somebody would type who wants to do just that. Written before the site was searched.
+PHRASES = {
+    "06_training_dynamics": (
+        "rich or lazy training",
+        "learning curves of the linearised network",
+        "training dynamics of a CNN",
+    ),
+    "10_recurrent": (
+        "recurrent network hidden states",
+        "GRU kernel over time",
+        "vanishing gradients in time",
+    ),
+    "07_pinn": ("physics-informed network", "PINN loss weights", "boundary and residual loss"),
+    "11_lora": ("fine-tune a transformer with LoRA", "kernel of adapters", "low-rank fine-tuning"),
+    "12_uncertainty": (
+        "calibration plot",
+        "uncertainty of predictions",
+        "Gaussian process with gpytorch",
+    ),
+    "09_attribution": (
+        "data attribution",
+        "wrong labels in the training set",
+        "TRAK influence scores",
+    ),
+    "05_distillation": ("distil a data set", "pictures of distilled images", "fewer training points"),
+    "08_graph": ("graph neural network", "kernel between nodes", "node classification"),
+    "13_streaming": ("data larger than memory", "two processes torchrun", "stream batches from disk"),
+    "14_regulariser": (
+        "NTK regulariser",
+        "differentiate through the kernel",
+        "penalty on the kernel during training",
+    ),
+}
+
+
+FOUND = threading.Event()
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """The site, and a page that looks at all its pages."""
+    """The site, and pages that look at it."""
 
     def do_GET(self) -> None:
-        if self.path != "/measure":
+        phrases = [phrase for some in PHRASES.values() for phrase in some]
+        own = {
+            "/measure": MEASURE.replace("PAGES_HERE", json.dumps(PAGES)),
+            "/search": SEARCH.replace("PHRASES_HERE", json.dumps(phrases)),
+        }
+        if self.path in ("/wait", "/found"):
+            FOUND.set() if self.path == "/found" else FOUND.wait(120)
+            self.send_error(404)
+            return
+        if self.path not in own:
             super().do_GET()
             return
-        body = MEASURE.replace("PAGES_HERE", json.dumps(PAGES)).encode()
+        body = own[self.path].encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
@@ -158,10 +270,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What a browser without a network sees of every page at two widths."""
+def browse(page: str, profile: Path, *switches: str) -> Any:
+    """Return what a page of ours finds in a browser without a network."""
     assert BROWSER is not None
+    FOUND.clear()
     handler = functools.partial(Handler, directory=str(SITE))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -170,20 +282,41 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
-            f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+            f"--user-data-dir={profile}",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--window-size=1500,1000",
-            "--virtual-time-budget=120000",
+            *switches,
             "--dump-dom",
-            f"http://127.0.0.1:{server.server_port}/measure",
+            f"http://127.0.0.1:{server.server_port}/{page}",
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         server.shutdown()
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stdout[-2000:]
-    result: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What is seen of every page at two widths."""
+    result: list[dict[str, Any]] = browse(
+        "measure", tmp_path_factory.mktemp("profile"), "--virtual-time-budget=120000"
+    )
     assert len(result) == 2 * len(PAGES)
     return result
+
+
+@built
+@browsed
+def test_the_search_finds_every_how_to(tmp_path: Path) -> None:
+    found = browse("search", tmp_path)
+    missed = {
+        phrase: found[phrase]
+        for name, phrases in PHRASES.items()
+        for phrase in phrases
+        if f"notebooks/{name}.html" not in found[phrase]
+    }
+    assert missed == {}
 
 
 @built
