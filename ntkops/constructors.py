@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +21,7 @@ from .operators.jacobian import state_axis
 from .operators.kernel import NTKOperator
 from .operators.output_choice import OutputChoice, choose_outputs, labelled, over_samples
 from .operators.products import Core, Spending
-from .operators.projected import ProjectedCore, ProjectedNTKOperator
+from .operators.projected import FeatureFiles, ProjectedCore, ProjectedNTKOperator
 from .operators.projection import as_projection
 from .operators.sample_kernel import SampleKernelOperator
 from .projections import SJLT
@@ -177,6 +179,7 @@ def projected_ntk(
     projection: Any,
     *,
     max_dense_bytes: int | Literal["auto"] | None = None,
+    memmap: str | PathLike[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> ProjectedNTKOperator:
     r"""Return the kernel that is seen through a projection, :math:`J P^\top P J^\top`, lazily.
@@ -194,6 +197,9 @@ def projected_ntk(
             or a constant ``(k, P)`` tensor or LinearOperator in the dtype of K.
         max_dense_bytes: Largest dense result, the features among them; None for that of K. At 0 features
             are never kept, and products go through J and P.
+        memmap: An existing directory: features are kept there, in memory-mapped files, whatever their size,
+            and removed with the last operator that uses them. For CPU kernels of one process. None keeps
+            them in memory.
         generator: CPU generator from which the seed of a projection given by its k is drawn; None for a
             fresh one. ``.projection.seed`` is the seed.
 
@@ -204,7 +210,7 @@ def projected_ntk(
 
     Raises:
         InputError: If K is no kernel of `ntkops.ntk`, or the projection nothing that projects; or if a
-            generator is given with a projection that is fixed.
+            generator is given with a projection that is fixed; or if ``memmap`` is no directory.
         ShapeError: If the projection does not take P entries.
         DtypeError: If a given matrix has another dtype than K.
         DeviceError: If a given matrix lives on another device.
@@ -235,9 +241,13 @@ def projected_ntk(
     elif generator is not None:
         raise InputError("generator draws a projection that is given by its k; this one is fixed")
     if isinstance(K, ShardedKernelOperator):
+        if memmap is not None:
+            raise InputError("memmap is for kernels of one process: over a group each rank holds its share")
         sharded: Any = sharded_projected_ntk(K, projection)
         return sharded
     found = as_projection(projection, K.num_parameters, K.dtype, K.device)
+    if memmap is not None and (not Path(memmap).is_dir() or K.device.type != "cpu"):
+        raise InputError(f"memmap={str(memmap)!r}: an existing directory, for a kernel on the CPU")
     core = ProjectedCore(
         engine=K._core.engine,
         rows=K._core.rows,
@@ -245,5 +255,6 @@ def projected_ntk(
         limit=K._core.limit if max_dense_bytes is None else max_dense_bytes,
         spending=Spending(),
         projection=found,
+        files=None if memmap is None else FeatureFiles(Path(memmap)),
     )
     return ProjectedNTKOperator(*K._args, core=core)

@@ -10,7 +10,7 @@ from linear_operator.operators import LinearOperator, to_linear_operator
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
-from ..operators.capabilities import capabilities, dense_from_tiles, multiply
+from ..operators.capabilities import capabilities, dense_from_tiles, taken_columns
 from ..regression._operands import read_kernel
 from ._limits import require_room
 from ._stack import StackedOperator
@@ -92,23 +92,26 @@ def diagonal_of(kernel: LinearOperator) -> Tensor:
 
 
 def columns_of(kernel: LinearOperator, chosen: Tensor) -> Tensor:
-    """Return dense columns ``(m, b)`` by products with unit vectors."""
-    unit = torch.zeros((kernel.shape[-1], len(chosen)), dtype=kernel.dtype, device=kernel.device)
-    unit[chosen.to(unit.device), torch.arange(len(chosen), device=unit.device)] = 1
-    return multiply(kernel, unit)
+    """Return dense columns ``(m, b)``."""
+    return taken_columns(kernel, chosen)
 
 
-def dense_of(kernel: LinearOperator, why: str) -> Tensor:
+def dense_of(kernel: LinearOperator, why: str, copies: int = 4) -> Tensor:
     """Return the dense symmetric kernel ``(m, m)`` in float64, where that is allowed.
+
+    Args:
+        kernel: ``(m, m)``.
+        why: What needs it, for the message.
+        copies: Float64 matrices of its shape that the work holds at once, this one included.
 
     Raises:
         DenseMemoryError: If ``max_dense_bytes`` forbids it.
         NonFiniteError: If it has entries that are not finite.
     """
-    require_room(kernel, why)
+    require_room(kernel, why, copies)
     with torch.no_grad():
         dense = dense_from_tiles(kernel).double()
     if not bool(torch.isfinite(dense).all()):
         row, column = (~torch.isfinite(dense)).nonzero()[0].tolist()
         raise NonFiniteError(f"the kernel is NaN or infinite at ({row}, {column}): drop that sample")
-    return (dense + dense.mT) / 2
+    return (dense + dense.mT).mul_(0.5)

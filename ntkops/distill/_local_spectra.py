@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ZeroKernelError
+from ._features import COPIES
 from ._kernels import Kernels, dense_of, read_square
 from .class_mean import class_mean
 
-__all__ = ["LocalSpectra", "dense_mean", "gap_coverage", "local_spectra", "restricted_energy", "spectrum"]
+__all__ = [
+    "LocalSpectra",
+    "check_weight",
+    "dense_mean",
+    "feature_spectra",
+    "gap_coverage",
+    "local_spectra",
+    "restricted_energy",
+    "spectrum",
+]
 
 _RULES = ("sum", "max", "last")
 _TIE = 1e-12  # a share that rounding decides counts as reached, as in ntkops.truncation_rank
@@ -23,8 +33,8 @@ class LocalSpectra:
     """All eigenpairs of one kernel and of its diagonal blocks.
 
     Attributes:
-        values: ``(n,)`` global eigenvalues, largest first.
-        vectors: ``(n, n)`` global eigenvectors.
+        values: ``(r,)`` global eigenvalues, largest first: all n, or the k of a kernel of k features.
+        vectors: ``(n, r)`` global eigenvectors.
         indices: Samples of each cluster.
         local_values: Eigenvalues of each block, largest first.
         local_vectors: Eigenvectors of each block.
@@ -42,7 +52,7 @@ class LocalSpectra:
 
     def lifted(self, cluster: int, rank: int) -> Tensor:
         """Return the leading local eigenvectors, zero outside their cluster: ``(n, rank)``."""
-        padded = self.vectors.new_zeros(len(self.values), rank)
+        padded = self.vectors.new_zeros(len(self.vectors), rank)
         padded[self.indices[cluster]] = self.local_vectors[cluster][:, :rank]
         return padded
 
@@ -62,6 +72,29 @@ def local_spectra(kernel: Tensor, clusters: Tensor, pairs: tuple[Tensor, Tensor]
     indices = tuple((numbers == h).nonzero().squeeze(-1) for h in range(int(clusters.max()) + 1))
     blocks = [_block(kernel[index][:, index]) for index in indices]
     return LocalSpectra(*pairs, indices, tuple(b[0] for b in blocks), tuple(b[1] for b in blocks))
+
+
+def feature_spectra(rows: Tensor, clusters: Tensor) -> LocalSpectra:
+    """Return the eigenpairs of F Fᵀ and of its blocks, for F ``(n, k)``: O(n k²) operations.
+
+    Raises:
+        ZeroKernelError: If F is zero.
+    """
+    numbers = clusters.to(rows.device)
+    indices = tuple((numbers == h).nonzero().squeeze(-1) for h in range(int(clusters.max()) + 1))
+    values, vectors = _thin_spectrum(rows)
+    if not bool(values[0] > 0):
+        raise ZeroKernelError("a share of the trace is undefined: a kernel has no positive eigenvalue")
+    blocks = [_thin_spectrum(rows[index]) for index in indices]
+    blocks = [(v, u) if bool((v > 0).any()) else (v[:0], u[:, :0]) for v, u in blocks]
+    return LocalSpectra(values, vectors, indices, tuple(b[0] for b in blocks), tuple(b[1] for b in blocks))
+
+
+def _thin_spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenpairs of F Fᵀ, largest first, by a QR of F: no Gram matrix rounds the small ones."""
+    basis, small = torch.linalg.qr(rows)
+    left, singular, _ = torch.linalg.svd(small, full_matrices=False)
+    return singular.square(), basis @ left
 
 
 def _block(kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +150,18 @@ def dense_mean(K: Kernels, why: str, class_weight: str | None = None) -> Tensor:
         InputError: If the weight is unknown.
         DenseMemoryError: If a kernel refuses to be dense.
     """
+    check_weight(class_weight)
+    return dense_of(class_mean(read_square(K), weights=class_weight), why, COPIES)
+
+
+def check_weight(class_weight: str | None) -> None:
+    """Raise where a weight of classes is unknown.
+
+    Raises:
+        InputError: If it is.
+    """
     if class_weight not in (None, "trace"):
         raise InputError(f"class_weight={class_weight!r}: None, or 'trace'")
-    return dense_of(class_mean(read_square(K), weights=class_weight), why)
 
 
 def spectrum(kernel: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["farthest_points", "medoids", "seed_points"]
+__all__ = ["farthest_points", "feature_medoids", "medoids", "seed_points"]
 
 _ROUNDS = 100  # alternations after which a start is left as it is; each of them lowers the cost
+_SLAB = 2**13  # rows whose distances to all medoids are there at once
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -89,6 +90,64 @@ def medoids(
             best, least = chosen, cost
     best = _swap(distances, best)
     return best, _cost(distances, best)
+
+
+def feature_medoids(rows: Tensor, count: int, generator: torch.Generator) -> tuple[list[int], float]:
+    """Return k-medoids of the rows of a matrix, by alternation from one start, without a distance matrix.
+
+    The member of a cluster with the least sum of squared distances is the one nearest to the mean, as
+    Σ_j |φ_i - φ_j|² = |I_h| |φ_i - μ_h|² + Σ_j |φ_j - μ_h|².
+
+    Args:
+        rows: ``(m, k)``, float64.
+        count: Number of medoids.
+        generator: Source of the start.
+
+    Returns:
+        Distinct points and the sum of squared distances to them. Cost: m k for each medoid a round.
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=-1).square()
+    chosen = seed_points(lambda points: rows @ rows[points].mT, lengths, count, generator)
+    owner, nearest = _nearest(rows, lengths, chosen)
+    for _ in range(_ROUNDS):
+        moved = _moved(rows, lengths, owner, chosen)
+        if moved == chosen:
+            break
+        after, closer = _nearest(rows, lengths, moved)
+        if not float(closer.sum()) < float(nearest.sum()):  # rounding alone moves medoids now
+            break
+        chosen, owner, nearest = moved, after, closer
+    return chosen, float(nearest.sum())
+
+
+def _moved(rows: Tensor, lengths: Tensor, owner: Tensor, chosen: list[int]) -> list[int]:
+    """Return the member of each cluster that is nearest to its mean; a cluster of none keeps its medoid."""
+    sizes = torch.bincount(owner, minlength=len(chosen)).clamp(min=1).unsqueeze(-1)
+    sums = torch.zeros((len(chosen), rows.shape[1]), dtype=rows.dtype, device=rows.device)
+    means = sums.index_add_(0, owner, rows) / sizes
+    parts = zip(rows.split(_SLAB), owner.split(_SLAB), strict=True)
+    inside = torch.cat([(part * means[own]).sum(-1) for part, own in parts])  # <φ_i, μ> of its own cluster
+    off = lengths - 2 * inside
+    least = torch.full_like(means[:, 0], torch.inf).scatter_reduce_(0, owner, off, "amin")
+    found = (off == least[owner]).nonzero().flatten()
+    moved = list(chosen)
+    for point in reversed(found.tolist()):  # of equals the first
+        moved[int(owner[point])] = point
+    return moved
+
+
+def _nearest(rows: Tensor, lengths: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the number of the nearest medoid of each row, and the squared distance to it."""
+    centres, sizes = rows[chosen], lengths[chosen]
+    numbers, nearest = [], []
+    for part, length in zip(rows.split(_SLAB), lengths.split(_SLAB), strict=True):
+        distances = (length.unsqueeze(1) + sizes - 2 * (part @ centres.mT)).clamp_(min=0)
+        found = distances.min(-1)
+        numbers.append(found.indices)
+        nearest.append(found.values)
+    owner = torch.cat(numbers)
+    owner[chosen] = torch.arange(len(chosen), device=rows.device)  # also of copies, which are as near
+    return owner, torch.cat(nearest)
 
 
 def _cost(distances: Tensor, chosen: list[int]) -> float:

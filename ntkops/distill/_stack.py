@@ -17,6 +17,7 @@ from ..operators.capabilities import (
     dense_bytes_allowed,
     dense_from_tiles,
     multiply,
+    taken_columns,
 )
 from ..operators.dense import DenseFallbacks
 from ..vectors import Space
@@ -98,6 +99,10 @@ class StackedOperator(DenseFallbacks, LinearOperator, Capabilities):
         return torch.stack(
             [apply(part, block) for part, block in zip(self._parts, blocks.unbind(0), strict=True)]
         )
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return dense columns ``(C, n, b)``."""
+        return torch.stack([taken_columns(part, chosen) for part in self._parts])
 
     def _transpose_nonbatch(self) -> StackedOperator:
         return StackedOperator(*(part.mT for part in self._parts))
@@ -185,6 +190,10 @@ class MeanOperator(DenseFallbacks, LinearOperator, Capabilities):
         if rhs.dim() == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
         return self.mean(apply(self._base, rhs.expand(self._base.shape[0], *rhs.shape)))
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return dense columns ``(n, b)``."""
+        return self.mean(taken_columns(self._base, chosen))
 
     def _transpose_nonbatch(self) -> MeanOperator:
         return self if capabilities(self._base).symmetric else MeanOperator(self._base.mT, self._weights)

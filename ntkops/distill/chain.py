@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from ..engines import count_passes
 from ..errors import DenseMemoryError, InputError
 from ..operators import NTKOperator
 from ..operators.projected import ProjectedNTKOperator
-from ..projections import SJLT, Projection, check_interpolation
+from ..projections import Projection, check_interpolation
 from ..regression import KernelRidge
 from ..regression._snapshots import network_outputs
 from ..regression.metrics import accuracy, fidelity, mean_squared_error
@@ -45,7 +46,10 @@ def chain(
     gradients: Gradients | None = None,
     ridge: float = 1e-4,
     fit: Literal["nystrom", "sketch"] = "nystrom",
+    baseline: Literal["nothing", "projected"] = "nothing",
     ablate: bool = True,
+    memmap: str | PathLike[str] | None = None,
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> ChainReport:
     r"""Distil the data, project, distil the gradients, regress; and say what each stage costs and saves.
@@ -58,7 +62,9 @@ def chain(
 
     Each run ends in kernel ridge regression of the network's logits, one kernel for each output, and its
     predictions at the test samples. The runs are: nothing distilled, then each stage added to those
-    before; and, for the ablations, the whole chain without one of its stages.
+    before; and, for the ablations, the whole chain without one of its stages. Where kernels of n samples are
+    out of reach, ``baseline="projected"`` has every run projected, and memory that is flat in n but for the
+    k C features of a sample, which may lie in files.
 
     What the stages do not save: the gradients of all m points are made before any of them is distilled,
     and a prediction takes C gradients of its sample, or C directional derivatives
@@ -71,21 +77,27 @@ def chain(
         test_labels: ``(M,)`` their classes, for the accuracy; None without.
         data: The m points, or a function without arguments that makes them, whose time counts;
             None leaves the stage out.
-        projection: One of `ntkops.projections` for the P parameters, or k for a sparse one that is seeded
-            by 0; None leaves the stage out.
+        projection: One of `ntkops.projections` for the P parameters, or k for a random one, as
+            `ntkops.projected_ntk` takes it; None leaves the stage out.
         gradients: From kernels ``(C, m, m)`` and targets ``(m, C)`` to a `Distilled`, such as
             ``lambda K, Y: synthesize(K, 10, "krylov", Y=Y)``; None leaves the stage out.
         ridge: Relative to the mean diagonal of the kernel.
         fit: How distilled gradients are fitted, as for `Distilled.fit`.
+        baseline: What the runs start from: "nothing" distilled, or "projected" gradients, so that the kernel
+            of all P parameters is never asked for.
         ablate: Whether to run the chain without each stage too.
+        memmap: A directory for the features, as for `ntkops.projected_ntk`; None keeps them in memory.
+        generator: CPU generator of a projection that is given by k; None for one of seed 0.
         **options: Passed on to `ntkops.ntk`.
 
     Returns:
-        `ntkops.results.ChainReport`. Cost: that of all runs, none of which uses what another made, except
-        for the distilled points.
+        `ntkops.results.ChainReport`. Cost: that of all runs; runs with the same points and the same
+        projection share their features, which count for each of them. Memory of a projected run of n points:
+        the features and three arrays of n s C numbers.
 
     Raises:
-        InputError: If no stage is given, or an argument is not understood.
+        InputError: If no stage is given, an argument is not understood, or the baseline is projected and
+            there is no projection.
 
     Warns:
         InterpolationWarning: If k is near m and the ridge is small.
@@ -117,17 +129,25 @@ def chain(
     named = (("data", data), ("projection", projection), ("gradients", gradients))
     given = tuple(name for name, stage in named if stage is not None)
     _check(given, projection, gradients, fit)
-    task = _Task(model, inputs, test_inputs, test_labels, projection, gradients, ridge, fit, options)
+    if baseline not in ("nothing", "projected") or (baseline == "projected" and projection is None):
+        raise InputError(f"baseline={baseline!r}: 'nothing', or 'projected' with a projection")
+    first: tuple[str, ...] = ("projection",) if baseline == "projected" else ()
+    if isinstance(projection, int) and generator is None:
+        generator = torch.Generator().manual_seed(0)
+    project = _Projection(projection, None if generator is None else generator.get_state(), memmap)
+    task = _Task(model, inputs, test_inputs, test_labels, project, gradients, ridge, fit, options)
     points = task.distil(data) if data is not None else None
     runs: dict[tuple[str, ...], ChainRun] = {}
 
-    def run(stages: tuple[str, ...]) -> ChainRun:
+    def run(chosen: tuple[str, ...]) -> ChainRun:
+        stages = tuple(name for name in given if name in (*first, *chosen))
         if stages not in runs:
             runs[stages] = task.run(stages, points)
         return runs[stages]
 
-    upon = tuple(run(given[:count]) for count in range(len(given) + 1))
-    left_out = {name: run(tuple(other for other in given if other != name)) for name in given if ablate}
+    added = tuple(name for name in given if name not in first)
+    upon = tuple(run(added[:count]) for count in range(len(added) + 1))
+    left_out = {name: run(tuple(other for other in added if other != name)) for name in added if ablate}
     return ChainReport(upon, left_out)
 
 
@@ -174,6 +194,34 @@ class _Points:
 
 
 @dataclass(frozen=True)
+class _Projection:
+    """How gradients are projected: what was asked for, the state that draws it, where features lie."""
+
+    given: Projection | int | None
+    state: Tensor | None
+    memmap: str | PathLike[str] | None
+
+    def __call__(self, K: NTKOperator, ridge: float) -> ProjectedNTKOperator:
+        """Return the projected kernel."""
+        generator = None
+        if isinstance(self.given, int) and self.state is not None:  # the same for every run
+            generator = torch.Generator()
+            generator.set_state(self.state)
+        found = projected_ntk(K, self.given, memmap=self.memmap, generator=generator)
+        check_interpolation(found.projection.k, K.shape[-1], ridge)
+        return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A kernel, its targets, and what they took."""
+
+    K: NTKOperator
+    targets: Tensor
+    step: ChainStep
+
+
+@dataclass(frozen=True)
 class _Task:
     """What every run of a chain has in common."""
 
@@ -181,11 +229,12 @@ class _Task:
     inputs: Any
     test_inputs: Any
     test_labels: Tensor | None
-    projection: Projection | int | None
+    projection: _Projection
     gradients: Gradients | None
     ridge: float
     fit: Literal["nystrom", "sketch"]
     options: dict[str, Any]
+    projected: dict[bool, _Made] = field(default_factory=dict)
 
     def distil(self, data: Any) -> _Points:
         """Return the distilled points, made here if they come as a function."""
@@ -202,9 +251,9 @@ class _Task:
             assert points is not None
             inputs = points.inputs
             clock.steps.append(points.step)
-        with clock.step("kernel"):
-            K = self._kernel(inputs, "projection" in stages)
-            targets = network_outputs(K).mT.contiguous()
+        made = self._made(inputs, "projection" in stages, "data" in stages)
+        clock.steps.append(made.step)
+        K, targets = made.K, made.targets
         fitted, size = self._fit(K, targets, "gradients" in stages, clock)
         with clock.step("prediction"):
             across = K.cross(self.test_inputs)
@@ -212,19 +261,22 @@ class _Task:
         logits = network_outputs(across).mT
         return _summary(K, size, stages, predictions, logits, self.test_labels, tuple(clock.steps))
 
-    def _kernel(self, inputs: Any, projected: bool) -> NTKOperator:
-        """Return the kernels of a run, evaluated where they may be kept."""
-        K = ntk(self.model, inputs, outputs="each", **self.options)
+    def _made(self, inputs: Any, projected: bool, distilled: bool) -> _Made:
+        """Return the kernels of a run, evaluated where they may be kept; features are kept for other runs."""
+        if projected and distilled in self.projected:
+            return self.projected[distilled]
+        clock = _Clock()
+        with clock.step("kernel"):
+            K = ntk(self.model, inputs, outputs="each", **self.options)
+            if projected:
+                K = self.projection(K, self.ridge)
+            with torch.no_grad(), suppress(DenseMemoryError):  # beyond the limit products make what they need
+                _evaluate(K)
+            targets = network_outputs(K).mT.contiguous()
+        made = _Made(K, targets, clock.steps[0])
         if projected:
-            projection = self.projection
-            if isinstance(projection, int):
-                projection = SJLT(dim=K.num_parameters, k=projection, seed=0)
-            assert projection is not None
-            check_interpolation(projection.k, K.shape[-1], self.ridge)
-            K = projected_ntk(K, projection)
-        with torch.no_grad(), suppress(DenseMemoryError):  # beyond the limit products make what they need
-            _evaluate(K)
-        return K
+            self.projected[distilled] = made
+        return made
 
     def _fit(self, K: NTKOperator, targets: Tensor, distilled: bool, clock: _Clock) -> tuple[Any, int]:
         """Return the fitted regression and the number of gradients that it is in."""
@@ -250,7 +302,12 @@ def _evaluate(K: NTKOperator) -> None:
 
 
 def _known(K: NTKOperator) -> LinearOperator:
-    """Return the kernel as numbers where they are allowed: distilling them takes no more passes."""
+    """Return the kernel as numbers where they are allowed: distilling them takes no more passes.
+
+    Features that are fewer than points are that already.
+    """
+    if isinstance(K, ProjectedNTKOperator) and K.projection.k < K.shape[-1]:
+        return K
     with torch.no_grad(), suppress(DenseMemoryError):
         return to_linear_operator(K.to_dense())
     return K

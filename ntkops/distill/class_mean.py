@@ -13,10 +13,11 @@ from ..errors import InputError, ShapeError, ZeroKernelError
 from ..operators.axes import StateAxis
 from ..operators.base import EngineOperator
 from ..operators.capabilities import capabilities
+from ..operators.projected import ProjectedNTKOperator
 from ._kernels import Kernels, read_kernels
 from ._stack import MeanOperator
 
-__all__ = ["class_mean"]
+__all__ = ["class_mean", "class_shares"]
 
 
 @checked
@@ -58,14 +59,17 @@ def class_mean(K: Kernels, *, weights: Tensor | str | None = None) -> LinearOper
         traced = _traced(kernels)
         if traced is not None:
             return traced
-    shares = _weights(kernels, weights)
+    shares = class_shares(kernels, weights)
     if isinstance(kernels, DenseLinearOperator):
-        mean = torch.einsum("c,cij->ij", shares.double(), kernels.tensor.double())
+        mean = torch.zeros(kernels.shape[1:], dtype=torch.float64, device=kernels.device)
+        for share, kernel in zip(shares, kernels.tensor, strict=True):
+            mean.add_(kernel.double(), alpha=float(share))
         return DenseLinearOperator(mean.to(kernels.dtype))
     return MeanOperator(kernels, shares)
 
 
-def _weights(kernels: LinearOperator, weights: Any) -> Tensor:
+def class_shares(kernels: LinearOperator, weights: Any) -> Tensor:
+    """Return the weights ``(C,)`` of a mean; see `class_mean`."""
     count = kernels.shape[0]
     if weights is None:
         return torch.full((count,), 1 / count, dtype=kernels.dtype, device=kernels.device)
@@ -88,7 +92,8 @@ def _weights(kernels: LinearOperator, weights: Any) -> Tensor:
 
 def _traced(kernels: LinearOperator) -> LinearOperator | None:
     """Return the mean of a network's class kernels as one operator of its engine."""
-    if not isinstance(kernels, EngineOperator):
+    # The classes' features are there, or will be; side by side they would be made and kept once more.
+    if not isinstance(kernels, EngineOperator) or isinstance(kernels, ProjectedNTKOperator):
         return None
     core = kernels._core
     rows, columns = core.rows, core.columns

@@ -15,16 +15,19 @@ from ..errors import InputError
 from ..results import DistillationInfo
 from ..vectors import resolve_generator
 from ._columns import Columns, collect, cut, distinct, orthonormal, sorted_columns
+from ._features import narrow_features
 from ._kernels import Kernels, read_square
 from ._local_spectra import (
     LocalSpectra,
+    check_weight,
     dense_mean,
+    feature_spectra,
     gap_coverage,
     local_spectra,
     restricted_energy,
     spectrum,
 )
-from .clusters import Clusters, cluster_mean, read_clusters
+from .clusters import Clusters, check_affinity, cluster_features, cluster_mean, read_clusters
 from .distilled import Distilled
 
 __all__ = ["local_global"]
@@ -43,13 +46,15 @@ def local_global(
     budget: int | None = None,
     order: str = "paper",
     class_weight: str | None = None,
+    affinity: str = "cosine",
     generator: torch.Generator | None = None,
 ) -> Distilled:
     r"""Distil gradients by local-global gradient distillation, the paper's Algorithm 1.
 
     On the mean kernel over classes :math:`\bar K` of m samples:
 
-    1. Spectral clustering into :math:`I_1, \dots, I_H`, with the cosines of the gradients, clipped at 0.
+    1. Spectral clustering into :math:`I_1, \dots, I_H`, with the cosines of the gradients, clipped at 0, or
+       with :math:`\bar K` itself, as the paper prints it (``affinity="kernel"``).
     2. Eigenvectors :math:`u_j` of :math:`\bar K`; :math:`r_g` of them hold the share τ_v of its trace.
     3. Eigenvectors of each block :math:`\bar K[I_h, I_h]`; :math:`r_h` hold τ_v of its trace and span
        :math:`P_h`. A gap is a :math:`j \le r_g` with coverage :math:`c_j < \tau_g`.
@@ -82,6 +87,7 @@ def local_global(
         budget: Largest number of columns; None for all.
         order: "paper" or "energy": the order in which columns meet orthogonalization and budget.
         class_weight: "trace" gives every class the same trace in the mean; None is the plain mean.
+        affinity: "cosine" or "kernel", as for `spectral_clusters`.
         generator: CPU generator that seeds the clustering; None draws a seed.
 
     Returns:
@@ -89,7 +95,8 @@ def local_global(
         sample's cluster), ``global_rank``, ``local_ranks``, ``coverage`` (of each of the r_g
         eigenvectors), ``gaps``, ``column_cluster`` (-1 for a gap), ``column_position``, ``column_values``,
         and all options.
-        Cost: the dense kernels and eigendecompositions of m x m and of the blocks.
+        Cost: the dense kernels and eigendecompositions of m x m and of the blocks. Of projected kernels
+        whose dense matrix has no room the features stand in, as for `select`: O(m k²) operations.
 
     Raises:
         InputError: If an option is out of range, or a kernel is not positive semidefinite.
@@ -116,19 +123,27 @@ def local_global(
         ((2, 2, 1), (0, 1), (12, 7))
     """
     check_thresholds(variance_threshold, gap_threshold)
+    check_affinity(affinity)
+    check_weight(class_weight)
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise InputError(f"budget={budget!r}: a positive number of columns, or None")
     start = time.perf_counter()
     kernel = read_square(K)
-    with count_passes() as counter:
-        mean = dense_mean(kernel, "local_global", class_weight)
     seed: int | None
     generator, seed = resolve_generator(generator)
-    if isinstance(clusters, int):
-        labels = cluster_mean(mean, clusters, generator)
+    with count_passes() as counter:
+        known = narrow_features(kernel, class_weight, generator)
+        mean = known.rows if known is not None else dense_mean(kernel, "local_global", class_weight)
+    if not isinstance(clusters, int):
+        labels = read_clusters(clusters, len(mean))
+        seed = seed if known is not None and known.second else None
     else:
-        labels, seed = read_clusters(clusters, len(mean)), None
-    spectra = local_spectra(mean, labels, spectrum(mean))
+        find = cluster_mean if known is None else cluster_features
+        labels = find(mean, clusters, generator, affinity)
+    if known is not None:
+        spectra = feature_spectra(mean, labels)
+    else:
+        spectra = local_spectra(mean, labels, spectrum(mean))
     stages = run_stages(spectra, variance_threshold, gap_threshold, coverage)
     columns = cut(reduce_columns(stages.columns, orthogonalize, order), budget)
     details = {
@@ -140,7 +155,10 @@ def local_global(
         "order": order,
         "budget": budget,
         "class_weight": class_weight,
+        "affinity": affinity,
     }
+    if known is not None:
+        details |= {"features": mean.shape[1], "second_projection": known.second}
     info = DistillationInfo(
         method="local_global",
         class_mean=kernel.dim() == 3,

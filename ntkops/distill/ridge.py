@@ -15,7 +15,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..errors import DtypeError, SingularKernelError
-from ..operators.capabilities import multiply
+from ..operators.capabilities import multiply, taken_columns
 from ..regression import KernelRidge
 from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange
@@ -29,6 +29,9 @@ from ._kernels import Kernels, read_kernels
 __all__ = ["DistilledRidge"]
 
 _WIDTH = 64  # columns of K U that are made at a time
+_ROWS = 2**13  # rows that are in float64 at a time
+_TALL = 2**24  # entries of K U above which there is one array of them: 0.13 GB in float64
+_ENTRIES = 2**23  # of columns of K U that are made at a time
 
 
 class DistilledRidge:
@@ -89,15 +92,16 @@ class DistilledRidge:
         ridges = read_ridges(self.ridge)
         self.scale_ = mean_diagonal(K) if self.relative else 1.0
         columns = layout.columns(labels.double())  # (*batch, m, k)
-        U = self.U.double()
         products = self._products(K)  # K U, (*batch, m, s)
-        small = U.mT @ products
+        small = self._inside(products)
         small = (small + small.mT) / 2  # Uᵀ K U, (*batch, s, s)
         scaled = [ridge * self.scale_ for ridge in ridges]
-        solver = _nystrom if self.fit_method == "nystrom" else _sketch
-        self._inner, self._whitening, beta = solver(products, small, U, columns, layout, scaled, K.dtype)
+        if self.fit_method == "nystrom":
+            self._inner, self._whitening, beta = _nystrom(products, small, columns, layout, scaled, K.dtype)
+        else:
+            self._inner, self._whitening, beta = _sketch(small, self._inside(columns), layout, scaled)
         self._K, self._layout = K, layout
-        self._dual = U @ beta  # (*batch, m, k)
+        self._dual = self._combined(beta)  # (*batch, m, k)
         self.rank_ = beta.shape[-2] if self._whitening is None else self._whitening.shape[-1]
         self.ridge_, self.solve_info_ = self._inner.ridge_, self._inner.solve_info_
         path = self._inner.ridge_path_
@@ -107,13 +111,32 @@ class DistilledRidge:
         return self
 
     def _products(self, K: LinearOperator) -> Tensor:
-        """Return K U in float64, ``(*batch, m, s)``."""
-        batch = K.shape[:-2]
-        parts = [
-            multiply(K, part.expand(*batch, *part.shape[-2:]).contiguous())
-            for part in self.U.split(_WIDTH, dim=-1)
-        ]
-        return torch.cat(parts, dim=-1).double()
+        """Return K U, ``(*batch, m, s)``: the columns that U selects, or products."""
+        batch, size = K.shape[:-2], self.U.shape[-1]
+        found = torch.empty((*K.shape[:-1], size), dtype=K.dtype, device=K.device)
+        width = max(1, min(_WIDTH, _ENTRIES // max(1, K.shape[:-1].numel())))
+        for start in range(0, size, width):
+            some = slice(start, start + width)
+            if self.indices is not None:
+                found[..., some] = taken_columns(K, self.indices[some])
+            else:
+                part = self.U[..., some]
+                found[..., some] = multiply(K, part.expand(*batch, *part.shape[-2:]).contiguous())
+        return found
+
+    def _inside(self, block: Tensor) -> Tensor:
+        """Return Uᵀ V in float64, ``(*batch, s, k)``, some rows at a time."""
+        if self.indices is not None:
+            return block[..., self.indices, :].double()
+        parts = zip(self.U.split(_ROWS, dim=-2), block.split(_ROWS, dim=-2), strict=True)
+        return torch.stack([some.double().mT @ rows.double() for some, rows in parts]).sum(0)
+
+    def _combined(self, beta: Tensor) -> Tensor:
+        """Return U β in float64, ``(*batch, m, k)``."""
+        if self.indices is not None:
+            found = beta.new_zeros((*beta.shape[:-2], self.U.shape[-2], beta.shape[-1]))
+            return found.index_copy(-2, self.indices, beta)
+        return torch.cat([rows.double() @ beta for rows in self.U.split(_ROWS, dim=-2)], dim=-2)
 
     def predict(self, K_cross: Kernels) -> Tensor:
         """Return f(x*) = K_* U β.
@@ -202,8 +225,9 @@ class DistilledRidge:
         if self._whitening is None:
             found = self._inner.variance(rows, prior)
         else:
-            new = DenseLinearOperator(rows @ self._whitening)
-            seen = DenseLinearOperator(self._features_of_fit().mT)
+            features = self._features_of_fit()
+            new = DenseLinearOperator((rows @ self._whitening).to(features.dtype))
+            seen = DenseLinearOperator(features.mT)
             found = self._inner.variance(MatmulLinearOperator(new, seen), prior)
         return self._layout.restore_rows(found) if self._layout.kind == "flat" else found
 
@@ -231,7 +255,7 @@ class DistilledRidge:
 
     def _cross_features(self, kernel: LinearOperator) -> Tensor:
         """Return K_* U in float64, ``(*batch, M, s)``."""
-        return self._products(kernel)
+        return self._products(kernel).double()
 
     def _read_cross(self, K_cross: Any) -> LinearOperator:
         kernel = read_kernels(K_cross, "the cross kernel")
@@ -275,17 +299,9 @@ def _labels_of(layout: Layout, columns: Tensor) -> Tensor:
     return found.squeeze(-1) if layout.kind == "flat" else found
 
 
-def _sketch(
-    products: Tensor,
-    small: Tensor,
-    U: Tensor,
-    columns: Tensor,
-    layout: Layout,
-    ridges: list[float],
-    dtype: torch.dtype,
-) -> _Solved:
+def _sketch(small: Tensor, targets: Tensor, layout: Layout, ridges: list[float]) -> _Solved:
     """Solve (Uᵀ K U + r) β = Uᵀ Y."""
-    labels = _flat_labels(layout, (U.mT @ columns))
+    labels = _flat_labels(layout, targets)
     inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False).fit(small, labels)
     return inner, None, _columns_of(layout, inner.dual_coef_)
 
@@ -293,7 +309,6 @@ def _sketch(
 def _nystrom(
     products: Tensor,
     small: Tensor,
-    U: Tensor,
     columns: Tensor,
     layout: Layout,
     ridges: list[float],
@@ -301,7 +316,7 @@ def _nystrom(
 ) -> _Solved:
     """Minimise |Y - K U β|² + r βᵀ Uᵀ K U β, as a regression on K U (Uᵀ K U)^{-1/2}."""
     whitening = _whitening(small, dtype)  # (*batch, s, r)
-    features = products @ whitening
+    features = _whitened(products, whitening)
     kernel = RootLinearOperator(DenseLinearOperator(require_finite(features, "the distilled features")))
     inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False, "features")
     inner.fit(kernel, _flat_labels(layout, columns))
@@ -310,7 +325,18 @@ def _nystrom(
     unit = unit.expand(*features.shape[:-2], *unit.shape)
     at_units = MatmulLinearOperator(DenseLinearOperator(unit), DenseLinearOperator(features.mT))
     weights = _columns_of(layout, inner.predict(at_units))
-    return inner, whitening, whitening @ weights
+    return inner, whitening, whitening @ weights.double()
+
+
+def _whitened(products: Tensor, whitening: Tensor) -> Tensor:
+    """Return K U W, in float64; of very many products in their own place."""
+    rank = whitening.shape[-1]
+    if products.numel() <= _TALL:
+        return products.double() @ whitening
+    for start in range(0, products.shape[-2], _ROWS):
+        rows = slice(start, start + _ROWS)
+        products[..., rows, :rank] = (products[..., rows, :].double() @ whitening).to(products.dtype)
+    return products[..., :rank]
 
 
 def _whitening(small: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,9 @@ from ..errors import InputError, ZeroKernelError
 from ..estimators._request import checked_generator
 from ..solvers import pivoted_cholesky, rpcholesky
 from ._balance import class_members, class_quotas
+from ._features import COPIES, KernelFeatures, narrow_features
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
-from ._medoids import farthest_points, medoids
+from ._medoids import farthest_points, feature_medoids, medoids
 from ._record import recording
 from .class_mean import class_mean
 from .distilled import Distilled
@@ -70,7 +71,9 @@ def select(
         details are then those of each class. Cost: "random" no products,
         "fps", "rpcholesky" and "greedy" the diagonal and a column a point (some more for rejected
         proposals); "leverage" and "kmedoids" the dense m × m kernel, and O(m³) or O(m² s) operations a
-        round.
+        round. Of projected kernels whose dense matrix has no room the features stand in, for the mean of
+        several after a second random projection to k (``info.details["second_projection"]``): O(m k²) and
+        O(m s k) a round, "kmedoids" from one start and without swaps.
 
     Raises:
         InputError: If an option is not understood or out of range, or labels are no class numbers.
@@ -103,10 +106,12 @@ def select(
     with recording() as record:
         mean = class_mean(kernels)
         if members is None:
-            chosen, details = _METHODS[method](_Choice(mean, count, ridge, generator))
+            chosen, details = _METHODS[method](_Choice(mean, count, ridge, generator, kernels))
         else:
             parts = [
-                _METHODS[method](_Choice(mean[own, :][:, own], size, ridge, generator))
+                _METHODS[method](
+                    _Choice(mean[own, :][:, own], size, ridge, generator, kernels[..., own, :][..., own])
+                )
                 for own, size in zip(members, class_quotas([len(own) for own in members], count), strict=True)
             ]
             chosen = torch.cat([own[found] for own, (found, _) in zip(members, parts, strict=True)])
@@ -131,12 +136,18 @@ class _Choice:
         count: Number of points.
         ridge: Relative ridge.
         generator: Source of draws.
+        kernels: What the kernel is, or is the mean of.
     """
 
     kernel: LinearOperator
     count: int
     ridge: float
     generator: torch.Generator
+    kernels: LinearOperator
+
+    def features(self) -> KernelFeatures | None:
+        """Return features of the kernel where its dense matrix has no room."""
+        return narrow_features(self.kernels, None, self.generator)
 
     def columns(self, chosen: Tensor) -> Tensor:
         return columns_of(self.kernel, chosen)
@@ -164,19 +175,36 @@ def _random(choice: _Choice) -> _Found:
 
 
 def _leverage(choice: _Choice) -> _Found:
-    why = "method='leverage' inverts the kernel ('rpcholesky' needs columns alone)"
-    dense = dense_of(choice.kernel, why)
-    mean = float(_require_energy(dense.diagonal()).mean())
-    values, vectors = torch.linalg.eigh(dense / mean)
-    values = values.clamp(min=0)
-    scores = vectors.square() @ (values / (values + choice.ridge))
+    known = choice.features()
+    if known is not None:  # [K (K + r)⁻¹]_ii = φ_iᵀ (FᵀF + r)⁻¹ φ_i
+        mean = float(_require_energy(known.diagonal()).mean())
+        values, vectors = torch.linalg.eigh(known.rows.mT @ known.rows / mean)
+        scores = (known.rows @ vectors).square_() @ (1 / (mean * (values.clamp(min=0) + choice.ridge)))
+    else:
+        why = "method='leverage' inverts the kernel ('rpcholesky' needs columns alone)"
+        dense = dense_of(choice.kernel, why, COPIES)
+        mean = float(_require_energy(dense.diagonal()).mean())
+        values, vectors = torch.linalg.eigh(dense / mean)
+        values = values.clamp(min=0)
+        scores = vectors.square_() @ (values / (values + choice.ridge))
     # Points without energy come last, and only where nothing else is left.
     chances = scores.cpu().clamp(min=1e-12 * float(scores.max()))
     chosen = torch.multinomial(chances, choice.count, generator=choice.generator)
-    return chosen, {"leverage": scores, "effective_dimension": float(scores.sum())}
+    details = {"leverage": scores, "effective_dimension": float(scores.sum())}
+    return chosen, details | _described(known)
+
+
+def _described(known: KernelFeatures | None) -> dict[str, Any]:
+    """Return what there is to say of features that stood in for the dense kernel."""
+    return {} if known is None else {"features": known.rows.shape[1], "second_projection": known.second}
 
 
 def _kmedoids(choice: _Choice) -> _Found:
+    known = choice.features()
+    if known is not None:
+        _require_energy(known.diagonal())
+        found, cost = feature_medoids(known.rows, choice.count, choice.generator)
+        return torch.tensor(found), {"inertia": cost, **_described(known)}
     why = "method='kmedoids' compares all points ('fps' needs columns alone)"
     dense = dense_of(choice.kernel, why)
     _require_energy(dense.diagonal())
@@ -197,7 +225,7 @@ def _rpcholesky(choice: _Choice) -> _Found:
         choice.columns,
         diagonal,
         choice.count,
-        block_size=min(25, max(1, choice.count // 4)),
+        block_size=min(100, max(1, choice.count // 4)),  # each is one pass through all gradients
         generator=choice.generator,
     )
     return found.pivots, {"missing": float(found.residual.sum()) / found.trace}

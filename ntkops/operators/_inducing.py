@@ -176,7 +176,7 @@ def _by_rule(
         kernel_columns(traced),
         capabilities(traced).diagonal(),
         number,
-        block_size=25,
+        block_size=min(100, max(25, number // 4)),  # each block is one pass through all gradients
         entries=kernel_entries(traced),
         generator=generator,
     )

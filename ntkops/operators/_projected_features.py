@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ __all__ = ["feature_rows"]
 
 
 def feature_rows(
-    engine: Engine, params: tuple[Tensor, ...], axis: StateAxis, projection: Projection
+    engine: Engine,
+    params: tuple[Tensor, ...],
+    axis: StateAxis,
+    projection: Projection,
+    make: Callable[[torch.Size, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the rows of J Pᵀ of an axis.
 
@@ -29,6 +33,8 @@ def feature_rows(
         params: The selected parameters, snapshot or live.
         axis: Which rows.
         projection: P.
+        make: Makes what the features of whole samples are written to, from its shape and a tensor like it;
+            None for memory. Where a graph is recorded nothing is written to.
 
     Returns:
         ``(*batch, n, R·k)``. Cost: one per-sample pass for each distinct output; memory: the result, and
@@ -36,30 +42,54 @@ def feature_rows(
     """
     distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
     if _has_factors(engine, projection):
-        features = _from_factors(engine, params, axis.inputs, distinct, projection)
+        tiles = iter((_from_factors(engine, params, axis.inputs, distinct, projection),))
     else:
-        features = _from_rows(engine, params, axis.inputs, distinct, projection)
+        tiles = _from_rows(engine, params, axis.inputs, distinct, projection)
+    arranged = (
+        tile[:, index.to(tile.device)].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (M, B·r, R·k)
+        for tile in tiles
+    )
+    if torch.is_grad_enabled():  # a graph may be recorded, or a transform at work
+        rows = torch.cat(list(arranged), dim=1)
+    else:
+        rows = _put_together(arranged, index, axis.inputs.num_samples, projection, make)
     engine.count_rows(axis.inputs.num_samples * len(distinct), axis.inputs)
-    gathered = features[:, index.to(features.device)]  # (N, M, R, r, k)
-    rows = gathered.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (M, N·r, R·k)
     if axis.index is not None:
         rows = rows[:, axis.index.to(rows.device)]
     return rows.reshape(*axis.batch_shape, *rows.shape[1:])
 
 
+def _put_together(
+    tiles: Iterator[Tensor],
+    index: Tensor,
+    num_samples: int,
+    projection: Projection,
+    make: Callable[[torch.Size, Tensor], Tensor] | None,
+) -> Tensor:
+    """Return ``(M, N·r, R·k)``: every tile goes to its place at once, and no two copies exist of any."""
+    members, terms, width = index.shape
+    rows, start = None, 0
+    for tile in tiles:
+        if rows is None:
+            shape = torch.Size((members, num_samples * width, terms * projection.k))
+            rows = tile.new_empty(shape) if make is None else make(shape, tile)
+        rows[:, start : start + tile.shape[1]] = tile
+        start += tile.shape[1]
+    assert rows is not None
+    return rows
+
+
 def _from_rows(
     engine: Engine, params: tuple[Tensor, ...], inputs: Inputs, outputs: Tensor, projection: Projection
-) -> Tensor:
-    """Return ``(N, u, k)`` from rows of J that are written down, some samples and outputs at a time."""
-    fitting = engine.tile_samples(1)
-    tiles = []
+) -> Iterator[Tensor]:
+    """Yield ``(B, u, k)`` from rows of J that are written down, some samples and outputs at a time."""
+    fitting = max(1, engine.tile_samples(1) // 4)  # making and projecting rows take as much again, each
     for _, _, part in sample_slices(inputs, max(1, fitting // len(outputs))):
         pieces = []
         for chosen in outputs.split(max(1, min(fitting, len(outputs)))):
             rows = engine.jacobian_tile(params, part, chosen)  # (B, u', P)
             pieces.append(projection.apply(rows))
-        tiles.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        yield pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _has_factors(engine: Engine, projection: Projection) -> bool:

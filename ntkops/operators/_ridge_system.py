@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from ..solvers import (
 )
 from ..solvers._outcome import check_options
 from ..spectra import function_trace
-from .capabilities import capabilities, dense_from_tiles, multiply
+from .capabilities import capabilities, dense_from_tiles, multiply, taken_columns
 from .indexing import IndexedOperator
 
 __all__ = [
@@ -258,14 +259,8 @@ def batch_position(number: int, batch: torch.Size) -> tuple[int, ...]:
 
 
 def kernel_columns(kernel: LinearOperator) -> Any:
-    """Return the function that evaluates columns of a kernel, by products with unit vectors."""
-
-    def columns(chosen: Tensor) -> Tensor:
-        unit = torch.zeros((kernel.shape[-1], len(chosen)), dtype=kernel.dtype, device=kernel.device)
-        unit[chosen, torch.arange(len(chosen))] = 1
-        return multiply(kernel, unit)
-
-    return columns
+    """Return the function that evaluates columns of a kernel."""
+    return functools.partial(taken_columns, kernel)
 
 
 def kernel_entries(kernel: LinearOperator) -> Any:

@@ -34,9 +34,11 @@ __all__ = [
     "dense_bytes_allowed",
     "dense_from_tiles",
     "fits_dense",
+    "by_unit_columns",
     "multiply",
     "paired_tiles",
     "register",
+    "taken_columns",
     "tile_count",
     "tile_slices",
 ]
@@ -123,6 +125,10 @@ class Capabilities:
         for rows in tile_slices(own.shape[-2], size):
             for tile in capabilities(own[..., rows, :]).tiles(size):
                 yield Tile(rows, tile.cols, tile.block)
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return dense columns ``(*batch, n, b)``, given ``(b,)`` numbers: products with unit columns."""
+        return by_unit_columns(self, chosen)
 
     def diagonal_step(self) -> int:
         """Return the samples of the parts in which a diagonal is made; the rows where there are no parts."""
@@ -304,7 +310,7 @@ def capabilities(operator: LinearOperator | Tensor | Capabilities) -> Any:
     return operator if isinstance(operator, Capabilities) else _kind(operator)
 
 
-def multiply(operator: LinearOperator | Tensor, block: Tensor) -> Tensor:
+def multiply(operator: LinearOperator | Tensor | Capabilities, block: Tensor) -> Tensor:
     """Return ``operator @ block`` without a graph, its passes counted and its entries checked.
 
     Our engines report the passes that they make; columns that another operator or a dense tensor multiplies
@@ -324,11 +330,48 @@ def multiply(operator: LinearOperator | Tensor, block: Tensor) -> Tensor:
         result: Tensor = capabilities(operator).counted_product(block)
     if not bool(torch.isfinite(result).all()):
         column = int((~torch.isfinite(result)).flatten(0, -2).any(0).nonzero()[0])
+        own: Any = getattr(operator, "operator", operator)
         raise NonFiniteError(
-            f"the product of a {tuple(operator.shape)} operator ({type(operator).__name__}) with column "
-            f"{column} holds NaN or infinity: entries of the operator do, or they overflow {operator.dtype}"
+            f"the product of a {tuple(own.shape)} operator ({type(own).__name__}) with column "
+            f"{column} holds NaN or infinity: entries of the operator do, or they overflow {own.dtype}"
         )
     return result
+
+
+def taken_columns(operator: LinearOperator | Tensor, chosen: Tensor) -> Tensor:
+    """Return dense columns of an operator, without a graph.
+
+    A product with unit columns makes what a product with any columns makes: gradients of all samples for each
+    of them, or factors that pay for many. The columns themselves are a block between all rows and a few.
+
+    Args:
+        operator: ``(*batch, n, m)``.
+        chosen: ``(b,)`` numbers of columns, int64.
+
+    Returns:
+        ``(*batch, n, b)``. Cost: of a network's kernel the block, one per-sample pass for each output; of a
+        projected one b dot products a row; of what knows no entries b products.
+
+    Raises:
+        NonFiniteError: If an entry is not finite.
+    """
+    with torch.no_grad():
+        found: Tensor = capabilities(operator).take_columns(chosen)
+    finite = torch.isfinite(found)
+    if not bool(finite.all()):
+        column = int((~finite).flatten(0, -2).any(0).nonzero()[0])
+        raise NonFiniteError(
+            f"column {int(chosen[column])} of a {tuple(operator.shape)} operator "
+            f"({type(operator).__name__}) holds NaN or infinity"
+        )
+    return found
+
+
+def by_unit_columns(operator: Any, chosen: Tensor) -> Tensor:
+    """Return the product of an operator with some unit columns."""
+    unit = torch.zeros((operator.shape[-1], len(chosen)), dtype=operator.dtype, device=operator.device)
+    unit[chosen.to(unit.device), torch.arange(len(chosen), device=unit.device)] = 1
+    return multiply(operator, unit.expand(*operator.shape[:-2], *unit.shape))
 
 
 # -- tiles

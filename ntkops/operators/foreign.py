@@ -51,6 +51,9 @@ class _Dense(ByColumns):
         for rows, cols in self._corners(size, upper):
             yield Tile(rows, cols, self._tensor[..., rows, cols])
 
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        return self._tensor[..., chosen.to(self.device)]
+
     def exact_cost(self, quantity: str) -> float:
         return 0
 
@@ -151,6 +154,12 @@ class _Sum(_OfParts):
         both = quantity == "tiles" and not self.symmetric
         return sum(part.exact_cost(quantity) * (2 if both and part.symmetric else 1) for part in self.parts)
 
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        if self.space.is_spread:
+            return super().take_columns(chosen)
+        columns = [part.take_columns(chosen) for part in self.parts]
+        return sum(columns[1:], start=columns[0])
+
     def counted_product(self, block: Tensor) -> Tensor:
         products = [part.counted_product(block) for part in self.parts]
         return sum(products[1:], start=products[0])
@@ -202,6 +211,12 @@ class _Multiple(_OfBase):
             return None
         left, right = (ConstantMulLinearOperator(factor, self._constant.sqrt()) for factor in found)
         return left, right
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        if self.space.is_spread:
+            return super().take_columns(chosen)
+        constant: Tensor = self.operator.expanded_constant
+        return constant * self._base.take_columns(chosen)
 
     def counted_product(self, block: Tensor) -> Tensor:
         constant: Tensor = self.operator.expanded_constant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -10,11 +11,15 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..engines import tensor_bytes
 from ..errors import ShapeError
+from .capabilities import by_unit_columns, capabilities, dense_from_tiles
 from .dense import DenseOperator
 from .positions import require_index
 
 __all__ = ["IndexedOperator"]
+
+_SMALL = 2**27  # bytes of a dense block that may be made for columns, as it may for products
 
 
 class IndexedOperator(DenseOperator):
@@ -49,6 +54,23 @@ class IndexedOperator(DenseOperator):
         """
         first, second = (_as_index(i) for i in (rows, cols))
         return self._getitem(first, second, *(slice(None),) * len(self.batch_shape))
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return dense columns ``(*batch, n, b)``: the block between all rows and those, or what is stored.
+
+        Args:
+            chosen: ``(b,)`` numbers of columns.
+        """
+        small = tensor_bytes(self.shape, self.dtype) <= _SMALL
+        stored = self._dense_if_cheaper(len(chosen)) if small else self._stored_dense()
+        if stored is not None:
+            return stored[..., chosen.to(stored.device)]
+        # A column that is wanted twice is made once; a block of a kernel has no repeated rows.
+        numbers, place = torch.unique(chosen.cpu(), return_inverse=True)
+        block = self._getitem(slice(None), numbers, *(slice(None) for _ in self.batch_shape))
+        if math.isfinite(capabilities(block).exact_cost("tiles")):
+            return dense_from_tiles(block)[..., place.to(self.device)]
+        return by_unit_columns(self, chosen)  # above the limit of backward passes
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))

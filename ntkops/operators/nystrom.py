@@ -34,7 +34,6 @@ from .capabilities import (
     capabilities,
     dense_bytes_allowed,
     dense_from_tiles,
-    multiply,
     tile_slices,
 )
 from .dense import DenseFallbacks
@@ -160,11 +159,10 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
     def tiles(self, size: int | None = None) -> Iterator[Tile]:
         """Yield products of features; of a symmetric kernel those on and above the diagonal."""
         size = size or self.tile_size()
-        left = torch.cat([part for _, part in feature_blocks(self._left, self._root)], dim=-1)
+        left = features_of(self._left, self._root)
         right = left
         if not self.symmetric:
-            blocks = feature_blocks(self._right, self._root)
-            right = torch.cat([part for _, part in blocks], dim=-1)
+            right = features_of(self._right, self._root)
         for rows in tile_slices(self.shape[-2], size):
             for cols in tile_slices(self.shape[-1], size):
                 if not self.symmetric or cols.start >= rows.start:
@@ -186,10 +184,10 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
     # dense results
 
     def features(self) -> Tensor:
-        """Return F = K_XZ K_ZZ^{-1/2} with K_nys = F Fᵀ, by products.
+        """Return F = K_XZ K_ZZ^{-1/2} with K_nys = F Fᵀ, some rows at a time.
 
         Returns:
-            ``(*batch, n, r)``. Cost: one product with K_XZ for each of r columns.
+            ``(*batch, n, r)``. Cost: the blocks of K_XZ, one per-sample pass for each output.
 
         Raises:
             DenseMemoryError: If it exceeds ``max_dense_bytes`` and has more than r = 512 columns.
@@ -200,7 +198,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
                 f"the features need {format_bytes(needed)}, above max_dense_bytes="
                 f"{format_bytes(self.max_dense_bytes)}: take fewer inducing points, or raise it"
             )
-        return torch.cat([part for _, part in feature_blocks(self._left, self._root)], dim=-1)
+        return features_of(self._left, self._root)
 
     def to_dense(self) -> Tensor:
         """Return the dense kernel, guarded by ``max_dense_bytes``.
@@ -230,13 +228,12 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
 
     def _diagonal(self) -> Tensor:
         if self.symmetric:
-            blocks = (part.double().square().sum(-1) for _, part in feature_blocks(self._left, self._root))
-            return sum(blocks, start=torch.zeros((), dtype=torch.float64, device=self.device)).to(self.dtype)
-        pairs = zip(
-            feature_blocks(self._left, self._root), feature_blocks(self._right, self._root), strict=True
-        )
-        found = sum(((a.double() * b.double()).sum(-1) for (_, a), (_, b) in pairs), start=torch.tensor(0.0))
-        return found.to(self.dtype)
+            found = self._root.new_empty(self.shape[:-1])
+            for rows, part in feature_rows(self._left, self._root):
+                found[..., rows] = part.double().square().sum(-1).to(self.dtype)
+            return found
+        left, right = (features_of(side, self._root) for side in (self._left, self._right))
+        return (left.double() * right.double()).sum(-1).to(self.dtype)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))
@@ -371,12 +368,28 @@ def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return root.to(dtype), ranks
 
 
-def feature_blocks(cross: LinearOperator, root: Tensor, width: int = 64) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of columns of F = K_XZ W."""
-    for columns in tile_slices(root.shape[-1], width):
-        with full_precision(root.device):
-            block = multiply(cross, root[..., columns])
-        yield columns, block
+def feature_rows(cross: LinearOperator, root: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of F = K_XZ W, ``(*batch, r, width)``, in order: no more of K_XZ is there at once."""
+    rows, found = slice(0, 0), root.new_zeros(())
+    with torch.no_grad():
+        for tile in capabilities(cross).all_tiles():
+            with full_precision(root.device):
+                part = tile.block @ root[..., tile.cols, :]
+            if tile.rows == rows:
+                found = found + part
+                continue
+            if rows.stop:
+                yield rows, found
+            rows, found = tile.rows, part
+    yield rows, found
+
+
+def features_of(cross: LinearOperator, root: Tensor) -> Tensor:
+    """Return F = K_XZ W, ``(*batch, n, width)``."""
+    made = root.new_empty((*cross.shape[:-1], root.shape[-1]))
+    for rows, found in feature_rows(cross, root):
+        made[..., rows, :] = found
+    return made
 
 
 def dense_by_tiles(operator: LinearOperator) -> Tensor:

@@ -66,6 +66,10 @@ class _Jacobian(ByColumns):
         result: Tensor = self.operator._matmul(block)
         return result
 
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        found: Tensor = self.operator.take_columns(chosen)
+        return found
+
     def product_cost(self) -> int:
         cost: int = self.operator.product_cost()
         return cost

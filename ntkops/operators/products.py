@@ -93,11 +93,11 @@ class Core:
         """Whether rows and columns are the same axis, so that the operator is J Jᵀ."""
         return self.rows is self.columns
 
-    def with_axes(self, rows: Axis, columns: Axis) -> Core:
+    def with_axes(self, rows: Axis, columns: Axis) -> Self:
         """Return the same core over other axes."""
         return dataclasses.replace(self, rows=rows, columns=columns, spending=Spending())
 
-    def map_axes(self, change: Callable[[Axis], Axis]) -> Core:
+    def map_axes(self, change: Callable[[Axis], Axis]) -> Self:
         """Apply a change to both axes, keeping a shared axis shared."""
         rows = change(self.rows)
         return self.with_axes(rows, rows if self.symmetric else change(self.columns))

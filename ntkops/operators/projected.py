@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, Self
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -31,9 +35,46 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProjectedCore(Core):
-    """The core of an operator that is seen through a projection."""
+    """The core of an operator that is seen through a projection.
+
+    Attributes:
+        projection: P.
+        files: Where features lie that are in files, or None where they are in memory.
+    """
 
     projection: Projection | None = None
+    files: FeatureFiles | None = None
+
+
+class FeatureFiles:
+    """Features in files of a directory, by what they are features of; removed with the last operator.
+
+    Args:
+        directory: An existing directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ntkops-features-", dir=directory))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._held: dict[object, Tensor] = {}
+
+    def get(self, key: object) -> Tensor | None:
+        """Return features that were made."""
+        return self._held.get(key)
+
+    def make(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Return a tensor in a new file."""
+        path = self._folder / str(len(self._held))
+        mapped = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=like.dtype)
+        return mapped.reshape(shape)
+
+    def put(self, key: object, features: Tensor) -> None:
+        """Keep features."""
+        self._held[key] = features
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the files out of a pickle: what reads it makes features anew, in a place of its own."""
+        return FeatureFiles, (Path(tempfile.gettempdir()),)
 
 
 class _ProjectedOperator(EngineOperator):
@@ -79,13 +120,17 @@ class _ProjectedOperator(EngineOperator):
     def _held(self, axis: StateAxis) -> Tensor | None:
         """Return features that are kept."""
         key = self._features_key(axis)
-        return None if key is None else shared_store.get(self._core.engine.identity, key)
+        if key is None:
+            return None
+        files, owner = self._core.files, self._core.engine.identity
+        return shared_store.get(owner, key) if files is None else files.get((owner, key))
 
     def _may_hold(self, axis: StateAxis) -> bool:
-        """Whether features may be kept for the next product."""
-        return self._held(axis) is not None or (
-            self._features_key(axis) is not None and self._features_bytes(axis) <= self._core.max_dense_bytes
-        )
+        """Whether features may be kept for the next product: in a file always."""
+        if self._held(axis) is not None:
+            return True
+        fits = self._core.files is not None or self._features_bytes(axis) <= self._core.max_dense_bytes
+        return fits and self._features_key(axis) is not None
 
     def _make_features(self, axis: StateAxis, params: Sequence[Tensor] | None = None) -> Tensor:
         """Return the features of an axis, kept ones or new ones, ``(*batch, n, R·k)``."""
@@ -95,10 +140,13 @@ class _ProjectedOperator(EngineOperator):
         held = self._held(axis)
         if held is not None:
             return held
+        key, files = self._features_key(axis), self._core.files
+        make = None if key is None or files is None else files.make
         with torch.no_grad():
-            features = feature_rows(self._core.engine, chosen, axis, self.projection)
-        key = self._features_key(axis)
-        if key is not None and self._features_bytes(axis) <= self._core.max_dense_bytes:
+            features = feature_rows(self._core.engine, chosen, axis, self.projection, make)
+        if key is not None and files is not None:
+            files.put((self._core.engine.identity, key), features)
+        elif key is not None and self._features_bytes(axis) <= self._core.max_dense_bytes:
             shared_store.put(self._core.engine.identity, key, features)
         return features
 
@@ -187,7 +235,10 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
 
     def _features_of(self, axis: StateAxis) -> FeatureOperator:
         beside = ParameterAxis.beside(axis, self.projection.k)
-        return FeatureOperator(*self._args, core=self._core.with_axes(axis, beside))
+        core = self._core.with_axes(axis, beside)
+        if core.files is not None:  # they are no matter of memory
+            core = dataclasses.replace(core, limit=2**63 - 1)
+        return FeatureOperator(*self._args, core=core)
 
     def features(self) -> Tensor:
         """Return the features of the rows, J(x₁) Pᵀ.
@@ -201,6 +252,29 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
             DenseMemoryError: If they exceed ``max_dense_bytes``.
         """
         return self.left.to_dense()
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return dense columns ``(*batch, n, b)``, from features that are kept or made block by block.
+
+        Args:
+            chosen: ``(b,)`` numbers of columns.
+
+        Returns:
+            The columns. Cost: the features, where they are not there yet.
+        """
+        self._check_fresh()
+        rows, columns = self._rows, self._columns
+        with torch.no_grad(), self._core.engine.linearization.full_precision():
+            if self._may_hold(columns):
+                right = self._make_features(columns)[..., chosen.to(self.device), :]
+            else:
+                right = self._make_features(columns.take(chosen))
+            if self._may_hold(rows):
+                return self._make_features(rows) @ right.mT
+            found = torch.empty((*self.shape[:-1], len(chosen)), dtype=self.dtype, device=self.device)
+            for part in tile_slices(self.shape[-2], self.tile_size()):
+                found[..., part, :] = self._make_features(rows.take(part)) @ right.mT
+            return found
 
     def sample_gram(self, cotangents: Tensor) -> NoReturn:
         """Refuse: Gram matrices of per-sample gradients are those of the kernel itself.

@@ -42,7 +42,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
 
     ``J @ D @ J.mT``, ``S.mT @ K @ S`` and ``D @ K @ D`` are made of them, and `sandwich` makes one. Where a
     product reads the same from both ends it is known to be symmetric, and where its middle has a square root
-    it knows features: K = F Fᵀ. See `ntkops.operators.structure`.
+    it knows features: K = F Fᵀ. See `ntkops.operators.capabilities`.
 
     Args:
         left_linear_op: ``(*batch, n, p)``.

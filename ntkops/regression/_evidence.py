@@ -40,13 +40,13 @@ class Evidence:
     @classmethod
     def of(cls, factor: SpectralFactor, rhs: Tensor, dtype: torch.dtype) -> Evidence:
         """Return it from all eigenpairs that K has; ``dtype`` is that in which K was computed."""
-        components = factor.vectors.mT @ rhs
-        size, rank = factor.vectors.shape[-2:]
+        components = factor.components(rhs)
+        size, rank = factor.size, factor.values.shape[-1]
         complete = factor.rest == "none"
         # Where features vanish their singular vectors mean nothing: K is zero there, as outside the span.
         kept = factor.kept
         components = torch.where(kept.unsqueeze(-1), components, 0.0)
-        outside = torch.zeros_like(rhs) if complete else rhs - factor.vectors @ components
+        outside = torch.zeros_like(rhs) if complete else rhs - factor.combined(components)
         least, largest = factor.values.amin(-1), factor.values.amax(-1)
         rounding = eigenvalue_rounding(largest, dtype, size)
         return cls(

@@ -129,8 +129,21 @@ class SpectralFactor:
         self.inverse = torch.where(self.kept, 1 / (values + ridge), torch.zeros_like(values))
         self.remainder_norm = self.inverse.amax(-1) if rest == "none" else torch.ones_like(self.largest)
 
+    @property
+    def size(self) -> int:
+        """Number n of rows."""
+        return self.vectors.shape[-2]
+
+    def components(self, rhs: Tensor) -> Tensor:
+        """Return Y along the eigenvectors, ``(*batch, r, k)``."""
+        return self.vectors.mT @ rhs
+
+    def combined(self, components: Tensor) -> Tensor:
+        """Return the combinations of eigenvectors with these components, ``(*batch, n, k)``."""
+        return self.vectors @ components
+
     def _apply(self, weights: Tensor, rhs: Tensor) -> Tensor:
-        return self.vectors @ (weights.unsqueeze(-1) * (self.vectors.mT @ rhs))
+        return self.combined(weights.unsqueeze(-1) * self.components(rhs))
 
     def within(self, rhs: Tensor) -> Tensor:
         """Return A⁻¹ on the span of the eigenvectors: the part of the dual that predicts."""
@@ -140,10 +153,10 @@ class SpectralFactor:
         return self.remainder(rhs) / self.ridge if self.rest == "zero" else self.within(rhs)
 
     def energy(self, rhs: Tensor) -> float:
-        components = torch.where(self.kept.unsqueeze(-1), self.vectors.mT @ rhs, 0.0)
+        components = torch.where(self.kept.unsqueeze(-1), self.components(rhs), 0.0)
         found = (components.square() * self.inverse.unsqueeze(-1)).sum()
         if self.rest == "zero":  # squares: yᵀ (A⁻¹ y) would lose what lies in the span to cancellation
-            found = found + (rhs - self.vectors @ components).square().sum() / self.ridge
+            found = found + (rhs - self.combined(components)).square().sum() / self.ridge
         return float(found)
 
     def remainder(self, rhs: Tensor) -> Tensor:

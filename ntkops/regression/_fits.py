@@ -18,6 +18,7 @@ from ._evidence import Evidence
 from ._factorizations import CholeskyFactor, Factorization, SpectralFactor
 from ._operands import Kernel, dense_rows, to_float64
 from ._rounding import precise_product
+from ._tall_features import TallFeatures
 
 __all__ = [
     "DenseFit",
@@ -244,16 +245,16 @@ class FeatureFit(DenseFit):
 
     Args:
         factor: Thin factor of F Fᵀ.
-        features: ``(*batch, n, p)`` F, float64.
+        features: ``(*batch, n, p)`` F.
         rhs: ``(*batch, n, k)`` right-hand sides, float64.
         info: How it was found.
     """
 
-    def __init__(self, factor: SpectralFactor, features: Tensor, rhs: Tensor, info: SolveInfo) -> None:
+    def __init__(self, factor: SpectralFactor, features: TallFeatures, rhs: Tensor, info: SolveInfo) -> None:
         super().__init__(factor, rhs, info)
         self._features = features
         self._spectrum = factor
-        self.weights = features.mT @ self.active  # (*batch, p, k)
+        self.weights = features.pull(self.active)  # (*batch, p, k)
 
     def predict(self, K_cross: Kernel) -> Prediction:
         """Return φ(x*)ᵀ w where the cross kernel has these features, else K_* α.
@@ -269,7 +270,7 @@ class FeatureFit(DenseFit):
         # those of nearly the same features are nearly the same, and predict what another kernel does.
         trial = torch.randn(self._features.shape[-2], 1, generator=torch.Generator().manual_seed(0))
         trial = trial.to(right.device, right.dtype).expand(*right.shape[:-2], -1, 1)
-        pulled, expected = multiply(right.mT, trial).double(), self._features.mT @ trial.double()
+        pulled, expected = multiply(right.mT, trial).double(), self._features.pull(trial.double())
         if not bool((pulled - expected).norm() <= torch.finfo(right.dtype).eps ** 0.5 * expected.norm()):
             return super().predict(K_cross)
         return precise_product(left, self.weights)

@@ -36,6 +36,7 @@ from ._fits import (
 )
 from ._operands import Kernel, dense_of, dense_rows, is_spread, may_be_dense, require_finite, to_float64
 from ._rounding import is_stored, largest_eigenvalue, precise_product, raise_by_name, warn_of_rounding
+from ._tall_features import TallFactor, TallFeatures
 
 __all__ = [
     "IterativeFit",
@@ -225,6 +226,7 @@ def _finished(solution: Tensor, info: SolveInfo) -> Solution:
 METHODS = ("cg", "eigh", "cholesky", "lsmr", "nystrom", "features")
 _DIRECT = 5000  # rows or features up to which a factorisation is a matter of seconds
 _INDEFINITE = 10  # times the rounding, below which a negative eigenvalue is one
+_TALL = 2**24  # entries of features above which they are read by blocks: 0.13 GB in float64
 _ENTRIES = 10**8  # of a dense matrix, all classes together: 0.8 GB in float64
 
 Path = tuple[Tensor, Tensor]
@@ -341,7 +343,7 @@ def _few_features(K: Kernel) -> bool:
     factors = known.factors() if known.symmetric else None
     if factors is None or factors[0].shape[-1] >= min(K.shape[-1], _DIRECT):
         return False
-    return factors[0].shape.numel() <= _ENTRIES and may_be_dense(factors[0])
+    return may_be_dense(factors[0])
 
 
 def solve(method: str, problem: Problem) -> Solved:
@@ -394,15 +396,18 @@ def _features(problem: Problem) -> Solved:
             "does not: take a projected kernel, a RootLinearOperator(F), or another method"
         )
     with torch.no_grad():
-        features = require_finite(dense_of(found[0]), "the features").double()
-    factor, ridge, path = _thin(problem, features, exact=True)
+        features = dense_of(found[0])
+    tall = features.numel() > _TALL and features.shape[-1] < problem.size
+    features = features if tall else require_finite(features, "the features").double()
+    rows = TallFeatures(features)
+    factor, ridge, path = _tall(problem, rows) if tall else _thin(problem, features, exact=True)
     dual = factor.dual(problem.rhs)
-    rest = problem.rhs - features @ (features.mT @ dual) - ridge * dual
+    rest = problem.rhs - rows.push(rows.pull(dual)) - ridge * dual
     # Small ridges make coefficients that float64 does not resolve, beside weights that it does.
-    resolved = bool((_primal_residuals(features, factor, problem.rhs) <= problem.tol).all())
+    resolved = bool((_primal_residuals(rows, factor, problem.rhs) <= problem.tol).all())
     residuals = relative_residuals(rest, problem.rhs)
     info = solve_info("features", residuals, problem.tol, started, aloud=not resolved)
-    return Solved(FeatureFit(factor, features, problem.rhs, info), ridge, path)
+    return Solved(FeatureFit(factor, rows, problem.rhs, info), ridge, path)
 
 
 def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralFactor, float, Path | None]:
@@ -425,10 +430,7 @@ def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralF
             # Of F Fᵀ no entry is computed: singular values of F are rounded, by eps σmax.
             require_regular(values, ridge, torch.float64, problem.scale)
         elif ridge == 0:
-            raise SingularKernelError(
-                f"a kernel of {features.shape[-1]} features has rank {features.shape[-1]} at most, and "
-                f"{problem.size} rows: without a ridge it has no inverse; pass ridge=1e-6 or more"
-            )
+            raise SingularKernelError(_no_inverse(features.shape[-1], problem.size))
         return (
             SpectralFactor(values, left, ridge, "none")
             if full
@@ -436,6 +438,31 @@ def _thin(problem: Problem, features: Tensor, *, exact: bool) -> tuple[SpectralF
         )
 
     return _select(problem, factor, torch.float64)
+
+
+def _tall(problem: Problem, features: TallFeatures) -> tuple[SpectralFactor, float, Path | None]:
+    """Return what `_thin` does for features of so many rows that a second array of them has no room.
+
+    Raises:
+        SingularKernelError: If there is no ridge: features fewer than rows leave K singular.
+    """
+    _, singular, right = torch.linalg.svd(features.triangle())
+    size = features.shape[-2]
+    seen = singular > size * torch.finfo(torch.float64).eps * singular.amax(-1, keepdim=True)
+
+    def factor(ridge: float) -> SpectralFactor:
+        if ridge == 0:
+            raise SingularKernelError(_no_inverse(features.shape[-1], size))
+        return TallFactor(features, singular, right.mT, ridge, seen)
+
+    return _select(problem, factor, torch.float64)
+
+
+def _no_inverse(width: int, size: int) -> str:
+    return (
+        f"a kernel of {width} features has rank {width} at most, and {size} rows: without a ridge it has no "
+        "inverse; pass ridge=1e-6 or more"
+    )
 
 
 def _nystrom(problem: Problem) -> Solved:
@@ -459,15 +486,15 @@ def _nystrom(problem: Problem) -> Solved:
     whitening = (vectors * scale.unsqueeze(-2))[..., -rank:]
     features = columns @ whitening
     factor, ridge, path = _thin(problem, features, exact=False)
-    residuals = _primal_residuals(features, factor, problem.rhs)
+    residuals = _primal_residuals(TallFeatures(features), factor, problem.rhs)
     info = solve_info("nystrom", residuals, problem.tol, started, products=len(chosen), seed=seed)
     return Solved(NystromFit(factor, whitening, features, chosen, problem.rhs, info), ridge, path)
 
 
-def _primal_residuals(features: Tensor, factor: SpectralFactor, rhs: Tensor) -> Tensor:
+def _primal_residuals(features: TallFeatures, factor: SpectralFactor, rhs: Tensor) -> Tensor:
     """Return the residual of (Fᵀ F + ridge) w = Fᵀ y, relative to |F| |y|: no 1 / ridge enters it."""
-    weights = features.mT @ factor.within(rhs)
-    rest = features.mT @ (rhs - features @ weights) - factor.ridge * weights
+    weights = features.pull(factor.within(rhs))
+    rest = features.pull(rhs - features.push(weights)) - factor.ridge * weights
     size = factor.values.amax(-1).sqrt()[..., None, None]
     return relative_residuals(rest / size, rhs)
 

@@ -20,6 +20,8 @@ from ..vectors import resolve_generator
 
 __all__ = ["PivotedFactor", "pivoted_cholesky", "rpcholesky"]
 
+_ROWS = 2**16  # of the factor that are in float64 at a time
+
 Columns = Callable[[Tensor], Tensor]
 Entries = Callable[[Tensor], Tensor]
 
@@ -233,7 +235,9 @@ class _Growing:
         """Add one column to the factor; what is left of a pivot is recomputed from the column."""
         size = len(self._pivots)
         known = self._factor[:, :size]
-        rest = column - (known.double() @ known[pivot].double())
+        row, rest = known[pivot].double(), column.clone()
+        for start in range(0, len(rest), _ROWS):  # a float64 copy of the whole factor would double it
+            rest[start : start + _ROWS] -= known[start : start + _ROWS].double() @ row
         left = float(rest[pivot])
         if left <= self._cutoff:
             self.residual[pivot] = 0.0
@@ -247,7 +251,7 @@ class _Growing:
         """Return the factor as it is."""
         rank = len(self._pivots)
         pivots = torch.tensor(self._pivots, dtype=torch.int64, device=self._factor.device)
-        factor = self._factor[:, :rank].clone()
+        factor = self._factor if rank == self._factor.shape[1] else self._factor[:, :rank].clone()
         return PivotedFactor(factor, pivots, self.residual, self._trace, self._products, method, seed)
 
 

@@ -47,7 +47,7 @@ def test_stages_are_those_written_by_hand(report) -> None:
         metrics.mean_squared_error(expected, truth), rel=1e-6
     )
     some = ntkops.ntk(model, x[:30], outputs="each")
-    seen = ntkops.projected_ntk(some, SJLT(dim=some.num_parameters, k=90, seed=0))
+    seen = ntkops.projected_ntk(some, 90, generator=torch.Generator().manual_seed(0))
     found = distil(seen, logits[:30]).fit(seen, logits[:30], ridge=1e-6)
     error = metrics.mean_squared_error(found.predict(seen.cross(x_new)), truth)
     assert report.distilled.mean_squared_error == pytest.approx(error, rel=1e-6)
@@ -125,3 +125,28 @@ def test_k_near_m_is_warned_of() -> None:
 def test_messages(arguments, message) -> None:
     with pytest.raises(InputError, match=message):
         chain(network(), samples(12, 1), samples(4, 2), **arguments)
+
+
+def test_a_projected_baseline_asks_for_no_kernel_of_all_parameters(tmp_path) -> None:
+    x, x_new = samples(60, 1), samples(20, 2)
+    options = {"data": x[:30], "projection": 24, "gradients": distil, "ridge": 1e-2}
+    found = chain(network(), x, x_new, baseline="projected", memmap=tmp_path, **options)
+    assert [run.stages for run in found.stages] == [
+        ("projection",),
+        ("data", "projection"),
+        ("data", "projection", "gradients"),
+    ]
+    assert sorted(found.ablations) == ["data", "gradients"]
+    assert {run.num_features for run in (*found.stages, *found.ablations.values())} == {24}
+    # Runs that share their features pay for them each.
+    shared = [run.steps for run in (found.full, found.ablations["data"])]
+    assert shared[0][0] == shared[1][0] and shared[0][0].passes.per_sample > 0
+    plain = chain(network(), x, x_new, **options)
+    for one, other in ((found.distilled, plain.distilled), (found.full, plain.ablations["data"])):
+        assert one.num_points == other.num_points
+    assert found.distilled.mean_squared_error == pytest.approx(plain.distilled.mean_squared_error, rel=1e-9)
+
+
+def test_a_projected_baseline_needs_a_projection() -> None:
+    with pytest.raises(InputError, match="'projected' with a projection"):
+        chain(network(), samples(12, 1), samples(4, 2), gradients=distil, baseline="projected")

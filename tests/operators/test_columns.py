@@ -1,0 +1,105 @@
+"""Columns that are taken are those of the dense kernel, and no product with unit columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from linear_operator.operators import DenseLinearOperator, LinearOperator
+from ntkops.operators.columns import taken_columns
+from torch import Tensor, nn
+
+import ntkops
+from ntkops.distill import class_mean
+from ntkops.errors import NonFiniteError
+from ntkops.operators import nystrom_ntk
+
+CHOSEN = torch.tensor([7, 0, 7, 3])
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sin(self.first(x)) * torch.sigmoid(self.gate(x)))
+
+
+def rows_of_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Return ``(C, N, P)`` by torch.autograd alone."""
+    parameters, found = list(model.parameters()), []
+    for output in model(x).flatten():
+        gradients = torch.autograd.grad(output, parameters, retain_graph=True)
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(found).unflatten(0, (len(x), -1)).transpose(0, 1)
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model, x = Gated().double(), torch.randn(9, 3, dtype=torch.float64)
+    return model, x, rows_of_gradients(model, x)
+
+
+KINDS: dict[str, Callable[[nn.Module, Tensor], LinearOperator]] = {
+    "each": lambda model, x: ntkops.ntk(model, x, outputs="each"),
+    "trace": lambda model, x: ntkops.ntk(model, x, outputs="trace"),
+    "never dense": lambda model, x: ntkops.ntk(model, x, outputs="each", max_dense_bytes=0),
+    "mean": lambda model, x: class_mean(ntkops.ntk(model, x, outputs="each")),
+    "weighted mean": lambda model, x: class_mean(
+        ntkops.ntk(model, x, outputs="each"), weights=torch.tensor([1.0, 3.0], dtype=torch.float64) / 4
+    ),
+    "sum": lambda model, x: ntkops.ntk(model, x, outputs="trace") * 2 + torch.eye(9, dtype=torch.float64),
+    "ridge": lambda model, x: ntkops.ntk(model, x, outputs="trace").add_jitter(0.5),
+    "stacked": lambda model, x: class_mean([ntkops.ntk(model, x, outputs=c) for c in (0, 1)]),
+    "nystrom": lambda model, x: nystrom_ntk(ntkops.ntk(model, x, outputs="each"), range(9)),
+    "dense": lambda model, x: DenseLinearOperator(ntkops.ntk(model, x, outputs="each").to_dense().detach()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_are_those_of_a_reference_without_the_library(kind, problem) -> None:
+    model, x, rows = problem
+    each = rows @ rows.mT
+    expected = {
+        "trace": each.sum(0),
+        "mean": each.mean(0),
+        "weighted mean": 0.25 * each[0] + 0.75 * each[1],
+        "sum": 2 * each.sum(0) + torch.eye(9, dtype=torch.float64),
+        "ridge": each.sum(0) + 0.5 * torch.eye(9, dtype=torch.float64),
+        "stacked": each.mean(0),
+    }.get(kind, each)[..., CHOSEN]
+    found = taken_columns(KINDS[kind](model, x), CHOSEN)
+    assert found.shape == expected.shape
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(each.abs().max()))
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.parametrize("mean", [False, True])
+def test_columns_of_a_projected_kernel(limit, mean, problem) -> None:
+    model, x, rows = problem
+    generator = torch.Generator().manual_seed(0)
+    P = torch.randn(7, rows.shape[-1], dtype=torch.float64, generator=generator)
+    K = ntkops.projected_ntk(ntkops.ntk(model, x, outputs="each"), P, max_dense_bytes=limit)
+    expected = (rows @ P.mT @ (rows @ P.mT).mT)[..., CHOSEN]
+    found = taken_columns(class_mean(K) if mean else K, CHOSEN)
+    torch.testing.assert_close(found, expected.mean(0) if mean else expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_column_of_a_networks_kernel_makes_no_product(problem) -> None:
+    model, x, _ = problem
+    K = ntkops.ntk(model, x, outputs="each", max_dense_bytes=0)
+    with ntkops.count_passes() as passes:
+        taken_columns(K, CHOSEN)
+    assert passes.count.jvp == passes.count.vjp == 0
+
+
+def test_a_column_that_is_not_finite_is_named() -> None:
+    K = torch.eye(4)
+    K[2, 3] = torch.nan
+    with pytest.raises(NonFiniteError, match="column 3"):
+        taken_columns(K, torch.tensor([0, 3]))
