@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ntkops
 from ntkops.engines import report_passes
-from ntkops.vectors import Space
+from ntkops.operators.capabilities import Capabilities
 
 __all__ = ["HELD_OUT", "Known", "network_spectra", "networks", "turned"]
 
@@ -106,7 +106,7 @@ class _States(nn.Module):
         return states
 
 
-class Known(LinearOperator):
+class Known(LinearOperator, Capabilities):
     """K = J Jᵀ by its factor, counting a vjp and a jvp a column, and refusing to become dense.
 
     Args:
@@ -138,10 +138,16 @@ class Known(LinearOperator):
     def _transpose_nonbatch(self) -> Known:
         return self
 
-    @property
-    def structure(self) -> _KnownStructure:
-        """What it can do beyond products: offer its factor."""
-        return _KnownStructure(self)
+    symmetric = True
+
+    def factors(self) -> tuple[LinearOperator, LinearOperator]:
+        """Return J twice."""
+        factor = _Factor(self.factor)
+        return factor, factor
+
+    def exact_cost(self, quantity: str) -> float:
+        """Return infinity: the exact value is out of reach."""
+        return math.inf
 
 
 class _Factor(LinearOperator):
@@ -159,31 +165,6 @@ class _Factor(LinearOperator):
 
     def _transpose_nonbatch(self) -> _Factor:
         return _Factor(self.matrix.mT)
-
-
-class _KnownStructure:
-    """The structure of a kernel whose exact value is out of reach."""
-
-    symmetric = True
-
-    def __init__(self, operator: Known) -> None:
-        self.operator = operator
-        self.shape, self.dtype = operator.shape, operator.factor.dtype
-        self.device = operator.factor.device
-
-    @property
-    def space(self) -> Space:
-        return Space(self.shape[-2], self.dtype, self.device)
-
-    def factors(self) -> tuple[LinearOperator, LinearOperator]:
-        factor = _Factor(self.operator.factor)
-        return factor, factor
-
-    def exact_cost(self, quantity: str) -> float:
-        return math.inf
-
-    def sample_gram(self, probes: Tensor) -> None:
-        return None
 
 
 def turned(values: Tensor, angle: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -180,7 +180,7 @@ def gradients(rank: int, count: int, total: int, folder: Path, victim: int | Non
     x = samples("mlp", last, first)[0 : last - first]
     kernel: Any = ntkops.ntk(network("mlp"), x, group="world")
     b = _columns(total, first, last, 2)
-    ridge = 1e-2 * float(kernel.space.sum(kernel.structure.diagonal())) / kernel.space.size
+    ridge = 1e-2 * float(kernel.space.sum(kernel.diagonal())) / kernel.space.size
     reached = [0]
 
     def after(iteration: Any) -> None:

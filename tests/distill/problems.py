@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkops.engines import report_passes
+from ntkops.operators.capabilities import Capabilities
 from tests.estimators.problems import OnlyProducts
 
 CLASSES, POINTS, FEATURES = 4, 40, 60
@@ -35,7 +36,7 @@ def coefficients(size: int = 6, dtype=torch.float64, seed: int = 9, points: int 
     return torch.randn(points, size, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-class Forbidden(OnlyProducts):
+class Forbidden(OnlyProducts, Capabilities):
     """Class kernels that multiply, know their diagonal, and may never be dense."""
 
     max_dense_bytes = 0
@@ -44,9 +45,16 @@ class Forbidden(OnlyProducts):
         report_passes(products=rhs.shape[-1])
         return super()._matmul(rhs)
 
-    @property
-    def structure(self):
-        return _Structure(self)
+    symmetric = True
+
+    def _diagonal(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+    def tiles(self, size=None):
+        raise AssertionError("made dense")
+
+    def exact_cost(self, quantity: str) -> float:
+        return float("inf") if quantity == "tiles" else 0.0
 
     def _transpose_nonbatch(self) -> Forbidden:
         return self
@@ -57,35 +65,6 @@ class Forbidden(OnlyProducts):
     def _getitem(self, *index):
         rows, columns, *batch = index
         return Forbidden(self.matrix[(*batch, rows, slice(None))][..., columns], self.columns)
-
-
-class _Structure:
-    symmetric = True
-
-    def __init__(self, operator: Forbidden) -> None:
-        from ntkops.vectors import Space
-
-        self.operator = operator
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self.space = Space(self.shape[-2], self.dtype)
-
-    def diagonal(self) -> Tensor:
-        return self.operator.matrix.diagonal(dim1=-2, dim2=-1)
-
-    def tile_size(self) -> int:
-        return 512
-
-    def tiles(self, size=None):
-        raise AssertionError("made dense")
-
-    def exact_cost(self, quantity: str) -> float:
-        return float("inf") if quantity == "tiles" else 0.0
-
-    def factors(self):
-        return None
-
-    def sample_gram(self, probes):
-        return None
 
 
 def full_predictions(K: Tensor, Y: Tensor, ridge: float, K_cross: Tensor) -> Tensor:
