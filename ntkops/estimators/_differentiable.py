@@ -443,7 +443,7 @@ def _with_error(
     given: Sequence[Operand],
     method: str,
 ) -> Estimate:
-    eps = torch.finfo(given[0].dtype).eps
+    eps = given[0].rounding
     return dataclasses.replace(
         result,
         stderr=summary.stderr,

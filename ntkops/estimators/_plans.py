@@ -91,7 +91,7 @@ class ScalarPlan:
         self.name, self.bounds = quantity.name, quantity.bounds
         self.space = operands[0].rows
         self.size = min(operands[0].rows.size, operands[0].columns.size)
-        self.eps = torch.finfo(operands[0].dtype).eps
+        self.eps = operands[0].rounding
         self.orthogonalize = orthogonalize
         if quantity in (TRACE, INNER) and all(map(_is_gram, operands)):
             self.bounds = (0.0, torch.inf)

@@ -84,7 +84,7 @@ class _Plan:
         operand.require_square(self.name)
         self._operand, self.operands = operand, [operand]
         self.space, self.size = operand.rows, operand.rows.size
-        self.eps = torch.finfo(operand.dtype).eps
+        self.eps = operand.rounding
 
     def exact_cost(self) -> float:
         return float(self._operand.capabilities.exact_cost("diagonal"))

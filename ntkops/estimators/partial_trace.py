@@ -152,7 +152,7 @@ class _Plan:
     def __init__(self, operand: Operand, axes: StateAxes) -> None:
         self._operand, self._axes, self.operands = operand, axes, [operand]
         self.space, self.size = operand.rows, axes.terms
-        self.eps = torch.finfo(operand.dtype).eps
+        self.eps = operand.rounding
         # Blocks of coupled samples come from one graph of all of them.
         self._over_nodes = axes.over_samples and operand.capabilities.is_coupled
         self._traced = self._traced_kernel()

@@ -91,7 +91,7 @@ class Sketch:
         if not isinstance(columns, int) or isinstance(columns, bool) or columns < 1:
             raise InputError(f"columns={columns!r}: pass a positive integer")
         drawn, self._seed = checked_generator(generator, operand.rows)
-        self._eps = torch.finfo(operand.dtype).eps
+        self._eps = operand.rounding
         self._shape, self._passes, self._seconds = operand.shape, 0, 0.0
         self._core = SketchCore([operand], drawn, distribution)
         self._grow(columns)

@@ -297,3 +297,16 @@ def test_above_the_limit_of_backwards_products_go_on_whatever_they_have_cost(dty
     torch.testing.assert_close(solution, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ntkops.errors.BackwardLimitError):
         limited.to_dense()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("n", [200, 1000])
+def test_rounding_of_long_sums_is_inside_the_interval(n, batched):
+    # A batched product with one column adds its n terms in longer runs than one without a batch does.
+    A = torch.full((n, n), 1e3)
+    found = ntkops.trace(
+        OnlyProducts(A[None] if batched else A), method="hutch++", num_passes=180, generator=generator(0)
+    )
+    low, high = found.interval
+    assert bool((low <= 1e3 * n).all()) and bool((high >= 1e3 * n).all())
+    assert float((high - low).max()) < 1e-4 * 1e3 * n
