@@ -202,14 +202,15 @@ def _table():
         low = itertools.cycle(ENGINES)
         for name in LAWS:
             usual, every = {next(turn)}, {(engine, torch.float64) for engine in ENGINES}
+            lower = [(next(low), torch.float32), (next(low), torch.bfloat16)]
             if name in IN_FULL:
                 usual |= every if kind in ALWAYS else set()
-                more = every | {(next(low), torch.float32), (next(low), torch.bfloat16)}
+                more = every | set(lower)
             else:
                 place = shift + list(LAWS).index(name)
                 two = itertools.islice(itertools.cycle(ENGINES), place % 4, place % 4 + 3, 2)
                 more = {(engine, torch.float64) for engine in two}
-                more.add((next(low), (torch.float32, torch.bfloat16)[place // 4 % 2]))
+                more.add(lower[place // 4 % 2])
             for engine, dtype in combinations:
                 if (engine, dtype) in usual | more:
                     marks = [] if (engine, dtype) in usual else [pytest.mark.long]
