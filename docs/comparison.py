@@ -1,4 +1,4 @@
-"""Build hook: the table and the chart of the performance page, from the results of the benchmarks.
+"""Build hook: table and chart of the performance page, and other figures, from the results of the benchmarks.
 
 No figure of theirs is written by hand: each is a ratio of CPU times on the same work, from `benchmarks/results`.
 """
@@ -184,8 +184,28 @@ def chart(found: dict[str, Bars]) -> str:
     return "".join([*parts, "</svg></div>"])
 
 
+def size() -> str:
+    """CPU seconds of exact work on the largest streams of images that were measured."""
+    streams = _read("scale")["streams"]
+
+    def largest(what: str) -> dict[str, Any]:
+        """The run of one kind with the most samples."""
+        return max(
+            (one for one in streams if one["what"] == what),
+            key=lambda one: one["samples"],
+        )
+
+    trace, norm = largest("trace, exact"), largest("norm, exact by tiles")
+    return (
+        f"{trace['cpu_s']:.0f} s for the exact trace of {trace['samples']:,} images, and "
+        f"{norm['cpu_s']:.0f} s for the exact norm of {norm['samples']:,}"
+    )
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put table and chart where the page asks for them."""
+    """Put table, chart and figures where a page asks for them."""
+    if "<!-- size -->" in markdown:
+        markdown = markdown.replace("<!-- size -->", size())
     if "<!-- comparison -->" not in markdown:
         return markdown
     found = measured()

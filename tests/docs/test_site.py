@@ -99,6 +99,14 @@ def test_figures_of_other_libraries_are_those_of_the_benchmarks() -> None:
 
 
 @built
+@pytest.mark.parametrize("page", PAGES)
+def test_no_formula_is_taken_for_emphasis(page: str) -> None:
+    text = (SITE / page).read_text(encoding="utf-8").split("<article", 1)[-1]
+    displayed = re.findall(r"<p>\$\$(.*?)</p>", text, re.DOTALL)
+    assert [formula for formula in displayed if "<" in formula] == []
+
+
+@built
 def test_formulas_need_no_network() -> None:
     for page in PAGES:
         text = (SITE / page).read_text(encoding="utf-8")
@@ -113,16 +121,22 @@ def code_lines() -> Iterator[tuple[str, str]]:
                 inside = not inside
             elif inside:
                 yield str(page.relative_to(ROOT)), line
+    for page in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                for line in "".join(cell["source"]).splitlines():
+                    yield str(page.relative_to(ROOT)), line
 
 
 def test_code_blocks_fit_into_80_columns() -> None:
     assert [(page, line) for page, line in code_lines() if len(line) > 80] == []
 
 
-# in a browser
-
+# In a browser, which dumps a page once it has all of it: an image, which comes when everything was looked at,
+# among it.
 MEASURE = """
 <!doctype html><body style="margin:0"><iframe id="frame" style="border:0;height:900px"></iframe>
+<img src="/wait">
 <script>
 const pages = PAGES_HERE, frame = document.getElementById("frame"), found = [];
 function load(page, width) {
@@ -164,13 +178,13 @@ function plain(inside) {
   result.id = "found";
   result.textContent = JSON.stringify(found);
   document.body.append(result);
+  fetch("/found");
 })();
 </script>
 """
 
 
-# Types each phrase into the site's own search, and reads the pages that it lists. A browser dumps a page once
-# it has all of it: an image, which comes when the search is over, among it.
+# Types each phrase into the site's own search, and reads the pages that it lists.
 SEARCH = """
 <!doctype html><body><iframe id="frame" src="/index.html" style="width:1400px;height:900px"></iframe>
 <img src="/wait">
@@ -253,7 +267,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             "/search": SEARCH.replace("PHRASES_HERE", json.dumps(phrases)),
         }
         if self.path in ("/wait", "/found"):
-            FOUND.set() if self.path == "/found" else FOUND.wait(120)
+            FOUND.set() if self.path == "/found" else FOUND.wait(230)
             self.send_error(404)
             return
         if self.path not in own:
@@ -270,7 +284,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def browse(page: str, profile: Path, *switches: str) -> Any:
+def browse(page: str, profile: Path) -> Any:
     """Return what a page of ours finds in a browser without a network."""
     assert BROWSER is not None
     FOUND.clear()
@@ -285,7 +299,6 @@ def browse(page: str, profile: Path, *switches: str) -> Any:
             f"--user-data-dir={profile}",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--window-size=1500,1000",
-            *switches,
             "--dump-dom",
             f"http://127.0.0.1:{server.server_port}/{page}",
         ]
@@ -299,9 +312,7 @@ def browse(page: str, profile: Path, *switches: str) -> Any:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What is seen of every page at two widths."""
-    result: list[dict[str, Any]] = browse(
-        "measure", tmp_path_factory.mktemp("profile"), "--virtual-time-budget=120000"
-    )
+    result: list[dict[str, Any]] = browse("measure", tmp_path_factory.mktemp("profile"))
     assert len(result) == 2 * len(PAGES)
     return result
 
