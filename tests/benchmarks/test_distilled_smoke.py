@@ -59,8 +59,8 @@ def test_the_page_shows_the_stored_result(distilled_ntk: ModuleType, stored: dic
     page = (ROOT / "docs/distilled_ntk.md").read_text(encoding="utf-8")
     claims = importlib.import_module("_distilled_claims")
     assert claims.markdown(stored) in page
-    for number in (1, 2, 3, 4, 5, 6, "7a", "7b", "7c", 8, 9):
-        name = f"images/distilled_figure{number}.png"
+    for number in ("headline", *(f"figure{i}" for i in (1, 2, 3, 4, 5, 6, 8, 9))):
+        name = f"images/distilled_{number}.png"
         assert name in page and (ROOT / "docs" / name).exists()
 
 
@@ -102,6 +102,13 @@ def test_data_are_read_from_a_file(distilled_ntk: ModuleType, tmp_path: Path) ->
     assert (
         data.title == "MNIST" and data.x.shape == (16, 1, 6, 6) and data.y_test.tolist() == [16, 17, 18, 19]
     )
+
+
+def test_nothing_is_said_to_save_that_saw_every_gradient(distilled_ntk: ModuleType, stored: dict) -> None:
+    tables = importlib.import_module("_distilled_tables")
+    rows = [line.split(" | ") for line in tables.markdown(stored).splitlines()]
+    seen = [cells for cells in rows if len(cells) > 2 and cells[1] == "gradients of all"]
+    assert len(seen) == 3 * 4 and all(cells[2].startswith("none") for cells in seen)
 
 
 def test_images_are_read_when_they_are_asked_for(distilled_ntk: ModuleType, tmp_path: Path) -> None:
