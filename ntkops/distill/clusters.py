@@ -42,7 +42,7 @@ def spectral_clusters(
     The affinity "cosine" is :math:`A_{ij} = \mathrm{clip}(K_{ij} / \sqrt{K_{ii} K_{jj}}, 0, 1)`. The "kernel"
     itself, which the paper takes, may have negative entries, and with them vertices of negative degree, which
     are refused. Of projected kernels whose dense matrix has no room the features stand in, as for `select`,
-    at O(n k²) operations; no entry is clipped then.
+    at O(n k²) operations, and the cosines are shifted, (1 + cos) / 2: to clip them takes all n² of them.
 
     Args:
         K: Kernel ``(n, n)``, or one for each class, ``(C, n, n)`` or a sequence of C: their mean is taken.
@@ -86,7 +86,7 @@ def check_affinity(affinity: str) -> None:
 
 
 def cluster_features(rows: Tensor, clusters: int, generator: torch.Generator, affinity: str) -> Tensor:
-    """Return the partition for the kernel F Fᵀ of features ``(n, k)``; no entry of it is clipped.
+    """Return the partition for the kernel F Fᵀ of features ``(n, k)``, by O(n k²) operations.
 
     Raises:
         InputError: If the number of clusters is out of range, or a degree is not positive.
@@ -97,8 +97,8 @@ def cluster_features(rows: Tensor, clusters: int, generator: torch.Generator, af
     seed = _checked_seed(lengths, clusters, generator)
     if clusters in (1, len(rows)):
         return _trivial(clusters, len(rows))
-    if affinity == "cosine":
-        rows = rows / lengths.unsqueeze(-1)
+    if affinity == "cosine":  # (1 + cos) / 2 is a kernel of one more feature, and what is clipped is not
+        rows = torch.cat([rows / lengths.unsqueeze(-1), torch.ones_like(rows[:, :1])], dim=-1) / 2**0.5
     scale = _positive(rows @ rows.sum(0)).rsqrt().unsqueeze(-1)
     # Leading eigenvectors of D^-1/2 A D^-1/2, each entry over the root of its degree: as in scikit-learn.
     scaled = scale * rows
@@ -161,8 +161,7 @@ def _positive(degrees: Tensor) -> Tensor:
         row = int((degrees <= 0).nonzero()[0])
         raise InputError(
             f"sample {row} has a degree of {float(degrees[row]):.3g}: its affinities to others are more "
-            "negative than positive; take affinity='cosine' on a dense kernel, which clips them, or pass the "
-            "number of each sample's cluster"
+            "negative than positive; take affinity='cosine', or pass the number of each sample's cluster"
         )
     return degrees
 

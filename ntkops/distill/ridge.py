@@ -228,7 +228,7 @@ class DistilledRidge:
             features = self._features_of_fit()
             new = DenseLinearOperator((rows @ self._whitening).to(features.dtype))
             seen = DenseLinearOperator(features.mT)
-            found = self._inner.variance(MatmulLinearOperator(new, seen), prior)
+            found = self._inner.variance(MatmulLinearOperator(new, seen), prior).double()
         return self._layout.restore_rows(found) if self._layout.kind == "flat" else found
 
     def score(self, K_cross: Kernels, Y: Tensor) -> float:
@@ -319,7 +319,7 @@ def _nystrom(
     features = _whitened(products, whitening)
     kernel = RootLinearOperator(DenseLinearOperator(require_finite(features, "the distilled features")))
     inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False, "features")
-    inner.fit(kernel, _flat_labels(layout, columns))
+    inner.fit(kernel, _flat_labels(layout, columns).to(features.dtype))  # which they came in
     # The weights are what the regression predicts at the unit vectors of the feature space.
     unit = torch.eye(features.shape[-1], dtype=features.dtype, device=features.device)
     unit = unit.expand(*features.shape[:-2], *unit.shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..engines import count_passes
 from ..engines.passes import report_passes
-from ..errors import NonFiniteError, ShapeError
+from ..errors import NonFiniteError, ShapeError, UnsupportedOperationError
 from ..model.context import full_precision
 from ..vectors import Space
 
@@ -354,9 +354,16 @@ def taken_columns(operator: LinearOperator | Tensor, chosen: Tensor) -> Tensor:
 
     Raises:
         NonFiniteError: If an entry is not finite.
+        UnsupportedOperationError: If the rows lie on several ranks.
     """
+    source = capabilities(operator)
+    if source.space.is_spread:
+        raise UnsupportedOperationError(
+            f"the rows of this {type(operator).__name__} lie on several ranks, and so do its columns: take "
+            "them on one process, of ntkops.ntk(model, x) without a group"
+        )
     with torch.no_grad():
-        found: Tensor = capabilities(operator).take_columns(chosen)
+        found: Tensor = source.take_columns(chosen)
     finite = torch.isfinite(found)
     if not bool(finite.all()):
         column = int((~finite).flatten(0, -2).any(0).nonzero()[0])

@@ -155,8 +155,6 @@ class _Sum(_OfParts):
         return sum(part.exact_cost(quantity) * (2 if both and part.symmetric else 1) for part in self.parts)
 
     def take_columns(self, chosen: Tensor) -> Tensor:
-        if self.space.is_spread:
-            return super().take_columns(chosen)
         columns = [part.take_columns(chosen) for part in self.parts]
         return sum(columns[1:], start=columns[0])
 
@@ -213,8 +211,6 @@ class _Multiple(_OfBase):
         return left, right
 
     def take_columns(self, chosen: Tensor) -> Tensor:
-        if self.space.is_spread:
-            return super().take_columns(chosen)
         constant: Tensor = self.operator.expanded_constant
         return constant * self._base.take_columns(chosen)
 

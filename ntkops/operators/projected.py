@@ -32,6 +32,8 @@ __all__ = [
     "ProjectionOperator",
 ]
 
+_ENTRIES = 2**21  # of features that are in float64 at a time
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProjectedCore(Core):
@@ -236,7 +238,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
     def _features_of(self, axis: StateAxis) -> FeatureOperator:
         beside = ParameterAxis.beside(axis, self.projection.k)
         core = self._core.with_axes(axis, beside)
-        if core.files is not None:  # they are no matter of memory
+        if self._core.files is not None:  # they are no matter of memory
             core = dataclasses.replace(core, limit=2**63 - 1)
         return FeatureOperator(*self._args, core=core)
 
@@ -398,7 +400,9 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         for part in tile_slices(self.shape[-2], self.tile_size()):
             left = self._feature_rows(rows, part)
             right = left if self.symmetric else self._feature_rows(columns, part)
-            parts.append((left.double() * right.double()).sum(-1).to(self.dtype))
+            step = max(1, _ENTRIES * left.shape[-2] // max(1, left.numel()))  # rows in float64 at a time
+            for one, other in zip(left.split(step, dim=-2), right.split(step, dim=-2), strict=True):
+                parts.append((one.double() * other.double()).sum(-1).to(self.dtype))
         return torch.cat(parts, dim=-1)
 
     def _get_diagonal(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .html import table_html
 from .passes import PassCount
@@ -69,7 +70,37 @@ class ChainRun:
     @property
     def passes(self) -> int:
         """Passes through the network of all steps, through few samples or many."""
-        return sum(step.passes.total - step.passes.products for step in self.steps)
+        return sum(map(_through_network, self.steps))
+
+    @property
+    def kernel_flops(self) -> float:
+        """Operations of the kernels between all points, m² k C: one for each number of each pair."""
+        return float(self.num_points) ** 2 * self.num_features * self.num_outputs
+
+    @property
+    def prediction_passes(self) -> int:
+        """Passes on the test side, which no stage saves: those of the step "prediction"."""
+        return sum(_through_network(step) for step in self.steps if step.name == "prediction")
+
+    @property
+    def prediction_seconds(self) -> float:
+        """Time on the test side."""
+        return sum(step.seconds for step in self.steps if step.name == "prediction")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, ready for JSON."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("stages", "steps")}
+        found = ("seconds", "passes", "kernel_flops", "prediction_passes", "prediction_seconds")
+        steps = [
+            {"name": step.name, "passes": _through_network(step), "seconds": step.seconds}
+            for step in self.steps
+        ]
+        return {
+            "stages": list(self.stages),
+            **plain,
+            **{name: getattr(self, name) for name in found},
+            "steps": steps,
+        }
 
     def __str__(self) -> str:
         """Show the stages and what they leave."""
@@ -79,6 +110,10 @@ class ChainRun:
             f"{' + '.join(self.stages) or 'nothing distilled'}: {self.num_points} points, "
             f"{self.num_features} features, {self.num_gradients} gradients{accuracy}{fidelity}"
         )
+
+
+def _through_network(step: ChainStep) -> int:
+    return step.passes.total - step.passes.products
 
 
 _HEADER = ("", "points", "features", "gradients", "accuracy", "fidelity", "seconds")
@@ -144,9 +179,28 @@ class ChainReport:
             run: One of the runs; None for the one with all stages.
 
         Returns:
-            "jacobian_rows", "gradient_bytes", "kernel_bytes" and "solve_flops" as ratios of the counts,
-            "seconds" as the ratio of what was really spent, distillation and prediction included.
+            "jacobian_rows", "gradient_bytes", "kernel_bytes", "kernel_flops" and "solve_flops" as ratios of
+            the counts, "seconds" as the ratio of what was really spent, distillation and prediction included.
         """
         run = run or self.distilled
-        counts = ("jacobian_rows", "gradient_bytes", "kernel_bytes", "solve_flops", "seconds")
+        counts = (
+            "jacobian_rows",
+            "gradient_bytes",
+            "kernel_bytes",
+            "kernel_flops",
+            "solve_flops",
+            "seconds",
+        )
         return {name: getattr(self.full, name) / max(getattr(run, name), 1e-12) for name in counts}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, ready for JSON.
+
+        Returns:
+            "stages": the runs as `ChainRun.to_dict` has them, "ablations": those by the stage left out. A
+            table of them is ``pandas.DataFrame(report.to_dict()["stages"])``.
+        """
+        return {
+            "stages": [run.to_dict() for run in self.stages],
+            "ablations": {name: run.to_dict() for name, run in self.ablations.items()},
+        }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,20 @@ def test_sizes_and_reductions(report) -> None:
     assert saved["gradient_bytes"] == pytest.approx(60 * parameters / (9 * 90))
     assert saved["solve_flops"] == pytest.approx((60 / 9) ** 3)
     assert "data + projection + gradients" in str(report.distilled)
+
+
+def test_a_report_is_plain_numbers_for_json(report) -> None:
+    found = json.loads(json.dumps(report.to_dict()))
+    assert [row["stages"] for row in found["stages"]] == [list(run.stages) for run in report.stages]
+    parameters = sum(p.numel() for p in network().parameters())
+    assert found["stages"][0]["kernel_flops"] == 60**2 * parameters * 3
+    assert report.reduction()["kernel_flops"] == pytest.approx(4 * parameters / 90)
+    for row, run in zip(found["stages"], report.stages, strict=True):
+        last = next(step for step in row["steps"] if step["name"] == "prediction")
+        assert row["prediction_passes"] == last["passes"] > 0
+        assert row["prediction_seconds"] == last["seconds"] > 0
+        assert row["passes"] == run.passes == sum(step["passes"] for step in row["steps"])
+    assert sorted(found["ablations"]) == ["data", "gradients", "projection"]
 
 
 def test_every_run_pays_for_its_gradients(report) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator
-from ntkops.operators.columns import taken_columns
 from torch import Tensor, nn
 
 import ntkops
 from ntkops.distill import class_mean
-from ntkops.errors import NonFiniteError
+from ntkops.errors import NonFiniteError, UnsupportedOperationError
 from ntkops.operators import nystrom_ntk
+from ntkops.operators.capabilities import taken_columns
 
 CHOSEN = torch.tensor([7, 0, 7, 3])
 
@@ -103,3 +103,17 @@ def test_a_column_that_is_not_finite_is_named() -> None:
     K[2, 3] = torch.nan
     with pytest.raises(NonFiniteError, match="column 3"):
         taken_columns(K, torch.tensor([0, 3]))
+
+
+def test_columns_over_ranks_are_refused(tmp_path, problem) -> None:
+    import torch.distributed as dist
+
+    model, x, _ = problem
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        K = ntkops.ntk(model, x, outputs="each", group="world")
+        for kernel in (K, ntkops.projected_ntk(K, 5, generator=torch.Generator().manual_seed(0))):
+            with pytest.raises(UnsupportedOperationError, match="several ranks"):
+                taken_columns(kernel, CHOSEN)
+    finally:
+        dist.destroy_process_group()

@@ -101,3 +101,15 @@ def test_refusals() -> None:
     F[30, 2] = torch.nan
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         KernelRidge(RIDGE, relative=False).fit(operator(F), labels(40))
+
+
+def test_distilled_gradients_of_a_float32_kernel_are_fitted_in_their_own_digits() -> None:
+    F, Y = features(3, 40, 5), labels(40, 3)
+    U = torch.tensor([3, 0, 17, 8])
+    single = Distilled.of((F @ F.mT).float(), U).fit((F @ F.mT).float(), Y.float(), ridge=RIDGE)
+    double = Distilled.of(F @ F.mT, U).fit(F @ F.mT, Y, ridge=RIDGE)
+    found, expected = single.predict((F @ F.mT).float()), double.predict(F @ F.mT)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    prior = (F @ F.mT).diagonal(dim1=-2, dim2=-1)
+    variances = single.variance((F @ F.mT).float(), prior), double.variance(F @ F.mT, prior)
+    torch.testing.assert_close(variances[0], variances[1], rtol=1e-3, atol=1e-3)
