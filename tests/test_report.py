@@ -21,10 +21,10 @@ import ntkops
 from ntkops import __main__ as command_line
 from ntkops import report
 from ntkops.errors import DeviceError, DtypeError, InputError, UnsupportedModelError
+from ntkops.report.drawing import format_with_error
 from ntkops.report.loading import parse_device, parse_dtype, place
 from ntkops.report.measures import number_of_steps
 from ntkops.report.record import prepare_directory, write_whole
-from ntkops.report.table import format_with_error
 from ntkops.results import Estimate
 
 PNG = b"\x89PNG\r\n\x1a\n"

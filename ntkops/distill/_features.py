@@ -12,7 +12,7 @@ from ..errors import NonFiniteError
 from ..operators.capabilities import capabilities
 from ..operators.projected import FeatureOperator
 from ..projections import SJLT
-from ._limits import has_room
+from ._kernels import has_room
 from .class_mean import class_shares
 
 __all__ = ["COPIES", "KernelFeatures", "narrow_features"]

@@ -20,8 +20,7 @@ from ..operators.capabilities import (
 )
 from ..operators.dense import DenseFallbacks
 from ..vectors import Space
-from ._limits import require_room
-from ._stack import apply
+from ._kernels import apply, require_room
 
 __all__ = ["DistilledOperator"]
 

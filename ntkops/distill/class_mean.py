@@ -14,8 +14,7 @@ from ..operators.axes import StateAxis
 from ..operators.base import EngineOperator
 from ..operators.capabilities import capabilities
 from ..operators.projected import ProjectedNTKOperator
-from ._kernels import Kernels, read_kernels
-from ._stack import MeanOperator
+from ._kernels import Kernels, MeanOperator, read_kernels
 
 __all__ = ["class_mean", "class_shares"]
 

@@ -18,7 +18,7 @@ from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
 from ..operators.capabilities import fits_dense
 from ..results import SpectralDensity
-from ..results.density import shares, smoothed
+from ..results.spectra import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
 from ._request import Operand, Request
 from .eigenvalues import eigenvalues_by_tiles

@@ -8,7 +8,6 @@ prop_cycle=plt.cycler(color=plotting.COLOURS))`` gives them to drawings of your 
 
 from ._axes import COLOURS
 from .calibration import plot_calibration
-from .density import plot_spectral_density
 from .distillation import (
     plot_by_size,
     plot_cluster_variance,
@@ -23,7 +22,7 @@ from .images import plot_images
 from .kernels import plot_kernel
 from .partition import plot_partition
 from .regression import plot_label_energy, plot_ridge_path
-from .spectra import plot_class_spectra, plot_spectrum, plot_truncation_ranks
+from .spectra import plot_class_spectra, plot_spectral_density, plot_spectrum, plot_truncation_ranks
 from .trajectory import plot_losses, plot_outputs
 
 __all__ = [

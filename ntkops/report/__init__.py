@@ -8,13 +8,11 @@ Everything here also works as a library:
 """
 
 from .command import add_command
-from .digits import Digits, classifier, load_digits, train
-from .figures import draw_figures
+from .drawing import draw_figures, format_estimate, print_report
 from .loading import load_data, load_model
 from .measures import Convergence, KernelReport, Report, Settings, build
 from .record import as_record, write_json
-from .subjects import Subject, accuracy, digits_subject, user_subject
-from .table import format_estimate, print_report
+from .subjects import Digits, Subject, accuracy, classifier, digits_subject, load_digits, train, user_subject
 
 __all__ = [
     # what it is about

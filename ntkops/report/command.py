@@ -16,14 +16,12 @@ import torch
 
 from ..engines.memory import format_bytes
 from ..errors import InputError, MissingDependencyError, NtkopsWarning
-from .digits import limited_threads
-from .figures import draw_figures
+from .drawing import draw_figures, print_report
 from .loading import parse_device, parse_dtype
 from .measures import Report, Settings, build, number_of_steps
 from .page import write_page
 from .record import as_record, environment, peak_memory_bytes, prepare_directory, write_json
-from .subjects import Subject, digits_subject, user_subject
-from .table import print_report
+from .subjects import Subject, digits_subject, limited_threads, user_subject
 
 __all__ = ["add_command"]
 

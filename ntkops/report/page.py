@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .drawing import format_estimate, print_report
 from .measures import KernelReport, Report
 from .record import write_whole
-from .table import format_estimate, print_report
 
 __all__ = ["write_page"]
 

@@ -3,16 +3,21 @@
 from .chain import ChainReport, ChainRun, ChainStep
 from .check import Check, CheckReport
 from .comparison import Comparison
-from .density import SpectralDensity
-from .distillation import DistillationInfo, SelectedInputs
-from .energy import EnergyGap
+from .distillation import (
+    Barycenter,
+    Containment,
+    DistillationInfo,
+    InducingPoints,
+    LocalGlobalProperties,
+    LocalGlobalTrial,
+    SelectedInputs,
+    SyntheticData,
+    VarianceTransfer,
+)
 from .engine import EngineInfo, LayerInfo
-from .estimate import Estimate
+from .estimate import Estimate, PassCount
 from .history import History
-from .local_global import Containment, LocalGlobalProperties, LocalGlobalTrial, VarianceTransfer
 from .partition import Partition
-from .passes import PassCount
-from .redundancy import Redundancy
 from .regression import (
     ErrorTerms,
     LeaveOneOut,
@@ -22,8 +27,7 @@ from .regression import (
     TruncationError,
 )
 from .solve import Solution, SolveInfo
-from .spectra import Eigenpairs, TruncationRank
-from .synthesis import Barycenter, InducingPoints, SyntheticData
+from .spectra import Eigenpairs, EnergyGap, Redundancy, SpectralDensity, TruncationRank
 from .trajectory import TrajectoryInfo
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .estimate import PassCount
 from .html import table_html
-from .passes import PassCount
 
 __all__ = ["ChainReport", "ChainRun", "ChainStep"]
 

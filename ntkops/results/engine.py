@@ -6,8 +6,8 @@ import warnings
 from dataclasses import dataclass, field
 
 from ..errors import NtkopsWarning
+from .estimate import PassCount
 from .html import facts_html, table_html
-from .passes import PassCount
 
 __all__ = ["EngineInfo", "LayerInfo"]
 
