@@ -16,6 +16,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from ..engines import tensor_bytes
 from ..errors import (
     InputError,
     NotConvergedError,
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 _ROUNDED = 1e-2  # of the length of predictions
+_LARGE = 2**28  # bytes of a dense kernel above which one product does not make it
+_WIDENED = 2**22  # entries of a stored float32 kernel that are in float64 at a time
 _OPERANDS = {"predictions": "cross kernel", "weights": "Jacobian"}
 _DOUBTFUL = 0.1  # relative bound of an error that is worth a warning: true ones are some ten times smaller
 # Rounding of a lazy product as a share of eps |K| |α|. In 260 products of random networks (one to three
@@ -180,7 +183,7 @@ def _precise(K: Kernel, block: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.zeros((*block.shape[:-2], block.shape[-1]), dtype=torch.float64, device=block.device)
     dense = _entries(K, block.shape[-1])
     if dense is not None:
-        return dense.double() @ block, none
+        return _times(dense, block), none
     if isinstance(K, DiagLinearOperator):
         return K._diagonal().double().unsqueeze(-1) * block, none
     if isinstance(K, SumLinearOperator):
@@ -215,4 +218,14 @@ def _entries(K: Kernel, columns: int) -> Tensor | None:
     if not isinstance(K, ProductOperator) or capabilities(K).space.is_spread:
         return None
     K._check_fresh()
+    if tensor_bytes(K.shape, K.dtype) > _LARGE:  # not made for one product, though a limit may allow it
+        return K._stored_dense()
     return K._dense_if_cheaper(columns)
+
+
+def _times(dense: Tensor, block: Tensor) -> Tensor:
+    """Return a stored matrix times a float64 block, some of its rows in float64 at a time."""
+    if dense.dtype == torch.float64:
+        return dense @ block
+    rows = max(1, _WIDENED // max(1, dense.shape[:-2].numel() * dense.shape[-1]))
+    return torch.cat([part.double() @ block for part in dense.split(rows, dim=-2)], dim=-2)
