@@ -26,18 +26,13 @@ from typing import Any
 
 import torch
 from linear_operator.operators import (
-    ConstantMulLinearOperator,
-    DenseLinearOperator,
-    DiagLinearOperator,
     LinearOperator,
-    SumLinearOperator,
 )
 from torch import Tensor
 
 from ..engines import count_passes
 from ..errors import InputError, UnsupportedOperationError, ZeroKernelError
-from ..operators.base import EngineOperator
-from ..operators.capabilities import tile_slices
+from ..operators.capabilities import capabilities, tile_slices
 from ..results import Estimate
 from ._quantities import ALIGNMENT, FROBENIUS_NORM, Inner, Quantity, exact_cost, exact_moments
 from ._request import Operand, Request, operands
@@ -57,13 +52,8 @@ def tensors_of(operator: LinearOperator | Tensor) -> tuple[Tensor, ...]:
     return (operator,) if isinstance(operator, Tensor) else operator.representation()
 
 
-def require_known(operator: LinearOperator | Tensor) -> None:
-    if isinstance(operator, SumLinearOperator):
-        for part in operator.linear_ops:
-            require_known(part)
-    elif isinstance(operator, ConstantMulLinearOperator):
-        require_known(operator.base_linear_op)
-    elif not isinstance(operator, Tensor | DenseLinearOperator | DiagLinearOperator | EngineOperator):
+def require_recordable(operator: LinearOperator | Tensor) -> None:
+    if not capabilities(operator).is_recordable:
         raise UnsupportedOperationError(
             f"a {type(operator).__name__} has no differentiable form here; kernels, Jacobians, dense "
             "tensors, diagonals, and sums and multiples of these have"
@@ -142,45 +132,6 @@ class Total:
         return result
 
 
-def block_part(operator: LinearOperator | Tensor, rows: slice, cols: slice) -> Tensor:
-    """Return a dense block ``(*batch, r, c)`` with its graph."""
-    if isinstance(operator, Tensor):
-        return operator[..., rows, cols]
-    if isinstance(operator, DenseLinearOperator):
-        return operator.tensor[..., rows, cols]
-    if isinstance(operator, SumLinearOperator):
-        blocks = [block_part(part, rows, cols) for part in operator.linear_ops]
-        return sum(blocks[1:], start=blocks[0])
-    if isinstance(operator, ConstantMulLinearOperator):
-        return operator.expanded_constant * block_part(operator.base_linear_op, rows, cols)
-    if isinstance(operator, DiagLinearOperator):
-        full = torch.diag_embed(operator._diagonal()[..., rows])
-        if rows == cols:
-            return full
-        return full.new_zeros((*full.shape[:-1], cols.stop - cols.start))
-    assert isinstance(operator, EngineOperator)
-    part = operator.submatrix(rows, cols)
-    part._check_fresh()
-    return part._dense_values(part._args)
-
-
-def diagonal_part(operator: LinearOperator | Tensor, rows: slice) -> Tensor:
-    """Return a part of the diagonal ``(*batch, r)`` with its graph."""
-    if isinstance(operator, Tensor):
-        return operator.diagonal(dim1=-2, dim2=-1)[..., rows]
-    if isinstance(operator, SumLinearOperator):
-        parts = [diagonal_part(part, rows) for part in operator.linear_ops]
-        return sum(parts[1:], start=parts[0])
-    if isinstance(operator, ConstantMulLinearOperator):
-        constant = operator._constant
-        return (constant.unsqueeze(-1) if constant.dim() else constant) * diagonal_part(
-            operator.base_linear_op, rows
-        )
-    if isinstance(operator, EngineOperator):
-        return operator.submatrix(rows, rows).diagonal()
-    return operator.diagonal()[..., rows]
-
-
 # -- quantities of live operators whose value can be differentiated with respect to the parameters
 
 
@@ -229,7 +180,7 @@ def differentiable_estimate(
         given[0].require_square(quantity.name)
     _require_live(operators)
     for operator in operators:
-        require_known(operator)
+        require_recordable(operator)
     start = time.perf_counter()
     with count_passes() as counter:
         with torch.no_grad():
@@ -318,7 +269,9 @@ def _exact(
 
 def _diagonal_terms(operand: Operand) -> list[Term]:
     def term(rows: slice) -> Term:
-        return lambda operators: diagonal_part(operators[0], rows).double().sum(-1, keepdim=True)
+        return lambda operators: (
+            capabilities(operators[0]).recorded_diagonal(rows).double().sum(-1, keepdim=True)
+        )
 
     return [term(rows) for rows in tile_slices(operand.shape[-1], operand.capabilities.tile_size())]
 
@@ -333,7 +286,7 @@ def _tile_terms(quantity: Quantity, given: Sequence[Operand]) -> list[Term]:
         mirrored = symmetric and cols.start > rows.start
 
         def sums(operators: Operators) -> Tensor:
-            blocks = [block_part(operator, rows, cols).double() for operator in operators]
+            blocks = [capabilities(operator).recorded_tile(rows, cols).double() for operator in operators]
             return (2.0 if mirrored else 1.0) * _tile_moments(quantity, blocks, rows == cols)
 
         return sums

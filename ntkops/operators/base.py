@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 
 from ..engines import EngineChoice, KernelShape, LayerwiseEngine, build_engine
 from ..model.watch import tracked
@@ -117,6 +118,20 @@ class EngineOperator(IndexedOperator):
             chunk_size=chunk_size,
         )
         return self._rebuild(dataclasses.replace(self._core, engine=built))
+
+    # dense parts with their graph
+
+    is_recordable = True
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        """Return a dense block ``(*batch, r, c)`` with its graph."""
+        part = self.submatrix(rows, cols)
+        part._check_fresh()
+        return part._dense_values(part._args)
+
+    def recorded_diagonal(self, rows: slice) -> Tensor:
+        """Return a part of the diagonal ``(*batch, r)`` with its graph."""
+        return self.submatrix(rows, rows).diagonal()
 
     # casting and gradients
 

@@ -76,10 +76,12 @@ class Capabilities:
         sample_shape: Samples and outputs, where the rows are all outputs of all samples; else None.
         layered: Whether layer structure covers all parameters, where several ranks have agreed on that.
         holds_ours: Whether an operator of ours, which counts its own passes, is inside.
+        is_recordable: Whether dense parts can be made with their graph.
     """
 
     symmetric: bool = False
     holds_ours: bool = True
+    is_recordable: bool = False
     is_coupled: bool = False
     of_samples: bool = False
     sample_shape: tuple[int, int] | None = None
@@ -145,6 +147,14 @@ class Capabilities:
         own: Any = self
         if first == 0:
             yield slice(0, own.shape[-2]), own.diagonal()
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        """Return a dense block ``(*batch, r, c)`` with its graph, where the operator is recordable."""
+        raise NotImplementedError
+
+    def recorded_diagonal(self, rows: slice) -> Tensor:
+        """Return a part of the diagonal ``(*batch, r)`` with its graph."""
+        return self.recorded_tile(rows, rows).diagonal(dim1=-2, dim2=-1)
 
     def exact_cost(self, quantity: str) -> float:
         """Return the passes that the exact "diagonal" or all "tiles" take, products of tiles included."""

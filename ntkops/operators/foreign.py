@@ -29,6 +29,8 @@ __all__ = ["overlap", "shift"]
 class _Dense(ByColumns):
     """A dense tensor: everything is there already."""
 
+    is_recordable = True
+
     def __init__(self, operator: Tensor | DenseLinearOperator) -> None:
         super().__init__(operator)
         self._given = operator if isinstance(operator, Tensor) else operator.tensor
@@ -54,6 +56,9 @@ class _Dense(ByColumns):
     def take_columns(self, chosen: Tensor) -> Tensor:
         return self._tensor[..., chosen.to(self.device)]
 
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        return self._given[..., rows, cols]
+
     def exact_cost(self, quantity: str) -> float:
         return 0
 
@@ -67,7 +72,7 @@ class _Dense(ByColumns):
 class _Diagonal(ByColumns):
     """A diagonal operator."""
 
-    symmetric = True
+    symmetric = is_recordable = True
 
     def diagonal(self) -> Tensor:
         diagonal: Tensor = self.operator._diagonal()
@@ -88,6 +93,14 @@ class _Diagonal(ByColumns):
     def counted_product(self, block: Tensor) -> Tensor:
         result: Tensor = self.operator._matmul(block)
         return result
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        full = torch.diag_embed(self.recorded_diagonal(rows))
+        return full if rows == cols else full.new_zeros((*full.shape[:-1], cols.stop - cols.start))
+
+    def recorded_diagonal(self, rows: slice) -> Tensor:
+        diagonal: Tensor = self.operator._diagonal()
+        return diagonal[..., rows]
 
     def product_cost(self) -> int:
         return 0
@@ -134,6 +147,18 @@ class _Sum(_OfParts):
     @cached_property
     def symmetric(self) -> bool:  # type: ignore[override]
         return all(part.symmetric for part in self.parts)
+
+    @property
+    def is_recordable(self) -> bool:  # type: ignore[override]
+        return all(part.is_recordable for part in self.parts)
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        blocks = [part.recorded_tile(rows, cols) for part in self.parts]
+        return sum(blocks[1:], start=blocks[0])
+
+    def recorded_diagonal(self, rows: slice) -> Tensor:
+        diagonals = [part.recorded_diagonal(rows) for part in self.parts]
+        return sum(diagonals[1:], start=diagonals[0])
 
     def tile_size(self) -> int:
         return min(part.tile_size() for part in self.parts)
@@ -194,6 +219,18 @@ class _Multiple(_OfBase):
 
     def tile_size(self) -> int:
         return self._base.tile_size()
+
+    @property
+    def is_recordable(self) -> bool:  # type: ignore[override]
+        return self._base.is_recordable
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        constant: Tensor = self.operator.expanded_constant
+        return constant * self._base.recorded_tile(rows, cols)
+
+    def recorded_diagonal(self, rows: slice) -> Tensor:
+        constant: Tensor = self.operator._constant
+        return (constant.unsqueeze(-1) if constant.dim() else constant) * self._base.recorded_diagonal(rows)
 
     def diagonal(self) -> Tensor:
         diagonal: Tensor = self._base.diagonal()  # type: ignore[attr-defined]

@@ -66,8 +66,14 @@ class _Jacobian(ByColumns):
         result: Tensor = self.operator._matmul(block)
         return result
 
+    is_recordable = True
+
     def take_columns(self, chosen: Tensor) -> Tensor:
         found: Tensor = self.operator.take_columns(chosen)
+        return found
+
+    def recorded_tile(self, rows: slice, cols: slice) -> Tensor:
+        found: Tensor = self.operator.recorded_tile(rows, cols)
         return found
 
     def product_cost(self) -> int:
