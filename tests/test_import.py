@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import grimp
+import pytest
 from linear_operator.operators import MatmulLinearOperator, SumLinearOperator
 
+import ntkops
 from ntkops import operators
 from ntkops.operators.capabilities import Capabilities
 
@@ -109,3 +111,11 @@ def test_each_operator_of_ours_says_itself_what_it_can_do():
         operators.FeatureOperator,
         operators.ProjectionOperator,
     }  # which can be multiplied alone
+
+
+@pytest.mark.parametrize("name", ["ntk", "projected_ntk", "gradient_features", "GradientFeatures"])
+def test_names_that_have_moved_are_found_with_a_warning(name):
+    with pytest.warns(DeprecationWarning, match=rf"use ntkops\.{name}"):
+        assert getattr(operators, name) is getattr(ntkops, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = operators.nothing
