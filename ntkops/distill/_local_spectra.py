@@ -17,6 +17,7 @@ __all__ = [
     "check_weight",
     "dense_mean",
     "feature_spectra",
+    "feature_spectrum",
     "gap_coverage",
     "local_spectra",
     "restricted_energy",
@@ -74,20 +75,25 @@ def local_spectra(kernel: Tensor, clusters: Tensor, pairs: tuple[Tensor, Tensor]
     return LocalSpectra(*pairs, indices, tuple(b[0] for b in blocks), tuple(b[1] for b in blocks))
 
 
-def feature_spectra(rows: Tensor, clusters: Tensor) -> LocalSpectra:
-    """Return the eigenpairs of F Fᵀ and of its blocks, for F ``(n, k)``: O(n k²) operations.
+def feature_spectra(rows: Tensor, clusters: Tensor, pairs: tuple[Tensor, Tensor]) -> LocalSpectra:
+    """Return what `local_spectra` does for F Fᵀ, from F ``(n, k)`` by O(n k²) operations."""
+    numbers = clusters.to(rows.device)
+    indices = tuple((numbers == h).nonzero().squeeze(-1) for h in range(int(clusters.max()) + 1))
+    blocks = [_thin_spectrum(rows[index]) for index in indices]
+    blocks = [(v, u) if bool((v > 0).any()) else (v[:0], u[:, :0]) for v, u in blocks]
+    return LocalSpectra(*pairs, indices, tuple(b[0] for b in blocks), tuple(b[1] for b in blocks))
+
+
+def feature_spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenpairs of F Fᵀ, largest first.
 
     Raises:
         ZeroKernelError: If F is zero.
     """
-    numbers = clusters.to(rows.device)
-    indices = tuple((numbers == h).nonzero().squeeze(-1) for h in range(int(clusters.max()) + 1))
     values, vectors = _thin_spectrum(rows)
     if not bool(values[0] > 0):
         raise ZeroKernelError("a share of the trace is undefined: a kernel has no positive eigenvalue")
-    blocks = [_thin_spectrum(rows[index]) for index in indices]
-    blocks = [(v, u) if bool((v > 0).any()) else (v[:0], u[:, :0]) for v, u in blocks]
-    return LocalSpectra(values, vectors, indices, tuple(b[0] for b in blocks), tuple(b[1] for b in blocks))
+    return values, vectors
 
 
 def _thin_spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:

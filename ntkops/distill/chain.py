@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,7 @@ def chain(
     fit: Literal["nystrom", "sketch"] = "nystrom",
     baseline: Literal["nothing", "projected"] = "nothing",
     ablate: bool = True,
+    seeds: int = 1,
     memmap: str | PathLike[str] | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
@@ -86,6 +88,9 @@ def chain(
         baseline: What the runs start from: "nothing" distilled, or "projected" gradients, so that the kernel
             of all P parameters is never asked for.
         ablate: Whether to run the chain without each stage too.
+        seeds: How many times to run it: functions are called again, so that a generator of theirs should go
+            on rather than start anew, and a projection that is given by k is drawn again. A run whose stages
+            are given draws nothing and is made once.
         memmap: A directory for the features, as for `ntkops.projected_ntk`; None keeps them in memory.
         generator: CPU generator of a projection that is given by k; None for one of seed 0.
         **options: Passed on to `ntkops.ntk`.
@@ -96,8 +101,8 @@ def chain(
         the features and three arrays of n s C numbers.
 
     Raises:
-        InputError: If no stage is given, an argument is not understood, or the baseline is projected and
-            there is no projection.
+        InputError: If no stage is given, an argument is not understood or out of range, or the baseline is
+            projected and there is no projection.
 
     Warns:
         InterpolationWarning: If k is near m and the ridge is small.
@@ -132,23 +137,42 @@ def chain(
     if baseline not in ("nothing", "projected") or (baseline == "projected" and projection is None):
         raise InputError(f"baseline={baseline!r}: 'nothing', or 'projected' with a projection")
     first: tuple[str, ...] = ("projection",) if baseline == "projected" else ()
-    if isinstance(projection, int) and generator is None:
-        generator = torch.Generator().manual_seed(0)
-    project = _Projection(projection, None if generator is None else generator.get_state(), memmap)
-    task = _Task(model, inputs, test_inputs, test_labels, project, gradients, ridge, fit, options)
-    points = task.distil(data) if data is not None else None
-    runs: dict[tuple[str, ...], ChainRun] = {}
-
-    def run(chosen: tuple[str, ...]) -> ChainRun:
-        stages = tuple(name for name in given if name in (*first, *chosen))
-        if stages not in runs:
-            runs[stages] = task.run(stages, points)
-        return runs[stages]
-
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"seeds={seeds!r}: a positive number of repetitions")
     added = tuple(name for name in given if name not in first)
-    upon = tuple(run(added[:count]) for count in range(len(added) + 1))
-    left_out = {name: run(tuple(other for other in added if other != name)) for name in added if ablate}
-    return ChainReport(upon, left_out)
+    fixed = {"data": not callable(data), "projection": isinstance(projection, Projection), "gradients": False}
+    known: dict[tuple[str, ...], ChainRun] = {}  # what draws nothing, for all seeds
+
+    def repeated(project: _Projection) -> ChainReport:
+        task = _Task(model, inputs, test_inputs, test_labels, project, gradients, ridge, fit, options)
+        points = task.distil(data) if data is not None else None
+        runs = known.copy()
+
+        def run(chosen: tuple[str, ...]) -> ChainRun:
+            stages = tuple(name for name in given if name in (*first, *chosen))
+            if stages not in runs:
+                runs[stages] = task.run(stages, points)
+                if all(fixed[name] for name in stages):
+                    known[stages] = runs[stages]
+            return runs[stages]
+
+        upon = tuple(run(added[:count]) for count in range(len(added) + 1))
+        left_out = {name: run(tuple(other for other in added if other != name)) for name in added if ablate}
+        return ChainReport(upon, left_out)
+
+    drawn = _draws(projection, generator)
+    reports = [repeated(_Projection(projection, next(drawn), memmap)) for _ in range(seeds)]
+    return dataclasses.replace(reports[0], repeats=tuple(reports[1:]))
+
+
+def _draws(projection: Projection | int | None, generator: torch.Generator | None) -> Iterator[Tensor | None]:
+    """Yield the states that the projections of one seed after another are drawn from."""
+    own = torch.Generator().manual_seed(0)
+    if generator is not None:
+        own.set_state(generator.get_state())
+    while True:
+        yield own.get_state() if isinstance(projection, int) else None
+        torch.randint(2**31, (), generator=own)
 
 
 def _check(given: tuple[str, ...], projection: Any, gradients: Any, fit: str) -> None:

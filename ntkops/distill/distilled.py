@@ -17,7 +17,7 @@ from ..results import DistillationInfo
 from ..results.html import facts_html
 from ._kernels import Kernels, read_kernels, read_square
 from ._operator import DistilledOperator
-from .ridge import DistilledRidge
+from .ridge import DistilledRidge, unit_columns
 
 __all__ = ["Distilled"]
 
@@ -313,9 +313,7 @@ def _read_coefficients(U: Any, kernel: LinearOperator) -> tuple[Tensor, Tensor |
     if len(chosen.unique()) < len(chosen):
         raise InputError("a point is chosen twice: its gradient would count for two")
     chosen = chosen.to(kernel.device or "cpu")
-    unit = torch.zeros(size, len(chosen), dtype=kernel.dtype, device=kernel.device)
-    unit[chosen, torch.arange(len(chosen), device=unit.device)] = 1
-    return unit, chosen
+    return unit_columns(chosen, size, kernel.dtype), chosen
 
 
 def _targets(kernel: LinearOperator, U: Tensor, Y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from ..errors import InputError
 from ..results import DistillationInfo
 from ..vectors import resolve_generator
 from ._columns import Columns, collect, cut, distinct, orthonormal, sorted_columns
-from ._features import narrow_features
+from ._features import KernelFeatures, narrow_features
 from ._kernels import Kernels, read_square
 from ._local_spectra import (
     LocalSpectra,
     check_weight,
     dense_mean,
     feature_spectra,
+    feature_spectrum,
     gap_coverage,
     local_spectra,
     restricted_energy,
@@ -133,17 +135,13 @@ def local_global(
     generator, seed = resolve_generator(generator)
     with count_passes() as counter:
         known = narrow_features(kernel, class_weight, generator)
-        mean = known.rows if known is not None else dense_mean(kernel, "local_global", class_weight)
-    if not isinstance(clusters, int):
-        labels = read_clusters(clusters, len(mean))
+        mean = ClassMean.of(kernel, known, class_weight, affinity)
+    if isinstance(clusters, int):
+        labels = mean.clustered(clusters, generator)
+    else:
+        labels = read_clusters(clusters, len(mean.matrix))
         seed = seed if known is not None and known.second else None
-    else:
-        find = cluster_mean if known is None else cluster_features
-        labels = find(mean, clusters, generator, affinity)
-    if known is not None:
-        spectra = feature_spectra(mean, labels)
-    else:
-        spectra = local_spectra(mean, labels, spectrum(mean))
+    spectra = mean.spectra(labels)
     stages = run_stages(spectra, variance_threshold, gap_threshold, coverage)
     columns = cut(reduce_columns(stages.columns, orthogonalize, order), budget)
     details = {
@@ -155,10 +153,8 @@ def local_global(
         "order": order,
         "budget": budget,
         "class_weight": class_weight,
-        "affinity": affinity,
+        **mean.describe(),
     }
-    if known is not None:
-        details |= {"features": mean.shape[1], "second_projection": known.second}
     info = DistillationInfo(
         method="local_global",
         class_mean=kernel.dim() == 3,
@@ -168,6 +164,51 @@ def local_global(
         details=details,
     )
     return Distilled.of(kernel, columns.matrix.to(kernel.dtype), Y, info=info)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMean:
+    """What steps 1 to 3 see of the kernels: their mean, or its features where it has no room.
+
+    Attributes:
+        matrix: The mean ``(m, m)``, or features ``(m, k)``, float64.
+        known: The features, or None.
+        affinity: Of the clustering.
+    """
+
+    matrix: Tensor
+    known: KernelFeatures | None
+    affinity: str
+
+    @classmethod
+    def of(
+        cls, kernel: Kernels, known: KernelFeatures | None, class_weight: str | None, affinity: str
+    ) -> ClassMean:
+        """Make the mean of kernels that have no features to stand in for it."""
+        found = dense_mean(kernel, "local_global", class_weight) if known is None else known.rows
+        return cls(found, known, affinity)
+
+    def clustered(self, number: int, generator: torch.Generator) -> Tensor:
+        """Return step 1, ``(m,)`` numbers of clusters."""
+        find = cluster_mean if self.known is None else cluster_features
+        return find(self.matrix, number, generator, self.affinity)
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Eigenpairs of the mean."""
+        return spectrum(self.matrix) if self.known is None else feature_spectrum(self.matrix)
+
+    def spectra(self, labels: Tensor) -> LocalSpectra:
+        """Return the eigenpairs of steps 2 and 3."""
+        find = local_spectra if self.known is None else feature_spectra
+        return find(self.matrix, labels, self.pairs)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a user reads of it."""
+        found: dict[str, Any] = {"affinity": self.affinity}
+        if self.known is not None:
+            found |= {"features": self.matrix.shape[1], "second_projection": self.known.second}
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,11 +21,12 @@ from ..regression.metrics import fidelity, mean_squared_error
 from ..results import DistillationInfo, LocalGlobalTrial
 from ..vectors import resolve_generator
 from ._columns import Columns
+from ._features import narrow_features
 from ._kernels import Kernels, dense_of, read_count, read_square
-from ._local_spectra import LocalSpectra, dense_mean, local_spectra, spectrum
-from .clusters import cluster_mean
+from ._local_spectra import LocalSpectra, check_weight
+from .clusters import check_affinity
 from .distilled import Distilled
-from .local_global import Stages, check_thresholds, reduce_columns, run_stages
+from .local_global import ClassMean, Stages, check_thresholds, reduce_columns, run_stages
 
 __all__ = ["local_global_grid", "search_local_global"]
 
@@ -46,6 +48,7 @@ def search_local_global(
     coverage: str = "sum",
     orthogonalize: str = "basis",
     class_weight: str | None = None,
+    affinity: str = "cosine",
     ridge: float = 1e-4,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -57,7 +60,8 @@ def search_local_global(
     takes part, so that the choice is one that a user could make.
 
     Args:
-        K: Kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them; made dense.
+        K: Kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them; made dense, or seen
+            by features, as `local_global` does.
         Y: Targets ``(m, C)``, the network's logits, or ``(m,)``.
         s: Wanted number of gradients, from 1 to m.
         clusters: Values of H; those above m or s, which give too many gradients, are skipped.
@@ -66,6 +70,7 @@ def search_local_global(
         coverage: As for `local_global`.
         orthogonalize: As for `local_global`.
         class_weight: As for `local_global`.
+        affinity: As for `local_global`.
         ridge: Of the compared fits, relative to the mean diagonal of K.
         generator: CPU generator that seeds the clusterings; None draws a seed.
         progress: Show a bar of clusterings.
@@ -93,11 +98,11 @@ def search_local_global(
     start = time.perf_counter()
     kernel = read_square(K)
     size = read_count(s, kernel.shape[-1])
-    with count_passes() as counter:
-        grid = _Grid.of(kernel, Y, coverage, orthogonalize, class_weight, ridge)
     generator, seed = resolve_generator(generator)
     allowed = _Allowed(math.ceil(_WINDOW * size - 1e-9), size)
     numbers = [h for h in _checked(clusters) if h <= size]
+    with count_passes() as counter:
+        grid = _Grid.of(kernel, Y, coverage, orthogonalize, class_weight, affinity, ridge, generator)
     found = list(grid.run(numbers, variance_thresholds, gap_thresholds, allowed, generator, progress))
     if not found:
         raise InputError(
@@ -114,6 +119,7 @@ def search_local_global(
         "order": "paper",
         "budget": None,
         "class_weight": class_weight,
+        **grid.mean.describe(),
         "trials": tuple(one.trial for one in found),
     }
     info = DistillationInfo(
@@ -138,6 +144,7 @@ def local_global_grid(
     coverage: str = "sum",
     orthogonalize: str = "basis",
     class_weight: str | None = None,
+    affinity: str = "cosine",
     ridge: float = 1e-4,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -145,7 +152,8 @@ def local_global_grid(
     """Return size and fit of Algorithm 1 for every setting of a grid, as the paper's figure 9 shows them.
 
     Args:
-        K: Kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them; made dense.
+        K: Kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them; made dense, or seen
+            by features, as `local_global` does.
         Y: Targets ``(m, C)``, the network's logits, or ``(m,)``.
         clusters: Values of H, at most m.
         variance_thresholds: Values of τ_v.
@@ -153,6 +161,7 @@ def local_global_grid(
         coverage: As for `local_global`.
         orthogonalize: As for `local_global`.
         class_weight: As for `local_global`.
+        affinity: As for `local_global`.
         ridge: Of the fits, relative to the mean diagonal of K.
         generator: CPU generator that seeds the clusterings; None draws a seed.
         progress: Show a bar of clusterings.
@@ -179,8 +188,8 @@ def local_global_grid(
         [2, 6]
     """
     kernel = read_square(K)
-    grid = _Grid.of(kernel, Y, coverage, orthogonalize, class_weight, ridge)
     generator, _ = resolve_generator(generator)
+    grid = _Grid.of(kernel, Y, coverage, orthogonalize, class_weight, affinity, ridge, generator)
     allowed = _Allowed(1, kernel.shape[-1])
     found = grid.run(_checked(clusters), variance_thresholds, gap_thresholds, allowed, generator, progress)
     return tuple(one.trial for one in found)
@@ -231,18 +240,16 @@ class _Grid:
     """What all settings share.
 
     Attributes:
-        kernels: Dense class kernels, float64.
-        mean: Their mean ``(m, m)``.
-        pairs: Its eigenpairs.
-        targets: Y in float64.
+        kernels: Class kernels, dense in float64; or as they are where features are seen.
+        mean: What is seen of their mean.
+        targets: Y in the dtype of the kernels.
         ridge: Relative ridge.
         rule: Coverage rule.
         orthogonalize: Step 6.
     """
 
-    kernels: Tensor
-    mean: Tensor
-    pairs: tuple[Tensor, Tensor]
+    kernels: Tensor | LinearOperator
+    mean: ClassMean
     targets: Tensor
     ridge: float
     rule: str
@@ -250,13 +257,23 @@ class _Grid:
 
     @classmethod
     def of(
-        cls, kernel: Kernels, Y: Tensor, rule: str, orthogonalize: str, class_weight: str | None, ridge: float
+        cls,
+        kernel: LinearOperator,
+        Y: Tensor,
+        rule: str,
+        orthogonalize: str,
+        class_weight: str | None,
+        affinity: str,
+        ridge: float,
+        generator: torch.Generator,
     ) -> _Grid:
-        kernel = read_square(kernel)
+        check_affinity(affinity)
+        check_weight(class_weight)
         _, labels = read_labels(Y, kernel.shape, kernel.dtype, kernel.device)
-        dense = dense_of(kernel, "local_global")
-        mean = dense_mean(dense, "local_global", class_weight)
-        return cls(dense, mean, spectrum(mean), labels.double(), ridge, rule, orthogonalize)
+        known = narrow_features(kernel, class_weight, generator)
+        kernels = dense_of(kernel, "local_global") if known is None else kernel
+        mean = ClassMean.of(kernels, known, class_weight, affinity)
+        return cls(kernels, mean, labels.to(kernels.dtype), ridge, rule, orthogonalize)
 
     def run(
         self,
@@ -272,10 +289,10 @@ class _Grid:
             for gap in gap_thresholds:
                 check_thresholds(variance, gap)
         for number in tqdm(clusters, desc="local-global", unit="clustering", disable=not progress):
-            if number > len(self.mean):
+            if number > len(self.mean.matrix):
                 continue
-            labels = cluster_mean(self.mean, number, generator)
-            spectra = local_spectra(self.mean, labels, self.pairs)
+            labels = self.mean.clustered(number, generator)
+            spectra = self.mean.spectra(labels)
             known: dict[tuple[tuple[int, ...], tuple[int, ...]], _Found] = {}
             for variance in variance_thresholds:
                 for gap in gap_thresholds:
@@ -299,7 +316,8 @@ class _Grid:
 
     def _fit(self, labels: Tensor, stages: Stages) -> _Found:
         columns = reduce_columns(stages.columns, self.orthogonalize, "paper")
-        fitted = Distilled(columns.matrix).fit(self.kernels, self.targets, ridge=self.ridge, fit="sketch")
+        matrix = columns.matrix.to(self.targets.dtype)
+        fitted = Distilled(matrix).fit(self.kernels, self.targets, ridge=self.ridge, fit="sketch")
         predictions = fitted.predict(self.kernels)
         several = self.targets.dim() > 1 and self.targets.shape[-1] > 1
         gaps = int((columns.cluster < 0).sum())

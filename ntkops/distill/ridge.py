@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -14,19 +15,21 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import DtypeError, SingularKernelError
+from ..errors import DtypeError, InputError, ShapeError, SingularKernelError
 from ..operators.capabilities import multiply, taken_columns
 from ..regression import KernelRidge
 from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange
+from ..regression._posterior import rounding_share
 from ..regression._rounding import added_share, precise_product
-from ..regression._snapshots import require_same_snapshot
+from ..regression._snapshots import is_stored, require_same_snapshot
+from ..regression._tall_features import TallFeatures
 from ..regression.metrics import accuracy, r2_score
 from ..regression.predictor import Predictor
 from ..results import RidgePath, SolveInfo
 from ._kernels import Kernels, read_kernels
 
-__all__ = ["DistilledRidge"]
+__all__ = ["DistilledRidge", "unit_columns"]
 
 _WIDTH = 64  # columns of K U that are made at a time
 _ROWS = 2**13  # rows that are in float64 at a time
@@ -38,7 +41,9 @@ class DistilledRidge:
     r"""The predictor :math:`f(x_*) = K_{*X} U \beta`; made by `Distilled.fit`.
 
     It is a `KernelRidge`: on the features :math:`K U (U^\top K U)^{-1/2}` for "nystrom", on the kernel
-    :math:`U^\top K U` for "sketch".
+    :math:`U^\top K U` for "sketch". None of the features is kept. A pickle holds U, or the chosen positions,
+    :math:`U \beta` and s × s numbers a class. Of a stored kernel it holds nothing; of a network's kernel the
+    network and the m points, for `weights`. What `predictor` returns holds no points either.
 
     Args:
         U: ``(m, s)`` or ``(C, m, s)``.
@@ -59,7 +64,6 @@ class DistilledRidge:
     """
 
     coef_: Tensor
-    dual_coef_: Tensor
     rounding_: float
     ridge_: float
     scale_: float
@@ -97,18 +101,38 @@ class DistilledRidge:
         small = (small + small.mT) / 2  # Uᵀ K U, (*batch, s, s)
         scaled = [ridge * self.scale_ for ridge in ridges]
         if self.fit_method == "nystrom":
-            self._inner, self._whitening, beta = _nystrom(products, small, columns, layout, scaled, K.dtype)
+            inner, self._span, beta = _nystrom(products, small, columns, layout, scaled, K.dtype)
         else:
-            self._inner, self._whitening, beta = _sketch(small, self._inside(columns), layout, scaled)
+            inner, self._span, beta = _sketch(small, self._inside(columns), layout, scaled)
         self._K, self._layout = K, layout
         self._dual = self._combined(beta)  # (*batch, m, k)
-        self.rank_ = beta.shape[-2] if self._whitening is None else self._whitening.shape[-1]
-        self.ridge_, self.solve_info_ = self._inner.ridge_, self._inner.solve_info_
-        path = self._inner.ridge_path_
+        self.rank_ = self._span.root.shape[-1]
+        self.ridge_, self.solve_info_ = inner.ridge_, inner.solve_info_
+        path = inner.ridge_path_
         self.ridge_path_ = path and RidgePath(path.ridges, path.errors, self.scale_, path.best)
         self.coef_ = _labels_of(layout, beta)
-        self.dual_coef_ = layout.restore(self._dual)
         return self
+
+    @property
+    def dual_coef_(self) -> Tensor:
+        """U β in the shape of Y, float64."""
+        return self._layout.restore(self._dual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a stored kernel and the unit vectors of chosen points: of both the shape is kept."""
+        state = vars(self).copy()
+        # The clone is of its own entries: a view would be written with all that it is a view of.
+        state["U"] = self.U.clone() if self.indices is None else _shape_alone(self.U, self.U.shape)
+        kernel = state.get("_K")
+        if kernel is not None and is_stored(kernel):
+            state["_K"] = DenseLinearOperator(_shape_alone(self.U, kernel.shape))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Write the unit vectors down again."""
+        vars(self).update(state)
+        if self.indices is not None:
+            self.U = unit_columns(self.indices, len(self.U), self.U.dtype)
 
     def _products(self, K: LinearOperator) -> Tensor:
         """Return K U, ``(*batch, m, s)``: the columns that U selects, or products."""
@@ -218,18 +242,23 @@ class DistilledRidge:
         Raises:
             InputError: If a variance is negative beyond rounding.
             ShapeError: If the arguments do not fit.
+            NonFiniteError: If a prior variance is NaN or infinite.
         """
         kernel = self._read_cross(K_cross)
-        rows = self._cross_features(kernel)
-        prior = torch.as_tensor(K_diag).detach().double()
-        if self._whitening is None:
-            found = self._inner.variance(rows, prior)
-        else:
-            features = self._features_of_fit()
-            new = DenseLinearOperator((rows @ self._whitening).to(features.dtype))
-            seen = DenseLinearOperator(features.mT)
-            found = self._inner.variance(MatmulLinearOperator(new, seen), prior).double()
-        return self._layout.restore_rows(found) if self._layout.kind == "flat" else found
+        prior = require_finite(torch.as_tensor(K_diag).detach().double(), "K_diag")
+        if tuple(prior.shape) != tuple(kernel.shape[:-1]):
+            raise ShapeError(
+                f"K_diag has shape {tuple(prior.shape)}, one entry for each row of the cross kernel is due: "
+                f"{tuple(kernel.shape[:-1])}"
+            )
+        left = prior - self._span.explained(self._products(kernel).double(), self.ridge_)
+        negative = left < -self._span.share * prior.abs()
+        if bool(negative.any()):
+            raise InputError(
+                f"the variance at row {int(negative.nonzero()[0, -1])} would be negative: K_diag does not "
+                "belong to the rows of this cross kernel"
+            )
+        return self._layout.restore_rows(left.clamp(min=0))
 
     def score(self, K_cross: Kernels, Y: Tensor) -> float:
         """Return accuracy for class numbers, R² for numbers, as `ntkops.KernelRidge.score` does.
@@ -247,15 +276,6 @@ class DistilledRidge:
         predictions, truth = self.predict(K_cross), torch.as_tensor(Y).detach()
         numbers = truth.dtype.is_floating_point
         return r2_score(predictions, truth) if numbers else accuracy(predictions, truth)
-
-    def _features_of_fit(self) -> Tensor:
-        found = self._inner._K
-        assert isinstance(found, RootLinearOperator)
-        return found.root.to_dense()
-
-    def _cross_features(self, kernel: LinearOperator) -> Tensor:
-        """Return K_* U in float64, ``(*batch, M, s)``."""
-        return self._products(kernel).double()
 
     def _read_cross(self, K_cross: Any) -> LinearOperator:
         kernel = read_kernels(K_cross, "the cross kernel")
@@ -278,7 +298,48 @@ def _no_offset(*_: Any) -> None:
     """Return None: what is distilled is the kernel's picture of the labels alone."""
 
 
-_Solved = tuple[KernelRidge, Tensor | None, Tensor]
+def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor of that shape that holds one number, with the dtype and device of another."""
+    return like.new_zeros(()).expand(shape)
+
+
+def unit_columns(indices: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Return the U that selects points, ``(size, s)``."""
+    unit = torch.zeros(size, len(indices), dtype=dtype, device=indices.device)
+    unit[indices, torch.arange(len(indices), device=unit.device)] = 1
+    return unit
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """What a fit leaves of its regression for variances, of rows K_* U.
+
+    Attributes:
+        root: ``(*batch, r, r)``: T with Tᵀ T = Fᵀ F of the features F = K U W, or Uᵀ K U itself.
+        whitening: ``(*batch, s, r)`` W, or None.
+        share: Share of a prior variance that rounding explains.
+    """
+
+    root: Tensor
+    whitening: Tensor | None
+    share: float
+
+    def explained(self, rows: Tensor, ridge: float) -> Tensor:
+        r"""Return the prior variance that is explained, ``(*batch, M)``.
+
+        With the features φ of a new sample :math:`\phi^\top F^\top (F F^\top + r)^{-1} F \phi`, which is
+        :math:`\sum_j \sigma_j^2 / (\sigma_j^2 + r) (v_j^\top \phi)^2` by the singular pairs of F, those of T.
+        """
+        if self.whitening is None:
+            values, vectors = torch.linalg.eigh(self.root)
+            return ((rows @ vectors).square() @ (1 / (values + ridge)).unsqueeze(-1)).squeeze(-1)
+        _, singular, right = torch.linalg.svd(self.root)
+        noise = singular.shape[-1] * torch.finfo(singular.dtype).eps * singular.amax(-1, keepdim=True)
+        shrunk = torch.where(singular > noise, singular.square() / (singular.square() + ridge), 0.0)
+        return ((rows @ self.whitening @ right.mT).square() @ shrunk.unsqueeze(-1)).squeeze(-1)
+
+
+_Solved = tuple[KernelRidge, _Span, Tensor]
 
 
 def _flat_labels(layout: Layout, columns: Tensor) -> Tensor:
@@ -303,7 +364,9 @@ def _sketch(small: Tensor, targets: Tensor, layout: Layout, ridges: list[float])
     """Solve (Uᵀ K U + r) β = Uᵀ Y."""
     labels = _flat_labels(layout, targets)
     inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False).fit(small, labels)
-    return inner, None, _columns_of(layout, inner.dual_coef_)
+    scale = float(small.diagonal(dim1=-2, dim2=-1).mean())
+    share = rounding_share(small.shape[-1], small.dtype, scale, inner.ridge_)
+    return inner, _Span(small, None, share), _columns_of(layout, inner.dual_coef_)
 
 
 def _nystrom(
@@ -325,7 +388,10 @@ def _nystrom(
     unit = unit.expand(*features.shape[:-2], *unit.shape)
     at_units = MatmulLinearOperator(DenseLinearOperator(unit), DenseLinearOperator(features.mT))
     weights = _columns_of(layout, inner.predict(at_units))
-    return inner, whitening, whitening @ weights.double()
+    root = TallFeatures(features).triangle()
+    scale = float(root.square().sum()) / features.shape[:-1].numel()  # the mean diagonal of F Fᵀ
+    share = rounding_share(features.shape[-2], features.dtype, scale, inner.ridge_)
+    return inner, _Span(root, whitening, share), whitening @ weights.double()
 
 
 def _whitened(products: Tensor, whitening: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ._axes import COLOURS
 from .calibration import plot_calibration
 from .distillation import (
     plot_by_size,
+    plot_chain,
     plot_cluster_variance,
     plot_coverage_gap,
     plot_local_containment,
@@ -43,6 +44,7 @@ __all__ = [
     "plot_calibration",
     # distillation
     "plot_by_size",
+    "plot_chain",
     "plot_local_global_grid",
     "plot_properties",
     "plot_local_containment",

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from ..results import Containment, LocalGlobalProperties, LocalGlobalTrial
+from ..results import ChainReport, Containment, LocalGlobalProperties, LocalGlobalTrial
 from ._axes import COLOURS, finite_array, logarithmic, marker, new_axes, next_line
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_by_size",
+    "plot_chain",
     "plot_cluster_variance",
     "plot_coverage_gap",
     "plot_local_containment",
@@ -237,6 +238,81 @@ def plot_by_size(
     ax.grid(visible=True, which="major", alpha=0.3)
     ax.legend(fontsize="small")
     return ax
+
+
+_COSTS = {
+    "seconds": "seconds, distillation and prediction included",
+    "passes": "passes through the network",
+    "jacobian_rows": "gradients of logits on the training side",
+    "gradient_bytes": "bytes of gradients that a predictor keeps",
+    "kernel_bytes": "bytes of kernels",
+    "kernel_flops": "operations of the kernels",
+    "solve_flops": "operations of the solve",
+}
+_WORTH = ("fidelity", "accuracy", "mean_squared_error")
+
+
+def plot_chain(
+    report: ChainReport,
+    ax: Axes | None = None,
+    *,
+    cost: str = "seconds",
+    quantity: str = "fidelity",
+    **kwargs: Any,
+) -> Axes:
+    """Draw what each run of the distilled chain costs and what it leaves, stage upon stage.
+
+    Args:
+        report: `ChainReport`, as `ntkops.distill.chain` returns it.
+        ax: Axes to draw on; None for new ones.
+        cost: "seconds", "passes", "jacobian_rows", "gradient_bytes", "kernel_bytes", "kernel_flops" or
+            "solve_flops".
+        quantity: "fidelity", "accuracy" or "mean_squared_error".
+        **kwargs: For `matplotlib.axes.Axes.errorbar`.
+
+    Returns:
+        The axes. A line joins the runs with each stage added; open marks are runs with one left out. Of
+        several seeds marks are means, and bars go from the least to the largest.
+
+    Raises:
+        InputError: If a name is not understood, or the runs have no such quantity.
+        NonFiniteError: If a number is not finite.
+        MissingDependencyError: If matplotlib is missing.
+    """
+    if cost not in _COSTS:
+        raise InputError(f"cost={cost!r}: choose one of {', '.join(map(repr, _COSTS))}")
+    if quantity not in _WORTH:
+        raise InputError(f"quantity={quantity!r}: choose one of {', '.join(map(repr, _WORTH))}")
+    if getattr(report.full, quantity) is None:
+        raise InputError(f"the runs have no {quantity}: it needs labels, and a fidelity several outputs")
+    ax, path = new_axes(ax), []
+    seen: list[int] = []
+    for position, (name, runs) in enumerate(report.runs().items()):
+        if id(runs[0]) in seen:  # the chain without its last stage stands there already
+            continue
+        seen.append(id(runs[0]))
+        drawn = [finite_array([getattr(run, key) for run in runs], key) for key in (cost, quantity)]
+        (x, x_bars), (y, y_bars) = map(_mean_and_range, drawn)
+        colour = COLOURS[position % len(COLOURS)]
+        upon = position < len(report.stages)
+        face = {"markerfacecolor": colour if upon else "white"}
+        style = {"fmt": marker(position), "capsize": 3, "color": colour, "label": name, **face, **kwargs}
+        ax.errorbar(x, y, xerr=x_bars, yerr=y_bars, **style)
+        path += [(x, y)] if upon else []
+    ax.plot(*zip(*path, strict=True), color="0.6", linewidth=1, zorder=0, label="_stages")
+    ax.set_xscale("log")
+    ax.set_xlabel(_COSTS[cost])
+    ax.set_ylabel(quantity.replace("_", " "))
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _mean_and_range(values: np.ndarray) -> tuple[float, np.ndarray | None]:
+    """Return the mean and the bars to the least and the largest, None for a single value."""
+    mean = float(values.mean())
+    bars = np.array([[mean - values.min()], [values.max() - mean]]).clip(min=0)
+    return mean, bars if len(values) > 1 else None
 
 
 def plot_local_global_grid(

@@ -27,6 +27,7 @@ __all__ = [
     "read_cross",
     "read_prior",
     "require_choice",
+    "rounding_share",
 ]
 
 _ROWS = 256  # rows of a cross kernel that are dense at a time for variances
@@ -98,6 +99,21 @@ def prior_variances(prior: Kernel) -> Tensor:
     """Return the exact diagonal of a prior, ``(*batch, m)``, float64."""
     with torch.no_grad():
         return require_finite(capabilities(prior).diagonal(), "the prior").double()
+
+
+def rounding_share(rows: int, dtype: torch.dtype, scale: float, ridge: float, tol: float = 1e-6) -> float:
+    """Return the share of a prior variance by which rounding in K can move the posterior one.
+
+    Args:
+        rows: Rows of K.
+        dtype: Its dtype.
+        scale: Its mean diagonal.
+        ridge: Absolute r.
+        tol: Relative residual of the solve.
+    """
+    # An error E of K moves kᵀ A⁻¹ k by |A⁻¹ k|² |E| at most, and |A⁻¹ k|² <= k(x*, x*) / (4 r).
+    entries = rows * torch.finfo(dtype).eps * scale
+    return 1e-6 + 10 * tol + entries / (4 * ridge) if ridge > 0 else float("inf")
 
 
 def posterior_variance(fit: Fit, K_cross: Kernel, prior: Tensor, share: float) -> Tensor:

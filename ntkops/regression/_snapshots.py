@@ -19,6 +19,7 @@ from ._operands import Kernel, Layout
 
 __all__ = [
     "has_unlike_lengths",
+    "is_stored",
     "network_labels",
     "network_outputs",
     "require_same_rows",
@@ -34,6 +35,11 @@ def _sources(operator: object) -> Iterator[ProductOperator]:
     elif isinstance(operator, LinearOperator):
         for part in (*operator._args, *operator._kwargs.values()):
             yield from _sources(part)
+
+
+def is_stored(operator: Kernel) -> bool:
+    """Whether a kernel is made of numbers alone, with no network inside."""
+    return next(_sources(operator), None) is None
 
 
 def _snapshots(operator: Kernel) -> dict[int, ProductOperator]:

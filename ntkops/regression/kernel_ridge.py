@@ -42,6 +42,7 @@ from ._posterior import (
     read_cross,
     read_prior,
     require_choice,
+    rounding_share,
 )
 from ._rounding import added_share
 from ._routes import IterativeFit, Problem, choose, solve
@@ -506,10 +507,8 @@ class KernelRidge(Parameters):
 
     def _rounding(self) -> float:
         """Return the share of a prior variance by which rounding in K can move the posterior one."""
-        # An error E of K moves kᵀ A⁻¹ k by |A⁻¹ k|² |E| at most, and |A⁻¹ k|² <= k(x*, x*) / (4 r).
-        eps = torch.finfo(self._K.dtype).eps
-        entries = self.n_features_in_ * eps * self._prior_scale()
-        return 1e-6 + 10 * self.tol + entries / (4 * self.ridge_) if self.ridge_ > 0 else float("inf")
+        scale = self._prior_scale() if self.ridge_ > 0 else 0.0
+        return rounding_share(self.n_features_in_, self._K.dtype, scale, self.ridge_, self.tol)
 
     def _prior_scale(self) -> float:
         return self.scale_ if self.relative else mean_diagonal(self._K)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +118,24 @@ def _through_network(step: ChainStep) -> int:
     return step.passes.total - step.passes.products
 
 
-_HEADER = ("", "points", "features", "gradients", "accuracy", "fidelity", "seconds")
+_COLUMNS = (  # header, attribute of a run, format
+    ("points", "num_points", ".4g"),
+    ("features", "num_features", ".6g"),
+    ("gradients", "num_gradients", ".4g"),
+    ("accuracy", "accuracy", ".3f"),
+    ("fidelity", "fidelity", ".3f"),
+    ("seconds", "seconds", ".3g"),
+)
+_MEASURED = ("accuracy", "fidelity", "mean_squared_error", "num_gradients", "seconds")
+
+
+def _cell(values: Sequence[float | None], form: str) -> str:
+    """Return a value, or the mean of several with the least and the largest."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = (f"{end:{form}}" for end in (min(known), max(known)))
+    return low if low == high else f"{statistics.fmean(known):{form}} ({low} to {high})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,10 +145,13 @@ class ChainReport:
     Attributes:
         stages: The runs with no stage, with the first, with the first two, ...
         ablations: By the name of the stage that was left out of the whole chain.
+        repeats: The same with other draws, a report for each further seed. A run that draws nothing is the
+            same in all of them.
     """
 
     stages: tuple[ChainRun, ...]
     ablations: dict[str, ChainRun]
+    repeats: tuple[ChainReport, ...] = ()
 
     @property
     def full(self) -> ChainRun:
@@ -141,26 +163,25 @@ class ChainReport:
         """The run with all stages."""
         return self.stages[-1]
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        runs = [*self.stages, *self.ablations.values()]
+    def runs(self) -> dict[str, tuple[ChainRun, ...]]:
+        """Return every run by its name, such as "data + projection" or "without data": one for each seed."""
         names = [" + ".join(run.stages) or "nothing distilled" for run in self.stages]
         names += [f"without {name}" for name in self.ablations]
-        return [
-            (
-                name,
-                str(run.num_points),
-                str(run.num_features),
-                str(run.num_gradients),
-                "" if run.accuracy is None else f"{run.accuracy:.3f}",
-                "" if run.fidelity is None else f"{run.fidelity:.3f}",
-                f"{run.seconds:.3g}",
-            )
-            for name, run in zip(names, runs, strict=True)
-        ]
+        seeds = [(*one.stages, *one.ablations.values()) for one in (self, *self.repeats)]
+        return dict(zip(names, zip(*seeds, strict=True), strict=True))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        count = 1 + len(self.repeats)
+        corner = f"mean of {count} seeds (range)" if count > 1 else ""
+        rows = [(corner, *(header for header, _, _ in _COLUMNS))]
+        for name, runs in self.runs().items():
+            cells = (_cell([getattr(run, key) for run in runs], form) for _, key, form in _COLUMNS)
+            rows.append((name, *cells))
+        return rows
 
     def __str__(self) -> str:
         """Show a line for each run."""
-        rows = [_HEADER, *self._rows()]
+        rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
@@ -170,13 +191,14 @@ class ChainReport:
 
     def _repr_html_(self) -> str:
         """Show the same table in a notebook."""
-        return table_html(_HEADER, self._rows())
+        header, *rows = self._rows()
+        return table_html(header, rows)
 
     def reduction(self, run: ChainRun | None = None) -> dict[str, float]:
         """Return how many times less a run takes than the full one: each figure by itself, never multiplied.
 
         Args:
-            run: One of the runs; None for the one with all stages.
+            run: One of the runs; None for the one with all stages, of the first seed.
 
         Returns:
             "jacobian_rows", "gradient_bytes", "kernel_bytes", "kernel_flops" and "solve_flops" as ratios of
@@ -198,9 +220,25 @@ class ChainReport:
 
         Returns:
             "stages": the runs as `ChainRun.to_dict` has them, "ablations": those by the stage left out. A
-            table of them is ``pandas.DataFrame(report.to_dict()["stages"])``.
+            table of them is ``pandas.DataFrame(report.to_dict()["stages"])``. Of several seeds "repeats" are
+            the others' reports, and "summary" has by the name of a run and of what was measured the "mean"
+            and the standard deviation "std" over seeds.
         """
-        return {
+        found: dict[str, Any] = {
             "stages": [run.to_dict() for run in self.stages],
             "ablations": {name: run.to_dict() for name, run in self.ablations.items()},
         }
+        if self.repeats:
+            found["repeats"] = [one.to_dict() for one in self.repeats]
+            found["summary"] = {name: _summary(runs) for name, runs in self.runs().items()}
+        return found
+
+
+def _summary(runs: Sequence[ChainRun]) -> dict[str, dict[str, float]]:
+    """Return mean and standard deviation over seeds of what was measured."""
+    columns = {name: [getattr(run, name) for run in runs] for name in _MEASURED}
+    return {
+        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+        for name, values in columns.items()
+        if None not in values
+    }

@@ -127,10 +127,59 @@ def test_k_near_m_is_warned_of() -> None:
         chain(network(), samples(20, 1), samples(5, 2), projection=20, ablate=False)
 
 
+@pytest.fixture(scope="module")
+def repeated():
+    """Three seeds of a chain whose points are given, and whose projection and gradients are drawn."""
+    x, x_new, draws = samples(60, 1), samples(40, 2), torch.Generator().manual_seed(5)
+
+    def drawn(K, Y):
+        return select(K, 9, "random", generator=draws)
+
+    return chain(network(), x, x_new, data=x[:30], projection=90, gradients=drawn, ridge=1e-4, seeds=3)
+
+
+def test_seeds_draw_anew_what_is_drawn(repeated, report) -> None:
+    seeds = [repeated, *repeated.repeats]
+    assert len(seeds) == 3 and not any(one.repeats for one in repeated.repeats)
+    for name, runs in repeated.runs().items():
+        errors = {run.mean_squared_error for run in runs}
+        drawn = name not in ("nothing distilled", "data")
+        assert len(errors) == (3 if drawn else 1), name
+        assert drawn or runs[0] is runs[1] is runs[2]  # made once
+    alone = chain(
+        network(), samples(60, 1), samples(40, 2), data=samples(60, 1)[:30], projection=90, ablate=False
+    )
+    for first, other in zip(seeds[0].stages[:3], alone.stages, strict=True):
+        assert first.mean_squared_error == other.mean_squared_error  # the first seed is what one is
+    assert [len(runs) for runs in report.runs().values()] == [1] * 7
+
+
+def test_a_report_of_several_seeds_has_means_and_ranges(repeated) -> None:
+    runs = repeated.runs()["data + projection + gradients"]
+    values = [run.fidelity for run in runs]
+    shown = f"{sum(values) / 3:.3f} ({min(values):.3f} to {max(values):.3f})"
+    assert min(values) < max(values)
+    for text in (str(repeated), repeated._repr_html_()):
+        assert shown in text and "mean of 3 seeds (range)" in text
+    found = json.loads(json.dumps(repeated.to_dict()))
+    entry = found["summary"]["data + projection + gradients"]
+    assert entry["fidelity"]["mean"] == pytest.approx(sum(values) / 3)
+    assert entry["fidelity"]["std"] == pytest.approx(float(torch.tensor(values).double().std()))
+    assert "accuracy" not in entry  # there are no labels
+    assert found["summary"]["nothing distilled"]["mean_squared_error"]["std"] == 0
+    assert [len(one["stages"]) for one in found["repeats"]] == [4, 4]
+
+
+def test_a_single_seed_has_no_ranges(report) -> None:
+    assert "seeds" not in str(report) and " to " not in str(report)
+    assert sorted(report.to_dict()) == ["ablations", "stages"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "needs a stage"),
+        ({"projection": 40, "seeds": 0}, "positive number of repetitions"),
         ({"projection": 0}, "positive number of features"),
         ({"projection": "gaussian"}, "positive number of features"),
         ({"gradients": "pca"}, "pass a function, or None"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import matplotlib.pyplot
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ntkops import distill, plotting
 from ntkops.errors import InputError, NonFiniteError, ShapeError
-from ntkops.results import Containment, LocalGlobalTrial
+from ntkops.results import ChainReport, ChainRun, ChainStep, Containment, LocalGlobalTrial, PassCount
 from tests.distill.clustered import clustered
 from tests.estimators.problems import generator
 
@@ -128,3 +130,53 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="quantity='accuracy'"):
         plotting.plot_local_global_grid([trial(5, 0.5)], axes(), quantity="accuracy")
     assert not matplotlib.pyplot.get_fignums()
+
+
+def chain_run(*stages: str, rows: int, fidelity: float | None, seconds: float) -> ChainRun:
+    step = ChainStep("kernel", PassCount(vjp=rows), seconds)
+    return ChainRun(stages, rows // 3, 50, rows // 3, 3, fidelity, None, 0.5, rows, 8, 8, 8.0, (step,))
+
+
+def chain_report() -> ChainReport:
+    full = chain_run(rows=300, fidelity=0.99, seconds=9.0)
+    seeds = []
+    for fidelity in (0.9, 0.94, 0.95):
+        distilled = chain_run("data", rows=30, fidelity=fidelity, seconds=10 * fidelity)
+        both = chain_run("data", "gradients", rows=30, fidelity=fidelity - 0.1, seconds=2.0)
+        without = chain_run("gradients", rows=300, fidelity=0.97, seconds=8.0)
+        seeds.append(ChainReport((full, distilled, both), {"data": without, "gradients": distilled}))
+    return dataclasses.replace(seeds[0], repeats=tuple(seeds[1:]))
+
+
+def test_a_chain_is_cost_against_fidelity_with_bars_over_seeds() -> None:
+    ax = plotting.plot_chain(chain_report(), axes(), cost="jacobian_rows")
+    assert legend(ax) == ["nothing distilled", "data", "data + gradients", "without data"]
+    marks = [container.lines[0] for container in ax.containers]
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks]
+    assert np.allclose(places, [(300, 0.99), (30, 0.93), (30, 0.83), (300, 0.97)])
+    assert [line.get_markerfacecolor() == "white" for line in marks] == [False, False, False, True]
+    bars = ax.containers[1].lines[2][1].get_segments()[0]
+    assert np.allclose(bars[:, 1], [0.9, 0.95])
+    (path,) = [line for line in ax.get_lines() if line.get_label() == "_stages"]
+    assert np.allclose(path.get_ydata(), [0.99, 0.93, 0.83])
+    assert ax.get_xscale() == "log"
+
+
+def test_a_chain_of_one_seed_has_no_bars() -> None:
+    one = dataclasses.replace(chain_report(), repeats=())
+    ax = plotting.plot_chain(one, axes(), quantity="mean_squared_error", color="k")
+    assert not any(container.has_xerr or container.has_yerr for container in ax.containers)
+    assert ax.get_ylabel() == "mean squared error" and ax.get_xlabel().startswith("seconds")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cost": "euros"}, "choose one of 'seconds'"),
+        ({"quantity": "loss"}, "choose one of 'fidelity'"),
+        ({"quantity": "accuracy"}, "no accuracy"),
+    ],
+)
+def test_a_chain_cannot_be_drawn_by_what_it_has_not(options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        plotting.plot_chain(chain_report(), axes(), **options)

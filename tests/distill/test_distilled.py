@@ -1,8 +1,11 @@
 """The currency: U, what it makes of kernels, and the two fits."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from linear_operator.operators import DenseLinearOperator
+from linear_operator.operators import DenseLinearOperator, RootLinearOperator
 
 import ntkops
 from ntkops.distill import Distilled, class_mean
@@ -13,6 +16,7 @@ from ntkops.errors import (
     OutOfRangeError,
     ShapeError,
     SingularKernelError,
+    UnsupportedOperationError,
     ZeroKernelError,
 )
 from ntkops.regression import KernelRidge
@@ -273,7 +277,8 @@ def test_ridge_by_leaving_out():
 
 
 @pytest.mark.parametrize("fit", ["nystrom", "sketch"])
-def test_variance_against_the_formula(fit):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variance_against_the_formula(fit, dtype):
     wide = features(seed=3, points=15)
     prior = wide.square().sum(-1)
     fitted = Distilled.of(K, U).fit(K, Y, ridge=1e-2, fit=fit)
@@ -284,7 +289,70 @@ def test_variance_against_the_formula(fit):
         missed = prior - (rows @ torch.linalg.inv(small) * rows).sum(-1)
         inside = r * torch.linalg.inv(images.mT @ images + r * small)
         left = missed + (rows @ inside * rows).sum(-1)
-    torch.testing.assert_close(fitted.variance(NEW, prior), left.mT)
+    given = Distilled.of(K.to(dtype), U.to(dtype)).fit(K.to(dtype), Y.to(dtype), ridge=1e-2, fit=fit)
+    found = given.variance(NEW.to(dtype), prior.to(dtype))
+    assert found.dtype == torch.float64
+    scale = float(prior.max())  # which rounding is relative to
+    torch.testing.assert_close(
+        found, left.mT, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 1e-9)
+    )
+
+
+@pytest.mark.parametrize("fit", ["nystrom", "sketch"])
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("kind", ["numbers", "several", "features", "network", "projected"])
+def test_a_file_holds_what_prediction_needs(kind, chosen, fit):
+    model, x, new = network(), samples(120), samples(7, seed=5)
+    kernel = ntkops.ntk(model, x, outputs="each")
+    if kind == "projected":
+        kernel = ntkops.projected_ntk(kernel, 50, generator=generator())
+    cross, prior = kernel.cross(new), ntkops.ntk(model, new, outputs="each").diagonal()
+    stored = kind not in ("network", "projected")
+    if stored:
+        given, cross = kernel.to_dense(), cross.to_dense()
+        root = torch.linalg.cholesky(given + 1e-6 * torch.eye(120, dtype=torch.float64))
+        kernel = {"numbers": given, "several": list(given), "features": RootLinearOperator(root)}[kind]
+    count, classes, size = 8, 3, len(x)
+    combinations = torch.randn(size, count + 5, generator=generator(), dtype=torch.float64)[
+        :, :count
+    ]  # a view
+    distilled = Distilled.of(kernel, range(count) if chosen else combinations)
+    fitted = distilled.fit(kernel, model(x).detach(), fit=fit, ridge=1e-3)
+    fitted.predict(cross)  # the first look at a cross kernel makes its features
+    file = pickle.dumps(fitted)
+    numbers = size * classes + 3 * classes * count**2 + (0 if chosen else size * count)
+    assert len(file) < 8 * numbers + 5000 + (0 if stored else len(pickle.dumps(kernel)))
+    for again in (pickle.loads(file), copy.deepcopy(fitted)):
+        assert torch.equal(again.predict(cross), fitted.predict(cross))
+        if kind != "projected":  # whose prior is another
+            assert torch.equal(again.variance(cross, prior), fitted.variance(cross, prior))
+        assert torch.equal(again.U, fitted.U) and torch.equal(again.dual_coef_, fitted.dual_coef_)
+        assert repr(again) == repr(fitted)
+        if stored:
+            with pytest.raises(UnsupportedOperationError, match="does not know its Jacobian"):
+                again.weights()
+        else:
+            torch.testing.assert_close(again.predictor()(new), fitted.predictor()(new))
+
+
+def test_the_file_of_a_predictor_does_not_grow_with_the_points():
+    model, sizes = network(), []
+    for size in (40, 400):
+        x = samples(size)
+        kernel = ntkops.ntk(model, x, outputs="each")
+        fitted = Distilled.of(kernel, range(8)).fit(kernel, model(x).detach(), ridge=1e-3)
+        sizes.append(len(pickle.dumps(fitted.predictor())))
+    assert abs(sizes[1] - sizes[0]) < 100
+
+
+@pytest.mark.parametrize("fit", ["nystrom", "sketch"])
+@pytest.mark.parametrize("bad", ["shape", "nan", "another"])
+def test_prior_variances_that_are_none(fit, bad):
+    wide = features(seed=3, points=15)
+    fitted, prior = Distilled.of(K, U).fit(K, Y, fit=fit), wide.square().sum(-1)
+    given = {"shape": prior[:, :3], "nan": prior * torch.nan, "another": prior * 1e-3}[bad]
+    with pytest.raises({"shape": ShapeError, "nan": NonFiniteError, "another": InputError}[bad]):
+        fitted.variance(NEW, given)
 
 
 def test_combinations_that_repeat_change_nothing():

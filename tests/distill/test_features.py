@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ntkops
-from ntkops.distill import local_global, select, spectral_clusters
+from ntkops.distill import local_global, local_global_grid, search_local_global, select, spectral_clusters
 from ntkops.errors import DenseMemoryError, InputError
 
 N, K_FEATURES = 48, 6
@@ -97,6 +99,46 @@ def test_algorithm_1_is_that_of_the_dense_kernel(orthogonalize, scene) -> None:
     torch.testing.assert_close(found.U * signs, expected.U, rtol=0, atol=1e-9)
 
 
+def test_the_search_is_that_of_the_dense_kernel(scene) -> None:
+    F = scene[3][2]
+    Y = torch.randn(N, 2, dtype=torch.float64, generator=seeded(2))
+    # One cluster, and as many as samples, are the same for both: features have cosines that are not clipped.
+    options = {"clusters": (1, N), "variance_thresholds": (0.3, 0.6, 0.9), "gap_thresholds": (0.0, 0.9)}
+    dense = local_global_grid(F @ F.mT, Y, **options, generator=seeded())
+    found = local_global_grid(projected(scene, 2), Y, **options, generator=seeded())
+    assert len(found) == len(dense) == 12
+    for one, other in zip(found, dense, strict=True):
+        assert (one.size, one.num_gaps, one.fidelity) == (other.size, other.num_gaps, other.fidelity)
+        assert one.mean_squared_error == pytest.approx(other.mean_squared_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [1, "each"])
+@pytest.mark.parametrize("affinity", ["cosine", "kernel"])
+def test_the_search_agrees_with_the_algorithm_on_features(scene, outputs, affinity) -> None:
+    K, Y = projected(scene, outputs), torch.randn(N, 3, dtype=torch.float64, generator=seeded(2))
+    found = search_local_global(K, Y, 6, clusters=(2, 3), affinity=affinity, generator=seeded(4))
+    details = found.info.details
+    assert details["affinity"] == affinity
+    assert details["features"] == K_FEATURES and details["second_projection"] == (outputs == "each")
+    assert 5 <= found.size <= 6 and len(details["trials"]) > 1
+    best = details["variance_threshold"], details["gap_threshold"]
+    again = local_global(K, Y, details["clusters"], *best, affinity=affinity, generator=seeded(4))
+    assert again.size == found.size
+    torch.testing.assert_close(again.U, found.U, rtol=0, atol=1e-9)
+
+
+def test_the_search_takes_float32_features(scene) -> None:
+    model, x, P, features = scene
+    K = ntkops.projected_ntk(
+        ntkops.ntk(copy.deepcopy(model).float(), x.float(), outputs=1),
+        P.float(),
+        max_dense_bytes=4 * N * K_FEATURES,
+    )
+    Y = torch.randn(N, 2, generator=seeded(2))
+    found = search_local_global(K, Y, 6, clusters=(2,), generator=seeded(4))
+    assert found.U.dtype == torch.float32 and found.info.details["features"] == K_FEATURES
+
+
 @pytest.mark.parametrize("affinity", ["cosine", "kernel"])
 def test_clusters_of_features_are_the_blocks_that_there_are(affinity) -> None:
     model = nn.Linear(3, 1, bias=False).double()
@@ -117,8 +159,12 @@ def test_a_vertex_of_negative_degree_is_refused() -> None:
     F = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-3.0, 0.2]], dtype=torch.float64)
     with pytest.raises(InputError, match="degree"):
         spectral_clusters(F @ F.mT, 2, affinity="kernel")
+    with pytest.raises(InputError, match="degree"):
+        search_local_global(F @ F.mT, F, 2, affinity="kernel")
     with pytest.raises(InputError, match="affinity"):
         spectral_clusters(F @ F.mT, 2, affinity="raw")
+    with pytest.raises(InputError, match="affinity"):
+        local_global_grid(F @ F.mT, F, affinity="raw")
 
 
 @pytest.mark.parametrize("method", ["leverage", "kmedoids"])
