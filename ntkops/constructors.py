@@ -11,8 +11,7 @@ import torch
 
 from .arguments import checked
 from .distributed import ShardedKernelOperator
-from .distributed.build import sharded_ntk
-from .distributed.projected import sharded_projected_ntk
+from .distributed.build import sharded_ntk, sharded_projected_ntk
 from .engines import EngineChoice, build_engine
 from .errors import InputError
 from .model import BatchDim, linearize

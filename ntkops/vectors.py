@@ -126,6 +126,31 @@ class Space:
         """
         return work()
 
+    # rows by their number in the whole vectors
+
+    def take(self, block: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of vectors, the same on every process.
+
+        Args:
+            block: ``(*batch, length, k)``.
+            numbers: ``(b,)`` their numbers, int64, below `size`.
+
+        Returns:
+            ``(*batch, b, k)``.
+        """
+        return block[..., numbers.to(block.device), :]
+
+    def whole(self, block: Tensor) -> Tensor:
+        """Return all rows of vectors on every process.
+
+        Args:
+            block: ``(*batch, length, k)``.
+
+        Returns:
+            ``(*batch, size, k)``.
+        """
+        return block
+
     # numbers
 
     def largest(self, value: float) -> float:

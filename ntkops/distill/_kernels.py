@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ..engines import format_bytes, tensor_bytes
 from ..engines.memory import budget_bytes
-from ..errors import DenseMemoryError, DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
+from ..errors import (
+    DenseMemoryError,
+    DeviceError,
+    DtypeError,
+    InputError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedOperationError,
+)
 from ..operators.capabilities import (
     Capabilities,
     Factors,
@@ -107,6 +115,12 @@ class StackedOperator(DenseFallbacks, LinearOperator, Capabilities):
         """The space of the rows."""
         space: Space = capabilities(self._parts[0]).space
         return space
+
+    @property
+    def domain(self) -> Space:
+        """The space of the columns."""
+        domain: Space = capabilities(self._parts[0]).domain
+        return domain
 
     # what the operators can do, one beside the other
 
@@ -212,6 +226,12 @@ class MeanOperator(DenseFallbacks, LinearOperator, Capabilities):
         space: Space = capabilities(self._base).space
         return space
 
+    @property
+    def domain(self) -> Space:
+        """The space of the columns."""
+        domain: Space = capabilities(self._base).domain
+        return domain
+
     # what the batch can do, averaged
 
     @property
@@ -284,11 +304,17 @@ def apply(operator: LinearOperator, block: Tensor) -> Tensor:
 Kernels: TypeAlias = LinearOperator | Tensor | Sequence[LinearOperator | Tensor]
 
 
-def read_kernels(K: Any, what: str = "the kernel") -> LinearOperator:
+def read_kernels(K: Any, what: str = "the kernel", *, over_ranks: bool = False) -> LinearOperator:
     """Return one operator ``(n, m)`` or ``(C, n, m)``: of a sequence, its members as a batch.
 
+    Args:
+        K: What was given.
+        what: Its name in messages.
+        over_ranks: Whether its rows may lie on several ranks.
+
     Raises:
-        InputError: If it is empty, or no kernel.
+        InputError: If it is empty, or no kernel, or some members lie on several ranks and others do not.
+        UnsupportedOperationError: If it lies on several ranks, and may not.
         ShapeError: If members differ in shape, or there is more than one batch axis.
         DtypeError: If members differ in dtype.
         DeviceError: If members live on different devices.
@@ -297,7 +323,11 @@ def read_kernels(K: Any, what: str = "the kernel") -> LinearOperator:
         if not K:
             raise InputError(f"{what}: the sequence is empty; give one kernel for each class")
         parts = [to_linear_operator(read_kernel(part, f"{what} {i}")) for i, part in enumerate(K)]
+        spaces = [capabilities(part).space for part in parts]
         for i, part in enumerate(parts):
+            _require_here(spaces[i], what, over_ranks)
+            if spaces[i].is_spread != spaces[0].is_spread:
+                raise InputError(f"{what} {i} and the first do not both lie on several ranks")
             if part.dim() != 2 or part.shape != parts[0].shape:
                 raise ShapeError(
                     f"{what} {i} has shape {tuple(part.shape)}, the first {tuple(parts[0].shape)}: those "
@@ -311,19 +341,30 @@ def read_kernels(K: Any, what: str = "the kernel") -> LinearOperator:
                 )
         return StackedOperator(*parts)
     found = to_linear_operator(read_kernel(K, what))
+    _require_here(capabilities(found).space, what, over_ranks)
     if found.dim() > 3:
         raise ShapeError(f"{what} has shape {tuple(found.shape)}: one batch axis, the classes, is the most")
     return found
 
 
-def read_square(K: Any) -> LinearOperator:
-    """Return one square operator ``(m, m)`` or ``(C, m, m)``.
+def _require_here(space: Space, what: str, over_ranks: bool) -> None:
+    if space.is_spread and not over_ranks:
+        raise UnsupportedOperationError(
+            f"{what} lies on several ranks, and this is for one process. What there is over ranks: "
+            "distill.select by 'random', 'fps', 'rpcholesky' or 'greedy', the fit of its points, and "
+            "predictions"
+        )
+
+
+def read_square(K: Any, *, over_ranks: bool = False) -> LinearOperator:
+    """Return one square operator ``(m, m)`` or ``(C, m, m)``; see `read_kernels`.
 
     Raises:
         ShapeError: If it is not square.
     """
-    found = read_kernels(K)
-    if found.shape[-1] != found.shape[-2]:
+    found = read_kernels(K, over_ranks=over_ranks)
+    source = capabilities(found)
+    if not source.space.matches(source.domain):
         raise ShapeError(
             f"distillation starts from the square kernel of the samples, this one is {tuple(found.shape)}"
         )
@@ -342,16 +383,22 @@ def read_count(s: Any, size: int) -> int:
 
 
 def diagonal_of(kernel: LinearOperator) -> Tensor:
-    """Return the exact diagonal ``(m,)`` in float64.
+    """Return the exact diagonal ``(m,)`` in float64; over several ranks this rank's rows.
 
     Raises:
         NonFiniteError: If an entry is not finite.
     """
     with torch.no_grad():
         found = capabilities(kernel).diagonal().double()
-    if not bool(torch.isfinite(found).all()):
-        row = int((~torch.isfinite(found)).nonzero()[0][-1])
-        raise NonFiniteError(f"the diagonal of the kernel is NaN or infinite in row {row}: drop that sample")
+
+    def check() -> None:
+        if not bool(torch.isfinite(found).all()):
+            row = int((~torch.isfinite(found)).nonzero()[0][-1])
+            raise NonFiniteError(
+                f"the diagonal of the kernel is NaN or infinite in row {row}: drop that sample"
+            )
+
+    capabilities(kernel).space.together(check, "the diagonal")
     return found
 
 

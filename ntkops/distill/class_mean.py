@@ -16,7 +16,7 @@ from ..operators.capabilities import capabilities
 from ..operators.projected import ProjectedNTKOperator
 from ._kernels import Kernels, MeanOperator, read_kernels
 
-__all__ = ["class_mean", "class_shares"]
+__all__ = ["class_mean", "class_shares", "mean_of"]
 
 
 @checked
@@ -51,7 +51,11 @@ def class_mean(K: Kernels, *, weights: Tensor | str | None = None) -> LinearOper
         >>> class_mean(K).to_dense().diagonal().tolist()
         [2.0, 2.0, 2.0]
     """
-    kernels = read_kernels(K)
+    return mean_of(read_kernels(K), weights)
+
+
+def mean_of(kernels: LinearOperator, weights: Any = None) -> LinearOperator:
+    """Return the mean of kernels that were read, which may lie on several ranks; see `class_mean`."""
     if kernels.dim() == 2:
         return kernels
     if weights is None:
@@ -76,7 +80,7 @@ def class_shares(kernels: LinearOperator, weights: Any) -> Tensor:
         if weights != "trace":
             raise InputError(f"weights={weights!r}: None, 'trace', or a number for each class")
         with torch.no_grad():
-            traces = capabilities(kernels).diagonal().double().sum(-1)
+            traces = capabilities(kernels).space.sum(capabilities(kernels).diagonal())
         if not bool((traces > 0).all()):
             number = int((traces <= 0).nonzero()[0])
             raise ZeroKernelError(f"the kernel of class {number} has trace {float(traces[number]):.3g}")

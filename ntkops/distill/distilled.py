@@ -10,16 +10,31 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, OutOfRangeError, ShapeError
+from ..errors import (
+    DeviceError,
+    DtypeError,
+    InputError,
+    NonFiniteError,
+    OutOfRangeError,
+    ShapeError,
+    ShardingError,
+    UnsupportedOperationError,
+)
 from ..operators.capabilities import capabilities
 from ..regression._operands import read_labels
 from ..results import DistillationInfo
 from ..results.html import facts_html
+from ..vectors import Space
 from ._kernels import Kernels, read_kernels, read_square
 from ._operator import DistilledOperator
 from .ridge import DistilledRidge, unit_columns
 
 __all__ = ["Distilled"]
+
+_CHOSEN = (
+    "of a kernel over several ranks points are chosen, by their numbers among the rows of all ranks; "
+    "combinations of gradients take a kernel of one process"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +51,8 @@ class Distilled:
         features: Lazy :math:`U^\top \Phi`, ``(*batch, s, P)``, where the kernel knows its factor Φ; None
             elsewhere.
         targets: :math:`U^\top Y`, ``(s, ...)`` in the shape of Y, where there was a Y; None elsewhere.
-        indices: ``(s,)`` the points that were chosen, where U is a selection; None elsewhere.
+        indices: ``(s,)`` the points that were chosen, where U is a selection; None elsewhere. Of a kernel
+            over a process group they count the rows of all ranks; U and Y are this rank's rows.
         info: How it came about: `ntkops.results.DistillationInfo`.
 
     Raises:
@@ -67,7 +83,8 @@ class Distilled:
 
     def __post_init__(self) -> None:
         """Check U before anything is done with it."""
-        if not isinstance(self.U, Tensor) or self.U.dim() not in (2, 3) or self.U.numel() == 0:
+        first = 0 if self.indices is None else -1  # a rank may have none of the rows that were chosen from
+        if not isinstance(self.U, Tensor) or self.U.dim() not in (2, 3) or 0 in self.U.shape[first:]:
             shape = tuple(self.U.shape) if isinstance(self.U, Tensor) else type(self.U).__name__
             raise ShapeError(f"U needs shape (m, s) or (C, m, s) with entries, got {shape}")
         if not self.U.dtype.is_floating_point:
@@ -101,11 +118,14 @@ class Distilled:
             DtypeError: If their dtypes differ.
             DeviceError: If they live on different devices.
             InputError: If no point, or one twice, is chosen.
+            ShardingError: If ranks choose different points.
+            UnsupportedOperationError: If the kernel lies on several ranks, and U is no choice of points.
             OutOfRangeError: If a point does not exist.
         """
-        kernel = read_square(K)
-        U, indices = _read_coefficients(U, kernel)
-        factors = capabilities(kernel).factors()
+        kernel = read_square(K, over_ranks=True)
+        space = capabilities(kernel).space
+        U, indices = _read_coefficients(U, kernel, space)
+        factors = None if space.is_spread else capabilities(kernel).factors()
         features = None
         if factors is not None:
             if indices is None:
@@ -186,7 +206,8 @@ class Distilled:
           fit of the paper.
 
         Args:
-            K: Square kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them.
+            K: Square kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of them. Over a process group
+                every rank gives its rows of Y, and has its rows of predictions and dual coefficients.
             Y: Labels as `ntkops.KernelRidge.fit` takes them: ``(m,)`` or ``(m, C)`` for one kernel,
                 ``(m, C)`` for one a class.
             ridge: r ≥ 0; several, or "loo" for a grid, from which leave-one-out chooses.
@@ -204,6 +225,8 @@ class Distilled:
             DtypeError: If their dtypes differ.
             ZeroKernelError: If ridges are relative to a kernel of zeros.
             SingularKernelError: If the distilled kernel is singular and no ridge mends it.
+            UnsupportedOperationError: If the kernel lies on several ranks and "nystrom" is to choose among
+                ridges: leave-one-out errors are made of rows.
 
         References:
             Distilled NTK paper, section 4.3; Williams, Seeger (2001).
@@ -224,8 +247,11 @@ class Distilled:
         """
         if fit not in ("nystrom", "sketch"):
             raise InputError(f"fit={fit!r}: choose 'nystrom' (all labels) or 'sketch' (the distilled ones)")
-        kernel = read_square(K)
-        self._check(kernel)
+        kernel = read_square(K, over_ranks=True)
+        space = capabilities(kernel).space
+        if space.is_spread and self.indices is None:
+            raise UnsupportedOperationError(_CHOSEN)
+        space.together(lambda: self._check(kernel), "fitting a distilled set")
         return DistilledRidge(self.U, self.indices, ridge, relative, fit).fit(kernel, Y)
 
     def orthonormalized(self) -> Distilled:
@@ -236,8 +262,6 @@ class Distilled:
         Returns:
             A new set without `features` and `targets`; make them by `of`.
         """
-        from ..vectors import Space
-
         if self.indices is not None:
             return self
         space = Space(self.num_points, self.U.dtype, self.U.device)
@@ -288,9 +312,11 @@ def _grid(kernel: LinearOperator, indices: Tensor) -> LinearOperator:
     return kernel[..., indices, :][..., :, indices]
 
 
-def _read_coefficients(U: Any, kernel: LinearOperator) -> tuple[Tensor, Tensor | None]:
+def _read_coefficients(U: Any, kernel: LinearOperator, space: Space) -> tuple[Tensor, Tensor | None]:
     values = U.detach() if isinstance(U, Tensor) else torch.as_tensor(U)
-    size = kernel.shape[-1]
+    size = space.size
+    if space.is_spread and values.dtype.is_floating_point:
+        raise UnsupportedOperationError(_CHOSEN)
     if values.dtype.is_floating_point:
         if values.dim() not in (2, 3) or values.shape[-2] != size:
             raise ShapeError(f"U has shape {tuple(values.shape)}, the kernel {size} points: pass ({size}, s)")
@@ -312,14 +338,19 @@ def _read_coefficients(U: Any, kernel: LinearOperator) -> tuple[Tensor, Tensor |
     chosen = torch.where(chosen < 0, chosen + size, chosen)
     if len(chosen.unique()) < len(chosen):
         raise InputError("a point is chosen twice: its gradient would count for two")
+    if any(other != chosen.tolist() for other in space.share(chosen.tolist())):
+        raise ShardingError("ranks choose different points: give all of them the same numbers")
     chosen = chosen.to(kernel.device or "cpu")
-    return unit_columns(chosen, size, kernel.dtype), chosen
+    return unit_columns(chosen, space), chosen
 
 
 def _targets(kernel: LinearOperator, U: Tensor, Y: Tensor) -> Tensor:
-    layout, labels = read_labels(Y, kernel.shape, kernel.dtype, kernel.device)
+    space = capabilities(kernel).space
+    layout, labels = read_labels(
+        Y, kernel.shape, kernel.dtype, kernel.device, space if space.is_spread else None
+    )
     columns = layout.columns(labels.double())  # (*batch, m, k)
-    found = (U.double().mT @ columns).to(kernel.dtype)
+    found = space.inner(U, columns).to(kernel.dtype)
     if layout.kind == "each":
         return found.squeeze(-1).mT
     return found.squeeze(-1) if layout.kind == "flat" else found.reshape(U.shape[-1], *layout.tail)

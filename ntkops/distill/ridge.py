@@ -15,8 +15,9 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import DtypeError, InputError, ShapeError, SingularKernelError
-from ..operators.capabilities import multiply, taken_columns
+from ..distributed.space import ShardedSpace
+from ..errors import DtypeError, InputError, ShapeError, SingularKernelError, UnsupportedOperationError
+from ..operators.capabilities import capabilities, multiply, taken_columns
 from ..regression import KernelRidge
 from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange
@@ -27,6 +28,7 @@ from ..regression._tall_features import TallFeatures
 from ..regression.metrics import accuracy, r2_score
 from ..regression.predictor import Predictor
 from ..results import RidgePath, SolveInfo
+from ..vectors import Space
 from ._kernels import Kernels, read_kernels
 
 __all__ = ["DistilledRidge", "unit_columns"]
@@ -91,9 +93,19 @@ class DistilledRidge:
 
         Returns:
             The regression itself.
+
+        Raises:
+            UnsupportedOperationError: If "nystrom" is to choose among ridges over several ranks.
         """
-        layout, labels = read_labels(Y, K.shape, K.dtype, K.device)
+        self._space: Space = capabilities(K).space
+        spread = self._space if self._space.is_spread else None
+        layout, labels = read_labels(Y, K.shape, K.dtype, K.device, spread)
         ridges = read_ridges(self.ridge)
+        if spread is not None and self.fit_method == "nystrom" and len(ridges) > 1:
+            raise UnsupportedOperationError(
+                "leave-one-out errors of a Nyström fit take rows of the features one by one, which lie on "
+                "several ranks: give one ridge, or take fit='sketch'"
+            )
         self.scale_ = mean_diagonal(K) if self.relative else 1.0
         columns = layout.columns(labels.double())  # (*batch, m, k)
         products = self._products(K)  # K U, (*batch, m, s)
@@ -101,10 +113,11 @@ class DistilledRidge:
         small = (small + small.mT) / 2  # Uᵀ K U, (*batch, s, s)
         scaled = [ridge * self.scale_ for ridge in ridges]
         if self.fit_method == "nystrom":
-            inner, self._span, beta = _nystrom(products, small, columns, layout, scaled, K.dtype)
+            inner, self._span, beta = _nystrom(products, small, columns, layout, scaled, K.dtype, self._space)
         else:
             inner, self._span, beta = _sketch(small, self._inside(columns), layout, scaled)
         self._K, self._layout = K, layout
+        self._beta = beta
         self._dual = self._combined(beta)  # (*batch, m, k)
         self.rank_ = self._span.root.shape[-1]
         self.ridge_, self.solve_info_ = inner.ridge_, inner.solve_info_
@@ -132,13 +145,14 @@ class DistilledRidge:
         """Write the unit vectors down again."""
         vars(self).update(state)
         if self.indices is not None:
-            self.U = unit_columns(self.indices, len(self.U), self.U.dtype)
+            self.U = unit_columns(self.indices, Space(len(self.U), self.U.dtype))
 
     def _products(self, K: LinearOperator) -> Tensor:
         """Return K U, ``(*batch, m, s)``: the columns that U selects, or products."""
         batch, size = K.shape[:-2], self.U.shape[-1]
         found = torch.empty((*K.shape[:-1], size), dtype=K.dtype, device=K.device)
-        width = max(1, min(_WIDTH, _ENTRIES // max(1, K.shape[:-1].numel())))
+        most = int(capabilities(K).space.largest(K.shape[:-1].numel()))  # all ranks take as many at a time
+        width = max(1, min(_WIDTH, _ENTRIES // max(1, most)))
         for start in range(0, size, width):
             some = slice(start, start + width)
             if self.indices is not None:
@@ -151,13 +165,13 @@ class DistilledRidge:
     def _inside(self, block: Tensor) -> Tensor:
         """Return Uᵀ V in float64, ``(*batch, s, k)``, some rows at a time."""
         if self.indices is not None:
-            return block[..., self.indices, :].double()
+            return self._space.take(block, self.indices).double()
         parts = zip(self.U.split(_ROWS, dim=-2), block.split(_ROWS, dim=-2), strict=True)
         return torch.stack([some.double().mT @ rows.double() for some, rows in parts]).sum(0)
 
     def _combined(self, beta: Tensor) -> Tensor:
         """Return U β in float64, ``(*batch, m, k)``."""
-        if self.indices is not None:
+        if self.indices is not None and not self._space.is_spread:
             found = beta.new_zeros((*beta.shape[:-2], self.U.shape[-2], beta.shape[-1]))
             return found.index_copy(-2, self.indices, beta)
         return torch.cat([rows.double() @ beta for rows in self.U.split(_ROWS, dim=-2)], dim=-2)
@@ -184,7 +198,11 @@ class DistilledRidge:
         """
         kernel = self._read_cross(K_cross)
         dual = self._dual
-        if self.indices is not None:
+        if (
+            self.indices is not None and self._space.is_spread
+        ):  # rows of chosen columns are a matrix of its own
+            kernel, dual = DenseLinearOperator(taken_columns(kernel, self.indices)), self._beta
+        elif self.indices is not None:
             kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
         columns, added = precise_product(kernel, dual)
         self.rounding_ = added_share(kernel, columns, added)
@@ -222,6 +240,11 @@ class DistilledRidge:
 
     def _change(self) -> ParameterChange:
         kernel, dual = self._K, self._dual
+        if self._space.is_spread:
+            raise UnsupportedOperationError(
+                "there are no weights of points that lie on several ranks: predict from K.cross(x_new), or "
+                "distil a kernel of one process"
+            )
         if self.indices is not None:
             kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]
         return ParameterChange.of(kernel, dual, self._layout)
@@ -245,20 +268,25 @@ class DistilledRidge:
             NonFiniteError: If a prior variance is NaN or infinite.
         """
         kernel = self._read_cross(K_cross)
-        prior = require_finite(torch.as_tensor(K_diag).detach().double(), "K_diag")
-        if tuple(prior.shape) != tuple(kernel.shape[:-1]):
-            raise ShapeError(
-                f"K_diag has shape {tuple(prior.shape)}, one entry for each row of the cross kernel is due: "
-                f"{tuple(kernel.shape[:-1])}"
-            )
-        left = prior - self._span.explained(self._products(kernel).double(), self.ridge_)
-        negative = left < -self._span.share * prior.abs()
-        if bool(negative.any()):
-            raise InputError(
-                f"the variance at row {int(negative.nonzero()[0, -1])} would be negative: K_diag does not "
-                "belong to the rows of this cross kernel"
-            )
-        return self._layout.restore_rows(left.clamp(min=0))
+        rows = self._products(kernel).double()
+
+        def work() -> Tensor:
+            prior = require_finite(torch.as_tensor(K_diag).detach().double(), "K_diag")
+            if tuple(prior.shape) != tuple(kernel.shape[:-1]):
+                raise ShapeError(
+                    f"K_diag has shape {tuple(prior.shape)}, one entry for each row of the cross kernel is "
+                    f"due: {tuple(kernel.shape[:-1])}"
+                )
+            left = prior - self._span.explained(rows, self.ridge_)
+            negative = left < -self._span.share * prior.abs()
+            if bool(negative.any()):
+                raise InputError(
+                    f"the variance at row {int(negative.nonzero()[0, -1])} would be negative: K_diag does "
+                    "not belong to the rows of this cross kernel"
+                )
+            return left.clamp(min=0)
+
+        return self._layout.restore_rows(self._space.together(work, "the variance"))
 
     def score(self, K_cross: Kernels, Y: Tensor) -> float:
         """Return accuracy for class numbers, R² for numbers, as `ntkops.KernelRidge.score` does.
@@ -272,19 +300,35 @@ class DistilledRidge:
 
         Raises:
             ShapeError: If Y does not fit the predictions.
+            UnsupportedOperationError: If the fit is over a process group: it would be that of one rank.
         """
+        if self._space.is_spread:
+            raise UnsupportedOperationError(
+                "the rows lie on several ranks, and a score would be that of this rank's: gather the "
+                "predictions, and score them once"
+            )
         predictions, truth = self.predict(K_cross), torch.as_tensor(Y).detach()
         numbers = truth.dtype.is_floating_point
         return r2_score(predictions, truth) if numbers else accuracy(predictions, truth)
 
     def _read_cross(self, K_cross: Any) -> LinearOperator:
-        kernel = read_kernels(K_cross, "the cross kernel")
-        self._layout.check_rows(kernel.shape, self._K.shape[-1])
-        if kernel.dtype != self._K.dtype:
-            raise DtypeError(
-                f"the fitted kernel has dtype {self._K.dtype}, the cross kernel {kernel.dtype}; cast one"
+        spread = self._space.is_spread
+        kernel = read_kernels(K_cross, "the cross kernel", over_ranks=spread)
+        if spread and not self._space.matches(capabilities(kernel).domain):
+            raise ShapeError(
+                "the columns of the cross kernel do not lie on the ranks as the points of the fit do: make "
+                "it with K.cross(x_new)"
             )
-        require_same_snapshot(self._K, kernel)
+
+        def check() -> None:
+            self._layout.check_rows(kernel.shape, self._K.shape[-1])
+            if kernel.dtype != self._K.dtype:
+                raise DtypeError(
+                    f"the fitted kernel has dtype {self._K.dtype}, the cross kernel {kernel.dtype}; cast one"
+                )
+            require_same_snapshot(self._K, kernel)
+
+        self._space.together(check, "reading the cross kernel")
         return kernel
 
     def __repr__(self) -> str:
@@ -303,10 +347,12 @@ def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
     return like.new_zeros(()).expand(shape)
 
 
-def unit_columns(indices: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Return the U that selects points, ``(size, s)``."""
-    unit = torch.zeros(size, len(indices), dtype=dtype, device=indices.device)
-    unit[indices, torch.arange(len(indices), device=unit.device)] = 1
+def unit_columns(indices: Tensor, space: Space) -> Tensor:
+    """Return the U that selects points: the rows of a process, ``(length, s)``, of all of them."""
+    unit = torch.zeros(space.length, len(indices), dtype=space.dtype, device=indices.device)
+    own = indices - space.start
+    here = ((own >= 0) & (own < space.length)).nonzero().flatten()
+    unit[own[here], here] = 1
     return unit
 
 
@@ -376,10 +422,13 @@ def _nystrom(
     layout: Layout,
     ridges: list[float],
     dtype: torch.dtype,
+    space: Space,
 ) -> _Solved:
     """Minimise |Y - K U β|² + r βᵀ Uᵀ K U β, as a regression on K U (Uᵀ K U)^{-1/2}."""
     whitening = _whitening(small, dtype)  # (*batch, s, r)
     features = _whitened(products, whitening)
+    if isinstance(space, ShardedSpace):
+        features, columns = _shared_rows(features, columns, space)
     kernel = RootLinearOperator(DenseLinearOperator(require_finite(features, "the distilled features")))
     inner = KernelRidge(ridges if len(ridges) > 1 else ridges[0], False, "features")
     inner.fit(kernel, _flat_labels(layout, columns).to(features.dtype))  # which they came in
@@ -389,9 +438,21 @@ def _nystrom(
     at_units = MatmulLinearOperator(DenseLinearOperator(unit), DenseLinearOperator(features.mT))
     weights = _columns_of(layout, inner.predict(at_units))
     root = TallFeatures(features).triangle()
-    scale = float(root.square().sum()) / features.shape[:-1].numel()  # the mean diagonal of F Fᵀ
+    rows = features.shape[:-2].numel() * space.size
+    scale = float(root.square().sum()) / rows  # the mean diagonal of F Fᵀ
     share = rounding_share(features.shape[-2], features.dtype, scale, inner.ridge_)
     return inner, _Span(root, whitening, share), whitening @ weights.double()
+
+
+def _shared_rows(features: Tensor, columns: Tensor, space: ShardedSpace) -> tuple[Tensor, Tensor]:
+    """Return rows that all ranks have, with the FᵀF and FᵀY of the rows on all of them.
+
+    Each rank has F_i = Q_i R_i, and the R_i one below the other, beside the Q_iᵀ Y_i, have both sums: the
+    regression on them has the same weights, and no product FᵀF squares its condition.
+    """
+    own, triangle = torch.linalg.qr(features.double())
+    heights = [min(length, features.shape[-1]) for length in space.lengths]
+    return space.ranks.gather(triangle, heights), space.ranks.gather(own.mT @ columns, heights)
 
 
 def _whitened(products: Tensor, whitening: Tensor) -> Tensor:

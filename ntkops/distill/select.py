@@ -12,21 +12,24 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
-from ..errors import InputError, ZeroKernelError
+from ..errors import InputError, UnsupportedOperationError, ZeroKernelError
 from ..estimators._request import checked_generator
+from ..operators.capabilities import capabilities
 from ..solvers import pivoted_cholesky, rpcholesky
+from ..vectors import Space
 from ._balance import class_members, class_quotas
 from ._features import COPIES, KernelFeatures, narrow_features
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
 from ._medoids import farthest_points, feature_medoids, medoids
 from ._record import recording
-from .class_mean import class_mean
+from .class_mean import mean_of
 from .distilled import Distilled
 
 __all__ = ["select"]
 
 logger = logging.getLogger(__name__)
 
+_DENSE = ("leverage", "kmedoids")  # methods that need the dense kernel, or features in its place
 _STARTS = 8  # starts of k-medoids
 
 
@@ -58,7 +61,10 @@ def select(
     * "greedy": pivoted Cholesky, each point where that variance is largest. Nothing is drawn.
 
     Args:
-        K: Square kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of C of them.
+        K: Square kernel ``(m, m)``, kernels ``(C, m, m)``, or a sequence of C of them. Of a kernel over a
+            process group all ranks choose the same points, those that one process chooses, by "random",
+            "fps", "rpcholesky" or "greedy"; m counts the rows of all ranks, as ``indices`` do, and U, Y are
+            this rank's rows.
         s: Number of points, 1 ≤ s ≤ m. "rpcholesky" and "greedy" take fewer where these span all gradients.
         method: One of the names above.
         Y: Labels as `ntkops.KernelRidge.fit` takes them, of which the chosen ones become `targets`; or None.
@@ -82,6 +88,8 @@ def select(
         ZeroKernelError: If the kernel is zero.
         DenseMemoryError: If a method needs the dense kernel and ``max_dense_bytes`` forbids it.
         NonFiniteError: If the kernel has entries that are not finite.
+        UnsupportedOperationError: If the kernel lies on several ranks, and labels are given, or the method
+            needs the dense kernel.
 
     References:
         Distilled NTK paper, section 5; Alaoui, Mahoney (2015), Fast randomized kernel ridge regression with
@@ -97,14 +105,20 @@ def select(
     """
     if method not in _METHODS:
         raise InputError(f"method={method!r}: choose one of {', '.join(map(repr, _METHODS))}")
-    kernels = read_square(K)
-    count = read_count(s, kernels.shape[-1])
+    kernels = read_square(K, over_ranks=True)
+    space: Space = capabilities(kernels).space
+    count = read_count(s, space.size)
+    if space.is_spread and (labels is not None or method in _DENSE):
+        raise UnsupportedOperationError(
+            f"method={method!r}{'' if labels is None else ' with labels'} takes blocks of the kernel, whose "
+            "rows lie on several ranks: choose 'random', 'fps', 'rpcholesky' or 'greedy' without labels"
+        )
     if not isinstance(ridge, int | float) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise InputError(f"ridge={ridge!r}: leverage scores need a positive multiple of the mean diagonal")
     members = None if labels is None else class_members(labels, kernels.shape[-1])
-    generator, seed = checked_generator(generator)
+    generator, seed = checked_generator(generator, space)
     with recording() as record:
-        mean = class_mean(kernels)
+        mean = mean_of(kernels)
         if members is None:
             chosen, details = _METHODS[method](_Choice(mean, count, ridge, generator, kernels))
         else:
@@ -149,8 +163,18 @@ class _Choice:
         """Return features of the kernel where its dense matrix has no room."""
         return narrow_features(self.kernels, None, self.generator)
 
+    @property
+    def space(self) -> Space:
+        """The space of the rows."""
+        space: Space = capabilities(self.kernel).space
+        return space
+
     def columns(self, chosen: Tensor) -> Tensor:
         return columns_of(self.kernel, chosen)
+
+    def whole_columns(self, chosen: Tensor) -> Tensor:
+        """Return columns of all ranks."""
+        return self.space.whole(self.columns(chosen))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, float64.
@@ -158,11 +182,12 @@ class _Choice:
         Raises:
             ZeroKernelError: If it is zero altogether.
         """
-        return _require_energy(diagonal_of(self.kernel))
+        return _require_energy(diagonal_of(self.kernel), self.space)
 
 
-def _require_energy(diagonal: Tensor) -> Tensor:
-    if not bool((diagonal > 0).any()):
+def _require_energy(diagonal: Tensor, space: Space | None = None) -> Tensor:
+    found = bool((diagonal > 0).any())
+    if not (found if space is None else space.any(found)):
         raise ZeroKernelError("the kernel is zero, so that no point is better than another: use 'random'")
     return diagonal
 
@@ -171,7 +196,7 @@ _Found = tuple[Tensor, dict[str, Any]]
 
 
 def _random(choice: _Choice) -> _Found:
-    return torch.randperm(choice.kernel.shape[-1], generator=choice.generator)[: choice.count], {}
+    return torch.randperm(choice.space.size, generator=choice.generator)[: choice.count], {}
 
 
 def _leverage(choice: _Choice) -> _Found:
@@ -213,9 +238,9 @@ def _kmedoids(choice: _Choice) -> _Found:
 
 
 def _fps(choice: _Choice) -> _Found:
-    diagonal = choice.diagonal()
+    diagonal = choice.space.whole(choice.diagonal().unsqueeze(-1)).squeeze(-1)
     start = int(torch.randint(len(diagonal), (), generator=choice.generator))
-    chosen, nearest = farthest_points(choice.columns, diagonal, choice.count, start)
+    chosen, nearest = farthest_points(choice.whole_columns, diagonal, choice.count, start)
     return torch.tensor(chosen), {"radius": float(nearest.max()) ** 0.5}
 
 
@@ -227,12 +252,14 @@ def _rpcholesky(choice: _Choice) -> _Found:
         choice.count,
         block_size=min(100, max(1, choice.count // 4)),  # each is one pass through all gradients
         generator=choice.generator,
+        space=choice.space,
     )
     return found.pivots, {"missing": float(found.residual.sum()) / found.trace}
 
 
 def _greedy(choice: _Choice) -> _Found:
-    found = pivoted_cholesky(choice.columns, choice.diagonal().to(choice.kernel.dtype), choice.count)
+    diagonal = choice.diagonal().to(choice.kernel.dtype)
+    found = pivoted_cholesky(choice.columns, diagonal, choice.count, space=choice.space)
     return found.pivots, {"missing": float(found.residual.sum()) / found.trace}
 
 

@@ -63,7 +63,8 @@ def transfer_accuracy(
         >>> transfer_accuracy(K, Distilled.of(K, range(3)), Y, K, other) > 0.9
         True
     """
-    return accuracy(distilled.fit(K, Y, ridge=ridge, fit=fit).predict(K_cross), labels)
+    fitted = distilled.fit(read_square(K), Y, ridge=ridge, fit=fit)
+    return accuracy(fitted.predict(K_cross), labels)
 
 
 @checked

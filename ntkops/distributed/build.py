@@ -7,22 +7,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import fingerprint
 from ..engines import Differentiation, Engine, EngineChoice, LayerwiseEngine, build_engine
 from ..errors import InputError, ShapeError, ShardingError
 from ..model import Inputs, Linearization, linearize
 from ..model.batch import BatchDim, are_coupled
+from ..operators._projected_features import feature_rows
 from ..operators.axes import StateAxis
+from ..operators.projection import as_projection
+from ..projections import Projection
 from .engine import ShardedEngine
 from .group import Ranks
 from .kernel import ShardedAxis, ShardedKernelOperator, core_of
 from .local_samples import no_samples, take_shard
+from .projected import ShardedProjectedOperator
+from .space import ShardedSpace
 
 if TYPE_CHECKING:
     from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
-__all__ = ["sharded_ntk"]
+__all__ = ["sharded_ntk", "sharded_projected_ntk"]
 
 Choice = Callable[[StateAxis], StateAxis]
 
@@ -185,3 +191,52 @@ def _shown(first: Any, other: Any) -> str:
     """Return what differs, where it is short."""
     text = f" ({other!r} and {first!r})"
     return text if len(text) < 160 else ""
+
+
+def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedProjectedOperator:
+    """Return the kernel of samples over ranks that is seen through a projection; see `projected_ntk`.
+
+    Args:
+        K: The kernel over a process group.
+        projection: The same on all ranks.
+
+    Returns:
+        The operator, called for by all ranks. Cost: the features of this rank's rows, once.
+
+    Raises:
+        ShardingError: If the ranks bring different projections.
+    """
+    ranks = K.ranks
+
+    def read() -> tuple[Projection, str]:
+        found = as_projection(projection, K.num_parameters, K.dtype, K.device)
+        probe = torch.ones((1, K.num_parameters), dtype=K.dtype, device=K.device)
+        return found, fingerprint(image=found.apply(probe))["image"]
+
+    found, digest = ranks.together(read, "reading the projection")
+    digests = ranks.share(digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise ShardingError(f"rank {rank} brings another projection than rank 0: give both the same seed")
+
+    def features(kernel: ShardedKernelOperator) -> Tensor:
+        axis, engine = kernel._rows, kernel._engine.local
+
+        def work() -> Tensor:
+            if engine is None or axis.length == 0:
+                shape = (*axis.batch_shape, 0, axis.terms * found.k)
+                return torch.zeros(shape, dtype=K.dtype, device=K.device)
+            with torch.no_grad():
+                return feature_rows(engine, kernel._args, axis, found)
+
+        return ranks.together(work, "features")
+
+    def remake(x: Any) -> tuple[Tensor, ShardedSpace]:
+        cross = K.cross(x)
+        return features(cross), cross.space
+
+    rows, space = features(K), K.space
+    if K._core.symmetric:
+        return ShardedProjectedOperator(rows, rows, spaces=(space, space), remake=remake)
+    columns = features(K.mT)
+    return ShardedProjectedOperator(rows, columns, spaces=(space, K.mT.space), remake=remake)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,7 +17,7 @@ from ..errors import ShapeError, UnsupportedOperationError
 from ..model import Batch, Inputs
 from ..model.inputs import joined
 from ..operators.axes import Axis, ParameterAxis, StateAxis
-from ..operators.capabilities import Capabilities, Factors, Tile
+from ..operators.capabilities import Capabilities, Factors, Tile, dense_from_tiles
 from ..operators.kernel import NTKOperator
 from ..operators.products import Core, ProductOperator
 from ..results import EngineInfo
@@ -25,6 +25,7 @@ from ..vectors import Space
 from .engine import ShardedEngine
 from .group import Ranks
 from .local_samples import no_samples, take_shard
+from .projected import ShardedNystromOperator
 from .rows import ShardedRows, refuse_derivatives, refused
 from .space import ShardedSpace
 
@@ -269,9 +270,19 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         return self._core.rows.space(self.ranks, self)
 
     @property
+    def domain(self) -> ShardedSpace:
+        """The space of the columns, spread over the ranks."""
+        return self._columns.space(self.ranks, self)
+
+    @property
     def num_samples(self) -> int:
         """Number of samples of the rows on this rank."""
         return self._rows.inputs.num_samples
+
+    @property
+    def sample_counts(self) -> tuple[int, int]:
+        """Number of samples on all ranks, and of rows that each has."""
+        return sum(self._rows.counts), self.num_outputs
 
     @property
     def num_outputs(self) -> int:
@@ -420,7 +431,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         for source, count in enumerate(self._columns.counts):
             for start in range(0, count, size):
                 part = slice(start, min(start + size, count))
-                received = self._received(source, part)
+                received = self._received(source, _numbers(part), needed=self._makes(source))
                 for rows in self._sample_slices(size):
                     make = partial(self._kernel_over, source, part, rows, received)
                     kernel = self.ranks.together(make, "reading samples")
@@ -508,20 +519,20 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
                 wanted, skip = slices[skip:], max(0, skip - len(slices))
                 if not wanted:
                     continue
-                received = self._received(source, part)
+                received = self._received(source, _numbers(part), needed=self._makes(source))
                 for rows in wanted:
                     make = partial(self._tile, source, part, rows, received)
                     yield self.ranks.together(make, "a tile")
 
-    def _received(self, source: int, part: slice) -> Inputs | None:
-        """Return samples of another rank, or of this one; None where this rank makes no tile of them."""
+    def _received(self, source: int, samples: Tensor, *, needed: bool) -> Inputs | None:
+        """Return samples of the columns on another rank, or on this one; None where they are not needed."""
         mine, engine = self._columns.inputs, self._engine
         own = source == self.ranks.rank
 
         def cut() -> tuple[Inputs | None, Batch | None]:
             if not own:
                 return None, None
-            chosen = mine.select(torch.arange(part.start, part.stop))
+            chosen = mine.select(samples)
             (_, _, batch), *_ = chosen.batches(chosen.num_samples)
             return chosen, batch.map(lambda tensor: tensor.detach().cpu())
 
@@ -529,7 +540,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         batch = self.ranks.broadcast(batch, source)
         if own:
             return chosen
-        if not self._makes(source):
+        if not needed:
             return None
         moved = batch.map(lambda tensor: tensor.to(engine.linearization.device))
         return Inputs(moved, mine.output_shape)
@@ -559,6 +570,55 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         other = StateAxis(received, self._columns.outputs)
         return place.tile(_dense(self._alone(engine, own, other)))
 
+    # columns
+
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return this rank's rows of columns, ``(*batch, n, b)``; called by all ranks.
+
+        The samples of the columns go to all ranks, and each makes the block between its rows and them.
+
+        Args:
+            chosen: ``(b,)`` numbers of columns, counted over all ranks, the same on all of them.
+        """
+        numbers, place = torch.unique(chosen.cpu(), return_inverse=True)
+        width = self._columns.outputs.shape[-1]
+        blocks, first = [], 0
+        for source, count in enumerate(self._columns.counts):
+            rows = numbers[(numbers >= first) & (numbers < first + count * width)] - first
+            first += count * width
+            if len(rows):
+                samples, sample = torch.unique(rows // width, return_inverse=True)
+                received = self._received(source, samples, needed=self._rows.length > 0)
+                make = partial(self._columns_of, received, sample * width + rows % width)
+                blocks.append(self.ranks.together(make, "columns of the kernel"))
+        return torch.cat(blocks, dim=-1)[..., place.to(self.device)]
+
+    def _columns_of(self, received: Inputs | None, picked: Tensor) -> Tensor:
+        """Return the block between this rank's rows and some rows of samples that it has received."""
+        engine, rows = self._engine.local, self._rows
+        if received is None or engine is None or rows.length == 0:
+            shape = (*rows.batch_shape, rows.length, len(picked))
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        columns = StateAxis(received, self._columns.outputs).take(picked)
+        with torch.no_grad():
+            return dense_from_tiles(self._alone(engine, rows, columns))
+
+    def induced(self, columns: Tensor, make: Callable[[Any], Tensor], **kept: Any) -> Any:
+        """Return the Nyström kernel F Fᵀ of features that are made of columns.
+
+        Args:
+            columns: F of this rank's rows.
+            make: Makes F of a cross kernel.
+            **kept: Ranks, samples and seed of the inducing points.
+        """
+
+        def remake(x: InputsLike) -> tuple[Tensor, ShardedSpace]:
+            cross = self.cross(x)
+            return make(cross), cross.space
+
+        space = self.space
+        return ShardedNystromOperator(columns, columns, spaces=(space, space), remake=remake, **kept)
+
     # what linear_operator does with an operator without asking for its entries
 
     def detach(self) -> Self:
@@ -570,6 +630,10 @@ def core_of(engine: ShardedEngine, rows: Axis, columns: Axis) -> Core:
     """Return the core of an operator over ranks, which never builds anything dense."""
     opaque: Any = engine
     return Core(engine=opaque, rows=rows, columns=columns, limit=0)
+
+
+def _numbers(part: slice) -> Tensor:
+    return torch.arange(part.start, part.stop)
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,16 @@ import torch
 from linear_operator.utils.generic import _to_helper
 from torch import Tensor
 
-from ..checkpoint import fingerprint
-from ..errors import ShapeError, ShardingError, UnsupportedOperationError
-from ..operators._projected_features import feature_rows
+from ..errors import ShapeError, UnsupportedOperationError
 from ..operators.capabilities import Capabilities, Tile
-from ..operators.projection import as_projection
-from ..projections import Projection
 from .group import Ranks
-from .kernel import ShardedKernelOperator
 from .rows import ShardedRows, refused
 from .space import ShardedSpace
 
 if TYPE_CHECKING:
     from ..model.accepted import InputsLike
 
-__all__ = ["ShardedProjectedOperator", "sharded_projected_ntk"]
+__all__ = ["ShardedNystromOperator", "ShardedProjectedOperator"]
 
 
 @refused
@@ -39,13 +34,21 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
         columns: ``(*batch, m, k)`` features of this rank's columns; the same tensor for a square kernel.
         spaces: The spaces of rows and columns.
         remake: Makes the features of new samples; None for a transpose.
+        **kept: What else is known of where the features are from.
     """
 
     def __init__(
-        self, rows: Tensor, columns: Tensor, *, spaces: tuple[ShardedSpace, ShardedSpace], remake: Any = None
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        *,
+        spaces: tuple[ShardedSpace, ShardedSpace],
+        remake: Any = None,
+        **kept: Any,
     ) -> None:
-        super().__init__(rows, columns, spaces=spaces, remake=remake)
+        super().__init__(rows, columns, spaces=spaces, remake=remake, **kept)
         self._rows, self._columns, self._spaces, self._remake = rows, columns, spaces, remake
+        self._kept = kept
 
     @property
     def space(self) -> ShardedSpace:
@@ -95,7 +98,7 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
     def _transpose_nonbatch(self) -> Self:
         if self._is_square:
             return self
-        return type(self)(self._columns, self._rows, spaces=self._spaces[::-1])
+        return type(self)(self._columns, self._rows, spaces=self._spaces[::-1], **self._kept)
 
     @property
     def _is_square(self) -> bool:
@@ -112,7 +115,7 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
             if self._is_square
             else ShardedSpace(self.ranks, self.domain.lengths, rows.dtype, rows.device)
         )
-        return type(self)(rows, columns, spaces=(first, second), remake=self._remake)
+        return type(self)(rows, columns, spaces=(first, second), remake=self._remake, **self._kept)
 
     def cross(self, x: InputsLike) -> ShardedProjectedOperator:
         """Return the kernel between new samples, this rank's share of them, and this kernel's columns.
@@ -129,7 +132,8 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
         if self._remake is None:
             raise ShapeError("take cross before the transpose: K.cross(x_new).mT")
         rows, space = self._remake(x)
-        return type(self)(rows, self._columns, spaces=(space, self.domain), remake=self._remake)
+        spaces = (space, self.domain)
+        return type(self)(rows, self._columns, spaces=spaces, remake=self._remake, **self._kept)
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
@@ -160,6 +164,14 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
             "'hutch++'), or take the exact value of the kernel itself"
         )
 
+    def take_columns(self, chosen: Tensor) -> Tensor:
+        """Return this rank's rows of columns, ``(*batch, n, b)``; called by all ranks.
+
+        Args:
+            chosen: ``(b,)`` numbers of columns, counted over all ranks, the same on all of them.
+        """
+        return self._rows @ self.domain.take(self._columns, chosen).mT
+
     def product_cost(self) -> int:
         """Return a column for each batch entry."""
         return self.batch_shape.numel()
@@ -178,50 +190,23 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
         return self
 
 
-def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedProjectedOperator:
-    """Return the kernel of samples over ranks that is seen through a projection; see `projected_ntk`.
+class ShardedNystromOperator(ShardedProjectedOperator):
+    """K_XZ K_ZZ⁺ K_ZX of samples over ranks, by its features K_XZ W with W Wᵀ = K_ZZ⁺."""
 
-    Args:
-        K: The kernel over a process group.
-        projection: The same on all ranks.
+    @property
+    def rank(self) -> int | Tensor:
+        """Numerical rank of K_ZZ, and so of this kernel; ``(*batch)`` with a batch."""
+        ranks: Tensor = self._kept["ranks"]
+        return ranks if self.batch_shape else int(ranks)
 
-    Returns:
-        The operator, called for by all ranks. Cost: the features of this rank's rows, once.
+    @property
+    def indices(self) -> Tensor:
+        """Samples that the inducing points are, counted over all ranks."""
+        indices: Tensor = self._kept["indices"]
+        return indices
 
-    Raises:
-        ShardingError: If the ranks bring different projections.
-    """
-    ranks = K.ranks
-
-    def read() -> tuple[Projection, str]:
-        found = as_projection(projection, K.num_parameters, K.dtype, K.device)
-        probe = torch.ones((1, K.num_parameters), dtype=K.dtype, device=K.device)
-        return found, fingerprint(image=found.apply(probe))["image"]
-
-    found, digest = ranks.together(read, "reading the projection")
-    digests = ranks.share(digest)
-    for rank, other in enumerate(digests):
-        if other != digests[0]:
-            raise ShardingError(f"rank {rank} brings another projection than rank 0: give both the same seed")
-
-    def features(kernel: ShardedKernelOperator) -> Tensor:
-        axis, engine = kernel._rows, kernel._engine.local
-
-        def work() -> Tensor:
-            if engine is None or axis.length == 0:
-                shape = (*axis.batch_shape, 0, axis.terms * found.k)
-                return torch.zeros(shape, dtype=K.dtype, device=K.device)
-            with torch.no_grad():
-                return feature_rows(engine, kernel._args, axis, found)
-
-        return ranks.together(work, "features")
-
-    def remake(x: Any) -> tuple[Tensor, ShardedSpace]:
-        cross = K.cross(x)
-        return features(cross), cross.space
-
-    rows, space = features(K), K.space
-    if K._core.symmetric:
-        return ShardedProjectedOperator(rows, rows, spaces=(space, space), remake=remake)
-    columns = features(K.mT)
-    return ShardedProjectedOperator(rows, columns, spaces=(space, K.mT.space), remake=remake)
+    @property
+    def seed(self) -> int | None:
+        """Seed of what was drawn for the inducing points; None if nothing was."""
+        seed: int | None = self._kept["seed"]
+        return seed

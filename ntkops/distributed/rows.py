@@ -18,6 +18,7 @@ from ..errors import InputError, UnsupportedOperationError
 from ..operators.algebra import KernelMultiple, KernelSum
 from ..operators.capabilities import Capabilities, Tile, capabilities
 from ..operators.ridge import RidgeOperator
+from ..vectors import Space
 from .space import ShardedSpace
 
 __all__ = [
@@ -76,6 +77,12 @@ class ShardedRows(LinearOperator):
         """The space of the rows, spread over the ranks: that of the first part."""
         found = capabilities(self._args[0]).space
         assert isinstance(found, ShardedSpace)
+        return found
+
+    @property
+    def domain(self) -> Space:
+        """The space of the columns, that of the first part."""
+        found: Space = capabilities(self._args[0]).domain
         return found
 
     def _require_like(self, other: Any) -> None:

@@ -85,6 +85,18 @@ class ShardedSpace(Space):
         """Return the same space in another dtype."""
         return ShardedSpace(self.ranks, self.lengths, dtype, self.device)
 
+    def take(self, block: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of vectors on all ranks; see `Space.take`."""
+        own = numbers.to(block.device) - self.start
+        here = (own >= 0) & (own < self.length)
+        found = block.new_zeros((*block.shape[:-2], len(numbers), block.shape[-1]))
+        found[..., here, :] = block[..., own[here], :]
+        return self.total(found)  # one rank has each of them: nothing is rounded
+
+    def whole(self, block: Tensor) -> Tensor:
+        """Return the rows of all ranks, one below the other, on all of them."""
+        return self.ranks.gather(block, self.lengths)
+
     def largest(self, value: float) -> float:
         """Return the largest of one number from each rank."""
         return self.ranks.largest(value)

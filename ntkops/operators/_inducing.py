@@ -10,7 +10,13 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import InputError, MissingDependencyError, ShapeError, UnsupportedOperationError
+from ..errors import (
+    InputError,
+    MissingDependencyError,
+    ShapeError,
+    ShardingError,
+    UnsupportedOperationError,
+)
 from ..model import Inputs
 from ..solvers import rpcholesky
 from ..vectors import resolve_generator
@@ -19,7 +25,7 @@ from .axes import StateAxis
 from .base import EngineOperator
 from .capabilities import capabilities
 
-__all__ = ["Inducing", "induce"]
+__all__ = ["Inducing", "induce", "induce_over_ranks"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +81,48 @@ def induce(
         indices,
         seed,
     )
+
+
+def induce_over_ranks(
+    kernel: Any, inducing: Any, num_inducing: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, int | None]:
+    """Return the samples that are inducing points of a kernel over ranks, their rows, and the seed of a draw.
+
+    Raises:
+        InputError: If there are none or too many of them.
+        ShardingError: If ranks give different ones.
+        UnsupportedOperationError: If they are neither indices nor "random", or the kernel is not square, or
+            none of a model.
+    """
+    space, shape = kernel.space, getattr(kernel, "sample_counts", None)
+    if shape is None or not kernel.symmetric:
+        raise UnsupportedOperationError(
+            f"inducing points of a {type(kernel).__name__} over several ranks: take the square kernel of "
+            "ntkops.ntk(model, shard, group=group)"
+        )
+    count, width = shape
+    seed = None
+    if isinstance(inducing, str) and inducing == "random":
+        if not isinstance(num_inducing, int) or isinstance(num_inducing, bool):
+            raise InputError(
+                f"inducing='random' needs num_inducing, the number of points; got {num_inducing!r}"
+            )
+        _check_count(max(num_inducing, 0), count)
+        generator = space.common(resolve_generator(generator)[0])
+        seed = generator.initial_seed()
+        inducing = torch.randperm(count, generator=generator)[:num_inducing]
+    elif num_inducing is not None and not isinstance(inducing, str):
+        raise InputError("num_inducing goes with a rule, which over several ranks is 'random'")
+    indices = space.together(lambda: _indices(inducing, count), "reading the inducing points")
+    given = space.share(None if indices is None else indices.tolist())
+    if indices is None or None in given:
+        raise UnsupportedOperationError(
+            "inducing points of a kernel over several ranks are 'random', or numbers of samples counted over "
+            "all ranks; ntkops.distill.select(K, m, 'rpcholesky') chooses some"
+        )
+    if any(other != given[0] for other in given):
+        raise ShardingError("ranks give different inducing points: give all of them the same numbers")
+    return indices, (indices[:, None] * width + torch.arange(width)).flatten(), seed
 
 
 def _samples(rows: StateAxis, indices: Tensor) -> StateAxis:

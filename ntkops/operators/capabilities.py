@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..engines import count_passes
 from ..engines.passes import report_passes
-from ..errors import NonFiniteError, ShapeError, UnsupportedOperationError
+from ..errors import NonFiniteError, OutOfRangeError, ShapeError
 from ..model.context import full_precision
 from ..vectors import Space
 
@@ -356,38 +356,47 @@ def taken_columns(operator: LinearOperator | Tensor, chosen: Tensor) -> Tensor:
 
     Args:
         operator: ``(*batch, n, m)``.
-        chosen: ``(b,)`` numbers of columns, int64.
+        chosen: ``(b,)`` numbers of columns, int64; over several ranks those of the whole operator, the same
+            on all of them.
 
     Returns:
-        ``(*batch, n, b)``. Cost: of a network's kernel the block, one per-sample pass for each output; of a
-        projected one b dot products a row; of what knows no entries b products.
+        ``(*batch, n, b)``; over several ranks this rank's rows. Cost: of a network's kernel the block, one
+        per-sample pass for each output; of a projected one b dot products a row; of what knows no entries b
+        products.
 
     Raises:
         NonFiniteError: If an entry is not finite.
-        UnsupportedOperationError: If the rows lie on several ranks.
+        OutOfRangeError: If rows lie on several ranks, and a column does not exist.
     """
     source = capabilities(operator)
-    if source.space.is_spread:
-        raise UnsupportedOperationError(
-            f"the rows of this {type(operator).__name__} lie on several ranks, and so do its columns: take "
-            "them on one process, of ntkops.ntk(model, x) without a group"
-        )
+    space, size = source.space, source.domain.size
+    if space.is_spread and len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < size:
+        raise OutOfRangeError(f"columns of all ranks are counted from 0 to {size - 1}, got {chosen.tolist()}")
     with torch.no_grad():
         found: Tensor = source.take_columns(chosen)
-    finite = torch.isfinite(found)
-    if not bool(finite.all()):
-        column = int((~finite).flatten(0, -2).any(0).nonzero()[0])
-        raise NonFiniteError(
-            f"column {int(chosen[column])} of a {tuple(operator.shape)} operator "
-            f"({type(operator).__name__}) holds NaN or infinity"
-        )
+
+    def check() -> None:
+        finite = torch.isfinite(found)
+        if not bool(finite.all()):
+            column = int((~finite).flatten(0, -2).any(0).nonzero()[0])
+            raise NonFiniteError(
+                f"column {int(chosen[column])} of a {tuple(operator.shape)} operator "
+                f"({type(operator).__name__}) holds NaN or infinity"
+            )
+
+    space.together(check, "columns of the kernel")
     return found
 
 
 def by_unit_columns(operator: Any, chosen: Tensor) -> Tensor:
     """Return the product of an operator with some unit columns."""
+    domain = capabilities(operator).domain
     unit = torch.zeros((operator.shape[-1], len(chosen)), dtype=operator.dtype, device=operator.device)
-    unit[chosen.to(unit.device), torch.arange(len(chosen), device=unit.device)] = 1
+    own, columns = chosen.to(unit.device) - domain.start, torch.arange(len(chosen), device=unit.device)
+    if domain.is_spread:  # others are ones on another rank
+        here = (own >= 0) & (own < domain.length)
+        own, columns = own[here], columns[here]
+    unit[own, columns] = 1
     return multiply(operator, unit.expand(*operator.shape[:-2], *unit.shape))
 
 

@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..model.context import full_precision
 from ..vectors import Space
-from ._inducing import induce
+from ._inducing import induce, induce_over_ranks
 from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
@@ -34,6 +34,7 @@ from .capabilities import (
     capabilities,
     dense_bytes_allowed,
     dense_from_tiles,
+    taken_columns,
     tile_slices,
 )
 from .dense import DenseFallbacks
@@ -309,14 +310,18 @@ def nystrom_ntk(
         generator: CPU generator for the rules; None draws a seed.
 
     Returns:
-        `NystromOperator`, ``(*batch, n, n)``. Cost of making it: the block K_ZZ and O(m³) flops; of a
-        product: one with K_XZ and one with its transpose.
+        `NystromOperator`, ``(*batch, n, n)``. Of a kernel over a process group, with indices counted over all
+        ranks or "random", one over these ranks, whose products sum r numbers a column. Cost of making it: the
+        block K_ZZ (over ranks K_XZ) and O(m³) flops; of a product: one with K_XZ and one with its
+        transpose.
 
     Raises:
         InputError: If there are no inducing points, more than samples, or the rule is not understood.
         ShapeError: If the kernel is not square over whole samples, or the points' outputs do not fit.
         SingularKernelError: If K_ZZ is zero.
-        UnsupportedOperationError: If the kernel is to be differentiated, or is not symmetric.
+        ShardingError: If ranks give different inducing points.
+        UnsupportedOperationError: If the kernel is to be differentiated, or is not symmetric, or lies on
+            several ranks and the points are neither indices nor "random".
         MissingDependencyError: If "kmeans" is asked for without scikit-learn.
 
     References:
@@ -342,12 +347,32 @@ def nystrom_ntk(
             "a Nyström kernel is not differentiable: its pseudo-inverse depends on the parameters too; pass "
             "K.detach()"
         )
+    if capabilities(kernel).space.is_spread:
+        return _over_ranks(kernel, inducing, num_inducing, generator)
     found = induce(kernel, inducing, num_inducing, generator)
     root, ranks = _pseudo_root(dense_by_tiles(found.square), kernel.dtype)
     indices = None if found.indices is None else found.indices.tolist()
     return NystromOperator(
         found.cross, found.cross, root, indices=indices, ranks=ranks.tolist(), seed=found.seed
     )
+
+
+def _over_ranks(
+    kernel: Any, inducing: Any, num_inducing: int | None, generator: torch.Generator | None
+) -> Any:
+    """Return the Nyström kernel of samples on several ranks, each of which has the features of its rows."""
+    indices, rows, seed = induce_over_ranks(kernel, inducing, num_inducing, generator)
+    columns = taken_columns(kernel, rows)
+    root, ranks = _pseudo_root(kernel.space.take(columns, rows), kernel.dtype)
+
+    def features(block: Tensor) -> Tensor:
+        with full_precision(block.device):
+            return block @ root
+
+    def remake(cross: LinearOperator) -> Tensor:
+        return features(taken_columns(cross, rows))
+
+    return kernel.induced(features(columns), remake, indices=indices, ranks=ranks, seed=seed)
 
 
 def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -340,6 +340,24 @@ def read_labels(
         ShapeError: If they do not fit the kernel.
         NonFiniteError: If one of them is NaN or infinite.
     """
+    if space is None:
+        values = _read_values(labels, dtype, device)
+        layout = _layout(values.shape, shape)
+        _require_numbers(values)
+    else:  # by what all processes have: one that has nothing fits anything
+        values = space.together(lambda: _read_values(labels, dtype, device), "reading labels")
+        shapes = space.share(tuple(values.shape))
+        if len({found[1:] for found in shapes}) > 1 or () in shapes:
+            raise ShapeError(f"the labels of ranks have shapes {shapes}: all axes but the first are alike")
+        count = sum(found[0] for found in shapes)
+        whole = torch.Size((*shape[:-2], space.size, space.size))
+        layout = _layout(torch.Size((count, *values.shape[1:])), whole)
+        space.together(lambda: _require_numbers(values), "reading labels")
+    return layout, values.clone()  # what is asked of the fit later is about these labels
+
+
+def _read_values(labels: Any, dtype: torch.dtype, device: Any) -> Tensor:
+    """Return labels as a tensor of the kernel's dtype; see `read_labels`."""
     if labels is None:
         raise InputError("a regression requires y to be passed, but the target y is None: pass the labels")
     values = labels.detach() if isinstance(labels, Tensor) else read_array(labels, "the labels", dtype)
@@ -355,17 +373,13 @@ def read_labels(
         raise DtypeError(f"the kernel has dtype {dtype}, the labels {values.dtype}; cast one of them")
     if device is not None and values.device != torch.device(device):
         raise DeviceError(f"the kernel lives on {device}, the labels on {values.device}; move one of them")
-    if space is None or not values.dim():
-        layout = _layout(values.shape, shape)
-    else:  # by what all processes have: one that has nothing fits anything
-        count = sum(space.share(values.shape[0]))
-        layout = _layout(
-            torch.Size((count, *values.shape[1:])), torch.Size((*shape[:-2], space.size, space.size))
-        )
+    return values
+
+
+def _require_numbers(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
         where = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(f"the label at position {tuple(where)} is NaN or infinite; drop that sample")
-    return layout, values.clone()  # what is asked of the fit later is about these labels
 
 
 def _layout(labels: torch.Size, kernel: torch.Size) -> Layout:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..errors import InputError, NonFiniteError, ShapeError
-from ..vectors import resolve_generator
+from ..vectors import Space, resolve_generator
 
 __all__ = ["PivotedFactor", "pivoted_cholesky", "rpcholesky"]
 
@@ -31,7 +31,7 @@ class PivotedFactor:
     """F with K ≈ F Fᵀ, where K - F Fᵀ is positive semidefinite and zero in the rows of the pivots.
 
     Attributes:
-        factor: F, ``(n, r)``.
+        factor: F, ``(n, r)``; where the rows lie on several processes, those of this one.
         pivots: ``(r,)`` rows of the pivots in the order in which they were taken, int64.
         residual: ``(n,)`` diagonal of K - F Fᵀ, float64, without negative rounding.
         trace: Sum of the diagonal of K, so that residual.sum() / trace is the share that is missing.
@@ -56,7 +56,12 @@ class PivotedFactor:
 
 @checked
 def pivoted_cholesky(
-    columns: Columns, diagonal: Tensor, rank: int, *, tolerance: float = 0.0
+    columns: Columns,
+    diagonal: Tensor,
+    rank: int,
+    *,
+    tolerance: float = 0.0,
+    space: Space | None = None,
 ) -> PivotedFactor:
     """Return the greedy partial Cholesky factor: each pivot where the remaining diagonal is largest.
 
@@ -66,6 +71,8 @@ def pivoted_cholesky(
         rank: Most columns, at most n.
         tolerance: Stop once the remaining trace is below this share of the trace. What is no more than
             rounding always stops it, so that a smaller rank than asked for is the numerical rank.
+        space: The space of the rows where they lie on several processes, each of which gives its rows of the
+            diagonal and of columns; None for rows that are all here.
 
     Returns:
         The factor. Cost: one column of K a step, one after the other, and O(n r²) flops.
@@ -87,7 +94,7 @@ def pivoted_cholesky(
         >>> found.pivots.tolist(), found.rank  # the first row is half the second
         ([1, 2], 2)
     """
-    growing = _Growing(columns, diagonal, rank, tolerance)
+    growing = _Growing(columns, diagonal, rank, tolerance, space)
     while growing.wants_more:
         growing.add(growing.residual.argmax().reshape(1))
     return growing.result("pivoted cholesky", None)
@@ -103,6 +110,7 @@ def rpcholesky(
     entries: Entries | None = None,
     tolerance: float = 0.0,
     generator: torch.Generator | None = None,
+    space: Space | None = None,
 ) -> PivotedFactor:
     """Return a randomly pivoted partial Cholesky factor: pivots drawn in proportion to what remains.
 
@@ -119,6 +127,7 @@ def rpcholesky(
             the columns: rejected proposals then cost no column.
         tolerance: Stop once the remaining trace is below this share of the trace.
         generator: CPU generator of the pivots; None draws a seed.
+        space: As for `pivoted_cholesky`; the generators of all processes are in the same state.
 
     Returns:
         The factor. Cost: one column of K for each pivot (for each proposal without ``entries``), and
@@ -149,7 +158,7 @@ def rpcholesky(
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise InputError(f"block_size={block_size!r}: pass a positive integer")
     generator, seed = resolve_generator(generator)
-    growing = _Growing(columns, diagonal, rank, tolerance)
+    growing = _Growing(columns, diagonal, rank, tolerance, space)
     while growing.wants_more:
         before = growing.residual.cpu()
         drawn = torch.multinomial(before / before.sum(), block_size, True, generator=generator)
@@ -159,21 +168,34 @@ def rpcholesky(
 
 
 class _Growing:
-    """A partial Cholesky factor that grows by pivots."""
+    """A partial Cholesky factor that grows by pivots.
 
-    def __init__(self, columns: Columns, diagonal: Tensor, rank: int, tolerance: float) -> None:
-        _check(diagonal, rank, tolerance)
+    Of rows on several processes each has its own of the factor, and all have the whole residual, one number a
+    row, from which all take the same pivots.
+    """
+
+    def __init__(
+        self, columns: Columns, diagonal: Tensor, rank: int, tolerance: float, space: Space | None
+    ) -> None:
+        if diagonal.dim() != 1:
+            raise ShapeError(f"the diagonal needs shape (n,), got {tuple(diagonal.shape)}")
+        self._space = space or Space(len(diagonal), diagonal.dtype, diagonal.device)
+        self._diagonal = self._whole(diagonal.detach().double())
+        _check(self._diagonal, rank, tolerance)
         self._columns, self._rank = columns, rank
-        self._diagonal = diagonal.detach().double()
         self._trace = float(self._diagonal.sum())
         self._dtype = diagonal.dtype
-        rounding = torch.finfo(diagonal.dtype).eps * len(diagonal)
+        rounding = torch.finfo(diagonal.dtype).eps * len(self._diagonal)
         self._floor = max(tolerance, rounding) * self._trace
-        self._cutoff = rounding * float(self._diagonal.max()) if len(diagonal) else 0.0
+        self._cutoff = rounding * float(self._diagonal.max()) if len(self._diagonal) else 0.0
         self._factor = diagonal.new_empty((len(diagonal), rank))
         self._pivots: list[int] = []
         self._products = 0
         self.residual = self._diagonal.clone()
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Return a number for each of all rows."""
+        return self._space.whole(values.unsqueeze(-1)).squeeze(-1)
 
     @property
     def wants_more(self) -> bool:
@@ -197,7 +219,7 @@ class _Growing:
             accepted = self._accepted(proposed, entries(proposed), before, chances)
         else:
             whole = self._evaluate(proposed)
-            accepted = self._accepted(proposed, whole[proposed], before, chances)
+            accepted = self._accepted(proposed, self._space.take(whole, proposed), before, chances)
         accepted = accepted[: self._rank - len(self._pivots)]
         chosen = proposed[accepted]
         block = self._evaluate(chosen) if whole is None else whole[:, accepted]
@@ -207,11 +229,11 @@ class _Growing:
     def _evaluate(self, chosen: Tensor) -> Tensor:
         block = self._columns(chosen)
         self._products += len(chosen)
-        if block.shape != (len(self.residual), len(chosen)):
+        if block.shape != (len(self._factor), len(chosen)):
             raise ShapeError(
-                f"columns gave shape {tuple(block.shape)} for {len(chosen)} of {len(self.residual)} rows"
+                f"columns gave shape {tuple(block.shape)} for {len(chosen)} of {len(self._factor)} rows"
             )
-        if not bool(torch.isfinite(block).all()):
+        if self._space.any(not bool(torch.isfinite(block).all())):
             raise NonFiniteError("a column of the kernel holds NaN or infinity")
         return block.detach()
 
@@ -220,7 +242,7 @@ class _Growing:
     ) -> list[int]:
         """Go through the proposals as if each were drawn after those before it had been taken."""
         assert before is not None and chances is not None
-        rows = self._factor[proposed, : len(self._pivots)].double()
+        rows = self._space.take(self._factor[:, : len(self._pivots)], proposed).double()
         rest = (block.double() - rows @ rows.mT).cpu()
         accepted: list[int] = []
         for i in range(len(proposed)):
@@ -235,16 +257,18 @@ class _Growing:
         """Add one column to the factor; what is left of a pivot is recomputed from the column."""
         size = len(self._pivots)
         known = self._factor[:, :size]
-        row, rest = known[pivot].double(), column.clone()
+        number = torch.tensor([pivot], device=known.device)
+        row, rest = self._space.take(known, number)[0].double(), column.clone()
         for start in range(0, len(rest), _ROWS):  # a float64 copy of the whole factor would double it
             rest[start : start + _ROWS] -= known[start : start + _ROWS].double() @ row
-        left = float(rest[pivot])
+        left = float(self._space.take(rest.unsqueeze(-1), number))
         if left <= self._cutoff:
             self.residual[pivot] = 0.0
             return
         self._factor[:, size] = (rest / left**0.5).to(self._dtype)
         self._pivots.append(pivot)
-        self.residual = (self.residual - self._factor[:, size].double().square()).clamp(min=0)
+        explained = self._whole(self._factor[:, size].double().square())
+        self.residual = (self.residual - explained).clamp(min=0)
         self.residual[self._pivots] = 0.0
 
     def result(self, method: str, seed: int | None) -> PivotedFactor:
@@ -256,8 +280,6 @@ class _Growing:
 
 
 def _check(diagonal: Tensor, rank: Any, tolerance: float) -> None:
-    if diagonal.dim() != 1:
-        raise ShapeError(f"the diagonal needs shape (n,), got {tuple(diagonal.shape)}")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= len(diagonal):
         raise InputError(f"rank={rank!r}: pass an integer from 1 to the number {len(diagonal)} of rows")
     if not 0 <= tolerance < 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ntkops
 from ntkops.distill import class_mean
-from ntkops.errors import NonFiniteError, UnsupportedOperationError
+from ntkops.errors import NonFiniteError, OutOfRangeError
 from ntkops.operators import nystrom_ntk
 from ntkops.operators.capabilities import taken_columns
 
@@ -105,15 +105,19 @@ def test_a_column_that_is_not_finite_is_named() -> None:
         taken_columns(K, torch.tensor([0, 3]))
 
 
-def test_columns_over_ranks_are_refused(tmp_path, problem) -> None:
+def test_columns_over_ranks_are_those_of_one_process(tmp_path, problem) -> None:
     import torch.distributed as dist
 
     model, x, _ = problem
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
-        K = ntkops.ntk(model, x, outputs="each", group="world")
-        for kernel in (K, ntkops.projected_ntk(K, 5, generator=torch.Generator().manual_seed(0))):
-            with pytest.raises(UnsupportedOperationError, match="several ranks"):
-                taken_columns(kernel, CHOSEN)
+        found = []
+        for group in (None, "world"):
+            K = ntkops.ntk(model, x, outputs="each", group=group)
+            P = ntkops.projected_ntk(K, 5, generator=torch.Generator().manual_seed(0))
+            found.append([taken_columns(kernel, CHOSEN) for kernel in (K, P)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+        with pytest.raises(OutOfRangeError, match="from 0 to 8"):
+            taken_columns(K, torch.tensor([9]))
     finally:
         dist.destroy_process_group()
