@@ -32,6 +32,8 @@ from .watch import Watch, require_fresh, tracked
 
 __all__ = ["Linearization"]
 
+_COMPUTED = ("shapes", "sizes", "num_parameters", "dtype", "device", "state_dim")  # and kept
+
 _HEAD = 64  # samples among which the trial run finds differing ones
 _COMPARED = 8  # samples of a batch whose outputs are computed again: the cost stays small beside the batch
 
@@ -320,7 +322,7 @@ class Linearization:
 
     def _holding(self, held: _Held) -> Linearization:
         part = copy.copy(self)
-        for name in ("shapes", "sizes", "num_parameters"):  # which are computed from the parameters
+        for name in _COMPUTED:
             vars(part).pop(name, None)
         part.names = tuple(self.names[i] for i in held.free)
         part.parameters = held.parts()
@@ -568,7 +570,8 @@ class Linearization:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out references to the user's tensors, and versions: they are this process's."""
-        return dict(vars(self), _origins=(), _watches=tuple((w.label, w.tensor) for w in self._watches))
+        kept = {name: value for name, value in vars(self).items() if name not in _COMPUTED}
+        return dict(kept, _origins=(), _watches=tuple((w.label, w.tensor) for w in self._watches))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Watch the new tensors as the old ones were."""

@@ -374,6 +374,10 @@ class ParameterAxis:
     pick: Tensor | None = None
     key: int = field(default_factory=lambda: next(_keys))
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is computed from the rest."""
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+
     @classmethod
     def beside(cls, axis: StateAxis, size: int) -> ParameterAxis:
         """Return the parameter axis of the Jacobian whose rows are ``axis``."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import BatchRepeatLinearOperator, LinearOperator
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedOperationError
@@ -54,6 +54,11 @@ class CentredKernel(Sandwich, Capabilities):
     symmetric = True
 
     @property
+    def _centring(self) -> _Centring:
+        found = self.right_linear_op  # which a product with a batch repeats
+        return found.base_linear_op if isinstance(found, BatchRepeatLinearOperator) else found
+
+    @property
     def _kernel(self) -> LinearOperator:
         return self.left_linear_op.right_linear_op
 
@@ -65,7 +70,7 @@ class CentredKernel(Sandwich, Capabilities):
 
     def _means(self) -> tuple[Tensor, Tensor]:
         """Return A = KU/√N less half of its mean, ``(*batch, n, O)``: HKH = K - A 1ᵀ... - (A 1ᵀ...)ᵀ."""
-        samples, outputs = self.right_linear_op._samples, self.right_linear_op._outputs
+        samples, outputs = self._centring._samples, self._centring._outputs
         eye = torch.eye(outputs, dtype=self.dtype, device=self.device).repeat(samples, 1)
         block = eye.expand(*self.shape[:-2], -1, -1)
         product = multiply(self._kernel, block).double() / samples  # (*batch, n, O)
@@ -93,14 +98,14 @@ class CentredKernel(Sandwich, Capabilities):
     def exact_cost(self, quantity: str) -> float:
         """Return the passes of K's, and of the products for its means."""
         own = capabilities(self._kernel)
-        return own.exact_cost(quantity) + self.right_linear_op._outputs * own.product_cost()
+        return own.exact_cost(quantity) + self._centring._outputs * own.product_cost()
 
     def factors(self) -> tuple[LinearOperator, LinearOperator] | None:
         """Return H L twice, where K = L Lᵀ."""
         found = capabilities(self._kernel).factors()
         if found is None:
             return None
-        root = Sandwich(self.right_linear_op, found[0])
+        root = Sandwich(self._centring, found[0])
         return root, root
 
 

@@ -73,6 +73,10 @@ class Core:
         if self.limit != "auto":
             dense_limit(self.limit, self.engine.linearization.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is computed from the rest."""
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Refuse what another version has pickled."""
         missing = [part.name for part in dataclasses.fields(self) if part.name not in state]
@@ -129,7 +133,8 @@ class ProductOperator(Expression):
     def __getstate__(self) -> dict[str, Any]:
         """Leave dense results that linear_operator memoized out of a pickle or a deep copy."""
         state = dict(self.__dict__)
-        state.pop("_memoize_cache", None)
+        for name in ("_memoize_cache", "space"):
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

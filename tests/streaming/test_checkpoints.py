@@ -49,7 +49,7 @@ class Interrupter:
 
     def __init__(self, monkeypatch) -> None:
         self.left = -1
-        plain, summed = _quantities._tile_sums, _quantities.diagonal_parts
+        plain, summed = _quantities._tile_sums, NTKOperator.diagonal_parts
 
         def count():
             self.left -= 1
@@ -66,7 +66,7 @@ class Interrupter:
                 yield part
 
         monkeypatch.setattr(_quantities, "_tile_sums", tiles)
-        monkeypatch.setattr(_quantities, "diagonal_parts", parts)
+        monkeypatch.setattr(NTKOperator, "diagonal_parts", parts)
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "autograd"])
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(quantity, engine, tmp_pat
 def test_finished_work_is_not_done_again(quantity, tmp_path, monkeypatch):
     first = WORK[quantity](_kernel(), checkpoint=tmp_path / "file")
     monkeypatch.setattr(NTKOperator, "_block", None)
-    monkeypatch.setattr(NTKOperator, "_slab", None)
+    monkeypatch.setattr(NTKOperator, "_block_row", None)
     monkeypatch.setattr(NTKOperator, "_within", None)
     again = WORK[quantity](_kernel(), checkpoint=tmp_path / "file")
     assert torch.equal(again.value, first.value)
