@@ -68,7 +68,7 @@ def products(rank: int, count: int, name: str, total: int, widths: Sequence[int]
         found["widths"].append(_timed(kernel, _columns(total, first, last, k), k))
     found["peak_mb"] = memory_mb()
     found["parameters"] = kernel.num_parameters
-    found["cached"] = bool(kernel._engine.is_cached(kernel._axis.inputs))
+    found["cached"] = bool(kernel._engine.is_cached(kernel._rows.inputs))
     found["engine"] = kernel.engine_info.engine
     return found
 
