@@ -75,7 +75,7 @@ class Core:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is computed from the rest."""
-        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        return {name: value for name, value in vars(self).items() if name != "symmetric"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Refuse what another version has pickled."""
