@@ -227,7 +227,8 @@ def tables(found: Row) -> str:
             f"| {row['n']:,} | {row['features_mb']:.0f} MB | {place} | {row['peak_mb']:.0f} MB | "
             f"{row['cpu_s']:.0f} s | {first['fidelity']:.3f} | {last['fidelity']:.3f} |"
         )
-    lines += ["", "| route | n | peak beside the features | CPU |", "|:--|--:|--:|--:|"]
+    if "routes" in found:
+        lines += ["", "| route | n | peak beside the features | CPU |", "|:--|--:|--:|--:|"]
     for row in found.get("routes", []):
         said = "refused" if "refused" in row else f"{row['cpu_s']:.0f} s"
         lines.append(f"| {row['route']} | {row['n']:,} | {row['peak_mb']:.0f} MB | {said} |")
