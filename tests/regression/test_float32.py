@@ -11,7 +11,7 @@ from torch import nn
 import ntkops
 from ntkops import errors
 from ntkops.operators import rounding
-from ntkops.regression import KernelRidge
+from ntkops.regression import KernelRidge, _rounding
 from ntkops.regression._rounding import precise_product
 from tests.regression.problems import gram, labels
 
@@ -290,3 +290,28 @@ def test_lists_of_labels_have_the_dtype_of_the_kernel():
     for dtype in (torch.float32, D):
         found = KernelRidge(1.0).fit(gram(20, dtype=dtype), labels(12).tolist())
         assert found.predict(gram(20, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["kernel", "cross", "projected", "features", "Nyström", "sum", "stored"])
+def test_a_large_kernel_is_multiplied_without_being_made(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    x = torch.randn(30, 4)
+    K = ntkops.ntk(model, x, outputs="each")
+    P = ntkops.projected_ntk(K, 8, generator=torch.Generator().manual_seed(0))
+    operator = {
+        "kernel": K,
+        "cross": K.cross(x[:5]),
+        "projected": P,
+        "features": P.left,
+        "Nyström": ntkops.nystrom_ntk(K, list(range(10))),
+        "sum": K + 2 * K,
+        "stored": K.to_dense(),
+    }[kind]
+    block = torch.randn(*operator.shape[:-2], operator.shape[-1], 2, dtype=torch.float64)
+    monkeypatch.setattr(_rounding, "_LARGE", 0)
+    monkeypatch.setattr(_rounding, "_WIDENED", 7)  # a row at a time
+    found, _ = _rounding.precise_product(operator, block)
+    dense = operator if kind == "stored" else operator.to_dense()
+    expected = dense.double() @ block
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
