@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..engines import count_passes
 from ..engines.passes import report_passes
-from ..errors import NonFiniteError, OutOfRangeError, ShapeError
+from ..errors import InputError, NonFiniteError, OutOfRangeError, ShapeError
 from ..model.context import full_precision
 from ..vectors import Space
 
@@ -404,7 +404,16 @@ def by_unit_columns(operator: Any, chosen: Tensor) -> Tensor:
 
 
 def tile_slices(length: int, size: int) -> Iterator[slice]:
-    """Cut ``range(length)`` into slices of a size; the last may be shorter."""
+    """Cut ``range(length)`` into slices of a size; the last may be shorter.
+
+    Yields:
+        The slices, in order.
+
+    Raises:
+        InputError: If the size is no positive number.
+    """
+    if size < 1:
+        raise InputError(f"size={size!r}: a tile has at least one row")
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..engines import tensor_bytes
 from ..errors import ShapeError
+from .axes import resolve_index
 from .capabilities import by_unit_columns, capabilities, dense_from_tiles
 from .dense import DenseOperator
 from .positions import require_index
@@ -60,7 +61,11 @@ class IndexedOperator(DenseOperator):
 
         Args:
             chosen: ``(b,)`` numbers of columns.
+
+        Raises:
+            OutOfRangeError: If there is no such column.
         """
+        chosen = resolve_index(_as_index(chosen), self.shape[-1])
         small = tensor_bytes(self.shape, self.dtype) <= _SMALL
         stored = self._dense_if_cheaper(len(chosen)) if small else self._stored_dense()
         if stored is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ntkops
 from ntkops.distill import class_mean
-from ntkops.errors import NonFiniteError, OutOfRangeError
+from ntkops.errors import InputError, NonFiniteError, OutOfRangeError
 from ntkops.operators import nystrom_ntk
 from ntkops.operators.capabilities import taken_columns
 
@@ -121,3 +121,17 @@ def test_columns_over_ranks_are_those_of_one_process(tmp_path, problem) -> None:
             taken_columns(K, torch.tensor([9]))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("max_dense_bytes", [0, "auto"])
+def test_columns_and_tiles_that_do_not_exist_are_refused(max_dense_bytes):
+    model, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    dense = ntkops.ntk(model, x).to_dense()
+    K = ntkops.ntk(model, x, max_dense_bytes=max_dense_bytes)
+    if max_dense_bytes:
+        K.to_dense()  # whose columns are then those that are stored
+    torch.testing.assert_close(K.take_columns([3, -1, 3]), dense[:, [3, 9, 3]])
+    with pytest.raises(OutOfRangeError, match="10 is out of range"):
+        K.take_columns([10])
+    with pytest.raises(InputError, match="at least one row"):
+        list(K.tiles(-1))
