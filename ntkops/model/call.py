@@ -56,8 +56,6 @@ _OPAQUE = (
 )
 
 
-_PLAIN = frozenset({str, int, float, bool})  # by far the most: looked up faster than in a tuple of classes
-
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _OWN_OF_MODULES = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 
@@ -70,18 +68,21 @@ def tensors_within(root: object) -> list[Tensor]:
     """
     found: list[Tensor] = []
     seen: dict[int, object] = {}  # keeps what it has seen alive, so that no address is met twice
+    passed: dict[type, bool] = {}  # kinds of objects that are met here, and whether they are passed over
     waiting: list[object] = [root]
     while waiting:
         item = waiting.pop()
-        if item is None or type(item) in _PLAIN or isinstance(item, _OPAQUE) or id(item) in seen:
+        kind = type(item)
+        if kind not in passed:
+            # A fake tensor by name: its module is not imported unless needed.
+            passed[kind] = issubclass(kind, _OPAQUE) or kind.__name__ == "FakeTensor"
+        if passed[kind] or id(item) in seen:
             continue
         seen[id(item)] = item
-        if type(item).__name__ == "FakeTensor":  # by name: its module is not imported unless needed
-            continue
         if isinstance(item, Tensor):
             found.append(item)
-        elif isinstance(item, types.MethodType):
-            waiting.append(item.__self__)
+        elif kind is types.MethodType:
+            waiting.append(item.__self__)  # type: ignore[attr-defined]
         else:
             waiting.extend(gc.get_referents(item))
     return found

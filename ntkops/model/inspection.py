@@ -75,7 +75,7 @@ def require_supported(model: nn.Module) -> None:
 def _is_sharded(module: nn.Module) -> bool:
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and any(
-        isinstance(parameter, tensor.DTensor) for parameter in module.parameters(recurse=False)
+        isinstance(parameter, tensor.DTensor) for parameter in module._parameters.values()
     )
 
 
@@ -170,12 +170,13 @@ def require_mode(model: nn.Module, coupled: bool = False) -> None:
         CoupledSamplesError: Batch normalisation with batch statistics.
         ModelMutationError: Spectral norm in training mode, embeddings with ``max_norm``.
     """
+    modules = list(model.named_modules())
     for rule, error, what, way_out in _RULES:
         if coupled and rule is _batch_statistics:
             continue
         found = [
             f"{type(module).__name__} at {_where(path)} ({state})"
-            for path, module in model.named_modules()
+            for path, module in modules
             if (state := rule(module)) is not None
         ]
         if found:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ntkops
 from ntkops.solvers import conjugate_gradient, nystrom_preconditioner
@@ -270,8 +270,43 @@ def batch(scene: Scene) -> Pair:
     return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
 
 
+class Packed(nn.Module):
+    """Runs its hidden layer on those rows alone whose first entry is below a limit."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.hidden, self.head = nn.Linear(5, 8).to(dtype), nn.Linear(8, 3).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[:, 0] < 5
+        hidden = x.new_zeros(len(x), 8)
+        hidden[kept] = torch.tanh(self.hidden(x[kept]))
+        return self.head(hidden + x.sum(1, keepdim=True))
+
+
+def packed_on_one_rank(scene: Scene) -> Pair:
+    """A layer that rules cover on the samples of all ranks but the last."""
+    x, v, found = samples(scene.dtype), block(2, dtype=scene.dtype), []
+    x[-2, 0] = 6.0
+    part, new = share(scene.rank, scene.count), samples(scene.dtype, 6, seed=9)
+    model = Packed(scene.dtype)
+    mine = ntkops.ntk(model, x[part], group="world")
+    whole = ntkops.ntk(Packed(scene.dtype), x, engine="autograd")
+    for _ in range(2):
+        found.append((mine @ v[scene.here], (whole @ v)[scene.here]))
+        found.append((ntkops.diagonal(mine).value, ntkops.diagonal(whole).value[scene.here]))
+        for name in ("trace", "frobenius_norm"):
+            exact = [getattr(ntkops, name)(K, method="exact").value for K in (mine, whole)]
+            found.append(tuple(value.to(scene.dtype).reshape(1, 1) for value in exact))
+    found.append((mine.cross(new) @ v[scene.here], whole.cross(new) @ v))
+    return torch.cat([a.flatten() for a, _ in found]), torch.cat([b.flatten() for _, b in found])
+
+
 CHECKS: dict[str, Check] = {
     "products": products,
+    "packed on one rank": packed_on_one_rank,
     "vector": vector,
     "factors": factors,
     "algebra": algebra,
