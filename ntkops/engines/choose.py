@@ -137,6 +137,10 @@ def _first_mode(
             pushed = linearized.push(tangents)
             if live and mode == "forward":
                 check_slope(linearization, params, batch, cotangent, tangents, reasons)
+        except OutputError as error:
+            # Run by itself the model has the outputs that are due: it is the mode that changes them.
+            reasons.append(f"{mode}: {first_line(error)}")
+            continue
         except NtkopsError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -223,10 +227,11 @@ def _vmap_agrees(
         warnings.simplefilter("always")
         try:
             actual = vmapped()
-        except NtkopsError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            # Run by itself the model has the outputs that are due. Under vmap some operations give others:
+            # `linalg.solve` takes a batch of samples for one matrix of right-hand sides (torch 2.13).
+            refused = isinstance(error, NtkopsError) and not isinstance(error, OutputError)
+            if refused or is_out_of_memory(error):
                 raise
             reasons.append(f"{what}: a loop instead of vmap: {first_line(error)}")
             return False

@@ -98,6 +98,37 @@ def test_recurrent_layers_take_a_loop_over_samples_and_say_so():
     assert any(r.startswith("per sample:") for r in info.reasons)
 
 
+class Solved(nn.Module):
+    """Right-hand sides of a system with learnt entries, of which vmap makes another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.head = nn.Parameter(torch.randn(3, 3)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        system = 4 * torch.eye(3).to(x) + self.matrix
+        return self.head(torch.linalg.solve(system, x.view(-1, 2, 3).mT).flatten(1))
+
+
+def test_outputs_that_vmap_changes_are_made_without_it():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Solved().double(), torch.randn(4, 6).double()
+    K = ntkops.ntk(model, x, engine="autograd")
+    assert K.engine_info.per_sample == "loop"
+    rows = torch.stack(
+        [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(entry, [*model.parameters()], retain_graph=True)]
+            )
+            for entry in model(x).flatten()
+        ]
+    )
+    block = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(K @ block, rows @ (rows.mT @ block))
+    torch.testing.assert_close(K.to_dense(), rows @ rows.mT)
+
+
 def test_a_hidden_no_grad_is_refused_not_mistaken_for_a_kernel():
     with torch.random.fork_rng():
         torch.manual_seed(0)
