@@ -185,7 +185,7 @@ class DistilledOperator(DenseFallbacks, LinearOperator, Capabilities):
     # slices and batches
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
-        from ..operators.indexing import _same_index
+        from ..operators.positions import same_index
 
         whole = slice(None)
         base, left, right = self._base, self._left, self._right
@@ -196,7 +196,7 @@ class DistilledOperator(DenseFallbacks, LinearOperator, Capabilities):
                 side if side is None else side.expand(*batch, *side.shape[-2:])[tuple(batch_indices)]
                 for side in (left, right)
             )
-        same = self.symmetric and _same_index(row_index, col_index)
+        same = self.symmetric and same_index(row_index, col_index)
         if left is None:
             base = base._getitem(row_index, whole, *(whole for _ in base.batch_shape))
         else:

@@ -65,19 +65,9 @@ def sharded_ntk(
 ) -> ShardedKernelOperator:
     """Return the kernel of samples that are spread over ranks; see `ntkops.ntk` for the arguments.
 
-    Args:
-        model: The same on all ranks.
-        x: This rank's samples; it may have none, as long as another rank has some.
-        x2: This rank's samples of the columns, None for the square kernel.
-        choose: From the axis of all outputs to that of those that are wanted.
-        params: Selects parameters.
-        output: What the state is.
-        engine: As in `ntkops.ntk`.
-        batch_size: As in `ntkops.ntk`.
-        chunk_size: As in `ntkops.ntk`.
-        batch_dim: As in `ntkops.ntk`.
-        group: The process group.
-        described: Options that all ranks must agree on.
+    ``x`` and ``x2`` are this rank's samples, of which it may have none, as long as another rank has some;
+    ``choose`` goes from the axis of all outputs to that of those that are wanted, and ``described`` holds the
+    options that all ranks must agree on.
 
     Raises:
         InputError: If samples are coupled, or differ in length.
@@ -111,6 +101,7 @@ def sharded_ntk(
             built = build_engine(linearization, held, engine, batch_size=batch_size, chunk_size=chunk_size)
         return _Share(linearization, rows, columns, built)
 
+    # What may fail on one rank comes first, and has no collective inside; then ranks compare what they have.
     share = ranks.together(bring, "ntkops.ntk")
     shape, differentiation = _agreed(ranks, share, {**described, "square": x2 is None})
     own, names = share.engine, share.linearization.names
@@ -136,11 +127,6 @@ def sharded_ntk(
 def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[torch.Size, Differentiation]:
     """Compare what the ranks bring.
 
-    Args:
-        ranks: The processes.
-        share: What this one brings.
-        described: Options.
-
     Returns:
         The shape of outputs, and what the model allows.
 
@@ -161,6 +147,7 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
     outputs = share.shape()
     differentiation = None if share.engine is None else share.engine.differentiated(per_sample=True)
     mode = None if differentiation is None else differentiation.mode
+    # A rank without samples cannot run the model: it takes shape and mode from the first that has some.
     told = ranks.share((mine, None if outputs is None else tuple(outputs), mode, differentiation))
     for rank, (theirs, _, _, _) in enumerate(told[1:], 1):
         for what, value in theirs.items():
@@ -169,22 +156,22 @@ def _agreed(ranks: Ranks, share: _Share, described: dict[str, Any]) -> tuple[tor
                     f"rank {rank} differs from rank 0 in {what}{_shown(told[0][0][what], value)}: all ranks "
                     "must bring the same model and options, and only samples of their own"
                 )
-    with_samples = [(rank, found) for rank, found in enumerate(told) if found[1] is not None]
+    with_samples = [(rank, item) for rank, item in enumerate(told) if item[1] is not None]
     if not with_samples:
         raise InputError("no rank has a sample; pass at least one on one of them")
-    first, (_, shape, first_rung, first_found) = with_samples[0]
-    for rank, (_, other, other_rung, _) in with_samples[1:]:
+    first, (_, shape, first_mode, found) = with_samples[0]
+    for rank, (_, other, other_mode, _) in with_samples[1:]:
         if other != shape:
             raise ShardingError(
                 f"the outputs of a sample have shape {other} on rank {rank} and {shape} on rank {first}: pad "
                 "the samples of all ranks to one length"
             )
-        if other_rung != first_rung:
+        if other_mode != first_mode:
             raise ShardingError(
-                f"the model is differentiated by {other_rung!r} on rank {rank} and by {first_rung!r} on rank "
+                f"the model is differentiated by {other_mode!r} on rank {rank} and by {first_mode!r} on rank "
                 f"{first}: install the same version of torch on all ranks, or choose engine='autograd'"
             )
-    return torch.Size(shape), first_found
+    return torch.Size(shape), found
 
 
 def _shown(first: Any, other: Any) -> str:
@@ -196,12 +183,7 @@ def _shown(first: Any, other: Any) -> str:
 def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedProjectedOperator:
     """Return the kernel of samples over ranks that is seen through a projection; see `projected_ntk`.
 
-    Args:
-        K: The kernel over a process group.
-        projection: The same on all ranks.
-
-    Returns:
-        The operator, called for by all ranks. Cost: the features of this rank's rows, once.
+    All ranks call it, with the same projection. Cost: the features of this rank's rows, once.
 
     Raises:
         ShardingError: If the ranks bring different projections.
@@ -210,6 +192,7 @@ def sharded_projected_ntk(K: ShardedKernelOperator, projection: Any) -> ShardedP
 
     def read() -> tuple[Projection, str]:
         found = as_projection(projection, K.num_parameters, K.dtype, K.device)
+        # Two maps of one kind and size differ in their seeds, or entries: the image of one vector tells.
         probe = torch.ones((1, K.num_parameters), dtype=K.dtype, device=K.device)
         return found, fingerprint(image=found.apply(probe))["image"]
 

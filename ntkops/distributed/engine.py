@@ -30,7 +30,7 @@ __all__ = ["ShardedEngine"]
 
 Result = TypeVar("Result")
 
-_BLOCK_SHARE = 1 / 8  # of the free memory of the smallest rank, for a block over the parameters
+_BLOCK_SHARE = 1 / 8  # of the memory budget of the rank with the least, for a block over the parameters
 # Backward passes up to which factors are made before the first product: products then take one route from
 # the first to the last, so that a computation that is gone on with has the same bits.
 _SETTLED = 64
@@ -65,6 +65,7 @@ class ShardedEngine:
             differentiation,
         )
         self.num_parameters = linearization.num_parameters
+        # The same number of columns on all ranks, or they would meet in sums of different shapes.
         column = max(1, self.num_parameters * linearization.dtype.itemsize)
         mine = int(budget_bytes(linearization.device) * _BLOCK_SHARE) // column
         self._columns = max(1, int(-ranks.largest(-mine)))
@@ -99,6 +100,10 @@ class ShardedEngine:
             none = self.local is not None and not isinstance(self.local, LayerwiseEngine)
             self._settled[inputs] = not self.ranks.any(inputs.num_samples > 0 and (refused or none))
         return self._settled[inputs]
+
+    def cache_passes(self, inputs: Inputs) -> float:
+        """Return 0: factors that are made take few passes, once, and are part of the first product."""
+        return 0.0
 
     # products
 
@@ -151,6 +156,7 @@ class ShardedEngine:
             return None
         local = self.local
         if isinstance(local, LayerwiseEngine):
+            # Factors multiply on both sides of the sum, and a side without samples has none.
             both = left.num_samples > 0 and right.num_samples > 0
             local = local if cached and both else local.fallback
         return local.linearized(params, left, right, vectors, math.inf)
@@ -174,6 +180,7 @@ class ShardedEngine:
         return block, half
 
     def _pushed(self, half: Linearized | None, inputs: Inputs, tangents: Tensor) -> Tensor:
+        """Return this rank's rows ``(k, N, O)`` of J p."""
         if half is None or inputs.num_samples == 0:
             report_passes(jvp=len(tangents))
             return tangents.new_zeros((len(tangents), inputs.num_samples, inputs.num_outputs))

@@ -97,6 +97,7 @@ class Ranks:
         return bool(self._reduced(found, dist.ReduceOp.MAX, "the agreement of ranks"))
 
     def _reduced(self, block: Tensor, operation: Any, what: str) -> Tensor:
+        """Reduce a block over ranks, in place; gloo takes it on the CPU, nccl on this rank's GPU."""
         with self._watched(what):
             if self._device is None and block.is_contiguous() and block.device.type == "cpu":
                 dist.all_reduce(block, operation, group=self.group)
@@ -124,7 +125,7 @@ class Ranks:
         Returns:
             ``(*batch, sum(lengths), k)``.
         """
-        most = max(lengths)
+        most = max(lengths)  # all_gather takes blocks of one shape
         padded = torch.nn.functional.pad(block, (0, 0, 0, most - block.shape[-2]))
         sent = padded.to(self._device or "cpu").contiguous()
         found = [torch.empty_like(sent) for _ in lengths]
@@ -176,6 +177,8 @@ class Ranks:
             RankFailedError: If the work has failed on another rank.
             BaseException: What the work itself has raised here.
         """
+        # A rank that raised by itself would leave the others waiting in their next collective. One bit is
+        # agreed on first; texts are exchanged where something has failed alone.
         problem: BaseException | None = None
         result = None
         try:

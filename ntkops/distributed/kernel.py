@@ -45,8 +45,8 @@ class ShardedAxis(StateAxis):
 
     counts: tuple[int, ...] = ()
 
-    def map_inputs(self, inputs: Inputs) -> ShardedAxis:
-        """Return the axis over the same samples in another dtype or on another device."""
+    def of(self, inputs: Inputs) -> ShardedAxis:
+        """Return the same rows of these samples held elsewhere."""
         return ShardedAxis(inputs, self.outputs, self.pick, counts=self.counts)
 
     def space(self, ranks: Ranks, like: ProductOperator) -> ShardedSpace:
@@ -56,15 +56,11 @@ class ShardedAxis(StateAxis):
 
 
 class _ShardedOperator(ProductOperator):
-    """Products over two axes of which at least one is spread over ranks.
-
-    Args:
-        *params: The selected parameters, the same on all ranks.
-        core: Engine and axes.
-    """
+    """Products over two axes of which at least one is spread over ranks; parameters are the same on all."""
 
     @property
     def _engine(self) -> ShardedEngine:
+        """The engine, which `Core` knows as one of a single process."""
         engine = self._core.engine
         assert isinstance(engine, ShardedEngine)
         return engine
@@ -85,6 +81,7 @@ class _ShardedOperator(ProductOperator):
         return self._space_of(self._core.columns)
 
     def _space_of(self, axis: Axis) -> Space:
+        """Return the space of vectors along an axis."""
         if isinstance(axis, ShardedAxis):
             return axis.space(self.ranks, self)
         return Space(axis.length, self.dtype, self.device)
@@ -178,7 +175,7 @@ class _ShardedOperator(ProductOperator):
                 moved[id(inputs)] = no_samples(built.linearization, inputs.output_shape)
             elif id(inputs) not in moved:
                 moved[id(inputs)] = inputs.to(dtype=dtype, device=device)
-            return axis.map_inputs(moved[id(inputs)])
+            return axis.of(moved[id(inputs)])
 
         core = dataclasses.replace(self._core.map_axes(move), engine=engine)
         return self._rebuild(core, [arg.to(dtype=dtype, device=device) for arg in self._args])
@@ -188,7 +185,7 @@ class _ShardedOperator(ProductOperator):
         return self if core.symmetric else self._rebuild(core.with_axes(core.columns, core.rows))
 
     def _dense_if_cheaper(self, columns: int) -> Tensor | None:
-        return None
+        return None  # a dense block would be that of all ranks' columns
 
     def _is_recorded(self, *tensors: Tensor) -> bool:
         if super()._is_recorded(*tensors):
@@ -296,11 +293,13 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
 
     @property
     def _rows(self) -> ShardedAxis:
+        """The axis of the rows, of states."""
         assert isinstance(self._core.rows, ShardedAxis)
         return self._core.rows
 
     @property
     def _columns(self) -> ShardedAxis:
+        """The axis of the columns, of states."""
         assert isinstance(self._core.columns, ShardedAxis)
         return self._core.columns
 
@@ -315,6 +314,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         return self._factor_of(self._core.columns)
 
     def _factor_of(self, axis: Axis) -> ShardedJacobianOperator:
+        """Return the Jacobian whose rows are an axis."""
         assert isinstance(axis, StateAxis)
         beside = ParameterAxis.beside(axis, self.num_parameters)
         return ShardedJacobianOperator(*self._args, core=self._core.with_axes(axis, beside))
@@ -365,6 +365,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
 
         inputs, local = self.ranks.together(work, "K.cross(x)")
         counts = tuple(self.ranks.share(inputs.num_samples))
+        # A rank without samples of its own has no engine until it is given some: then all take a new one.
         built: Any = engine
         if self.ranks.any(local is not engine.local):
             built = engine.with_local(local)
@@ -382,6 +383,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         return NTKOperator(*self._args, core=Core(engine, rows, columns, limit=0))
 
     def _own(self, engine: Engine) -> NTKOperator:
+        """Return the kernel within this rank's samples."""
         return self._alone(engine, self._rows, self._rows)
 
     def diagonal_step(self) -> int:
@@ -428,6 +430,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
             Two parts, counted over all ranks, and the kernel over both of them; over one, where they are the
             same; None where it is made on another rank.
         """
+        # Samples of each part go to all ranks in turn: every rank makes the same calls, needed here or not.
         for source, count in enumerate(self._columns.counts):
             for start in range(0, count, size):
                 part = slice(start, min(start + size, count))
@@ -448,6 +451,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         return slice(part.start + before, part.stop + before)
 
     def _kernel_of(self, rows: slice) -> NTKOperator | None:
+        """Return the kernel within some of this rank's samples, None where it has none of them."""
         engine = self._engine.local
         if engine is None or rows.stop <= rows.start:
             return None
@@ -458,12 +462,13 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
     def _kernel_over(
         self, source: int, part: slice, rows: slice, received: Inputs | None
     ) -> NTKOperator | None:
+        """Return the kernel over some own and some received samples, None where another pair has it."""
         engine, own = self._engine.local, source == self.ranks.rank
         if received is None or engine is None or rows.stop <= rows.start:
             return None
         if own and part == rows:
             return self._kernel_of(rows)
-        if own and part.start < rows.start:
+        if own and part.start < rows.start:  # the pair (part, rows) has come, or comes, as (rows, part)
             return None
         mine = self._rows.inputs.select(torch.arange(rows.start, rows.stop))
         axis = StateAxis(joined([mine, received]), self._rows.outputs)
@@ -476,6 +481,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         def work() -> float:
             if engine is None or self._rows.length == 0:
                 return 0.0
+            # Blocks with all ranks' columns, of a size with that of its own; see `_makes` for the half.
             own = self._own(engine).exact_cost(quantity)
             pairs = (1 + self.ranks.count) / 2 if self.symmetric else self.ranks.count
             return own if quantity == "diagonal" else own * pairs
@@ -487,7 +493,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         engine, rows = self._engine.local, self._rows
 
         def work() -> int:
-            if engine is None or rows.length == 0:
+            if engine is None or rows.length == 0:  # no limit from here
                 return 2**31
             return max(self._own(engine).tile_size() // self._width, 1) * self._width
 
@@ -495,6 +501,7 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
 
     @property
     def _width(self) -> int:
+        """Rows that a sample has."""
         return self._rows.outputs.shape[-1]
 
     def tiles(self, size: int | None = None) -> Iterator[Tile]:
@@ -510,6 +517,8 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
 
     def tiles_after(self, size: int, skip: int) -> Iterator[Tile]:
         """Yield what `tiles` yields after the first ``skip`` tiles, for which nothing is sent or made."""
+        # Tiles are of whole samples, and as many on each rank as that with the most samples has: a rank that
+        # has fewer yields empty ones.
         samples = max(1, size // self._width)
         most = max(self._rows.counts)
         slices = [slice(a, min(a + samples, most)) for a in range(0, most, samples)]
@@ -549,11 +558,14 @@ class ShardedKernelOperator(ShardedRows, _ShardedOperator, Capabilities):
         """Return whether this rank makes the tiles between its rows and another rank's columns."""
         if not self.symmetric or source == self.ranks.rank:
             return True
+        # Counted modulo n, one of two ranks is ahead of the other by less than n / 2: the other makes the
+        # block of both. Where they are n / 2 apart, the first of them does.
         count = self.ranks.count
         ahead = (source - self.ranks.rank) % count
         return 2 * ahead < count or (2 * ahead == count and self.ranks.rank < source)
 
     def _tile(self, source: int, part: slice, rows: slice, received: Inputs | None) -> Tile:
+        """Return the tile between some own and some received samples, empty where there is none here."""
         width, axis = self._width, self._rows
         engine = self._engine.local
         rows = slice(rows.start, min(rows.stop, axis.inputs.num_samples))
@@ -633,6 +645,7 @@ def core_of(engine: ShardedEngine, rows: Axis, columns: Axis) -> Core:
 
 
 def _numbers(part: slice) -> Tensor:
+    """Return the positions of a slice."""
     return torch.arange(part.start, part.stop)
 
 
@@ -650,6 +663,7 @@ class _Place:
 
 
 def _dense(kernel: NTKOperator) -> Tensor:
+    """Return a dense block that is not kept: its limit of bytes is 0."""
     with torch.no_grad():
         kernel._check_fresh()
         return kernel._dense_values(kernel._args)

@@ -20,6 +20,7 @@ def take_shard(linearization: Linearization, x: Any) -> Inputs | None:
 
 
 def _is_empty(x: Any, batch_dim: BatchDim) -> bool:
+    """Whether there is no sample in what a rank was given."""
     if x is None:
         return True
     if isinstance(x, Inputs):
@@ -33,6 +34,7 @@ def _is_empty(x: Any, batch_dim: BatchDim) -> bool:
 
 def no_samples(linearization: Linearization, output_shape: torch.Size) -> Inputs:
     """Return a view of no samples, whose outputs would have a shape."""
+    # No model is run over it: a tensor without entries, and the number of outputs that samples would have.
     axis = linearization.state_dim or 0
     nothing = torch.empty((0,) * (axis + 1), dtype=linearization.dtype, device=linearization.device)
     batch = Batch((nothing,), Layout(Place(0), ("input",), (axis,)), output_shape.numel())

@@ -102,6 +102,7 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
 
     @property
     def _is_square(self) -> bool:
+        """Whether rows and columns are the same samples."""
         return self._spaces[0] is self._spaces[1]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -159,6 +160,7 @@ class ShardedProjectedOperator(ShardedRows, Capabilities):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
+        """Raise: there are no tiles."""
         raise UnsupportedOperationError(
             "a projected kernel over a process group has no tiles: estimate by products (method='sketch', "
             "'hutch++'), or take the exact value of the kernel itself"

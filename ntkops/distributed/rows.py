@@ -60,6 +60,8 @@ def refused(kind: type) -> type:
 
 
 def _refusal(name: str, way_out: str) -> Callable[..., Any]:
+    """Return a method that raises with a way out."""
+
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedOperationError(
             f"{name} of a {type(self).__name__} would be that of this rank's rows alone: {way_out}"
@@ -134,16 +136,14 @@ class ShardedRows(LinearOperator):
 class ShardedSum(ShardedRows, KernelSum):
     """K₁ + K₂ + ... over the same ranks."""
 
-    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
-        return type(self)(*(part._mul_constant(other) for part in self.linear_ops))
+    _mul_constant = KernelSum._mul_constant
 
 
 @refused
 class ShardedMultiple(ShardedRows, KernelMultiple):
     """c K over ranks; c is the same on all of them."""
 
-    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
-        return type(self)(self.base_linear_op, self._constant * other)
+    _mul_constant = KernelMultiple._mul_constant
 
 
 @refused
@@ -153,7 +153,7 @@ class ShardedRidge(ShardedRows, RidgeOperator, Capabilities):
     solve = RidgeOperator.solve
     _solve = RidgeOperator._solve
 
-    # D has no factor of the parameters
+    # D has no factor of the parameters: `factors` stays None.
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
@@ -178,6 +178,7 @@ class ShardedRidge(ShardedRows, RidgeOperator, Capabilities):
         start = self.space.start
         for tile in capabilities(self.kernel).tiles(size):
             if tile.rows == tile.cols and tile.block.numel():
+                # Tiles are counted over all ranks, the entries of D from this rank's first row.
                 own = self.ridge.detach()[..., tile.rows.start - start : tile.rows.stop - start]
                 yield Tile(tile.rows, tile.cols, tile.block + torch.diag_embed(own))
             else:
@@ -185,7 +186,7 @@ class ShardedRidge(ShardedRows, RidgeOperator, Capabilities):
 
     @property
     def _factorises(self) -> bool:
-        return False
+        return False  # no rank has the dense matrix
 
     def add_jitter(self, jitter_val: float = 1e-3) -> RidgeOperator:
         """Return K + (D + a multiple of the identity)."""
@@ -208,4 +209,5 @@ def refuse_derivatives() -> NoReturn:
 
 
 def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+    """Return what a sum is made of."""
     return tuple(operator.linear_ops) if isinstance(operator, ShardedSum) else (operator,)

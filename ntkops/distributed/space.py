@@ -15,7 +15,7 @@ __all__ = ["ShardedSpace"]
 
 Result = TypeVar("Result")
 
-_DRAWN = 2**22  # random numbers drawn at a time
+_DRAWN = 2**22  # random numbers drawn at a time: 32 MiB
 _GROUP = 16  # torch draws normal numbers in groups of so many
 
 
@@ -118,19 +118,15 @@ class ShardedSpace(Space):
         return self.ranks.any(flag)
 
     def orthonormalize(self, block: Tensor) -> Tensor:
-        """Return this rank's rows of an orthonormal basis of the columns' span; see `Space.orthonormalize`.
-
-        Every rank factorises its rows, and the triangular factors, one below the other, are factorised by
-        all of them alike.
-
-        Args:
-            block: ``(length, k)`` or ``(*batch, length, k)``.
-        """
+        """Return this rank's rows of a basis of the columns' span; see `Space.orthonormalize`."""
+        # B_i = Q_i R_i on rank i; the R_i below each other, k rows each at most, are R = U S Vᵀ on all ranks
+        # alike. diag(Q_i) U then has orthonormal columns, and spans what B does.
         scale = self.ranks.largest(float(block.abs().max()) if block.numel() else 0.0)
         columns = block.shape[-1]
         if not scale > 0 and block.dim() == 2 or columns == 0:
             return block[..., :0]
         own, triangle = torch.linalg.qr(block.double() / (scale or 1.0))
+        # R_i has as many rows as the smaller side of B_i.
         heights = [min(length, columns) for length in self.lengths]
         stacked = self.ranks.gather(triangle, heights)  # (*batch, sum of heights, k)
         first = sum(heights[: self.ranks.rank])
@@ -138,6 +134,7 @@ class ShardedSpace(Space):
         if block.dim() > 2:
             return (own @ torch.linalg.qr(stacked)[0][..., rows, :]).to(block.dtype)
         basis, singular, _ = torch.linalg.svd(stacked, full_matrices=False)
+        # The singular values of R are those of the whole block: below n eps of the largest they are rounding.
         cutoff = singular[0] * max(self.size, columns) * torch.finfo(block.dtype).eps
         return (own @ basis[rows, singular > cutoff]).to(block.dtype)
 
@@ -147,12 +144,7 @@ class ShardedSpace(Space):
         """Draw this rank's rows of the columns that one process would draw; see `Space.probes`.
 
         All rows are drawn on every rank, some at a time, and the others' are dropped: a seed means the same
-        for any number of ranks.
-
-        Args:
-            count: Number k of columns.
-            generator: CPU generator, set to the state of rank 0's, and advanced by the draw.
-            distribution: "rademacher", "gaussian" or "sphere".
+        for any number of ranks. The generator is set to the state of rank 0's.
 
         Returns:
             ``(length, count)``.
@@ -171,9 +163,9 @@ class ShardedSpace(Space):
                 kept.append(drawn[max(self.start - first, 0) : stop - first].double())
         rows = torch.cat(kept) if kept else torch.zeros((0, count), dtype=torch.float64)
         if distribution == "rademacher":
-            rows = rows.mul_(2).sub_(1)
+            rows = rows.mul_(2).sub_(1)  # 0 and 1 to -1 and 1
         elif distribution == "sphere":
-            rows *= self.size**0.5 / squares.sqrt()
+            rows *= self.size**0.5 / squares.sqrt()  # whole columns of length √n
         return rows.to(dtype=self.dtype, device=self.device)
 
     def _draws(self, count: int) -> Iterator[tuple[int, int]]:

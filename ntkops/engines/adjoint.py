@@ -48,6 +48,7 @@ def first_line(error: BaseException) -> str:
 def _both_sides(
     cotangent: Tensor, pushed: Tensor, tangents: Parameters, pulled: Parameters
 ) -> tuple[float, float]:
+    """Return ⟨u, J p⟩ and ⟨p, Jᵀu⟩, which are one number."""
     return _inner(cotangent, pushed), sum(_inner(t, g) for t, g in zip(tangents, pulled, strict=True))
 
 
@@ -69,27 +70,13 @@ def check_adjoint(
     pulled: Parameters,
     reasons: list[str],
 ) -> bool:
-    """Compare <u, J p> with <Jᵀu, p>, and decide whether a difference is rounding.
+    """Return whether <u, J p> and <Jᵀu, p> agree; False where forward mode is wrong by finite differences.
 
-    A difference is judged against J itself. Where J is below the rounding of the derivative along all
-    parameters, selected or not, and of the output, these parameters do not move the output: a key bias under
-    softmax, a shift of what is normalised.
-
-    Args:
-        mode: Mode of differentiation.
-        linearization: The model.
-        params: Its selected parameters.
-        batch: A few samples.
-        linearized: The products that are compared.
-        cotangent: u, (1, B, O).
-        tangents: p.
-        pushed: J p.
-        pulled: Jᵀu.
-        reasons: Gets a line where the two agree less well than rounding of this dtype explains.
-
-    Returns:
-        Whether they agree; False where finite differences show that forward mode is wrong, so that J is to be
-        had in another way.
+    ``cotangent`` is u, ``(1, B, O)``, and ``tangents`` p; ``pushed`` is J p and ``pulled`` Jᵀu. A difference
+    is judged against J itself. Where J is below the rounding of the derivative along all parameters, selected
+    or not, and of the output, these parameters do not move the output: a key bias under softmax, a shift of
+    what is normalised. ``reasons`` gets a line where the two agree less well than rounding of this dtype
+    explains.
 
     Raises:
         DifferentiationError: If J and Jᵀ disagree for any other reason.
@@ -184,6 +171,8 @@ def _is_wrong(
     gap: float,
 ) -> bool:
     """Whether finite differences contradict <u, J p> by more than they are off themselves."""
+    # A central difference over h is off by h² of truncation and by eps / h of rounding: least at eps^(1/3),
+    # relative to the parameters. A second, shorter one shows how far off it is.
     step = torch.finfo(params[0].dtype).eps ** (1 / 3) * max(length(params), 1e-2) / length(tangents)
 
     def value(distance: float) -> float:
@@ -217,12 +206,13 @@ def _further(linearized: LinearizedBatch, shape: Sequence[int], params: Paramete
         p = tuple(vectors((1, *q.shape), q, seed=1000 * (seed + 1) + 1 + i) for i, q in enumerate(params))
         pushed, pulled = linearized.push(p), linearized.pull(u)
         left, right = _both_sides(u, pushed, p, pulled)
-        size = length([u]) * length([pushed]) + length(p) * length(pulled)
+        size = length([u]) * length([pushed]) + length(p) * length(pulled)  # the bound of Cauchy and Schwarz
         largest = max(largest, abs(left - right) / max(size, 1e-300))
     return largest
 
 
 def _disagreement(mode: Mode, left: float, right: float, is_rounding: bool, dtype: torch.dtype) -> str:
+    """Say in what two modes disagree, and what may be the cause."""
     found = f"J and Jᵀ disagree in mode {mode!r} (<u, J p> = {left:.6g}, <Jᵀu, p> = {right:.6g}): "
     if not is_rounding:
         return (
@@ -252,7 +242,8 @@ def check_slope(
     Raises:
         DifferentiationError: If there is one, and it is wrong.
     """
-    step = torch.finfo(params[0].dtype).eps ** (1 / 3)
+    step = torch.finfo(params[0].dtype).eps ** (1 / 3)  # as in `_is_wrong`
+    # Every parameter moves by its own size; those near zero by a tenth, so that none stands still.
     along = tuple(p.abs().clamp(min=0.1) * t[0].sign() for p, t in zip(params, tangents, strict=True))
 
     def value(*params: Tensor) -> Tensor:

@@ -70,26 +70,17 @@ class RowCheck:
     and at a row of sample m, with probability one, something else: :math:`s_m \ne s_n`. A row of several
     samples gives a sum with several s. Each row is read through its product with one random vector, and
     compared with what rounding may do to it, a share of :math:`|s_n| \sum_c |w_c| |G_c[r]|`.
-
-    Args:
-        numbers: The calls that are looked at.
-        layouts: Where their samples are.
-        cotangents: ``(C, B, O)``.
-        limit: The share.
-        numbers_of: Gives fresh normal numbers in float64, ``(k,)`` for k.
-        vector_of: Gives a fixed random vector, ``(k,)`` for k.
-        factors: s and w; None for fresh ones.
     """
 
     def __init__(
         self,
-        numbers: Sequence[int],
+        numbers: Sequence[int],  # of the calls that are looked at
         layouts: Mapping[int, Layout],
-        cotangents: Tensor,
-        limit: float,
-        numbers_of: Callable[[int], Tensor],
-        vector_of: Callable[[int], Tensor],
-        factors: tuple[Tensor, Tensor] | None = None,
+        cotangents: Tensor,  # (C, B, O)
+        limit: float,  # the share
+        numbers_of: Callable[[int], Tensor],  # fresh normal numbers in float64, (k,) for k
+        vector_of: Callable[[int], Tensor],  # a fixed random vector, (k,) for k
+        factors: tuple[Tensor, Tensor] | None = None,  # s and w, None for fresh ones
     ) -> None:
         self._numbers, self._layouts = numbers, layouts
         self._count, self._limit, self._vector_of = cotangents.shape[1], limit, vector_of
@@ -128,14 +119,11 @@ class RowCheck:
         gradients: Mapping[int, Tensor | None],
         again: Callable[[float], Mapping[int, Tensor | None]],
     ) -> list[int]:
-        """Return the calls at which the gradients of u are others than they must be.
+        """Return the calls at which ``(1, *shape)`` gradients of u are others than they must be.
 
         Behind a norm of one feature, say, a gradient is all rounding, and belongs to nobody. Rounding is not
-        linear: a row is excused where a multiple of u moves it by a hundredth of the difference.
-
-        Args:
-            gradients: ``(1, *shape)`` of u.
-            again: Gives the same for a multiple of u; asked only where something differs.
+        linear: a row is excused where a multiple of u, which ``again`` gives, moves it by a hundredth of the
+        difference.
         """
         found = self.suspects(gradients)
         if not found:
@@ -171,9 +159,11 @@ class RowCheck:
         gradients: Mapping[int, Tensor | None],
         multiples: Mapping[int, Tensor | None],
     ) -> bool:
+        """Whether rows differ by rounding alone."""
         one, other = gradients[number], multiples[number]
         if one is None or other is None or number not in self._gaps:
             return False
+        # G(c u) - c G(u) is zero but for rounding, since backward passes are linear.
         read = [self._read(self._rows(number, g))[0].double() for g in (one, other)]
         noise = (read[1] - _MULTIPLE * read[0]).abs()
         return bool((self._gaps[number] <= _NOISE_FACTOR * noise)[rows].all())
@@ -190,7 +180,7 @@ class RowCheck:
 
     def _by_row(self, number: int, rows: int) -> Tensor:
         """Return s of the sample of each row."""
-        others = rows // self._count
+        others = rows // self._count  # rows of one sample, whose numbers run fastest or slowest
         if self._layouts[number].major:
             return self._samples.repeat_interleave(others)
         return self._samples.repeat(others)

@@ -13,7 +13,7 @@ from ..model import Batch, Inputs, Linearization
 from .base import Engine, Work, is_recorded, require_finite_product
 from .cost import KernelShape, autograd_kernel_passes, tile_repeats
 from .differentiation import LinearizedBatch, Parameters, linearize_batch, sample_gradients
-from .factors import Direct
+from .factors import Direct, unit_cotangents
 from .layer_factors import Factors
 from .memory import Share, parts, retry
 from .options import Layerwise
@@ -107,6 +107,7 @@ class AutogradEngine(Engine):
     def of(self, params: Parameters, inputs: Inputs, cotangents: Tensor, compact: bool = False) -> Factors:
         """Return the gradients of N samples for ``(C, N, O)`` cotangents. Cost: C per-sample passes."""
         how = self.differentiated(per_sample=True)
+        # Sample by sample, the cotangents of one of them are columns of Jᵀ of that sample.
         if how.per_sample == "loop" and len(cotangents) > 1:
             how = self.differentiated(columns=True)
         assert how.per_sample is not None
@@ -114,10 +115,10 @@ class AutogradEngine(Engine):
 
         def part(start: int, stop: int, batch: Batch) -> Tensor:
             self.linearization.require_independent(inputs, start, params, batch)
-            sent = cotangents[:, start:stop].transpose(0, 1)
+            sent = cotangents[:, start:stop].transpose(0, 1)  # (B, C, O)
             function = self.linearization.function
             columns = how.columns or "loop"
-            gradients = sample_gradients(*choice, function, params, batch, sent, columns)
+            gradients = sample_gradients(*choice, function, params, batch, sent, columns)  # (B, C, *shape)
             return torch.cat([g.reshape(*g.shape[:2], g.shape[2:].numel()) for g in gradients], dim=-1)
 
         with self.linearization.safe_context():
@@ -135,10 +136,8 @@ class AutogradEngine(Engine):
         """
         if self._takes_columns(params, inputs, len(outputs)):
             return self._by_columns(params, inputs, outputs)
-        device, dtype = self.linearization.device, self.linearization.dtype
-        unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=dtype, device=device)
-        unit[torch.arange(len(outputs)), 0, outputs] = 1
-        return self.of(params, inputs, unit.expand(-1, inputs.num_samples, -1))
+        dtype, device = self.linearization.dtype, self.linearization.device
+        return self.of(params, inputs, unit_cotangents(outputs, inputs, dtype, device))
 
     def _takes_columns(self, params: Parameters, inputs: Inputs, directions: int) -> bool:
         """Whether J is made column by column, by a jvp of all samples for each entry of the parameters."""
@@ -161,6 +160,7 @@ class AutogradEngine(Engine):
             made = like.new_empty((stop - start, len(outputs), entries))
 
             def push(first: int, last: int) -> None:
+                # J e_p is column p of J, for all samples and outputs: (p, B, C) -> (B, C, p).
                 units = like.new_zeros((last - first, entries))
                 units[:, first:last].fill_diagonal_(1)
                 made[:, :, first:last] = point.push(self._split(units))[..., outputs].permute(1, 2, 0)
@@ -237,6 +237,7 @@ class AutogradEngine(Engine):
         return _Products(self, params, left, right)
 
     def _linearize(self, params: Parameters, batch: Batch, several: bool) -> LinearizedBatch:
+        """Return products with J and Jᵀ of one batch; ``several``: of more than one column at a time."""
         how = self.differentiated(columns=several)
         function = self.linearization.function
         return linearize_batch(how.mode, function, params, batch, how.columns or "loop", how.pull_columns)
@@ -251,6 +252,7 @@ class AutogradEngine(Engine):
     ) -> Iterator[Result]:
         """Yield work on the linearised samples, batch by batch; all of them in one batch are kept."""
         if kept:
+            # Memory may suffice for the forward pass and not for what is made of it: then smaller batches.
             share = self.sample_share(inputs)
             done = retry(share, inputs.num_samples, lambda: work(0, inputs.num_samples, kept[0]))
             if done is not None:
@@ -259,7 +261,7 @@ class AutogradEngine(Engine):
             kept.clear()
 
         def part(start: int, stop: int, batch: Batch) -> Result:
-            if stop - start < inputs.num_samples:
+            if stop - start < inputs.num_samples:  # a part, which must not depend on the others
                 self.linearization.require_independent(inputs, start, params, batch)
             point = self._linearize(params, batch, several)
             result = work(start, stop, point)
@@ -271,6 +273,7 @@ class AutogradEngine(Engine):
             yield result
 
     def _split(self, tangents: Tensor) -> Parameters:
+        """Return ``(k, P)`` as one ``(k, *shape)`` a parameter."""
         sizes, shapes = self.linearization.sizes, self.linearization.shapes
         pieces = tangents.split(list(sizes), dim=1)
         if self.linearization.is_complex:  # a view as complex numbers wants even places in memory
@@ -312,7 +315,7 @@ class _Products:
     ) -> Tensor:
         """Return the work on all columns, in chunks, counted and checked."""
         engine = self._engine
-        self._several |= min(len(block), engine.chunk_size()) > 1
+        self._several |= len(block) > 1 and engine.chunk_size() > 1
         with engine.linearization.safe_context():
             found = parts(len(block), engine.column_share(), lambda start, stop: work(block[start:stop]))
             pieces = [piece for _, _, piece in found]
@@ -322,6 +325,8 @@ class _Products:
         return result
 
     def _pull(self, vectors: Tensor) -> Parameters:
+        """Return Jᵀv by parameter, ``(k, *shape)``: Σ over batches of J_bᵀ v_b."""
+
         def work(start: int, stop: int, point: LinearizedBatch) -> Parameters:
             return point.pull(vectors[:, start:stop])
 
@@ -332,6 +337,8 @@ class _Products:
         return total
 
     def _push(self, tangents: Parameters) -> Tensor:
+        """Return J p, ``(k, N, O)``: the rows of one batch below those of another."""
+
         def work(start: int, stop: int, point: LinearizedBatch) -> Tensor:
             return point.push(tangents)
 
@@ -340,4 +347,5 @@ class _Products:
 
 
 def _flatten(blocks: Parameters) -> Tensor:
+    """Return one ``(k, *shape)`` a parameter as ``(k, P)``."""
     return torch.cat([block.reshape(len(block), block.shape[1:].numel()) for block in blocks], dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..model import Inputs, Linearization
+from ..results import LayerInfo
 from .choose import find_differentiation
 from .cost import KernelShape
 from .differentiation import Differentiation, Parameters
@@ -100,9 +101,10 @@ class Engine(EngineSizes):
 
     def differentiated(self, *, columns: bool = False, per_sample: bool = False) -> Differentiation:
         """Return how the model is differentiated, what it takes for columns or per-sample Jacobians found."""
-        if self._whole is not None:
+        if self._whole is not None:  # one trial for all of its parts
             return self._whole.differentiated(columns=columns, per_sample=per_sample)
         verdict = self.linearization.verdict
+        # The model floor keeps it for engines and knows no engine: what it holds has no type there.
         known = verdict.differentiation if isinstance(verdict.differentiation, Differentiation) else None
         is_known = known is not None and not (
             (columns and known.columns is None) or (per_sample and known.per_sample is None)
@@ -173,6 +175,33 @@ class Engine(EngineSizes):
         """
         raise NotImplementedError
 
+    # what layer structure adds, where an engine has any
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the parameters that the layer rules cover."""
+        return ()
+
+    @property
+    def over_time(self) -> bool:
+        """Whether the output is all hidden states of a recurrent layer, whose kernels have their own way."""
+        return False
+
+    def layers(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> tuple[LayerInfo, ...]:
+        """Return how each parameter is computed in a kernel, in the parameters' order."""
+        return ()
+
+    def cache_passes(self, inputs: Inputs) -> float:
+        """Return the most backward passes that factors for products with some samples may take, once."""
+        return 0.0
+
+    def large_factor_passes(self, inputs: Inputs) -> float:
+        """Return in how many backward passes large factors for products would be made; 0 where none are."""
+        return 0.0
+
+    def settle(self, params: Parameters, inputs: Inputs) -> None:
+        """Make the factors for products with some samples now, where they fit: a product later makes none."""
+
     def _summed(
         self, params: Parameters, watched: Sequence[Tensor | Inputs], work: Work, by_parameter: bool = False
     ) -> Tensor:
@@ -195,6 +224,7 @@ class Engine(EngineSizes):
         Returns:
             ``(k, P)``. Cost: k vjp passes, or products with factors that are kept.
         """
+        # Worth half as many columns of K v, which is a pull and a push.
         return self.linearized(params, inputs, inputs, vectors, len(vectors) / 2).pull(vectors)
 
     def jvp(self, params: Parameters, inputs: Inputs, tangents: Tensor) -> Tensor:
@@ -373,6 +403,7 @@ def is_recorded(params: Sequence[Tensor], others: Sequence[Tensor | Inputs], liv
         if isinstance(other, Tensor):
             tensors.append(other)
         elif live or torch.is_grad_enabled():
+            # One sample tells: all batches are cut from the same tensors.
             _, _, batch = next(iter(other.batches(1)))
             tensors.extend(batch.tensors)
     if any(is_transformed(tensor) for tensor in tensors):
@@ -382,6 +413,7 @@ def is_recorded(params: Sequence[Tensor], others: Sequence[Tensor | Inputs], liv
 
 def require_finite_product(result: Tensor, what: str, linearization: Linearization, operand: Tensor) -> None:
     """Raise NonFiniteError if a product of ``operand`` holds NaN or infinity, and say where it comes from."""
+    # A finite sum needs one pass and no mask; only where it is not, or has overflowed, are entries looked at.
     if is_transformed(result) or bool(torch.isfinite(result.sum())) or bool(torch.isfinite(result).all()):
         return
     if not bool(torch.isfinite(operand).all()):
@@ -391,14 +423,14 @@ def require_finite_product(result: Tensor, what: str, linearization: Linearizati
             "mend the vector before the product"
         )
     hint = ""
-    if result.dim() == 2 and result.shape[1] == linearization.num_parameters:
+    if result.dim() == 2 and result.shape[1] == linearization.num_parameters:  # (k, P)
         position = int((~torch.isfinite(result)).nonzero()[0, 1])
         for name, size in zip(linearization.names, linearization.sizes, strict=True):
             if position < size:
                 hint = f", first at parameter {name!r}"
                 break
             position -= size
-    elif result.dim() == 3:
+    elif result.dim() == 3:  # (k, N, O), or (B, r, P) of single samples
         row = (~torch.isfinite(result)).nonzero()[0]
         hint = (
             f", first at sample {int(row[1])}, output {int(row[2])}"

@@ -50,19 +50,10 @@ def find_differentiation(
     columns: bool = False,
     per_sample: bool = False,
 ) -> Differentiation:
-    """Try the modes on the first samples of ``inputs``, and what else is asked for.
+    """Return what a model allows, tried on the first two samples; ``known`` is what was found before.
 
-    Args:
-        linearization: The pure function and its parameters.
-        inputs: The samples; only the first two are used.
-        known: What was found before.
-        columns: Whether several vectors are wanted at a time.
-        per_sample: Whether per-sample Jacobians are.
-
-    Returns:
-        What the model allows. Cost: two forward passes over two samples, and their derivatives, one more for
-        columns and two for per-sample Jacobians; some more where a mode does not work, or J and Jᵀ agree
-        suspiciously badly.
+    Cost: two forward passes over two samples, and their derivatives, one more for columns and two for
+    per-sample Jacobians; some more where a mode does not work, or J and Jᵀ agree suspiciously badly.
 
     Raises:
         DifferentiationError: If not even Jᵀv exists, or if J and Jᵀ disagree.
@@ -118,15 +109,17 @@ class _Probe:
 
 
 def _tangents(params: Parameters) -> Parameters:
+    """Return a drawn direction of the parameters, ``(1, ...)`` each."""
     return tuple(vectors((1, *p.shape), p, seed=2 + i) for i, p in enumerate(params))
 
 
 def _first_mode(
     linearization: Linearization, params: Parameters, batch: Batch, cotangent: Tensor, reasons: list[str]
 ) -> _Probe:
+    """Return the probe of the first mode that works, with the reasons why earlier ones do not."""
     tangents = _tangents(params)
     live = linearization.differentiable
-    left: _Probe | None = None
+    left: _Probe | None = None  # works but for numbers that are not finite: the last resort
     for mode in RECORDED_MODES if live else MODES:
         report_passes(checks=2)  # of passes over the samples that a trial makes, one in each direction
         try:
@@ -169,6 +162,8 @@ def _first_mode(
 
 def _columns(probe: _Probe, params: Parameters, reasons: list[str]) -> Columns:
     """Whether two columns may go through one vmapped pass: a multiple of what is known, and that itself."""
+    # Both products are linear, so that those of a multiple are known without another pass; the multiple is no
+    # equal column, which a rule that mixes columns up would get right.
     tangents = () if probe.mode == "reverse" else _tangents(params)
     pushed = probe.linearized.push(tangents) if tangents and probe.pushed is None else probe.pushed
     single = probe.pulled if pushed is None else (*probe.pulled, pushed)
@@ -191,6 +186,7 @@ def _per_sample(
     batch: Batch,
     reasons: list[str],
 ) -> SampleMode:
+    """Return how per-sample gradients are made: by vmap where it gives what is known of these samples."""
     mode = probe.mode
     cotangents = probe.cotangent.movedim(0, 1)  # (B, 1, O)
     single: Parameters = ()
@@ -200,6 +196,7 @@ def _per_sample(
         single = sample_gradients("vmap", mode, linearization.function, params, batch, cotangents)
         return tuple(g.sum(0) for g in single)
 
+    # The samples are independent: Σ_i J_iᵀ u_i = Jᵀu, which is known.
     if not _vmap_agrees("per sample", summed, lambda: probe.pulled, reasons):
         return "loop"
     if mode not in ("forward", "double"):
@@ -239,6 +236,8 @@ def _vmap_agrees(
         reasons.append(f"{what}: a loop instead of vmap: an operation has no batching rule")
         return False
     expected = reference()
+    # 1e3 rounding units of float32, which a wrong rule exceeds in float64, too; half precision has 2¹³ times
+    # as large ones.
     scale = max(length(expected), torch.finfo(torch.float64).tiny)
     difference = length([a.double() - b.double() for a, b in zip(actual, expected, strict=True)]) / scale
     lowest = min(p.dtype.itemsize for p in actual)

@@ -57,20 +57,11 @@ def collect(
     compact: bool = False,
     check: RowCheckMaker | None = None,
 ) -> Factors:
-    """Run the backward passes and return the factors of every unit.
+    """Return the factors of every unit for ``(C, B, O)`` cotangents; the graph of the recording is used up.
 
-    Args:
-        recording: A forward pass over B samples; its graph is used up.
-        units: What is wanted.
-        layouts: Where the samples are, by signature of the call.
-        cotangents: ``(C, B, O)``: C directions for each sample.
-        dtype: Dtype of the factors.
-        chunk: Directions that go through one batched backward pass; 1 for one after the other.
-        compact: Whether gradients are written down at once where they are smaller than their factors.
-        check: Makes the check of rows, given the numbers of the calls and their layouts; None for no check.
-
-    Returns:
-        The factors. Cost: C backward passes, one more for the check; memory: theirs.
+    ``chunk`` directions go through one batched backward pass, one after the other where it is 1. ``compact``
+    writes gradients down at once that are smaller than their factors. ``check`` makes the check of rows, None
+    for none. Cost: C backward passes, one more for the check; memory: that of the factors.
 
     Raises:
         CoverageChanged: If a rule fails, or a row belongs to another sample than it is held to belong to.
@@ -87,7 +78,7 @@ def collect(
             rows.add(start, found)
         collector.add(start, len(part), found)
     if rows is not None:
-        sent = rows.cotangents(cotangents)
+        sent = rows.cotangents(cotangents)  # u_n = s_n Σ_c w_c y_cn, (1, B, O)
 
         def at_calls(multiple: float = 1.0) -> dict[int, Tensor | None]:
             report_passes(checks=1)
@@ -113,16 +104,7 @@ def require_own_rows(calls: Sequence[Call], differing: Sequence[int]) -> None:
 
 
 class Collector:
-    """Makes the factors of every unit from gradients at the results of calls.
-
-    Args:
-        recording: A forward pass over B samples.
-        units: What is wanted.
-        layouts: Where the samples are, by signature of the call.
-        count: Number B.
-        directions: Number C of directions.
-        dtype: Dtype of the factors.
-        compact: Whether gradients are written down at once where they are smaller than their factors.
+    """Makes the factors of every unit from gradients at the results of calls, for B samples and C directions.
 
     Attributes:
         numbers: The calls at which gradients are wanted.
@@ -194,6 +176,7 @@ class _Maker:
         self._shifts: Tensor | None = None  # gradients of the bias of a unit that is written down
 
     def _activation(self, use: Use) -> Activation | None:
+        """Return what no direction changes; the gradient of a bias needs nothing but output gradients."""
         call = self._calls[use.call]
         if self._unit.kind == "direct" and use.role == "bias":
             return None
@@ -207,7 +190,7 @@ class _Maker:
         (held,) = self._activations.values()
         if not isinstance(held, Tensor):
             return False
-        groups, inputs, positions = held.shape[1:]
+        groups, inputs, positions = held.shape[1:]  # (B, groups, d_in, S)
         return written_at_once(LayerShape(positions, inputs, self._size() // (groups * inputs), groups))
 
     def _write(self, start: int, use: Use, found: Tensor | None) -> None:
@@ -218,6 +201,7 @@ class _Maker:
             shape = (self._count, self._directions, self._size())
             self._buffer = torch.zeros(shape, dtype=self._dtype, device=held.device)
             if self._unit.bias is not None:
+                # Entries of the bias: p / (groups d_in) = d_out for each group.
                 height = self._size() // (held.shape[1] * held.shape[2]) * held.shape[1]
                 self._shifts = self._buffer.new_zeros((*shape[:2], height))
         if found is None:
@@ -225,13 +209,14 @@ class _Maker:
         activation = self._activations[use]
         assert activation is not None
         piece = self._outer(use, found).to(self._dtype)
-        some = slice(start, start + piece.shape[1])
+        some = slice(start, start + piece.shape[1])  # directions
         gradients = outer_gradients(piece, activation)
         self._buffer[:, some] = in_parameter_order(gradients, is_transposed(self._calls, use))
         if self._shifts is not None:
             self._shifts[:, some] = piece.sum(-1).flatten(2)
 
     def add(self, start: int, width: int, gradients: Mapping[int, Tensor | None]) -> None:
+        """Take the gradients at all uses of some directions: side by side as positions, or added up."""
         outer = self._unit.kind == "outer"
         if self._written:
             self._write(start, self._unit.uses[0], gradients[self._unit.uses[0].call])
@@ -262,18 +247,22 @@ class _Maker:
             self._buffer[:, start : start + width] = 0
 
     def _outer(self, use: Use, gradients: Tensor) -> Tensor:
+        """Return ``(B, K, groups, d_out, S)`` output gradients of a use."""
         call = self._calls[use.call]
         return RULES[call.rule].gradient(call, self._layouts[use.call], self._count, gradients)
 
     def _positions(self, use: Use) -> int:
+        """Return the number S of positions of a use."""
         activation = self._activations[use]
         assert activation is not None
         return activation.index.shape[1] if isinstance(activation, OneHot) else activation.shape[-1]
 
     def _target(self, position: int, piece: Tensor) -> Tensor:
+        """Return the part of the memory of all directions that a use fills."""
         if self._buffer is None:
             lead = (self._count, self._directions)
             if self._unit.kind == "outer":
+                # Σ over uses of Σ_s g_s a_sᵀ is one sum over all of their positions.
                 sizes = [self._positions(use) for use in self._unit.uses]
                 ends = torch.tensor(sizes).cumsum(0).tolist()
                 self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -288,17 +277,20 @@ class _Maker:
         return self._buffer[..., first:last]
 
     def _parameter(self) -> Tensor:
+        """Return what stands for the parameter in the first use."""
         use = self._unit.uses[0]
         found = self._calls[use.call].arguments[use.role]
         assert isinstance(found, Tensor)
         return found
 
     def _size(self) -> int:
+        """Return the number p of entries of the unit: its rows, each as long as one of the first use."""
         use = self._unit.uses[0]
         rows = use.place.stop - use.place.start
         return self._parameter().numel() // max(rows, 1) * (self._unit.stop - self._unit.start)
 
     def _direct(self, use: Use, gradients: Tensor) -> Tensor:
+        """Return ``(B, K, p)`` gradients of a use, zero at rows of the unit that it does not see."""
         call, layout = self._calls[use.call], self._layouts[use.call]
         rule, activation = RULES[call.rule], self._activations[use]
         if rule.kind(use.role) == "direct":
@@ -316,6 +308,7 @@ class _Maker:
         return full
 
     def finish(self) -> list[Outer | Direct]:
+        """Return the factors, zeros where the output depends on no use."""
         unit, first = self._unit, self._unit.uses[0]
         if self._written:
             assert self._buffer is not None
@@ -349,6 +342,7 @@ class _Maker:
 
 
 def _join(activations: Sequence[Activation | None]) -> Activation:
+    """Join the activations of several uses along their positions."""
     first = activations[0]
     assert first is not None
     if len(activations) == 1:

@@ -44,7 +44,11 @@ ProductRoute = Literal["factors", "dual", "gradient"]
 # matrix product, since it is bound by memory: 140 against 2 billion a second and core.
 _ENTRYWISE = 64
 _NARROW = 1.3  # of products of two samples against products of all: 65 against 83 billion a second
-_SYMMETRIC = 0.6  # share of a product of a matrix with its own transpose that symmetric blocks need
+# Share of a product of a matrix with its own transpose that T blocks of rows, each up to its diagonal, need:
+# (1 + 1/T) / 2, .67 for three of them and .56 for eight.
+_SYMMETRIC = 0.6
+# Operations of a pass for each weight and position: two for the output, two for the gradient of the input,
+# two for that of the weight.
 _PASS = 6.0
 _SPEED = 4.0  # of matrix products against passes, which spend their time on memory and on calls
 
@@ -119,9 +123,12 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
     :math:`2 (N S)^2 C d_{out} + 2 (N C)^2 S d_{out}`.
     """
     share = _SYMMETRIC if wanted.symmetric else 1.0
+    # Gradients of single samples: one a row of each side, which is one side where both are the same.
     sides = wanted.left * wanted.rows + (0 if wanted.symmetric else wanted.right * wanted.columns)
     repeats = wanted.kernels * wanted.terms
+    # A unit vector has one entry: Σ_s g_s e_{i_s}ᵀ costs S d_out, whatever d_in is.
     build = 2 * layer.positions * (layer.entries // (layer.inputs if layer.one_hot else 1)) * sides * repeats
+    # Third term: each entry of the gradients is written and read once more, at the rate of memory.
     costs: dict[KernelRoute, float] = {
         "gradient": build
         + share * 2 * wanted.entries * wanted.terms * layer.entries
@@ -132,11 +139,14 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
         inner = 1 if layer.one_hot else layer.inputs
         gram = 2.0 * wanted.left * wanted.right * pairs * inner
         products = wanted.entries * wanted.terms
-        if layer.positions == 1:  # the entrywise product is fused into the accumulation
+        if layer.positions == 1:
+            # ⟨g aᵀ, g' a'ᵀ⟩ = ⟨g, g'⟩ ⟨a, a'⟩, multiplied entry by entry as the sum is made.
             gram += 2 * products * layer.outputs + 4 * wanted.entries
         elif wanted.rows == wanted.columns == 1:
+            # ⟨Σ_s g_s a_sᵀ, Σ_t g'_t a'_tᵀ⟩ = Σ_st ⟨g_s, g'_t⟩ ⟨a_s, a'_t⟩, all pairs of positions.
             gram += 2 * products * pairs * layer.outputs + _ENTRYWISE * wanted.entries * pairs
         else:
+            # The same as Σ_s ⟨g_s, h_s⟩ with h_s = Σ_t ⟨a_s, a'_t⟩ g'_t, which all rows share.
             moved = wanted.left * wanted.right * wanted.columns * repeats * pairs * layer.outputs
             gram += _NARROW * 2 * (moved + products * layer.positions * layer.outputs)
         costs["gram"] = share * gram
@@ -145,6 +155,8 @@ def kernel_costs(layer: LayerShape, wanted: KernelShape) -> dict[KernelRoute, fl
 
 def _settled(layer: LayerShape, force: KernelRoute | None) -> tuple[KernelRoute, str] | None:
     """Return the way that needs no comparison of costs, and why, if there is one."""
+    # The weight of a group sees its own activations alone: a Gram matrix would have to be made for each
+    # group.
     if layer.groups > 1:
         return "gradient", "grouped: gradients alone"
     if force is not None:
@@ -174,6 +186,8 @@ def kernel_reason(layer: LayerShape, wanted: KernelShape, force: KernelRoute | N
 
 def diagonal_costs(layer: LayerShape) -> dict[DiagonalRoute, float]:
     """Return the cost of one squared gradient length of one sample, for each way."""
+    # |Σ_s g_s a_sᵀ|² from the sum itself, or as Σ_st ⟨a_s, a_t⟩ ⟨g_s, g_t⟩, the g moved through the Gram
+    # matrix of the a.
     if layer.one_hot:
         size = layer.positions * layer.outputs
         return {"gradient": 4.0 * size * layer.positions, "gram": 2.0 * layer.positions * size}
@@ -226,7 +240,7 @@ def choose_product(
     if force is not None:
         return force
     if (layer.positions > 1 or layer.groups > 1) and not layer.one_hot:
-        costs = product_costs(layer, 1, 1, outputs)
+        costs = product_costs(layer, 1, 1, outputs)  # of one sample on each side: both grow with N alike
         if costs["gradient"] < costs["factors"]:
             return "gradient"
     costs = product_costs(layer, left, right, outputs)
@@ -245,9 +259,11 @@ def autograd_kernel_passes(wanted: KernelShape, distinct: int, nodes: int | None
     """
     entries = wanted.entries * wanted.terms
     share = 0.5 if wanted.symmetric else 1.0
+    # A pass over N samples takes _PASS N P operations, a product of two gradients 2 P, at _SPEED times the
+    # rate: P cancels.
     if nodes is not None:
         return _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * nodes)
-    # Per-sample gradients count twice, as they are slower; their products cost 2 P an entry.
+    # Per-sample gradients count twice, as they are slower.
     return 2.0 * _sides(wanted, distinct) + share * 2.0 * entries / (_PASS * _SPEED * wanted.left)
 
 
@@ -257,20 +273,17 @@ def tile_repeats(tile: Callable[[int], int], wanted: KernelShape, distinct: int)
     With T tiles, passes of the rows are made once, those of the columns for each of them: (1 + T) N rows for
     two sides, half as many of a symmetric kernel. Where not even two samples fit with all outputs, pairs of G
     parts of the outputs meet, too: each part is made G times. The walk keeps a tile from one pair to the
-    next, which saves up to a quarter where there are few.
-
-    Args:
-        tile: How many samples fit with so many outputs.
-        wanted: The kernel.
-        distinct: Number of distinct outputs in it.
+    next, which saves up to a quarter where there are few. ``tile`` says how many samples fit with so many
+    outputs, of which ``distinct`` ones occur.
     """
     size, few = max(wanted.rows, wanted.columns, 1), min(2, wanted.left)
     directions, fitting = distinct, tile(distinct)
-    if fitting < few:
+    if fitting < few:  # outputs in groups: those of one kernel or term, then halves of them, as the walk cuts
         directions, fitting = size, tile(size)
     while directions > 1 and fitting < few:
         directions = -(-directions // 2)
         fitting = tile(directions)
+    # Of the 2 N rows of both sides, once each, (1 + T) N are made: (1 + T) / 2 times.
     tiles = math.ceil(wanted.left / max(1, fitting))
     groups = math.ceil(size / directions) if directions < size else 1
     return groups * (1 + tiles) / 2
@@ -281,5 +294,6 @@ def layerwise_kernel_passes(
 ) -> float:
     """Return the passes, over the rows' samples, of a kernel from layers, each by its cheaper way."""
     one_pass = sum(_PASS * wanted.left * layer.positions * layer.entries for layer in layers)
+    # Backward passes by what is asked for, and products in units of one pass over the same layers.
     contractions = sum(kernel_costs(layer, wanted)[choose_kernel(layer, wanted, force)] for layer in layers)
     return _sides(wanted, distinct) + contractions / max(_SPEED * one_pass, 1.0)

@@ -20,7 +20,7 @@ from .collect import backward
 from .contraction import SLAB_ENTRIES
 from .cost import KernelShape, LayerShape, ProductRoute, choose_product, written_at_once
 from .factors import Direct, Outer
-from .layer_rules import RULES, Layout, OneHot
+from .layer_rules import RULES, Layout
 from .units import Unit, is_transposed, plan_units
 
 __all__ = [
@@ -29,11 +29,14 @@ __all__ = [
     "LayerSizes",
     "LinearReadout",
     "find_readout",
+    "moves_within",
     "read_positions",
 ]
 
+Signature = tuple[object, ...]
 
-_HEADS = {"linear": "weight", "matmul": "other", "addmm": "mat2"}
+_HEADS = {"linear": "weight", "matmul": "other", "addmm": "mat2"}  # rules of a head, and its weight's role
+_SMALL_WORK = 2**22  # activations' entries for all directions below which dispatch is what costs
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,7 @@ def find_readout(
     layouts: dict[tuple[object, ...], Layout],
     shapes: Sequence[torch.Size],
 ) -> LinearReadout | None:
-    """Return the linear head of a recorded pass, or None if the last call is none that pays.
-
-    Args:
-        recording: A forward pass over B samples, with its graph.
-        covered: Numbers of the covered parameters.
-        layouts: Where the samples are, by signature of the call.
-        shapes: Shapes of the parameters.
-    """
+    """Return the linear head of a recorded pass, or None if the last call is none that pays."""
     if not recording.calls or recording.calls[-1].signature not in layouts:
         return None
     call, number = recording.calls[-1], len(recording.calls) - 1
@@ -99,14 +95,15 @@ def find_readout(
         return None
     found = _own_units(recording.calls, number, covered)
     if found is None or (place.start, place.stop) != (0, shapes[place.index][0]):
-        return None
+        return None  # the weight is used elsewhere, too, or some of its rows alone are
     unit, bias = found
     transposed = is_transposed(recording.calls, unit.uses[0])
     classes, width = shapes[place.index][::-1] if transposed else shapes[place.index]
     if bias is not None and shapes[bias] != (classes,):
         return None
     own = {place.index} if bias is None else {place.index, bias}
-    count, size = recording.output.shape
+    count, size = recording.output.shape  # (B, O)
+    # It pays where W maps up; outputs are whole rows of classes, and something lies before the head.
     if classes <= width or size % classes or len(covered) == len(own):
         return None
     generator = torch.Generator().manual_seed(17)
@@ -136,11 +133,8 @@ def read_positions(
 ) -> tuple[int, ...] | None:
     """Return which position of the last call each output position shows, or None if it is no selection.
 
-    Args:
-        recording: A forward pass over B samples.
-        layout: Where the samples are in the last call's result.
-        cotangents: ``(B, O)`` random numbers; their gradient at the last call must be the same numbers.
-        classes: Number V of classes.
+    The gradient at the last call of random cotangents ``(B, O)`` must be the same numbers, V classes at a
+    time.
     """
     call, number = recording.calls[-1], len(recording.calls) - 1
     found = backward(recording, cotangents.unsqueeze(0), [number], False, False)[0]
@@ -149,8 +143,9 @@ def read_positions(
     count = len(cotangents)
     arrived = RULES[call.rule].gradient(call, layout, count, found)[:, 0, 0].mT  # (B, S', V)
     sent = cotangents.view(count, -1, classes)  # (B, S, V)
+    # Rows of V random numbers are told apart by one sample; whether all samples agree is looked at below.
     same = torch.cdist(sent[0].double(), arrived[0].double()) <= 1e-5 * sent[0].double().norm(dim=1)[:, None]
-    if not bool((same.sum(1) == 1).all()):
+    if not bool((same.sum(1) == 1).all()):  # (S,): each output position arrives at one place, unchanged
         return None
     positions = same.int().argmax(1)
     if len(positions.unique()) < len(positions):
@@ -160,12 +155,27 @@ def read_positions(
     return tuple(positions.tolist()) if torch.allclose(arrived, expected, rtol=1e-5, atol=0) else None
 
 
+def moves_within(
+    recording: Recording, units: Sequence[Unit], sent: Tensor, projected: Tensor, dtype: torch.dtype
+) -> bool:
+    """Return whether cotangents ``(1, B, O)`` and their projection on the head's range act alike before it.
+
+    The output moves with parameters before the head within that range if and only if uᵀ ∂y = (Π u)ᵀ ∂y for
+    all u, for which one random u stands. Cost: two backward passes.
+    """
+    numbers = sorted({use.call for unit in units for use in unit.uses})
+    one, other = (backward(recording, c, numbers, False, False) for c in (sent, projected))
+    difference = scale = 0.0
+    for a, b in zip(one, other, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and b is not None:
+            difference += float((a.double() - b.double()).square().sum())
+            scale += float(a.double().square().sum())
+    return difference <= (1e3 * torch.finfo(dtype).eps) ** 2 * scale
+
+
 # -- which parameters the layer rules cover, and what their factors take
-
-
-Signature = tuple[object, ...]
-
-_SMALL_WORK = 2**22  # activations' entries for all directions below which dispatch is what costs
 
 
 @dataclass(frozen=True)
@@ -207,8 +217,7 @@ class LayerSizes:
         direction = layer.gradients[:1, :1].numel()
         if isinstance(layer, Direct):
             return cls(layer.unit, None, direction, direction, 0, 0)
-        held, shape = layer.activations, layer.shape
-        sample = (held.index if isinstance(held, OneHot) else held)[:1].numel()
+        shape, sample = layer.shape, layer.held[:1].numel()
         written = len(layer.unit.uses) == 1 and written_at_once(shape)
         kept = shape.entries if written else direction
         if shape.positions == shape.groups == 1:  # Gram matrices, whatever is wanted
@@ -216,6 +225,8 @@ class LayerSizes:
         elif shape.one_hot:
             gradient = shape.positions * shape.outputs
         else:
+            # A block of SLAB_ENTRIES for all samples and directions: a share of it, or one output with all
+            # inputs.
             gradient = min(shape.entries, max(SLAB_ENTRIES // 2**9, shape.groups * shape.inputs))
         return cls(layer.unit, shape, direction, kept, sample, gradient)
 
@@ -255,6 +266,7 @@ class Coverage:
         left = replace(self, covered=self.covered - {index}, reasons={**self.reasons, index: reason})
         if self.readout is None or self.body is None:
             return left
+        # Without the head, or with nothing before it, there is no readout.
         if index in self.readout.parameters or self.body.covered == {index}:
             return left.without_readout()
         return replace(left, body=self.body.without(index, reason))

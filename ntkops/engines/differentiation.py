@@ -100,6 +100,8 @@ def linearize_batch(
 
 
 class _TorchFunc:
+    """Products by torch.func, at one batch and one set of parameters."""
+
     def __init__(
         self,
         function: Function,
@@ -119,6 +121,7 @@ class _TorchFunc:
         return self._function(params, self._batch)
 
     def _reverse(self) -> tuple[Tensor, Callable[[Tensor], Parameters]]:
+        """Return the output and u -> Jᵀu, made once."""
         if self._vjp is None:
             self._vjp = torch.func.vjp(self._evaluate, *self._params)[:2]
         return self._vjp
@@ -139,6 +142,8 @@ class _TorchFunc:
         return torch.func.jvp(self._evaluate, self._params, tuple(tangent))[1]
 
     def _push_double(self) -> Callable[[Parameters], Tensor]:
+        """Return p -> J p by two reverse passes."""
+        # u -> Jᵀu is linear, so that its own vjp is the same at every u, here 0: ⟨p, Jᵀu⟩ = ⟨J p, u⟩.
         if self._transposed_vjp is None:
             output, pull = self._reverse()
             self._transposed_vjp = torch.func.vjp(pull, torch.zeros_like(output))[1]
@@ -147,6 +152,8 @@ class _TorchFunc:
 
 
 class _Classic:
+    """Products by torch.autograd, for models that torch.func does not take and for recorded graphs."""
+
     def __init__(
         self,
         function: Function,
@@ -179,6 +186,7 @@ class _Classic:
                 "the operation that is named there"
             )
         point, gradients = self._transposed()
+        # A gradient without a graph is the same for all u, hence zero, and adds nothing to J p.
         pairs = [
             (g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad
         ]
@@ -187,6 +195,8 @@ class _Classic:
         return self._gradients([g for g, _ in pairs], (point,), [t for _, t in pairs], self._columns)[0]
 
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Return u and Jᵀu as a graph from u, made once."""
+        # u -> Jᵀu once more, as a graph from u to the gradients: its derivative along p is J p.
         if self._transposable is None:
             point = torch.zeros_like(self._output).requires_grad_()
             gradients: Sequence[Tensor | None] = (None,) * len(self._params)
@@ -214,7 +224,7 @@ class _Classic:
                     outputs,
                     inputs,
                     rows,
-                    retain_graph=True,
+                    retain_graph=True,  # for the next products at this point
                     create_graph=self._recorded,
                     allow_unused=True,
                     is_grads_batched=batched,
@@ -243,7 +253,7 @@ def _refuses(gradients: Sequence[Tensor | None]) -> bool:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "torch::autograd::Error":
+        if node.name() == "torch::autograd::Error":  # what `once_differentiable` leaves in its place
             return True
         seen.add(node)
         waiting.extend(parent for parent, _ in node.next_functions)
@@ -251,6 +261,7 @@ def _refuses(gradients: Sequence[Tensor | None]) -> bool:
 
 
 def _stack(rows: Sequence[Parameters]) -> Parameters:
+    """Return rows of parameters side by side, ``(k, ...)`` for each parameter."""
     if len(rows) == 1:
         return tuple(block.unsqueeze(0) for block in rows[0])
     return tuple(torch.stack(blocks) for blocks in zip(*rows, strict=True))
@@ -265,20 +276,11 @@ def sample_gradients(
     cotangents: Tensor,
     columns: Columns = "vmap",
 ) -> Parameters:
-    r"""Return :math:`J_i^\top v_{ir}` for every sample i and its own cotangents r.
+    r"""Return :math:`J_i^\top v_{ir}`, one ``(B, r, *shape)`` a parameter, for ``(B, r, O)`` cotangents.
 
-    Args:
-        samples: "vmap" over samples and cotangents, vmap over samples for one of the cotangents after the
-            other ("rows"), or a "loop" over batches of one sample.
-        mode: Mode of the loop; vmap always goes through torch.func.
-        function: Pure ``(params, batch) -> (B, O)``.
-        params: The selected parameters.
-        batch: B samples.
-        cotangents: ``(B, r, O)``.
-        columns: Whether the r cotangents of one sample go through vmap.
-
-    Returns:
-        One ``(B, r, *shape)`` for each parameter. Cost: r per-sample passes.
+    ``samples`` says how: "vmap" over samples and cotangents, vmap over samples for one of the cotangents
+    after the other ("rows"), or a "loop" over batches of one sample, in which ``columns`` says whether the r
+    cotangents go through vmap. Cost: r per-sample passes.
     """
     if samples != "loop" and mode in ("forward", "double"):
         if samples == "vmap" or cotangents.shape[1] == 1:
@@ -287,27 +289,28 @@ def sample_gradients(
         return tuple(torch.cat(blocks, dim=1) for blocks in zip(*single, strict=True))
     rows = []
     for index, tensors in enumerate(_single_samples(batch)):
-        linearized = linearize_batch(
-            "double" if mode == "forward" else mode, function, params, batch.replace(tensors), columns
-        )
+        linearized = linearize_batch(mode, function, params, batch.replace(tensors), columns)
         rows.append(linearized.pull(cotangents[index].unsqueeze(1)))  # (r, 1, O)
     return tuple(torch.stack(blocks) for blocks in zip(*rows, strict=True))
 
 
 def _single_samples(batch: Batch) -> list[tuple[Tensor, ...]]:
+    """Return the tensors of each sample as a batch of one."""
     return [cut(batch, index, index + 1).tensors for index in range(batch.num_samples)]
 
 
 def _vmapped(function: Function, params: Parameters, batch: Batch, cotangents: Tensor) -> Parameters:
+    """Return per-sample gradients ``(B, r, ...)`` by one vmap over the samples."""
     axes = batch.layout.axes
 
-    def single(leaves: tuple[Tensor, ...], vectors: Tensor) -> Parameters:
+    def single(leaves: tuple[Tensor, ...], vectors: Tensor) -> Parameters:  # (r, O)
+        # vmap takes the sample axis away, and the model wants one: a batch of one sample.
         sample = batch.replace(leaves).map_samples(lambda leaf, axis: leaf.unsqueeze(axis))
         pull = torch.func.vjp(lambda *values: function(values, sample)[0], *params)[1]
         if len(vectors) == 1:
             return tuple(g.unsqueeze(0) for g in pull(vectors[0]))
         return torch.func.vmap(pull)(vectors)
 
-    if batch.layout.coupled:
+    if batch.layout.coupled:  # one sample, and no axis along which another would lie
         return tuple(g.unsqueeze(0) for g in single(batch.tensors, cotangents[0]))
     return torch.func.vmap(single, in_dims=(axes, 0))(batch.tensors, cotangents)

@@ -50,10 +50,13 @@ class FactorCache:
         if inputs not in self._numbers:
             self._numbers[inputs] = next(self._serials)
         number = self._numbers[inputs]
+        # What factors are valid for: an optimiser's step changes the version, a cast dtype and address.
         state = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in params)
         held = self._held.get(number)
         if held is not None and held[0] == state and self._is_stored(number, held[1]):
             return held[1]
+        # Made once products have cost as much: never more than twice the cost of the better choice in
+        # hindsight.
         spent = self._spent.get(inputs, 0.0) + columns * _PRODUCT_PASSES
         self._spent[inputs] = spent
         backwards = source.coverage.backwards(inputs.num_outputs)
@@ -75,10 +78,13 @@ class FactorCache:
         if inputs.is_streamed:  # what is read batch by batch is never held whole
             return None
         cover, directions = source.coverage, inputs.num_outputs
+        # Behind a readout: factors of the body for its directions, and the d features of each position.
         read, readout, body = 0, cover.readout, cover.body
         if readout is not None and body is not None and readout.rank < directions:
             cover, directions, read = body, readout.rank, readout.rank
         fitting = _CACHE_SHARE * budget_bytes(source.device)
+        # Gradients that are kept are fastest and largest; activations and output gradients may fit where they
+        # do not.
         routes: tuple[ProductRoute | None, ...] = (source.options.product, "factors")
         for route in routes:
             entries = inputs.num_samples * (cover.product_entries(directions, route) + read)
@@ -95,6 +101,7 @@ class FactorCache:
         state: object,
         route: ProductRoute | None,
     ) -> CachedFactors | None:
+        """Return new factors, kept where the store takes all of their tensors."""
         ready: CachedFactors | None = prepare_readout(source, params, inputs, route)
         if ready is None:
             factors = source.of_outputs(params, inputs, torch.arange(inputs.num_outputs))

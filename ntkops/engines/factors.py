@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..model import Inputs
 from .cost import LayerShape
 from .layer_rules import Activation, OneHot
 from .units import Unit
@@ -21,12 +22,15 @@ __all__ = [
     "is_watched",
     "join_samples",
     "outer_gradients",
+    "unit_cotangents",
     "with_positions",
     "without_zeros",
     "written_pieces",
 ]
 
 _SMALL_GRADIENTS = 2**16  # entries that are not worth a look
+# Whether a tensor is seen from inside a torch.func transform, where its values cannot be read.
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 Piece = tuple[int, int, int, Tensor]  # parameter, first row, the row after the last, (B, C, p)
 
 
@@ -47,6 +51,11 @@ class Outer:
     gradients: Tensor
 
     @property
+    def held(self) -> Tensor:
+        """The activations as they take memory: unit vectors by their numbers."""
+        return self.activations.index if isinstance(self.activations, OneHot) else self.activations
+
+    @property
     def shape(self) -> LayerShape:
         """Sizes for the cost model."""
         _, _, groups, outputs, positions = self.gradients.shape
@@ -63,16 +72,21 @@ class Direct:
     gradients: Tensor
 
 
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is seen from inside a torch.func transform, where its values cannot be read."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
 def is_watched(tensor: Tensor) -> bool:
     """Whether autograd, a torch.func transform or forward-mode differentiation follows what is made of it."""
     if tensor.requires_grad or is_transformed(tensor):
         return True
+    # Outside of forward mode there is no level, and unpack_dual would refuse.
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def unit_cotangents(
+    outputs: Tensor, inputs: Inputs, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Return ``(C, N, O)`` unit vectors of some outputs, ``(C,)`` numbers: the same for all samples."""
+    unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=dtype, device=device)
+    unit[torch.arange(len(outputs)), 0, outputs] = 1
+    return unit.expand(-1, inputs.num_samples, -1)  # stride 0 along N: C·O numbers, not C·N·O
 
 
 def outer_gradients(gradients: Tensor, activations: Activation, out: Tensor | None = None) -> Tensor:
@@ -82,11 +96,14 @@ def outer_gradients(gradients: Tensor, activations: Activation, out: Tensor | No
     """
     count, directions, groups, outputs, positions = gradients.shape
     if isinstance(activations, OneHot):
+        # Σ_s g_s e_{i_s}ᵀ: g_s is added to column i_s.
         index = activations.index[:, None, None, None, :].expand_as(gradients)
         result = gradients.new_zeros((*gradients.shape[:4], activations.size))
         return result.scatter_add_(4, index, gradients)
     inputs = activations.shape[2]
     if groups == 1:
+        # One product a sample for all directions, (C·d_out, S) (S, d_in): 82 to 92 billion operations a
+        # second on one core, against 44 to 82 for one product a sample and direction.
         left = gradients.reshape(count, directions * outputs, positions)
         right = activations.reshape(count, inputs, positions).mT
         if out is not None:
@@ -129,10 +146,11 @@ def without_zeros(layer: Outer) -> Outer | None:
 
     Behind a class token, a last position that is read, or a branch that is scaled by zero, most of them are.
     """
-    gradients = layer.gradients
+    gradients = layer.gradients  # (B, C, groups, d_out, S)
+    # Where one sample and direction has a gradient at every position, which is the rule, none is left out.
     if gradients.numel() <= _SMALL_GRADIENTS or bool(gradients[0, 0].ne(0).any(1).all()):
         return layer
-    # Not a number is not zero.
+    # The largest entry and not a sum: it cannot cancel, and is not zero where one is not a number.
     live = torch.linalg.vector_norm(gradients, ord=torch.inf, dim=(0, 1, 2, 3)).ne(0)
     if bool(live.all()):
         return layer
@@ -149,7 +167,7 @@ def with_positions(layer: Outer, positions: int) -> Outer:
     if missing == 0:
         return layer
     held = layer.activations
-    if isinstance(held, OneHot):
+    if isinstance(held, OneHot):  # row 0 of the table, whose gradient is zero there
         wider: Activation = OneHot(torch.nn.functional.pad(held.index, (0, missing)), held.size)
     else:
         wider = torch.nn.functional.pad(held, (0, missing))

@@ -28,6 +28,7 @@ from .differentiation import Parameters
 from .layer_rules.recurrent import SEQUENCES, Step
 from .recurrence import Steps, linearize_steps, pulled_signals, same_time_diagonal, state_kernel
 from .source import LayerSource
+from .summation import wide_dtype
 from .tiles import sample_slices
 
 __all__ = [
@@ -35,8 +36,17 @@ __all__ = [
     "states_diagonal_passes",
     "states_kernel",
     "states_kernel_passes",
-    "trusted_states",
+    "verified_states",
 ]
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES = 2**22  # of one batch of step Jacobians: what stays near the processor
+_BLOCK_ENTRIES = 2**24  # of the kernel between a batch of sequences and one
+_PASS = 6.0  # operations of one pass over one sample: this times T P
+_SPEED = 4.0  # of matrix products against passes
+_CHECKED_SAMPLES = 3
+_CHECKED_STEPS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +88,7 @@ class _Catcher(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # The call with padded sequences; that with packed ones has other arguments, and samples that differ.
         whole = function in SEQUENCES and len(args) == 9 and not kwargs and isinstance(args[2], (list, tuple))
         if not whole or all(self.number(weight) is None for weight in args[2]):
             return function(*args, **(kwargs or {}))
@@ -88,6 +99,7 @@ class _Catcher(TorchFunctionMode):
 
 
 def _require(condition: bool, reason: str) -> None:
+    """Give this way up where a condition does not hold."""
     if not condition:
         raise CoverageChanged({}, f"not all hidden states of one recurrent layer: {reason}")
 
@@ -99,11 +111,12 @@ def _caught(source: LayerSource, params: Parameters, batch: Batch) -> RecurrentL
     with torch.enable_grad():
         with catcher:
             output = source.linearization.function(leaves, batch)
+        # Its result is a leaf now: whatever else of the output depends on parameters has a gradient there.
         _require(len(catcher.calls) == 1 and output.requires_grad, f"{len(catcher.calls)} such calls")
         function, args, cut = catcher.calls[0]
         flat = _identical_output(output, args, cut)
         gradients = torch.autograd.grad(output, (*cut, *leaves), flat, allow_unused=True)
-    own = gradients[0]
+    own = gradients[0]  # random numbers arrive unchanged where the output is the states themselves
     _require(own is not None and torch.equal(_sample_rows(own, args[8]), flat), "they are changed on the way")
     _require(all(g is None for g in gradients[1:]), "other ways lead from the parameters to the output")
     return _layer_of(source, catcher, function, args, batch)
@@ -126,6 +139,7 @@ def _identical_output(output: Tensor, args: tuple[Any, ...], cut: tuple[Tensor, 
 def _layer_of(
     source: LayerSource, catcher: _Catcher, function: Any, args: tuple[Any, ...], batch: Batch
 ) -> RecurrentLayer:
+    """Return the layer of a call, if it is one that the recursions describe."""
     step, parts = SEQUENCES[function]
     inputs, first, weights, biases, layers, dropout, train, bidirectional, batch_first = args
     state = tuple(first) if parts == 2 else (first,)
@@ -173,19 +187,6 @@ def recurrent_layers(
             yield _caught(source, params, batch)
 
 
-# -- hidden states over time: the layerwise engine's way where they are all that a model returns
-
-
-logger = logging.getLogger(__name__)
-
-_ENTRIES = 2**22  # of one batch of step Jacobians: what stays near the processor
-_BLOCK_ENTRIES = 2**24  # of the kernel between a batch of sequences and one
-_PASS = 6.0  # operations of one pass over one sample: this times T P
-_SPEED = 4.0  # of matrix products against passes
-_CHECKED_SAMPLES = 3
-_CHECKED_STEPS = 6
-
-
 # what it costs
 
 
@@ -195,6 +196,7 @@ def _sizes(states: HiddenStates, inputs: Inputs) -> tuple[int, int]:
 
 
 def _tile(states: HiddenStates, inputs: Inputs) -> int:
+    """Return how many samples' step Jacobians, T D² each, are made at a time."""
     length, size = _sizes(states, inputs)
     return max(1, _ENTRIES // max(1, length * size * size))
 
@@ -213,6 +215,7 @@ def states_diagonal_passes(source: LayerSource, inputs: Inputs, distinct: int) -
     if states is None or source.options.diagonal is not None or not _fits(source, states, inputs):
         return None
     length, size = _sizes(states, inputs)
+    # D backward passes of single steps, or B T² D³ operations in units of 6 T P a pass and sample.
     recursion = length * size**3 / (_PASS * _SPEED * max(1, source.linearization.num_parameters))
     passes = float(math.ceil(max(size, recursion)))
     return passes if passes < distinct else None
@@ -227,6 +230,8 @@ def states_kernel_passes(source: LayerSource, inputs: Inputs, wanted: KernelShap
     weights = max(1, source.linearization.num_parameters)
     share = 0.5 if wanted.symmetric else 1.0
     pairs = wanted.left * wanted.right * share
+    # C_tt' Mᵀ and M Γ_tt', two operations each for D³ numbers of every pair of times and of samples; against
+    # products of gradients that the other way would write down, and the passes that it would make for them.
     recursion = 4.0 * length**2 * size**3 * pairs
     gradients = wanted.kernels * wanted.terms * wanted.rows
     entries = 2.0 * gradients * wanted.columns * weights * pairs
@@ -258,8 +263,8 @@ def states_diagonal(
         return None
     source.count_rows(int(passes) * inputs.num_samples, inputs)
     lengths = torch.cat(parts)  # (N, O)
-    wide = lengths.dtype if lengths.device.type == "mps" else torch.float64
-    found = lengths[:, outputs.to(lengths.device)].sum(2, dtype=wide).to(lengths.dtype)
+    # Sums over terms; all of a trace over time are positive, and many.
+    found = lengths[:, outputs.to(lengths.device)].sum(2, dtype=wide_dtype(lengths)).to(lengths.dtype)
     return found.movedim(1, 0).flatten(1)
 
 
@@ -305,7 +310,7 @@ def states_kernel(
 def _mirror(result: Tensor, rows: slice, columns: int) -> None:
     """Copy the kernels of some samples with one to those of one with some."""
     own = result[:, columns, :, columns]
-    if rows.start == columns:
+    if rows.start == columns:  # of a sample with itself both triangles are made, and differ by rounding
         own.copy_((own + own.mT) / 2)
     others = slice(max(rows.start, columns + 1), rows.stop)
     result[:, columns, :, others] = result[:, others, :, columns].permute(0, 3, 1, 2)
@@ -328,7 +333,7 @@ def _pairs(
     for a, b, part in sample_slices(left, size):
         steps = steps_of(source, params, part)
         for c, d, other in sample_slices(right, size):
-            if symmetric and c > a:
+            if symmetric and c > a:  # above the diagonal
                 continue
             columns = steps if left is right and c == a else steps_of(source, params, other)
             for number in range(c, d):
@@ -350,11 +355,11 @@ def _selected(block: Tensor, left_outputs: Tensor, right_outputs: Tensor) -> Ten
     if ones.shape[:2] == (1, 1):
         return block[:, ones[0, 0]][:, :, others[0, 0]].unsqueeze(0)
     kernels = []
+    # With one output a kernel all kernels are picked at once, with more one after the other: memory.
     for one, other in zip(ones, others, strict=True) if ones.shape[2] > 1 else [(ones, others)]:
         kernels.append(block[:, one.unsqueeze(-1), other.unsqueeze(-2)])  # (B, ..., R, r₁, r₂)
     found = torch.stack(kernels, dim=1) if ones.shape[2] > 1 else kernels[0]
-    wide = found.dtype if found.device.type == "mps" else torch.float64
-    return found.sum(2, dtype=wide).to(found.dtype).movedim(1, 0)
+    return found.sum(2, dtype=wide_dtype(found)).to(found.dtype).movedim(1, 0)
 
 
 def _is_everything(outputs: Tensor, count: int) -> bool:
@@ -371,17 +376,12 @@ def _leave(source: LayerSource, change: Exception) -> None:
 # the check at construction
 
 
-def trusted_states(source: LayerSource, inputs: Inputs) -> HiddenStates | None:
-    """Find out whether the output is all hidden states of one recurrent layer, and check this way.
+def verified_states(source: LayerSource, inputs: Inputs) -> HiddenStates | None:
+    """Return which layer's hidden states are all of the output, compared with automatic differentiation.
 
-    Args:
-        source: The layer rules.
-        inputs: The samples; the first three are used.
-
-    Returns:
-        What the output is; None where it is something else, where other layers have parameters too, or
-        where the results differ from those of automatic differentiation. Cost: a forward pass; where the
-        output is hidden states, three per-sample passes over three samples.
+    None where the output is something else, where other layers have parameters too, or where the results
+    differ. Cost: a forward pass; where the output is hidden states, three per-sample passes over three
+    samples.
 
     Raises:
         NtkopsError: What the model floor refuses in a forward pass.
@@ -419,6 +419,7 @@ def _agree(source: LayerSource, part: Inputs, layer: RecurrentLayer, steps: Step
     params = tuple(p.detach() for p in source.linearization.parameters)
     generator = torch.Generator().manual_seed(19)
     early = steps.between(0, min(_CHECKED_STEPS, steps.length))
+    # A late output and one in the middle of the first steps, beside a random combination of all of them.
     picked = torch.tensor([(early.length - 1) * steps.hidden, early.length * steps.hidden // 2])
     cotangents = torch.zeros((part.num_samples, 3, part.num_outputs), dtype=torch.float64)
     cotangents[:, 0] = torch.randn(cotangents[:, 0].shape, generator=generator, dtype=torch.float64)
@@ -431,6 +432,7 @@ def _agree(source: LayerSource, part: Inputs, layer: RecurrentLayer, steps: Step
     kernel = state_kernel(early, early.take(0, 1), _ENTRIES).flatten(3).flatten(1, 2)
     block = kernel[:, picked][:, :, picked]  # (B, 2, 2)
     tolerance = 1e3 * torch.finfo(source.dtype).eps
+    # J_iᵀ v; |∇f_io|²; ⟨∇f_io, ∇f_0p⟩: what gradients, the diagonal and the kernel are made of.
     compared = (
         (found, expected),
         (diagonal.double(), rows.square().sum(2)),
@@ -462,6 +464,7 @@ def _gradients(source: LayerSource, layer: RecurrentLayer, steps: Steps, cotange
     result = cotangents.new_zeros((*cotangents.shape[:2], source.linearization.num_parameters))
     signals = pulled_signals(steps, cotangents.unflatten(2, (steps.length, steps.hidden)))
     for number, (signal, activations) in enumerate(zip(signals, steps.activations, strict=True)):
+        # Σ_t (∂/∂u_t) a_tᵀ, the last column of a being the one that the bias is multiplied with.
         written = signal.mT @ activations.unsqueeze(1)  # (B, C, Q·H, d)
         weight, bias = (layer.places[number], (*layer.places, None, None)[number + 2])
         if bias is not None:

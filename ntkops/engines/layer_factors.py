@@ -26,7 +26,7 @@ from .units import Unit
 
 __all__ = ["Factors", "joined", "matched"]
 
-_SMALL_ENTRIES = 2**16
+_SMALL_ENTRIES = 2**16  # of factors below which float64 costs no time
 
 
 @dataclass(eq=False)
@@ -36,7 +36,6 @@ class Factors:
     count: int
     outers: list[Outer]
     directs: list[Direct]
-    output: Tensor | None = None
 
     @property
     def layers(self) -> list[Outer | Direct]:
@@ -108,12 +107,13 @@ class Factors:
             rows.kernel(columns, wide, left_index, right_index, same=same, workspace=Workspace(), force=force)
             into += wide
             return
-        kernels, terms, width = left_index.shape
+        kernels, terms, width = left_index.shape  # (M, R, r₁)
         wanted = KernelShape(left.count, right.count, width, right_index.shape[2], terms, kernels, same)
         picks = Picker(left_index), Picker(right_index)
         for layer, other_layer in zip(left.outers, right.outers, strict=True):
             one = without_zeros(layer)
             two = one if layer is other_layer else without_zeros(other_layer)
+            # Else one side has no gradient there, nor has the product.
             if one is not None and two is not None:
                 route = choose_kernel(one.shape, wanted, force)
                 add_outers(into, one, two, *picks, same, workspace, route)
@@ -129,7 +129,7 @@ class Factors:
         """Return ``(B, C)`` squared lengths of the gradients."""
         found = [outer_lengths(layer, workspace, force) for layer in self.outers]
         found += [squared(direct.gradients) for direct in self.directs]
-        return torch.stack(found).sum(0).to(self.layers[0].gradients.dtype)
+        return torch.stack(found).sum(0).to(self.layers[0].gradients.dtype)  # summed in float64
 
     def grams(self) -> Tensor:
         """Return ``(B, C, C)`` inner products of the gradients of each sample, in float64."""
@@ -171,6 +171,7 @@ def matched(parts: Sequence[Factors]) -> list[Factors]:
     ranges = [[_rows(direct.unit) for direct in part.directs] for part in parts]
     if all(keys == found[0] for keys in found) and all(rows == ranges[0] for rows in ranges):
         return list(parts)
+    # A piece that occurs twice in a batch has products with itself that a match one by one would lose.
     common = [key for key in found[0] if all(keys.count(key) == 1 for keys in found)]
     pieces = [
         [
@@ -181,9 +182,8 @@ def matched(parts: Sequence[Factors]) -> list[Factors]:
         ]
         for part in parts
     ]
-    spans: dict[
-        int, tuple[int, int, int]
-    ] = {}  # parameter: first row, the row after the last, entries of a row
+    # By parameter: first row, the row after the last, entries of a row.
+    spans: dict[int, tuple[int, int, int]] = {}
     for index, start, stop, gradients in (piece for some in pieces for piece in some):
         first, last, _ = spans.get(index, (start, stop, 0))
         row = gradients.shape[2] // max(1, stop - start)
@@ -203,6 +203,7 @@ def matched(parts: Sequence[Factors]) -> list[Factors]:
 
 
 def _rows(unit: Unit) -> tuple[int, int, int]:
+    """Return a parameter's number and the range of its rows."""
     return unit.index, unit.start, unit.stop
 
 

@@ -46,6 +46,7 @@ def describe_layers(
 def _line(
     source: LayerSource, layer: LayerSizes, tile: KernelShape, whole: KernelShape, directions: int
 ) -> LayerInfo:
+    """Return the line of one unit: kernels are made tile by tile, products of all samples."""
     unit, shape, names = layer.unit, layer.shape, source.linearization.names
     name, height = names[unit.index], source.linearization.shapes[unit.index]
     if height and (unit.start, unit.stop) != (0, height[0]):

@@ -20,7 +20,7 @@ from .cost import KernelShape, layerwise_kernel_passes, tile_repeats
 from .coverage import Coverage, LayerSizes
 from .differentiation import Differentiation, Parameters
 from .factor_cache import FactorCache
-from .hidden_states import states_diagonal_passes, states_kernel_passes, trusted_states
+from .hidden_states import states_diagonal_passes, states_kernel_passes, verified_states
 from .layer_factors import Factors
 from .layer_table import describe_layers, measure_layers
 from .memory import format_bytes, if_it_fits
@@ -92,6 +92,7 @@ class LayerwiseEngine(Engine):
         self._start(coverage, options)
 
     def _start(self, coverage: Coverage, options: Layerwise | None) -> None:
+        """Make what a copy in another process makes anew."""
         self._cache = FactorCache(self.identity)
         self._source = LayerSource(self.fallback, coverage, options)
         self._measured: list[LayerSizes] | None = None
@@ -116,7 +117,7 @@ class LayerwiseEngine(Engine):
         engine = cls(linearization, inputs.head(2), found, options=options, **sizes)
         if found is not verdict.coverage:
             with linearization.full_precision():
-                found = replace(found, states=trusted_states(engine._source, inputs))
+                found = replace(found, states=verified_states(engine._source, inputs))
             engine._source.coverage = verdict.coverage = found
         return engine
 
@@ -149,6 +150,7 @@ class LayerwiseEngine(Engine):
 
     @property
     def _coverage(self) -> Coverage:
+        """Which parameters are covered, and how: the source holds it, and may lose some."""
         return self._source.coverage
 
     @property
@@ -178,13 +180,15 @@ class LayerwiseEngine(Engine):
         over_time = states_kernel_passes(self._source, inputs, wanted)
         if over_time is not None:
             return over_time
+        # Behind a readout the kernel of its directions is made, and the outputs' from it.
         distinct, wanted = self._coverage.backwards(distinct), self._coverage.reduced(wanted)
         shapes = [layer.shape for layer in self._measure(inputs) if layer.shape is not None]
         covered = layerwise_kernel_passes(wanted, distinct, shapes, self.options.kernel)
-        if inputs.is_coupled:
+        if inputs.is_coupled:  # one sample, whose directions go in groups where they do not fit together
             covered += (self._source.groups(inputs, distinct) - 1) * distinct
         if not self._source.uncovered:
             return covered
+        # K is a sum over parameters: of the rest, the share of its entries in a kernel by differentiation.
         share = sum(self.linearization.sizes[i] for i in self._source.uncovered) / self.num_parameters
         return covered + share * self.fallback.kernel_passes(inputs, wanted, distinct)
 
@@ -198,13 +202,7 @@ class LayerwiseEngine(Engine):
         return tile_repeats(self._source.tile, wanted, distinct)
 
     def layers(self, inputs: Inputs, wanted: KernelShape, distinct: int) -> tuple[LayerInfo, ...]:
-        """Return how each parameter is computed, in the parameters' order.
-
-        Args:
-            inputs: Samples of the rows.
-            wanted: The kernel in question.
-            distinct: Number of distinct outputs in it.
-        """
+        """Return how each parameter is computed in a kernel, in the parameters' order."""
         measured = self._measure(inputs) if self._coverage.covered else []
         tile = max(1, self._source.tile(distinct))
         shown = replace(wanted, left=min(wanted.left, tile), right=min(wanted.right, tile))
@@ -213,6 +211,7 @@ class LayerwiseEngine(Engine):
     def _measure(self, inputs: Inputs) -> list[LayerSizes]:
         """Return the layers' sizes, seen on one sample, once for samples of one shape."""
         known = self.linearization.verdict.layers
+        # Looking may show that a parameter is not covered: then without it, from the beginning.
         while self._measured is None and self._coverage.covered:
             key = self._coverage.covered, inputs.sample_shapes
             try:
@@ -273,6 +272,7 @@ class LayerwiseEngine(Engine):
         self, params: Parameters, watched: Sequence[Tensor | Inputs], work: Work, by_parameter: bool = False
     ) -> Tensor:
         """Run work on the rules for what is covered, on differentiation for the rest, and add them."""
+        # Coverage only shrinks: the loop ends with a set of parameters that holds, or with none.
         while not self._delegates(params, *watched):
             with torch.no_grad(), self.linearization.full_precision():
                 try:
@@ -314,17 +314,10 @@ class LayerwiseEngine(Engine):
         of_factors: Callable[[Factors], Tensor],
         of_rows: Callable[[Tensor, Sequence[int]], Tensor],
     ) -> Tensor:
-        """Return a linear image of the rows of J that layers' factors have without being written down.
+        """Return a linear image ``(N, r, k)`` of rows of J that need not be written down, as factors have it.
 
-        Args:
-            params: The selected parameters, snapshot or live.
-            inputs: N samples.
-            outputs: ``(r,)`` output numbers.
-            of_factors: Image ``(B, r, k)`` of the factors of B samples.
-            of_rows: Image of rows ``(B, r, p)`` of the parameters whose numbers follow.
-
-        Returns:
-            ``(N, r, k)``. Cost: one forward and r backward passes.
+        ``of_factors`` gives it ``(B, r, k)`` of the factors of B samples, ``of_rows`` of rows ``(B, r, p)``
+        of the parameters whose numbers follow. Cost: one forward and r backward passes.
         """
         fitting = self._source.tile(len(outputs)) if self._coverage.covered else 0
         size = max(1, fitting or self.tile_samples(len(outputs)))
@@ -333,6 +326,7 @@ class LayerwiseEngine(Engine):
 
             def work(source: Source, chosen: Parameters, part: Inputs = part) -> Tensor:
                 factors = source.of_outputs(chosen, part, outputs)
+                # A linear image of a sum over parameters is the sum of the images.
                 if source is self._source:
                     return of_factors(factors)
                 everything = source is self.fallback
@@ -352,11 +346,16 @@ class LayerwiseEngine(Engine):
         ready = self._ready(params, left, right, columns, operand)
         return otherwise if ready is None else _Products(self, params, (left, right), ready, otherwise)
 
+    def cache_passes(self, inputs: Inputs) -> float:
+        """Return the most backward passes that factors for products with some samples may take, once."""
+        return self.diagonal_passes(inputs, inputs.num_outputs)
+
     def large_factor_passes(self, inputs: Inputs) -> float:
-        """Return in how many backward passes factors for products would be made; 0 where they are small."""
+        """Return in how many backward passes large factors for products would be made; 0 where none are."""
         cover, directions = self._coverage, inputs.num_outputs
         if not cover.covered or cover.readout is not None:
             return 0.0
+        # Small ones cost little, and a readout has few: a kernel in their place would save nothing.
         entries = inputs.num_samples * cover.product_entries(directions, self.options.product)
         return float(directions) if entries > _LARGE_FACTORS else 0.0
 
@@ -387,6 +386,8 @@ class LayerwiseEngine(Engine):
     def _cached(
         self, params: Parameters, left: Inputs, right: Inputs, columns: float
     ) -> tuple[CachedFactors, CachedFactors] | None:
+        """Return the factors of both sides; None where one does not pay, or the two do not fit together."""
+
         def get(inputs: Inputs) -> CachedFactors | None:
             return self._from_factors(lambda: self._cache.get(self._source, params, inputs, columns))
 
@@ -477,7 +478,7 @@ class _Products:
             if result is None:
                 return None
             rest = engine._rest(self._params)
-            if rest is None:
+            if rest is None:  # else the products of the rest, which are as many, are counted
                 engine.report(**{kind: number * len(block) for kind, number in passes.items()})
             else:
                 add(result, *rest)

@@ -66,7 +66,7 @@ _CGROUP_LIMITS = (
 )
 _CPU_CHUNK = 8  # measured best or equal on MLP, GRU and transformer; larger chunks cost memory only
 _DEVICE_CHUNK = 32
-_WORKSPACE_SHARE = 1 / 16
+_WORKSPACE_SHARE = 1 / 16  # of free memory: two tiles meet, beside the graphs that they are made from
 _WORKSPACE_RANGE = (2**24, 2**28)  # one tile of per-sample gradients, in bytes
 
 _guarded: ContextVar[bool] = ContextVar("ntkops_memory_guarded", default=False)
@@ -98,6 +98,7 @@ def tensor_bytes(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> int
 
 
 def _read_integer(path: Path) -> int | None:
+    """Return the number that a file holds, None where there is no file, or no number in it."""
     try:
         with path.open() as file:
             return int(file.read().strip())
@@ -106,6 +107,7 @@ def _read_integer(path: Path) -> int | None:
 
 
 def _free_host_bytes() -> int:
+    """Return what the system says is available, else half of what it has, within the control group."""
     free = None
     try:
         with open("/proc/meminfo") as file:
@@ -205,6 +207,7 @@ class TensorStore:
             return item
 
     def _drop(self, key: tuple[int, Hashable]) -> Tensor:
+        """Forget a tensor and return it."""
         return self._items.pop(key)[0]
 
     def put(self, owner: int, key: Hashable, item: Tensor) -> bool:
@@ -212,6 +215,8 @@ class TensorStore:
         size = tensor_bytes(item.shape, item.dtype)
         item = tracked(item)  # also used outside of the inference mode in which it may have been made
         with self._lock:
+            # A share of what would be free without the store; of a given budget, which counts it, of the
+            # budget.
             limit = self.fraction * budget_bytes(item.device)
             if _budget is None:  # what is held is not free
                 limit += self.fraction * self.held_bytes(item.device)
@@ -327,6 +332,7 @@ def if_it_fits(work: Callable[[], Result]) -> tuple[Result] | str:
 
 
 def _last_words(share: Share, count: int, asked: int) -> str:
+    """Return the message where there is no smaller part."""
     needed, free = max(share.needed() * count, asked), free_bytes(share.device)
     if share.chosen and count > 1:
         return (
@@ -344,6 +350,7 @@ def _last_words(share: Share, count: int, asked: int) -> str:
 def even_size(count: int, size: int) -> int:
     """Return a part size of at most ``size`` that fills ``count`` evenly."""
     size = max(1, min(size, count))
+    # ⌈count / ⌈count / size⌉⌉: as many parts, none of them nearly empty.
     return -(-count // -(-count // size))
 
 
@@ -357,17 +364,13 @@ def parts(
 ) -> Iterator[tuple[int, int, Result]]:
     """Yield start, stop and result of work on ``count`` things, in smaller parts where memory runs out.
 
-    Args:
-        count: Number of things.
-        share: How many of them are taken at a time.
-        work: Given the first and one past the last.
-        even: Whether parts are filled evenly.
-        beside: Number of other things of which as many are taken at the same time.
+    ``even`` fills parts evenly. As many of ``beside`` other things are taken at the same time, so that a part
+    of one thing may still be made smaller.
     """
     start, limit, size = 0, 0, 0
     while start < count:
-        if limit != share.read():
-            limit = share.read()
+        if limit != (read := share.read()):
+            limit = read
             size = even_size(count - start, limit) if even else limit
         stop = min(start + size, count)
         found = retry(share, max(stop - start, min(limit, beside)), partial(work, start, stop))
@@ -440,9 +443,11 @@ class EngineSizes:
         self.report(per_sample=math.ceil(rows / inputs.num_samples))
 
     def _halve(self, what: str, failed: int) -> None:
+        """Take at most half of what was too much from now on."""
         self._room.limits[what] = max(1, failed // 2)
 
     def _within(self, what: str, size: int) -> int:
+        """Return a size, less where that has proved to be too much."""
         return max(1, min(size, self._room.limits.get(what, size)))
 
     def chunk_size(self) -> int:
@@ -457,13 +462,7 @@ class EngineSizes:
 
     def batch_size(self, inputs: Inputs) -> int:
         """Samples that go through one pass: what the activations of a chunk of columns leave room for."""
-        if self._batch_size != "auto":
-            return self._batch_size
-        needed = self._sample_bytes(inputs) * (2 + 2 * self.chunk_size())
-        fitting = max(1, int(self.free_bytes // 4 // needed))
-        if inputs.is_streamed:  # else memory would grow with the number of samples
-            fitting = min(fitting, inputs.largest_batch)
-        return self._within("samples", fitting)
+        return self.sample_share(inputs).read()
 
     def may_hold(self, count: int) -> bool:
         """Whether one pass may take so many samples: nobody chose fewer, and memory has not run out."""
@@ -484,6 +483,7 @@ class EngineSizes:
         self._room.kept_workspace = count
 
     def _workspace(self) -> int:
+        """Bytes for one tile as long as none has proved to be too large."""
         if self._room.kept_workspace is not None:
             return self._room.kept_workspace
         low, high = _WORKSPACE_RANGE
@@ -491,9 +491,11 @@ class EngineSizes:
         return max(min(low, share) if _budget is not None else low, min(high, share))
 
     def _parameter_bytes(self) -> int:
+        """Bytes of one vector over the parameters."""
         return self.linearization.num_parameters * self.linearization.dtype.itemsize
 
     def _sample_bytes(self, inputs: Inputs) -> int:
+        """Bytes of what a pass computes of one sample, and of its outputs."""
         return max(
             1, self.linearization.activation_bytes + inputs.num_outputs * self.linearization.dtype.itemsize
         )
@@ -513,13 +515,26 @@ class EngineSizes:
 
     def sample_share(self, inputs: Inputs) -> Share:
         """Return how many samples are taken at a time."""
+        chosen, sample = self._batch_size, self._sample_bytes(inputs)
+        # Of a stream no more than a batch of it: else memory would grow with the number of samples.
+        most = inputs.largest_batch
+
+        def needed() -> int:
+            # Values and gradients of a forward pass, and both for each column of a chunk.
+            return sample * (2 + 2 * self.chunk_size())
+
+        def read() -> int:
+            if chosen != "auto":
+                return chosen
+            return self._within("samples", min(most, int(self.free_bytes // 4 // needed())))
+
         return Share(
             "batch_size",
-            lambda: self.batch_size(inputs),
+            read,
             lambda failed: self._halve("samples", failed),
             self.linearization.device,
-            lambda: self._parameter_bytes() + self._sample_bytes(inputs) * (2 + 2 * self.chunk_size()),
-            self._batch_size != "auto",
+            lambda: self._parameter_bytes() + needed(),
+            chosen != "auto",
         )
 
     def tile_share(self, rows: int, read: Callable[[], int] | None = None) -> Share:
@@ -527,6 +542,7 @@ class EngineSizes:
         size = read or (lambda: self.tile_samples(rows))
 
         def lower(failed: int) -> None:
+            # By bytes, which tiles of all sorts share, until this one takes fewer samples.
             while size() >= failed and self.workspace_bytes() > 1:
                 self._room.limits["workspace"] = self.workspace_bytes() // 2
 
@@ -543,7 +559,7 @@ class EngineSizes:
     ) -> Iterator[tuple[int, int, Result]]:
         """Yield start, stop and result of work on batches of samples, smaller ones where memory runs out."""
         share = self.sample_share(inputs)
-        for start, stop, batch in inputs.batches(self.batch_size(inputs)):
+        for start, stop, batch in inputs.batches(share.read()):
 
             def part(first: int, last: int, start: int = start, batch: Batch = batch) -> Result:
                 return work(start + first, start + last, cut(batch, first, last))

@@ -145,6 +145,8 @@ class SharedPasses:
             yield
         report_passes(checks=counter.count.checks)  # one a batch, however few samples it has
         self._spent += counter.total * (count / self._samples)
+        # Whole passes as they are complete, the rest at the end; 1e-9 is above the rounding of the shares'
+        # sum.
         self._report(math.floor(self._spent + 1e-9))
 
     def __exit__(self, *problem: object) -> None:
@@ -152,6 +154,7 @@ class SharedPasses:
         self._report(math.ceil(self._spent - 1e-9))
 
     def _report(self, passes: int) -> None:
+        """Report passes up to a number, those that have not been reported yet."""
         if passes > self._reported:
             report_passes(per_sample=passes - self._reported)
             self._reported = passes

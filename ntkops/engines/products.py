@@ -19,12 +19,12 @@ from .cost import ProductRoute, choose_product
 from .factors import Direct, Outer, in_parameter_order, written_pieces
 from .layer_factors import Factors
 from .layer_rules import OneHot
-from .summation import long_product
+from .summation import long_product, wide_dtype
 from .units import Unit
 
 __all__ = ["CachedFactors", "ProductFactors", "Span", "prepare_products", "unit_spans"]
 
-_COLUMNS = 1024
+_COLUMNS = 1024  # entries of gradients that two products after each other read: the second finds them cached
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class ProductFactors:
         """Return what takes memory."""
         held = [] if self.dense is None else [self.dense]
         for layer in self.outers:
-            held.append(layer.gradients)
-            held.append(
-                layer.activations.index if isinstance(layer.activations, OneHot) else layer.activations
-            )
+            held += [layer.gradients, layer.held]
         return held
 
     @property
@@ -165,16 +162,17 @@ class ProductFactors:
         result = vectors.new_zeros((len(vectors), self.count, self.directions))
         if self.dense is not None:
             assert right.dense is not None
-            flat, total = vectors.flatten(1), result.flatten(1).to(_wide(result))
-            for start in range(
-                0, self.dense.shape[1], _COLUMNS
-            ):  # so that the second product finds it in cache
+            # J₁ (J₂ᵀ v) some columns of both at a time; (k, p) is never held, and blocks are summed in
+            # float64.
+            flat, total = vectors.flatten(1), result.flatten(1).to(wide_dtype(result))
+            for start in range(0, self.dense.shape[1], _COLUMNS):
                 columns = slice(start, start + _COLUMNS)
                 total += long_product(flat, right.dense[:, columns]) @ self.dense[:, columns].mT
             result = total.to(result.dtype).view_as(result)
         for position, (layer, other) in enumerate(zip(self.outers, right.outers, strict=True)):
             signals = _signals(other, vectors)  # (N₂, k, g, d_out, S)
             sizes = self.count, right.count, self.directions
+            # J₁ J₂ᵀ v = Σ_c G₁c · (Σ A₁ A₂ᵀ (G₂ᵀ v)): with the Gram matrix A₁ A₂ᵀ, or one after the other.
             if choose_product(layer.shape, *sizes, self.route) == "dual":
                 moved = _dual(layer, other, signals, position, cache)
             else:
@@ -231,13 +229,9 @@ def unit_spans(unit: Unit, rows: Mapping[int, tuple[int, int]]) -> tuple[Span, S
 
 
 def _span(parameter: tuple[int, int], start: int, stop: int) -> Span:
+    """Return where rows of a parameter lie, given its start and the entries of a row."""
     first, row = parameter
     return Span(first + start * row, first + stop * row)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which many products are added up."""
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
 def _signals(layer: Outer, vectors: Tensor) -> Tensor:
@@ -279,11 +273,9 @@ def _dual(
     """Return the same as ``_apply`` of ``_weights``, through the Gram matrix of activations."""
     gram = None if cache is None else cache.get(position)
     if gram is None:
-        gram = gram_of_activations(layer.activations, other.activations).to(signals.dtype)
-        if layer.unit.bias is not None:
-            gram = gram + 1
-        held = layer.activations.index if isinstance(layer.activations, OneHot) else layer.activations
-        if cache is not None and gram.numel() <= 2 * held.numel():  # else larger than the cache planned for
+        gram = gram_of_activations(layer, other, signals.dtype)  # (N₁·S₁, N₂·S₂)
+        # Else larger than the cache planned for.
+        if cache is not None and gram.numel() <= 2 * layer.held.numel():
             cache[position] = gram
     columns, groups, outputs, positions = signals.shape[1:]
     flat = signals.permute(0, 4, 1, 2, 3).reshape(len(signals) * positions, -1)  # (N₂·S₂, k·d_out)

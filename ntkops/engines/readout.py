@@ -10,9 +10,8 @@ from torch import Tensor
 from ..model import Inputs
 from ..model.record import record
 from .attribution import CoverageChanged
-from .collect import backward
 from .cost import ProductRoute
-from .coverage import LinearReadout, read_positions
+from .coverage import LinearReadout, moves_within, read_positions
 from .differentiation import Parameters
 from .hidden_states import states_diagonal, states_kernel
 from .products import ProductFactors, Span, prepare_products
@@ -37,13 +36,14 @@ class Reduction:
     def __init__(self, readout: LinearReadout, params: Parameters, outputs: Tensor, num_outputs: int) -> None:
         self._classes_total, self._num_outputs = readout.classes, num_outputs
         numbers = torch.unique(outputs).cpu()
+        # The grid of all of the classes at all of the positions, which holds them.
         self.distinct = len(numbers)
         self.positions, _ = torch.unique(numbers // readout.classes, return_inverse=True)
         self.classes, _ = torch.unique(numbers % readout.classes, return_inverse=True)
         rows = readout.matrix(params)[self.classes.to(params[readout.weight].device)]
         self._full = readout
         self._rows = rows
-        self.size = len(self.positions) * min(rows.shape)
+        self.size = len(self.positions) * min(rows.shape)  # the rank of W_classes at each position
 
     @property
     def pays(self) -> bool:
@@ -62,6 +62,8 @@ class Reduction:
 
     def prepare(self) -> Reduction:
         """Factor the head: Q of ``(classes, k)``, rounded once from float64."""
+        # Before the head the kernel is W K_h Wᵀ; with W = Q R that is Q K' Qᵀ, K' = R K_h Rᵀ of the columns
+        # of Q.
         basis, _ = torch.linalg.qr(self._rows.double())
         self.basis = basis.to(self._rows.dtype)
         return self
@@ -94,6 +96,7 @@ class Reduction:
     def coordinates(self, outputs: Tensor) -> Tensor:
         """Return the outputs in terms of the directions, ``(*outputs, positions · k)``."""
         place, row = (index.flatten().to(self.basis.device) for index in self.split(outputs))
+        # ∂f_(s, v) = Σ_j Q_vj ∂(Qᵀ f_s)_j, since f_s moves within the range of Q.
         found = self.basis.new_zeros((len(place), len(self.positions), self.basis.shape[1]))
         found[torch.arange(len(place), device=found.device), place] = self.basis[row]
         return found.view(*outputs.shape, -1)
@@ -110,8 +113,8 @@ class ReadoutSource(LayerSource):
         self._basis = reduction.directions
 
     def _directions(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> tuple[Tensor, Known]:
-        """Return some of the directions, the head's place confirmed."""
-        if not confirmed(self, self._readout, self._reduction, params, inputs):
+        """Return some of the directions, the head's place verified."""
+        if not ends_with(self, self._readout, self._reduction, params, inputs):
             raise CoverageChanged(
                 {}, "a batch does not end with the linear layer that the first samples ended with"
             )
@@ -120,16 +123,14 @@ class ReadoutSource(LayerSource):
         return chosen.unsqueeze(1).expand(-1, inputs.num_samples, -1), known
 
 
-def confirmed(
+def ends_with(
     source: LayerSource, readout: LinearReadout, reduction: Reduction, params: Parameters, inputs: Inputs
 ) -> bool:
-    """Whether the output of the first sample moves with parameters before the head within its range only.
+    """Return whether the first sample's output moves with parameters before the head within its range only.
 
     A random combination of the outputs, and its projection on the directions, must have the same gradients
-    before the head; at the head the combination itself must arrive.
-
-    Returns:
-        Whether the readout may be used. Cost: one forward and three backward passes over one sample.
+    before the head; at the head the combination itself must arrive. Cost: one forward and three backward
+    passes over one sample.
     """
     _, _, batch = next(iter(inputs.select(torch.zeros(1, dtype=torch.long)).batches(1)))
     with source.linearization.safe_context():
@@ -146,22 +147,12 @@ def confirmed(
         sent = sent.to(directions.dtype) * reduction.considered
         projected = sent @ directions.mT @ directions
         units = plan_units(recording.calls, source.coverage.covered - readout.parameters)
-        numbers = sorted({use.call for unit in units for use in unit.uses})
-        one, other = (
-            backward(recording, c.to(recording.output).unsqueeze(0), numbers, False, False)
-            for c in (sent, projected)
-        )
-    difference = scale = 0.0
-    for a, b in zip(one, other, strict=True):
-        if (a is None) != (b is None):
-            return False
-        if a is not None and b is not None:
-            difference += float((a.double() - b.double()).square().sum())
-            scale += float(a.double().square().sum())
-    return difference <= (1e3 * torch.finfo(source.dtype).eps) ** 2 * scale
+        sent, projected = (c.to(recording.output).unsqueeze(0) for c in (sent, projected))
+        return moves_within(recording, units, sent, projected, source.dtype)
 
 
 def _reduced(source: LayerSource, params: Parameters, outputs: Tensor, *inputs: Inputs) -> Reduction | None:
+    """Return the directions that stand for some outputs; None without a head, or where they are not fewer."""
     readout = source.coverage.readout
     if readout is None or not all(map(readout.ends, inputs)):
         return None
@@ -173,6 +164,7 @@ def head_activations(source: LayerSource, params: Parameters, inputs: Inputs) ->
     """Return what the head reads at every output position, ``(N, S, d)``: one forward pass."""
     readout = source.coverage.readout
     assert readout is not None
+    # The coverage of the head alone: of its factors the activations are read, and one direction is enough.
     head = LayerSource(
         source.sizes, replace(source.coverage, covered=readout.parameters, readout=None, body=None)
     )
@@ -231,6 +223,7 @@ def readout_kernel(
 
 
 def _is_trace(outputs: Tensor, reduction: Reduction) -> bool:
+    """Whether one kernel is wanted that is summed over all of the grid, each output once."""
     single = outputs.shape[0] == outputs.shape[2] == 1
     return single and reduction.is_product and outputs.numel() == reduction.distinct
 
@@ -241,8 +234,9 @@ def _projected(
     """Return the kernels Σ_R B K' B'ᵀ for coordinates ``(M, R, r, C)``, in parts that fit."""
     size = one.shape[-1]
     n1, n2 = left.num_samples, right.num_samples
+    # The kernel of the directions, N₁ C x N₂ C, is larger than what is made of it: parts of the samples.
     if n1 * n2 * size**2 > _ENTRIES and max(n1, n2) > 1:
-        if left is right and one is other:
+        if left is right and one is other:  # three quarters, and the fourth by symmetry
             (a, b), cut = _halves(left), (n1 // 2) * one.shape[2]
             result = one.new_empty((len(one), n1 * one.shape[2], n1 * one.shape[2]))
             result[:, :cut, :cut] = _projected(body, params, a, a, one, one)
@@ -268,13 +262,15 @@ def _projected(
 def _single_entries(inner: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """The same for one row and column a sample: entries ⟨Σ_R bᵀb', K'⟩, ``(M, N₁, N₂)``."""
     n1, size, n2, _ = inner.shape
-    flat = inner.transpose(1, 2).reshape(n1 * n2, size**2)
+    # Σ_R bᵀ K' b' = ⟨Σ_R b b'ᵀ, K'⟩: the terms are summed before K' is looked at.
+    flat = inner.transpose(1, 2).reshape(n1 * n2, size**2)  # (N₁ N₂, C²)
     step = max(1, _ENTRIES // size**2)
     parts = [(a.mT @ b).flatten(1) @ flat.mT for a, b in zip(one.split(step), other.split(step), strict=True)]
     return torch.cat(parts).view(-1, n1, n2)
 
 
 def _halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Return the first and the second half of the samples."""
     middle, between = inputs.num_samples // 2, inputs.in_order()
     return between(0, middle), between(middle, inputs.num_samples)
 
@@ -301,6 +297,7 @@ def _add_head(
     (p1, c1), (p2, c2) = reduction.split(left_outputs), reduction.split(right_outputs)
     r1, r2 = left_outputs.shape[2], right_outputs.shape[2]
     if r1 == r2 == 1:
+        # weights[m, p, q]: how many terms of kernel m pair the same class at positions p and q.
         weights = torch.zeros((len(result), len(chosen), len(chosen)), dtype=gram.dtype)
         kernels = torch.arange(len(result)).view(-1, 1, 1).expand_as(p1)
         weights.index_put_((kernels, p1, p2), (c1 == c2).to(gram.dtype), accumulate=True)
@@ -340,7 +337,8 @@ def readout_diagonal(source: Source, params: Parameters, inputs: Inputs, outputs
         else:
             grams = body.of_outputs(params, part, every).grams()  # (n, C, C)
             basis = reduction.coordinates(numbers).to(grams.dtype)  # (u, C)
-            own = ((basis @ grams) * basis).sum(2)  # (n, u)
+            own = ((basis @ grams) * basis).sum(2)  # bᵀ K'_nn b, (n, u)
+        # The gradient of output (s, v) at the head is e_v h_sᵀ, and e_v: |h_s|² + 1, whatever the class.
         read = head_activations(source, params, part)[:, reduction.positions].double().square().sum(2)
         read = (read + (readout.bias is not None))[:, place]  # (n, u)
         head = read.sum(1, keepdim=True) if traced else read
@@ -394,9 +392,11 @@ class ReadoutFactors:
         )
 
     def _by_position(self, vectors: Tensor) -> Tensor:
+        """Split ``(k, N, O)`` by output position."""
         return vectors.unflatten(2, (len(self.readout.positions), self.readout.classes))  # (k, N, S, V)
 
     def _reduce(self, split: Tensor) -> Tensor:
+        """Return Qᵀ v at each position: Jᵀv before the head sees no more of v."""
         return long_product(split, self.basis).flatten(2)  # (k, N, S·k')
 
     def _expand(self, reduced: Tensor) -> Tensor:
@@ -433,6 +433,7 @@ class ReadoutFactors:
         split = right._by_position(vectors)
         result = self._expand(self.body.through(right.body, right._reduce(split)))
         one, other, flat = self.read.flatten(0, 1), right.read.flatten(0, 1), split.flatten(1, 2)
+        # (H H'ᵀ) V costs N₁ N₂ a column and class, H (H'ᵀ V) (N₁ + N₂) d.
         if len(one) * len(other) < (len(one) + len(other)) * self.readout.width:
             moved = (one @ other.mT) @ flat
         else:

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from .layer_rules.recurrent import State, Step
+from .summation import wide_dtype
 
 __all__ = ["Steps", "linearize_steps", "pulled_signals", "same_time_diagonal", "state_kernel"]
 
-_SMALL_ENTRIES = 2**14
+_SMALL_ENTRIES = 2**14  # of step Jacobians below which float64 costs no time
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class Steps:
         return self._cut((slice(None), slice(start, stop)))
 
     def _cut(self, chosen: tuple[slice, ...]) -> Steps:
+        """Return the steps of some samples, or at some times."""
         return Steps(
             self.transitions[chosen],
             tuple(gate[chosen] for gate in self.gates),
@@ -97,28 +99,20 @@ def linearize_steps(
     weights: Sequence[Tensor],
     selected: Sequence[bool],
 ) -> Steps:
-    """Run a recurrent layer and linearise each of its steps, all steps at once.
+    """Return the linearised steps of a recurrent layer over inputs ``(B, T, d)``, all steps at once.
 
-    Args:
-        step: One step, entry by entry.
-        inputs: ``(B, T, d)``.
-        state: The first state, p tensors ``(B, H)``.
-        weights: W ``(Q·H, d)``, V ``(Q·H, H)``, and their biases or nothing more.
-        selected: Which of these weights the kernel is about.
-
-    Returns:
-        The steps, in the dtype of the inputs; states and derivatives of steps are made in float64, since
-        they are few and every product of Jacobians inherits their errors. Cost: one forward pass and p
-        backward passes over single steps; memory: B T D².
+    ``state`` is the first state, p tensors ``(B, H)``, and ``weights`` are W ``(Q·H, d)``, V ``(Q·H, H)``,
+    and their biases or nothing more, of which ``selected`` says which the kernel is about. Cost: one forward
+    pass and p backward passes over single steps; memory: B T D².
     """
-    dtype = inputs.dtype
-    wide = dtype if inputs.device.type == "mps" else torch.float64
+    # States and derivatives are few, and every product of Jacobians inherits their errors: in float64.
+    dtype, wide = inputs.dtype, wide_dtype(inputs)
     wide_inputs, state = inputs.to(wide), tuple(part.to(wide) for part in state)
     input_weight, hidden_weight, *biases = (weight.to(wide) for weight in weights)
     input_bias, hidden_bias = biases or (None, None)
     driven = torch.nn.functional.linear(wide_inputs, input_weight, input_bias)  # (B, T, Q·H)
     states, recurred = [], []
-    for now in driven.unbind(1):
+    for now in driven.unbind(1):  # (B, Q·H)
         back = torch.nn.functional.linear(state[0], hidden_weight, hidden_bias)
         states.append(state)
         recurred.append(back)
@@ -127,6 +121,8 @@ def linearize_steps(
     found = _partials(step, driven, torch.stack(recurred, dim=1), before)
     own, other, carried = (derivative.to(dtype) for derivative in found)
     parts, hidden = len(before), before[0].shape[-1]
+    # M_s = ∂z/∂v V + ∂z/∂z_{s-1}: V is multiplied with h alone, the first part of the state, and what is
+    # carried past the matrix products acts entry by entry.
     blocks = torch.einsum("btpqh,qhk->btphk", other, weights[1].unflatten(0, (-1, hidden)))
     transitions = inputs.new_zeros((*inputs.shape[:2], parts, hidden, parts, hidden))
     transitions[:, :, :, :, 0] = blocks
@@ -152,6 +148,7 @@ def _partials(step: Step, driven: Tensor, recurred: Tensor, before: State) -> tu
         ``(B, T, p, Q, H)`` with respect to both results of matrix products, and ``(B, T, p, p, H)`` with
         respect to the state before, at fixed results.
     """
+    # A step works entry by entry: the sum over all entries has in each of them its own derivative.
     leaves = [tensor.detach().requires_grad_() for tensor in (driven, recurred, *before)]
     with torch.enable_grad():
         after = step(leaves[0], tuple(leaves[2:]), lambda _: leaves[1])
@@ -167,6 +164,7 @@ def _partials(step: Step, driven: Tensor, recurred: Tensor, before: State) -> tu
 
 def _add_sources(target: Tensor, left: Steps, right: Steps, start: int, now: int) -> None:
     """Add N between steps ``start:`` of the left and step ``now`` of the right, ``(B, T - start, D, D)``."""
+    # D_s^g D'_s'^gᵀ is diagonal between each part of one state and each of the other: Σ_Q entry by entry.
     hidden = left.hidden
     for gate, other, one, two in zip(
         left.gates, right.gates, left.activations, right.activations, strict=True
@@ -189,11 +187,13 @@ def same_time_diagonal(steps: Steps) -> Tensor:
     readout = moves.new_zeros((steps.count, length, size, size))  # C of the steps that are left
     for now in range(length):
         move = moves[:, now]
+        # C_{t, now} = C_{t, now-1} Mᵀ_now + N_{t, now} for the steps t >= now that are left.
         if now:  # from C at t' = now - 1 to t' = now, the rows of steps before now left behind
             readout = torch.bmm(readout[:, 1:].flatten(1, 2), move).view(steps.count, -1, size, size)
         cross = readout[:, 0]
         own = torch.zeros_like(readout[:, :1])
         _add_sources(own, steps.between(now, now + 1), steps, 0, now)
+        # Γ_tt = M Γ_{t-1,t-1} Mᵀ + C_{t,t-1} Mᵀ + (C_{t,t-1} Mᵀ)ᵀ + N_tt; ``cross`` is C_{t,t-1} Mᵀ.
         gramian = move.mT @ gramian @ move + cross + cross.mT + own[:, 0]
         result[:, now] = gramian.diagonal(dim1=1, dim2=2)[:, :hidden]
         if now + 1 < length:
@@ -218,11 +218,12 @@ def state_kernel(left: Steps, right: Steps, entries: int = 2**22, out: Tensor | 
         shape = (count, left.length, size, stop - start, size)
         chunk = out if size == hidden else column.new_empty(shape)
         for now in range(start, stop):
-            if now:
+            if now:  # C_{t, t'} = C_{t, t'-1} M'ᵀ_t' + N_{t, t'}, all t at once
                 column = (column.view(-1, size) @ right.transitions[0, now].mT).view_as(column)
             _add_sources(column, left, right, 0, now)
             chunk[:, :, :, now - start] = column
         flat = chunk.view(*shape[:3], -1)  # (B, T, D, width·D)
+        # Γ_{t, t'} = M_t Γ_{t-1, t'} + C_{t, t'}, all t' of the chunk at once.
         for time in range(1, left.length):
             flat[:, time].baddbmm_(left.transitions[:, time], flat[:, time - 1])
         if chunk is not out:
@@ -236,6 +237,7 @@ def pulled_signals(steps: Steps, cotangents: Tensor) -> list[Tensor]:
     signal = cotangents.new_zeros((count, directions, steps.parts * hidden))
     found: list[list[Tensor]] = [[] for _ in steps.gates]
     for now in reversed(range(length)):
+        # ∂/∂z_now: that of the later steps, moved through M_{now+1}, and that of the state itself.
         signal[..., :hidden] += cotangents[:, :, now]
         split = signal.unflatten(-1, (steps.parts, 1, hidden))  # (B, C, p, 1, H)
         for pieces, gate in zip(found, steps.gates, strict=True):

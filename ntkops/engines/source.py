@@ -17,6 +17,7 @@ from .attribution import CoverageChanged, RowCheck, limit_of, unattributable
 from .collect import RowCheckMaker, collect
 from .coverage import Coverage
 from .differentiation import Parameters
+from .factors import unit_cotangents
 from .layer_factors import Factors, joined
 from .layer_rules import Layout
 from .memory import EngineSizes, Share
@@ -30,7 +31,7 @@ __all__ = ["LayerSource"]
 _PASSING_BYTES = 2**22  # of one pass whose factors are used once: more is no faster, and not flat
 _LEAST_SAMPLES = 16  # below which a pass costs as much as for these
 _STAGE_BYTES = 2**25  # of output gradients in one stage, where there are cuts
-_SWEEP_WORKSPACES = 8
+_SWEEP_WORKSPACES = 8  # each 1/16 of the free memory, and 256 MiB at most: half of it, and 2 GiB at most
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ class LayerSource:
     def _sample_bytes(self, directions: int) -> int:
         """Return the bytes of one sample's factors, and of one layer's gradients."""
         cover = self.coverage
+        # Two tiles meet: factors and activations of both, and the gradient of one layer, written down.
         entries = directions * (2 * cover.kept_entries + cover.layer_entries) + 2 * cover.sample_entries
         return max(1, entries * self.dtype.itemsize)
 
     def tile(self, directions: int) -> int:
         """Return how many samples' factors, and one layer's gradients, fit into the workspace."""
-        return 2 * self.sizes.workspace_bytes() // self._sample_bytes(directions)
+        return 2 * self.sizes.workspace_bytes() // self._sample_bytes(directions)  # a workspace for each tile
 
     def groups(self, inputs: Inputs, directions: int) -> int:
         """Return in how many groups the factors of one sample are made, for its kernel with itself."""
@@ -130,9 +132,8 @@ class LayerSource:
 
     def _directions(self, params: Parameters, inputs: Inputs, outputs: Tensor) -> tuple[Tensor, Known]:
         """Return cotangents ``(C, N, O)`` for some numbers, and what they are called."""
-        unit = torch.zeros((len(outputs), 1, inputs.num_outputs), dtype=self.dtype, device=self.device)
-        unit[torch.arange(len(outputs)), 0, outputs] = 1
-        return unit.expand(-1, inputs.num_samples, -1), Known("outputs", outputs, inputs.num_outputs)
+        sent = unit_cotangents(outputs, inputs, self.dtype, self.device)
+        return sent, Known("outputs", outputs, inputs.num_outputs)
 
     def sweep(self, params: Parameters, inputs: Inputs, outputs: Tensor, rows: int) -> Sweep | None:
         """Return the factors of all samples for ``(r,)`` numbers by stages; None where tiles are better.
@@ -149,7 +150,10 @@ class LayerSource:
             # As long for the other side of a cross kernel, whose ``rows`` may be more.
             entries = _STAGE_BYTES // self.dtype.itemsize * inputs.num_samples // rows
             stages = plan_stages(made.recording, made.units, entries)
+            # C directions, and the combination of them that the check of rows sends along.
             held = largest_stage(made.recording, stages) * (len(outputs) + 1) * self.dtype.itemsize
+        # One stage holds the gradients of all layers, as a tile does; what does not fit is not recorded
+        # again.
         if len(stages) < 2 or held + self._graph_bytes(inputs.num_samples) > self._sweep_bytes():
             self._whole.add((self.coverage.covered, inputs.num_samples * len(outputs)))
             return None
@@ -165,12 +169,13 @@ class LayerSource:
         """Whether all samples may go through one backward pass, by what is known before it is recorded."""
         count = inputs.num_samples
         factors = count * directions * self.coverage.direction_entries * self.dtype.itemsize
-        if factors <= 2 * _STAGE_BYTES or not inputs.is_one_batch:
+        if factors <= 2 * _STAGE_BYTES or not inputs.is_one_batch:  # one tile is as good; several graphs
             return False
         fits = self._graph_bytes(count) <= self._sweep_bytes() and self.sizes.may_hold(count)
         return fits and (self.coverage.covered, count * directions) not in self._whole
 
     def _graph_bytes(self, count: int) -> int:
+        """Bytes of the graph of one forward pass over so many samples."""
         return count * self.linearization.activation_bytes
 
     def _sweep_bytes(self) -> int:
@@ -223,11 +228,13 @@ class LayerSource:
         known: Known | None,
         compact: bool,
     ) -> Factors:
+        """Return the factors of one batch for ``(C, B, O)`` cotangents, its rows checked."""
         made = self._recorded(params, inputs, start, batch)
         recording, layouts, covered = made.recording, self.coverage.layouts, self.coverage.covered
         several = self.linearization.verdict.batched
         chunk = self.coverage.chunk(len(cotangents), cotangents.shape[1]) if several.get(covered, True) else 1
         cotangents = cotangents.to(recording.output)
+        # Whether several directions may go as one is tried once for these parameters, by the check of rows.
         is_tried = chunk == 1 or covered in several or not made.units
         check, done = self._row_check(made, cotangents, known, params, inputs, start, anew=not is_tried)
 
@@ -241,6 +248,8 @@ class LayerSource:
             if not is_tried:
                 several[covered] = together is not None
         except CoverageChanged:
+            # Rows of several samples are a reason to look whether the outputs themselves are coupled: then it
+            # is the model that is refused, and not a layer that goes another way.
             self.linearization.require_independent(inputs, start, params, batch, output, alone=True)
             raise
         done()
@@ -251,6 +260,7 @@ class LayerSource:
         recording = record(self.linearization.function, params, batch)
         self.linearization.require_independent(inputs, start, params, batch, recording.output)
         layouts, covered = self.coverage.layouts, self.coverage.covered
+        # Uses that no rule knows, and calls that are not made as the first samples made them.
         lost = dict(recording.uncovered)
         for number, reason in unattributable(recording.calls, layouts, batch.num_samples).items():
             lost.update({place.index: reason for place in recording.calls[number].places.values()})

@@ -61,23 +61,16 @@ class Sweep:
 
 
 def plan_stages(recording: Recording, units: Sequence[Unit], entries: int) -> list[Stage]:
-    """Cut the backward pass of a recording.
+    """Return the stages of a backward pass, from the output down, each of so many ``entries`` at least.
 
     A cut lies where only one tensor has uses after it that calls before it lead to; where there is none,
-    there is one stage.
-
-    Args:
-        recording: A forward pass.
-        units: What is wanted of it.
-        entries: Entries of output gradients, for one direction, that a stage has at least.
-
-    Returns:
-        The stages, from the output down.
+    there is one stage. Entries are those of output gradients, for one direction.
     """
     numbers = sorted({use.call for unit in units for use in unit.uses})
     edges = {number: recording.calls[number].edge for number in numbers}
     if not numbers or not recording.output.requires_grad:
         return []
+    # Nodes are numbered as they are made: what the backward pass reaches first has the largest number.
     order = {number: edges[number].node._sequence_nr() for number in numbers}
     root = get_gradient_edge(recording.output)
     parts: list[list[int]] = [[]]
@@ -94,6 +87,7 @@ def plan_stages(recording: Recording, units: Sequence[Unit], entries: int) -> li
     parts[-1].extend(waiting)
     below.append(None)
     stage_of = {number: position for position, part in enumerate(parts) for number in part}
+    # A unit is complete with the stage of its earliest call, which is the last one to be reached.
     last = [max(stage_of[use.call] for use in unit.uses) for unit in units]
     return [
         Stage(tuple(part), tuple(u for u, at in zip(units, last, strict=True) if at == position), edge)
@@ -111,6 +105,7 @@ def _cuts(root: Node, targets: set[Node]) -> list[tuple[int, GradientEdge]]:
         Pairs (s, edge): gradient comes from nodes >= s to targets < s through that edge only.
     """
     useful, edges = _ways(root, targets)
+    # Of each tensor, a node and which of its results, the numbers of its node and of its latest use.
     spans: dict[tuple[Node, int], list[int]] = {}
     for parent, child, position in edges:
         if child in useful:
@@ -161,6 +156,7 @@ def _ways(root: Node, targets: set[Node]) -> tuple[set[Node], list[tuple[Node, N
 
 def largest_stage(recording: Recording, stages: Sequence[Stage]) -> int:
     """Return the entries of output gradients that are held at most, for one direction."""
+    # The gradient at a call waits from the stage in which it is found to that in which its unit is complete.
     sizes = [call.shape.numel() for call in recording.calls]
     at = {number: position for position, stage in enumerate(stages) for number in stage.calls}
     held = [0] * len(stages)
@@ -187,28 +183,20 @@ def walk(
     """Yield the factors of one stage after the other; each is valid until the next is asked for.
 
     Rows are compared before a stage is yielded: the combination that the check sends travels along as one
-    direction more.
-
-    Args:
-        recording: A forward pass over B samples; its graph and its calls are used up.
-        stages: Where it is cut.
-        layouts: Where the samples are, by signature of the call.
-        cotangents: ``(C, B, O)``: C directions for each sample.
-        dtype: Dtype of the factors.
-        chunk: Directions that go through one batched backward pass; 1 for one after the other.
-        check: Makes the check of rows; None for no check.
+    direction more. The graph of the recording, and its calls, are used up; ``chunk`` and ``check`` are those
+    of `collect`.
 
     Raises:
         NotInStages: If rows of a stage are others than they must be.
         CoverageChanged: If a rule fails.
     """
-    directions, count = cotangents.shape[:2]
+    directions, count = cotangents.shape[:2]  # (C, B, O)
     starts = range(0, directions, chunk)
-    edge: GradientEdge | None = get_gradient_edge(recording.output)
+    edge: GradientEdge | None = get_gradient_edge(recording.output)  # where gradient enters the next stage
     sent: list[Tensor | None] = [cotangents[start : start + chunk] for start in starts]
     extra: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
-    waiting: dict[int, list[Tensor | None]] = {}
+    waiting: dict[int, list[Tensor | None]] = {}  # gradients at calls whose unit has an earlier one
     for position, stage in enumerate(stages):
         collector = Collector(recording, stage.units, layouts, count, directions, dtype)
         wanted = set(collector.numbers)
@@ -241,6 +229,7 @@ def walk(
         yield collector.finish()
         del collector, rows
         edge = stage.below
+        # Arguments that no later stage reads are set free while the pass goes on.
         left = {use.call for later in stages[position + 1 :] for unit in later.units for use in unit.uses}
         for number in wanted - left:
             recording.calls[number].arguments.clear()

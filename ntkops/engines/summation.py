@@ -12,16 +12,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Total", "Workspace", "long_product", "row_blocks"]
+__all__ = ["COLUMNS", "Total", "Workspace", "long_product", "row_blocks", "wide_dtype"]
 
-_BATCHED_ROWS = 16  # of products whose blocks go through one batched product
-_MANY_ROWS, _FEW_COLUMNS = 64, 256
+# Roundings of terms of random signs walk at random: n terms added one after the other lose √n units of the
+# result, 4096 of them 64, 256 of them 16. What blocks give is added up in float64, and loses nothing.
 COLUMNS = 4096  # terms of a sum that are left to one matrix product
+_MANY_ROWS, _FEW_COLUMNS = 64, 256  # fewer rows than this are added up term by term: shorter blocks
+_BATCHED_ROWS = 16  # of products whose blocks go through one batched product
 _FEW_BLOCKS = 16  # that may be added up in the working dtype: each addition loses half a unit of the sum
-_WIDE_ENTRIES = 2**23  # of a float64 total beside the result
-_SYMMETRIC_ROWS = 80  # rows of a block below which splitting costs more than it saves
-_SYMMETRIC_BLOCKS = 8
-_BATCHED_ENTRIES = 2**18  # of the products of several pairs of matrices in one call
+_WIDE_ENTRIES = 2**23  # of a float64 total beside the result: 64 MiB
+# T blocks of rows of a symmetric product, each up to its own diagonal, are (1 + 1/T) / 2 of all entries: .56
+# for 8 blocks, and not much less for more. A block of fewer rows than 80 costs more than it saves.
+_SYMMETRIC_ROWS, _SYMMETRIC_BLOCKS = 80, 8
+_BATCHED_ENTRIES = 2**18  # of the products of several pairs of matrices in one call: what a cache holds
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype in which many products are added up: float64 where the device has it."""
+    return like.dtype if like.device.type == "mps" else torch.float64
 
 
 class Workspace:
@@ -65,24 +73,18 @@ def _blocks(columns: int, width: int = COLUMNS) -> Iterator[slice]:
 
 
 class Total:
-    """The sum of one layer's products, added to a kernel when it is complete.
-
-    Args:
-        target: ``(M, N₁·r₁, N₂·r₂)``, where the sum goes.
-        count: Number N₁ of samples.
-        symmetric: Whether only rows on and below the diagonal are needed.
-        terms: Length of all products together; short ones go to the target at once.
-        workspace: Memory to use again.
-    """
+    """The sum of one layer's products with N₁ samples, added to ``(M, N₁·r₁, N₂·r₂)`` when it is complete."""
 
     def __init__(self, target: Tensor, count: int, symmetric: bool, terms: int, workspace: Workspace) -> None:
         self._target, self._count, self._symmetric, self._workspace = target, count, symmetric, workspace
+        # ``terms`` is the length of all products together: what one matrix product may add up goes to the
+        # target at once. Longer sums have a total of their own, in float64 where its memory is bearable.
         self._short = terms <= COLUMNS or target.dtype == torch.float64
         entries = target.numel()
         self._wide = target
-        long = terms > _FEW_BLOCKS * COLUMNS
-        if long and not self._short and entries <= _WIDE_ENTRIES and target.device.type != "mps":
-            like = torch.empty(0, dtype=torch.float64, device=target.device)
+        dtype, long = wide_dtype(target), terms > _FEW_BLOCKS * COLUMNS
+        if long and not self._short and entries <= _WIDE_ENTRIES and dtype != target.dtype:
+            like = torch.empty(0, dtype=dtype, device=target.device)
             self._wide = workspace.take("wide", entries, like)[:entries].view(target.shape).zero_()
 
     def add(self, number: int, left: Tensor, right: Tensor) -> None:
@@ -104,8 +106,8 @@ class Total:
         """Add Σ_R left rightᵀ for ``(M, R, N, K)`` rows of single outputs to all kernels."""
         kernels, terms, n1, length = left.shape
         n2 = right.shape[2]
-        step = max(1, _BATCHED_ENTRIES // max(1, n1 * n2))
-        if self._short or step == 1 or length > COLUMNS:
+        step = max(1, _BATCHED_ENTRIES // max(1, n1 * n2))  # pairs of matrices in one call
+        if self._short or step == 1 or length > COLUMNS:  # no batch, or sums that want blocks of columns
             for number, (one, other) in enumerate(zip(left, right, strict=True)):
                 for a, b in zip(one, other, strict=True):
                     self.add(number, a, b)
@@ -133,6 +135,7 @@ class Total:
 def long_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return left right with long sums in blocks; where K is long, three times the result in float64."""
     length, rows = left.shape[-1], min(left.shape[-2], right.shape[-1])
+    # A result of few rows costs little beside its terms: all of its blocks are made in one call.
     narrow = left.dtype == torch.float32 and left.device.type != "mps"
     if narrow and left.dim() == right.dim() == 2 and out is None and rows <= _BATCHED_ROWS:
         return _folded(left, right, 32 if rows == 1 else 64)

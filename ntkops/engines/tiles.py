@@ -47,7 +47,7 @@ Part = tuple[int, int, Inputs]  # start, stop, samples
 Tile = TypeVar("Tile")
 Result = TypeVar("Result")
 _HELD_BYTES = 2**23  # samples of a stream that are in memory as one part
-_MIRRORED_ROWS = 512
+_MIRRORED_ROWS = 512  # of a triangle that are transposed at a time: the copy of a block, not of the matrix
 _OWN_OUTPUTS = 256  # gradients of one sample that meet each other at a time, where fewer suffice
 
 
@@ -175,6 +175,8 @@ def fill_lower(
     tiles. `clear` takes back what was added to rows that are done again; `add` is given one tile twice on the
     diagonal.
     """
+    # Row i meets the tiles i, 0, 1, ..., i - 1, of which tile i is there: row i + 1 has ended with it. These
+    # are i new tiles a row, and one more for the first of them: 1 + Σ_i i = 1 + T (T - 1) / 2.
     between, most = inputs.in_order(), held_samples(inputs)
     left = inputs.num_samples  # rows that are still to be done: the first ones
     while left:
@@ -187,7 +189,7 @@ def fill_lower(
 
         for i in reversed(range(len(ends))):
             row = partial(_fill_row, [slice(*end) for end in ends], i, carried, made, add)
-            if retry(share, ends[0][1], row) is None:
+            if retry(share, ends[0][1], row) is None:  # memory ran out: rows 0 to i again, in smaller tiles
                 carried.clear()
                 clear(slice(*ends[i]))
                 break
@@ -229,6 +231,7 @@ class _Kernels:
         self._recorded: list[tuple[slice, slice, Tensor]] = []
 
     def _span(self, samples: slice, side: int) -> slice:
+        """Return the rows, or columns, of some samples: r of each."""
         width = self._widths[side]
         return slice(samples.start * width, samples.stop * width)
 
@@ -264,6 +267,7 @@ class _Kernels:
         if not self._recorded:
             assert whole is not None  # inputs are never empty
             return whole
+        # Tiles may be of both sorts: what was added in place, and over it what has a graph.
         first = self._recorded[0][2]
         if first.shape == self._shape:
             return first
@@ -311,16 +315,10 @@ def part_kernels(
     owners: Mapping[str, int],
     count: int,
 ) -> Tensor:
-    """Return the kernels of parts of the parameters, ``(L, M, N₁·r₁, N₂·r₂)``, from the factors of one sweep.
+    """Return the kernels of L parts of the parameters, ``(L, M, N₁·r₁, N₂·r₂)``, from the same factors.
 
-    Args:
-        source: Where factors come from.
-        params: The selected parameters.
-        left: N₁ samples.
-        right: N₂ samples.
-        outputs: Output numbers ``(M, R, r₁)`` and ``(M, R, r₂)``.
-        owners: Number of the part of each parameter, by name.
-        count: Number L of parts.
+    The output numbers are ``(M, R, r₁)`` and ``(M, R, r₂)``; ``owners`` is the part of each parameter, by
+    name.
     """
 
     def gather(*described: Any) -> _PartKernels:
@@ -360,6 +358,7 @@ def _in_groups(
     """The same kernels with fewer outputs at a time."""
     kernels, terms, r1 = left_outputs.shape
     r2 = right_outputs.shape[2]
+    # Members of the batch are apart, terms add up: halves of either, then blocks of the rows of one kernel.
     if kernels > 1 or terms > 1:
         axis = 0 if kernels > 1 else 1
         half = left_outputs.shape[axis] // 2
@@ -382,7 +381,7 @@ def _in_groups(
             if result is None:
                 result = block.new_empty((left.num_samples, r1, right.num_samples, r2))
             result[:, a : a + size, :, b : b + size] = block
-            if symmetric and b > a:
+            if symmetric and b > a:  # K_{(i, o), (j, p)} = K_{(j, p), (i, o)}
                 result[:, b : b + size, :, a : a + size] = block.permute(2, 3, 0, 1)
     assert result is not None  # there is an output
     return result.view(1, left.num_samples * r1, right.num_samples * r2)
@@ -399,6 +398,7 @@ def _all_outputs(
     in_tiles: bool = True,
 ) -> Tensor | None:
     """The same kernels with all outputs at a time, in one sweep or else in tiles; None without tiles."""
+    # Each output that occurs is one backward pass, however many kernels, terms and rows it is in.
     same = torch.equal(left_outputs, right_outputs)
     left_numbers, left_index = torch.unique(left_outputs, return_inverse=True)
     right_numbers, right_index = left_numbers, left_index
@@ -482,7 +482,7 @@ def diagonal(
     ``counted=False`` is for samples that are a part of those that passes go over.
     """
     distinct, index = torch.unique(outputs, return_inverse=True)
-    group = len(distinct)
+    group = len(distinct)  # outputs at a time: halves where not one sample fits with all of them
     while group > 1 and source.tile(group) < 1:
         group = -(-group // 2)
     forced = source.options.diagonal
@@ -527,15 +527,10 @@ def own_kernels(
     left: Tensor,
     right: Tensor,
 ) -> Tensor:
-    """Return ``(M, r₁, r₂)`` sums of kernels of single samples.
+    """Return ``(M, r₁, r₂)`` sums of kernels of single samples: Σ over terms l of J_n J_nᵀ at some outputs.
 
-    Args:
-        source: Where factors come from.
-        params: The selected parameters.
-        inputs: N samples.
-        numbers: ``(L,)`` kernel, and ``(L,)`` sample, of each of L terms.
-        left: ``(L, r₁)`` output numbers of each term.
-        right: ``(L, r₂)``.
+    The kernel and the sample of each of L terms are ``numbers``, ``(L,)`` each, its outputs ``(L, r₁)`` and
+    ``(L, r₂)``.
     """
     kernels, samples = numbers
     width, count = left.shape[1], int(kernels.max()) + 1
@@ -555,10 +550,11 @@ def own_kernels(
             some = terms[(samples[terms] >= start) & (samples[terms] < stop)]
             at = place[which[some] - first].to(found.device)
             own = (samples[some] - start).to(found.device)[:, None, None]
+            # found[n] holds all pairs of the u outputs of sample n; a term reads r₁ x r₂ of them.
             blocks = found[own, at[:, :width, None], at[:, None, width:]]
             if whole is None:
                 whole = blocks.new_zeros((count, *blocks.shape[1:]))
-            add = whole.index_add if blocks.requires_grad else whole.index_add_
+            add = whole.index_add if blocks.requires_grad else whole.index_add_  # out of place under a graph
             whole = add(0, kernels[some].to(found.device), blocks)
         source.count_rows(inputs.num_samples * len(outputs), inputs)
     assert whole is not None  # there is a term

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..model.record import Call, Place
 from .layer_rules import RULES
@@ -53,12 +53,14 @@ def plan_units(calls: Sequence[Call], covered: frozenset[int]) -> list[Unit]:
 
 
 def _units_of(calls: Sequence[Call], index: int, uses: list[Use]) -> list[Unit]:
+    """Return the units of one parameter: one for each range of its rows that is used."""
     ranges: dict[tuple[int, int], list[Use]] = {}
     for use in uses:
         ranges.setdefault((use.place.start, use.place.stop), []).append(use)
     ordered = sorted(ranges)
     disjoint = all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
     if not disjoint:
+        # Rows that are in two ranges have products between their uses: one unit, written down.
         return [Unit(index, min(a for a, _ in ordered), max(b for _, b in ordered), "direct", tuple(uses))]
     return [
         Unit(index, start, stop, _kind(calls, found), tuple(found)) for (start, stop), found in ranges.items()
@@ -71,6 +73,7 @@ def is_transposed(calls: Sequence[Call], use: Use) -> bool:
 
 
 def _kind(calls: Sequence[Call], uses: list[Use]) -> str:
+    """Return "outer" where all uses are outer products of one orientation and kind, to be summed as one."""
     kinds = {
         (
             RULES[calls[use.call].rule].kind(use.role),
@@ -85,6 +88,7 @@ def _kind(calls: Sequence[Call], uses: list[Use]) -> str:
 
 def _join_biases(calls: Sequence[Call], units: list[Unit]) -> list[Unit]:
     """Let a bias ride with the weight beside which it is used every time."""
+    # W a + b = [W b] [a; 1]: the kernel of both is that of W with 1 added to the Gram matrix of activations.
     weights = {
         tuple(use.call for use in unit.uses): position
         for position, unit in enumerate(units)
@@ -103,9 +107,5 @@ def _join_biases(calls: Sequence[Call], units: list[Unit]) -> list[Unit]:
     for position in rest:
         unit = units[position]
         bias = joined.get(position)
-        result.append(unit if bias is None else Unit(*_fields(unit), bias))
+        result.append(unit if bias is None else replace(unit, bias=bias))
     return result
-
-
-def _fields(unit: Unit) -> tuple[int, int, int, str, tuple[Use, ...]]:
-    return unit.index, unit.start, unit.stop, unit.kind, unit.uses

@@ -23,7 +23,7 @@ from ..model.record import Call, Place, Recording, Recordings, record
 from .adjoint import first_line
 from .attribution import CoverageChanged, RowCheck, limit_of
 from .collect import Collector, backward
-from .coverage import Coverage, LayerSizes, LinearReadout, Signature, find_readout
+from .coverage import Coverage, LayerSizes, LinearReadout, Signature, find_readout, moves_within
 from .factors import Direct, Outer, in_parameter_order
 from .layer_rules import RULES, Layout, OneHot
 from .passes import report_passes
@@ -33,19 +33,15 @@ __all__ = ["try_rules"]
 
 logger = logging.getLogger(__name__)
 
-_TRIED = 4
+_TRIED = 4  # samples, as many as the trial of values takes
 _FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError)
 
 
 def try_rules(linearization: Linearization, inputs: Inputs) -> Coverage:
-    """Decide which parameters the layer rules cover.
+    """Return which parameters the layer rules cover, tried on the passes that the trial of values has left.
 
-    Args:
-        linearization: The pure function and its parameters.
-        inputs: The samples; the trial of values has left the passes over a few of them, else two are made.
-
-    Returns:
-        The coverage. Cost: two backward passes over at most four samples, for a small model two more.
+    Cost: two backward passes over at most four samples, for a small model two more; where no passes are left,
+    two forward passes.
 
     Raises:
         NtkopsError: What the model floor refuses in a forward pass.
@@ -74,6 +70,8 @@ def _recorded(linearization: Linearization, inputs: Inputs) -> Recordings:
     """Record a pass over a few samples, and one over fewer of them."""
     _, _, head = next(iter(inputs.batches(_TRIED)))
     count = head.num_samples
+    # One sample is doubled, and the second pass has another number of them: sizes that follow it are sample
+    # axes.
     whole = torch.arange(count) if count > 1 or inputs.is_coupled else torch.tensor([0, 0])
     fewer = whole[: len(whole) // 2] if len(whole) > 2 else torch.cat([whole, whole[:1]])
     if inputs.is_coupled:
@@ -111,22 +109,23 @@ class _Trial:
     def coverage(self) -> Coverage:
         """Return what is covered."""
         first, names = self._first, self._lin.names
-        self._reasons = {**self._second.uncovered, **first.uncovered}
+        self._reasons = {**self._second.uncovered, **first.uncovered}  # uses without a rule, in either pass
         numbers = list(range(len(first.calls)))
         gradients, own = self._differentiated(numbers)
-        scaled = self._check(numbers, {})
+        scaled = self._check(numbers, {})  # for its s and w alone: where samples lie is not known yet
         sent = scaled.cotangents(self._cotangents)
         others = dict(zip(numbers, backward(first, sent, numbers, False, False), strict=True))
         layouts = self._layouts(gradients, others, sent, scaled.factors)
         covered = frozenset(range(len(names))).difference(self._reasons)
         coverage = Coverage(covered, self._reasons, layouts)
+        # Without a parameter those that are left may be joined in other units: until all of them hold.
         while True:
             units = plan_units(first.calls, coverage.covered)
             self.sizes = []
             lost: dict[int, str] = {}
             for unit in units:
                 try:
-                    self.sizes += self._confirmed(unit, layouts, own, gradients)
+                    self.sizes += self._verified(unit, layouts, own, gradients)
                 except CoverageChanged as change:
                     lost.update(change.lost)
             if not lost:
@@ -164,6 +163,7 @@ class _Trial:
         }
 
     def _vector(self, count: int) -> Tensor:
+        """Return a random vector, the same for all rows of one length."""
         if count not in self._vectors:
             self._vectors[count] = self._normal(count).to(self._lin.dtype)
         return self._vectors[count]
@@ -174,6 +174,7 @@ class _Trial:
         layouts: dict[int, Layout],
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> RowCheck:
+        """Return the check of some units at the cotangents of this trial."""
         sizes = self._cotangents, self._limit, self._normal, self._vector
         return RowCheck(numbers, layouts, *sizes, factors)
 
@@ -210,6 +211,8 @@ class _Trial:
             some = twins[call.signature]
             other = some[min(met[call.signature], len(some) - 1)]
             met[call.signature] += 1
+            # The layout for which rows of sample n have s_n times their gradient: others fail with
+            # probability one.
             fitting = []
             for layout in self._candidates(call, other):
                 check = self._check([number], {number: layout}, factors)
@@ -228,6 +231,7 @@ class _Trial:
         return layouts
 
     def _lose(self, call: Call, reason: str) -> None:
+        """Leave the parameters of a call to automatic differentiation."""
         for place in call.places.values():
             self._reasons.setdefault(place.index, f"{call.rule}: {reason}")
 
@@ -239,10 +243,10 @@ class _Trial:
         found = []
         for axis in RULES[call.rule].sample_axes(call):
             size, small = call.shape[axis], other.shape[axis]
-            if size == small or size % self._count or small % fewer:
+            if size == small or size % self._count or small % fewer:  # does not follow the number of samples
                 continue
             found.append(Layout(axis, True))
-            if size > self._count:
+            if size > self._count:  # several rows a sample, whose numbers may run slowest or fastest
                 found.append(Layout(axis, False))
         return found
 
@@ -262,7 +266,7 @@ class _Trial:
 
     # -- whether the rules hold
 
-    def _confirmed(
+    def _verified(
         self,
         unit: Unit,
         layouts: dict[Signature, Layout],
@@ -274,6 +278,7 @@ class _Trial:
         collector.add(0, 1, gradients)
         layers = collector.finish().layers
         lost: dict[int, str] = {}
+        # Σ_n of what the rule gives for single samples is the gradient of the parameter, by the first pass.
         for index, start, total, scale in (found for layer in layers for found in _sums(layer, gradients)):
             row = self._lin.sizes[index] // max(1, (self._lin.shapes[index] or (1,))[0])
             gap = total.clone()
@@ -301,41 +306,30 @@ class _Trial:
             return coverage
         body = replace(coverage, covered=coverage.covered - readout.parameters).measured(self.sizes)
         units = plan_units(self._first.calls, body.covered)
-        if not units or not self._reads_through(
-            readout, sorted({use.call for unit in units for use in unit.uses})
-        ):
+        if not units or not self._reads_through(readout, units):
             logger.info("the last linear layer is not the end of the model: one backward pass an output")
             return coverage
         return replace(coverage, readout=readout, body=body)
 
-    def _reads_through(self, readout: LinearReadout, numbers: Sequence[int]) -> bool:
+    def _reads_through(self, readout: LinearReadout, units: Sequence[Unit]) -> bool:
         """Whether parameters before the last layer move the output within the range of its weight only."""
-        basis, _ = torch.linalg.qr(readout.matrix(self._lin.parameters).double())
-        split = self._cotangents.double().unflatten(2, (-1, readout.classes))
+        basis, _ = torch.linalg.qr(readout.matrix(self._lin.parameters).double())  # (V, d)
+        split = self._cotangents.double().unflatten(2, (-1, readout.classes))  # (1, B, S, V)
         projected = (split @ basis @ basis.mT).flatten(2).to(self._cotangents)
-        one = backward(self._first, self._cotangents, numbers, False, False)
-        other = backward(self._first, projected, numbers, False, False)
-        difference = scale = 0.0
-        for a, b in zip(one, other, strict=True):
-            if (a is None) != (b is None):
-                return False
-            if a is not None and b is not None:
-                difference += float((a - b).square().sum(dtype=torch.float64))
-                scale += float(a.square().sum(dtype=torch.float64))
-        return difference <= (1e3 * torch.finfo(self._lin.dtype).eps) ** 2 * scale
+        return moves_within(self._first, units, self._cotangents, projected, self._lin.dtype)
 
 
 def _sums(layer: Outer | Direct, gradients: dict[int, Tensor | None]) -> list[tuple[int, int, Tensor, float]]:
     """Return the gradients summed over samples: parameter, first row, flat sum, and what rounding goes by."""
     unit = layer.unit
-    if isinstance(layer, Direct):
+    if isinstance(layer, Direct):  # (B, 1, p)
         # Over positions a gradient may cancel; its rounding is that of the terms.
         terms = [gradients[use.call] for use in unit.uses]
         scale = float(layer.gradients.norm(dim=2).sum()) + sum(_length(g) for g in terms if g is not None)
         return [(unit.index, unit.start, layer.gradients.sum((0, 1)), scale)]
     held, signals = layer.activations, layer.gradients[:, 0]  # (B, groups, d_out, S)
     flat = signals.permute(1, 2, 0, 3).flatten(2)  # (groups, d_out, B·S)
-    lengths = signals.norm(dim=(1, 2))
+    lengths = signals.norm(dim=(1, 2))  # Σ |g_s| |a_s| is what Σ g_s a_sᵀ is rounded by, (B, S)
     if isinstance(held, OneHot):
         total = flat.new_zeros((*flat.shape[:2], held.size)).index_add_(2, held.index.flatten(), flat)
         scale = float(lengths.sum())

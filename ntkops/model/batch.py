@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError
 from .call import tensors_within
-from .watch import tracked
+from .watch import all_finite, tracked
 
 __all__ = [
     "Batch",
@@ -78,7 +78,7 @@ def _map_nesting(node: Any, change: Callable[[Any, str], Any], label: str = "") 
         parts = [_map_nesting(value, change, f"{label}[{i}]") for i, value in enumerate(node)]
         if isinstance(node, list):
             return parts
-        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)  # a named tuple stays one
     return change(node, label)
 
 
@@ -104,7 +104,7 @@ class Batch:
         """Which positions of the samples are real, ``(B, T)``; None where all are."""
         return self.tensors[-1] if self.layout.masked else None
 
-    @property
+    @functools.cached_property
     def num_samples(self) -> int:
         """Number B of samples, one where they are coupled."""
         return next((t.shape[axis] for t, axis in self.placed if axis is not None), 1)
@@ -129,6 +129,16 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with every sample tensor changed."""
         return self.replace([tracked(change(tensor)) for tensor in self.tensors])
+
+    def aliased(self, live: bool) -> Batch:
+        """Return fresh aliases, on which a model may call requires_grad_(); live ones keep their graph."""
+
+        def alias(tensor: Tensor) -> Tensor:
+            if not live:
+                return tensor.detach()
+            return tensor if tensor.requires_grad else tensor.view_as(tensor)
+
+        return self.map(alias)
 
     def map_samples(self, change: Callable[[Tensor, int], Tensor]) -> Batch:
         """Return the batch with every tensor changed that has a sample axis, given that axis."""
@@ -163,6 +173,7 @@ def matching(left: Batch, right: Batch) -> bool:
     """Whether two batches can be joined: same nesting, same other leaves, same shapes per sample."""
     if left.layout.coupled or not _same_nesting(left.layout.nesting, right.layout.nesting):
         return False
+    # What all samples share must be the same tensor, or equal: it is given once for the joined batch.
     return left.sample_shapes() == right.sample_shapes() and all(
         a.dtype == b.dtype and (axis is not None or a is b or torch.equal(a, b))
         for (a, axis), b in zip(left.placed, right.tensors, strict=True)
@@ -182,6 +193,7 @@ def same_kind(left: Batch, right: Batch) -> bool:
 
 
 def _same_nesting(left: Any, right: Any) -> bool:
+    """Whether two nestings, with places for tensors and other leaves, are equal at every depth."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if type(left) is not type(right):
@@ -241,9 +253,11 @@ class Held:
         if isinstance(index, range):
             for batch, start, stop in zip(self.batches, starts, starts[1:], strict=False):
                 first, last = max(index.start, start), min(index.stop, stop)
+                # An empty batch is yielded where an empty range is asked for: a rank without samples has one.
                 if first < last or start == stop == index.start:
                     yield cut(batch, first - start, last - start)
             return
+        # Runs of positions in one batch: each is one copy, in the order that was asked for.
         owners = torch.bucketize(index, torch.tensor(starts[1:]), right=True)
         numbers, counts = torch.unique_consecutive(owners, return_counts=True)
         for number, part in zip(numbers.tolist(), index.split(counts.tolist()), strict=True):
@@ -434,7 +448,7 @@ def require_sound(
                 f"x.to(torch.{own}), or the model with model.to({tensor.dtype})"
             )
         if axis is None:
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise NonFiniteError(
                     f"{label} is not finite (NaN or infinity), first at position "
                     f"{tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())}; drop or mend what is there"
@@ -453,8 +467,7 @@ def _first_bad_row(tensor: Tensor, axis: int) -> int | None:
     rows = max(1, _FINITE_CHUNK // max(1, tensor.numel() // tensor.shape[axis]))
     for start in range(0, tensor.shape[axis], rows):
         part = tensor.detach().narrow(axis, start, min(rows, tensor.shape[axis] - start))
-        # A sum is finite only if all are, and takes one pass; it may overflow, though.
-        if not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+        if not all_finite(part):
             finite = torch.isfinite(part).movedim(axis, 0).reshape(part.shape[axis], -1).all(1)
             return start + int((~finite).nonzero()[0, 0])
     return None

@@ -109,7 +109,7 @@ def linearize(
                 "itself to choose others"
             )
         return model
-    if type(batch_dim) is not int or batch_dim < 0:
+    if type(batch_dim) is not int or batch_dim < 0:  # anything but an axis, which needs no look
         require_batch_dim(batch_dim)
     with torch.inference_mode(False):
         if isinstance(params, Entries):
@@ -122,6 +122,7 @@ def linearize(
 def _of_entries(
     model: Any, entries: Entries, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
+    """Linearise a module at all parameters that have an entry, and leave these entries free."""
     if not isinstance(model, nn.Module):
         raise ParameterSelectionError(
             "params=Entries(...) selects entries of a module's parameters; the parameters of a plain "
@@ -137,8 +138,10 @@ def _of_entries(
 def _of_module(
     model: nn.Module, params: Selector, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
+    """Look at a module, and copy what has to be copied."""
     require_supported(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
+    # A parameter that is registered as a buffer, too, is one tensor: it goes with the parameters.
     buffers = dict(model.named_buffers())
     own = {id(tensor) for tensor in parameters.values()}
     buffers = {name: tensor for name, tensor in buffers.items() if id(tensor) not in own}
@@ -204,6 +207,7 @@ _CHOICES = 8  # of parameters and outputs of one module that are remembered
 def _of_function(
     model: Any, params: Any, output: OutputLike, batch_dim: BatchDim, differentiable: bool
 ) -> Linearization:
+    """Look at a function and the dict of its parameters; equal tensors under two keys are one parameter."""
     if not callable(model) or isinstance(model, type):
         raise UnsupportedModelError(
             "the model is a "
@@ -266,6 +270,7 @@ def _live(selected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return detached copies."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -276,7 +281,7 @@ def _keep(frozen: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Watch,
     kept: dict[str, Tensor] = {}
     watches = []
     for name, tensor in frozen.items():
-        kept[name], watched = hold(tensor)
-        if watched:
-            watches.append(Watch.of(f"parameter {name!r}", kept[name]))
+        kept[name], watch = hold(f"parameter {name!r}", tensor)
+        if watch is not None:
+            watches.append(watch)
     return kept, tuple(watches)

@@ -99,6 +99,8 @@ _STATE_DICT_HOOKS = (
 
 def _copy_structure(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     """Copy a module deeply except for its tensors, without calling anything of the original."""
+    # What the memo holds is taken for its own copy: tensors stay, and are replaced by placeholders
+    # afterwards.
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     # Most of what modules have are empty dictionaries of hooks, over which a deep copy takes its time.
     for module in model.modules():
@@ -133,6 +135,7 @@ def _culprit(model: nn.Module, tensors: Sequence[Tensor]) -> str:
 
 
 def _private_copy(model: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
+    """Return a copy of a module's structure whose calls are safe, with the tensors of the original."""
     try:
         private = _copy_structure(model, tensors)
     except Exception as error:
@@ -198,6 +201,8 @@ def _prelu(module: nn.PReLU, input: Tensor) -> Tensor:
 
 
 def _parametrized_tensor(name: str) -> property:
+    """Return what reads a parametrised tensor, as torch defines it on the class that it makes."""
+
     def read(module: Any) -> Tensor:
         return module.parametrizations[name]()
 
@@ -246,6 +251,7 @@ class CallFacts:
 
 
 def _fact(name: str) -> Any:
+    """Return a property that is kept with the facts, which may outlive the call."""
     return property(
         lambda self: getattr(self.facts, name), lambda self, value: setattr(self.facts, name, value)
     )
@@ -266,15 +272,10 @@ class _Call:
         self.facts = CallFacts()
 
     def run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
-        """Call the model once.
+        """Return what a reader returns, which is called as ``reader(root, forward)`` and calls ``forward()``.
 
-        Args:
-            tensors: A stand-in for each tensor of the model, in the order of construction.
-            inputs: A tensor or tuple (positional), or a dict (keywords).
-            reader: Called as ``reader(root, forward)``; it calls ``forward()`` and returns what is wanted.
-
-        Returns:
-            What the reader returned.
+        ``tensors`` stand in for those of the model, in the order of construction; inputs are a tensor or
+        tuple (positional), or a dict (keywords).
         """
         if not (self.draws or self.differentiates):
             return self._run(tensors, inputs, reader)
@@ -286,6 +287,7 @@ class _Call:
             return self._run(tensors, inputs, reader)
 
     def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        """Do the same in the settings that are there."""
         raise NotImplementedError
 
     def reassigned(self, root: nn.Module | None, tensors: Sequence[Tensor]) -> list[str]:
@@ -298,16 +300,10 @@ class _Call:
 
 
 class ModuleCall(_Call):
-    """A private copy of a module that is called with tensors handed to it.
+    """A private copy of a module, ``root``, that is called with tensors handed to it.
 
-    Args:
-        model: The user's module; it is read, never kept.
-        tensors: Every parameter and buffer of it, each once, in the order in which calls hand their
-            stand-ins.
-        coupled: Whether batch statistics are consented to.
-
-    Attributes:
-        root: The private copy.
+    The user's module is read, never kept. ``tensors`` are all of its parameters and buffers, each once, in
+    the order in which calls hand their stand-ins; ``coupled`` says that batch statistics are consented to.
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Tensor], coupled: bool = False) -> None:
@@ -341,6 +337,7 @@ class ModuleCall(_Call):
         return {id(placeholder) for placeholder in placeholders.values()}
 
     def _prepare(self) -> None:
+        """Note what a call fills, and what the private modules hold between calls."""
         self._lock = threading.RLock()
         modules = list(self.root.modules())
         self._targets = [(getattr(module, kind), key, at) for module, kind, key, at in self._slots]
@@ -370,6 +367,7 @@ class ModuleCall(_Call):
         self._prepare()
 
     def _replica(self) -> ModuleCall:
+        """Return a call of modules of its own, which are left as the forward pass leaves them."""
         replica = self.__class__.__new__(self.__class__)
         memo = {id(tensor): tensor for tensor in tensors_within(self.root)}
         root, slots = copy.deepcopy((self.root, self._slots), memo)
@@ -388,10 +386,12 @@ class ModuleCall(_Call):
                 self._rest()
 
     def _run_held(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
+        """Fill the slots and call the reader; whoever calls this holds the lock, or the only reference."""
         args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
         kwargs = inputs if isinstance(inputs, dict) else {}
         for held, key, position in self._targets:
             held[key] = tensors[position]
+        # What torch hands to its fused functions is this list, and not the attributes.
         for module in self._recurrent:
             names = module._flat_weights_names
             vars(module)["_flat_weights"] = [getattr(module, name, None) for name in names]
@@ -456,17 +456,12 @@ def _label(root: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[str, Tenso
 
 
 class FunctionCall(_Call):
-    """A plain function ``(params, inputs) -> output`` called with tensors handed to it.
-
-    Args:
-        function: The user's function.
-        keys: Every key of its dictionary, with the position of its tensor.
-    """
+    """A plain function ``(params, inputs) -> output`` called with tensors handed to it."""
 
     def __init__(self, function: Callable[..., Any], keys: Sequence[tuple[str, int]]) -> None:
         super().__init__()
         self.function = function
-        self.keys = tuple(keys)
+        self.keys = tuple(keys)  # of its dictionary, with the positions of their tensors: tied ones share one
 
     def _run(self, tensors: Sequence[Tensor], inputs: Any, reader: Reader) -> Any:
         params = {key: tensors[position] for key, position in self.keys}

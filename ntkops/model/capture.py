@@ -31,18 +31,11 @@ __all__ = [
 
 @contextmanager
 def outputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Collect what a module returns, call by call.
-
-    Args:
-        module: A module of the private copy.
-        pick: Applied to every output at once; tensors are copied, since a later layer may overwrite them.
-
-    Yields:
-        A list that grows with every call.
-    """
+    """Yield a list of what ``pick`` takes of the outputs of a module, which grows with every call."""
     collected: list[Any] = []
 
     def collect(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        # At once, and a copy of tensors: a later layer may overwrite them.
         picked = pick(output)
         collected.append(picked.clone() if isinstance(picked, Tensor) else picked)
 
@@ -55,15 +48,7 @@ def outputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[A
 
 @contextmanager
 def inputs_of(module: nn.Module, pick: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Collect what a module is given as its first positional input, call by call.
-
-    Args:
-        module: A module of the private copy.
-        pick: Applied to every input at once, before the module runs.
-
-    Yields:
-        A list that grows with every call.
-    """
+    """Yield a list of what ``pick`` takes of a module's first positional inputs, before each of its calls."""
     collected: list[Any] = []
 
     def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -93,7 +78,7 @@ def _described(operation: Any) -> tuple[frozenset[str], tuple[str, ...], bool, b
 
     That is whether it may write running statistics, and whether it is a convolution.
     """
-    arguments = operation._schema.arguments
+    arguments = operation._schema.arguments  # which say of every operation of torch what it writes to
     written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
     names = tuple(a.name for a in arguments)
     return written, names, "running_mean" in names, "convolution" in operation.__name__
@@ -168,6 +153,8 @@ class Guard(TorchDispatchMode):
                 self._look(operation, given["running_mean"], True)
         result = operation(*args, **kwargs)
         self.convolves |= convolves
+        # What is new takes memory in proportion to the samples: the measure of what a pass holds of one of
+        # them.
         for part in result if isinstance(result, (list, tuple)) else (result,):
             if not isinstance(part, Tensor):
                 continue
@@ -179,6 +166,7 @@ class Guard(TorchDispatchMode):
         return result
 
     def _look(self, operation: Any, value: Any, is_written: bool) -> None:
+        """Note what is read of the tensors held, and refuse what must not be written to, or used."""
         tensors = value if isinstance(value, (list, tuple)) else (value,)
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
@@ -200,6 +188,7 @@ class Guard(TorchDispatchMode):
                 )
 
     def _refuse(self, refusal: NtkopsError) -> None:
+        """Raise, and keep the first refusal."""
         self.refusal = self.refusal or refusal
         raise refusal
 
@@ -233,14 +222,9 @@ def graph_leaves(output: Tensor) -> tuple[list[Tensor], set[str]]:
 
 
 def first_random_module(root: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Run a forward pass twice and name the first module whose output differs although its inputs agree.
+    """Return the path of the first module whose outputs differ in two passes although its inputs agree.
 
-    Args:
-        root: The private copy, with its tensors in place.
-        forward: Its forward pass.
-
-    Returns:
-        The path of the module; None if no single module is to blame.
+    None if no single module is to blame. The private copy has its tensors in place.
     """
     runs: list[list[tuple[str, Any, Any]]] = []
     for _ in range(2):
@@ -261,6 +245,8 @@ def first_random_module(root: nn.Module, forward: Callable[[], Any]) -> str | No
 def _recorder(
     module: nn.Module, path: str, calls: list[tuple[str, Any, Any]]
 ) -> torch.utils.hooks.RemovableHandle:
+    """Write down inputs and outputs of a module, call by call."""
+
     def record(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls.append((path, _copies(args), _copies(output)))
 
@@ -268,8 +254,10 @@ def _recorder(
 
 
 def _copies(tree: Any) -> list[Tensor]:
+    """Return copies of all tensors in a nesting."""
     return [leaf.detach().clone() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether all tensors agree, one by one."""
     return len(left) == len(right) and all(map(torch.equal, left, right))

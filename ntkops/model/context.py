@@ -42,7 +42,7 @@ class _Switch:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._depth == 0:
+            if self._depth == 0:  # whoever comes while it is held finds what it wants
                 self._saved = self._read()
                 wanted = self._target(self._saved)
                 self._changed = wanted != self._saved
@@ -58,6 +58,7 @@ class _Switch:
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
+    """Return the target of a setting that is held at one value, whatever it was."""
     return lambda _: value
 
 
@@ -102,16 +103,19 @@ def _unless_mixed(read: Callable[[], Any]) -> Any:
 
 
 def _precisions(settings: list[Any]) -> tuple[str, ...]:
+    """Return what settings are."""
     return tuple(setting.fp32_precision for setting in settings)
 
 
 def _write_precisions(settings: list[Any], wanted: tuple[str, ...]) -> None:
+    """Set those settings that are not as wanted."""
     for setting, value in zip(settings, wanted, strict=True):
         if setting.fp32_precision != value:
             setting.fp32_precision = value
 
 
 def _full(precisions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return settings under which float32 is not rounded; "none", which asks a more general one, stays."""
     return tuple("ieee" if value in ("tf32", "bf16") else value for value in precisions)
 
 
@@ -152,10 +156,11 @@ _FULL_CONVOLUTION = _Switch(
 )
 
 
-_COMPUTING = threading.RLock()
+_COMPUTING = threading.RLock()  # reentrant: a product is made inside the context of another piece of work
 
 
 def _renew_lock() -> None:
+    """Give a forked child a lock of its own."""
     global _COMPUTING
     _COMPUTING = threading.RLock()  # a forked child has not the thread that may hold it
 
@@ -202,12 +207,8 @@ def safe_context(
     """Hold the settings under which products with J and Jᵀ are exact, and restore them afterwards.
 
     Gradient mode is left as it is; inference mode, in which no derivative exists, becomes no_grad.
-
-    Args:
-        device: Where the model computes.
-        math_attention: Whether attention must use its plain formula (for jvp and double backward).
-        no_mkldnn: Whether oneDNN must be off (fused LSTM and RNN in low precision).
-        no_cudnn: Whether cuDNN must be off (recurrent modules on CUDA).
+    Attention's plain formula is for jvp and double backward, oneDNN is off for fused LSTM and RNN in low
+    precision, cuDNN for recurrent modules on CUDA.
     """
     with ExitStack() as stack:
         stack.enter_context(_NO_FAST_PATH)
@@ -252,7 +253,7 @@ def untouched_randomness(device: torch.device | None = None) -> Iterator[Callabl
     states = _states(device)
 
     def moved() -> bool:
-        pairs = zip(states, _states(device), strict=False)
+        pairs = zip(states, _states(device), strict=False)  # NumPy may have been imported since
         return any(not _equal(old, new) for (old, _), (new, _) in pairs)
 
     try:
@@ -272,6 +273,7 @@ def disturb_randomness(seed: int) -> None:
 
 
 def _equal(left: Any, right: Any) -> bool:
+    """Whether two random states are the same, as torch, Python and NumPy have them."""
     if isinstance(left, Tensor):
         return torch.equal(left, right)
     if isinstance(left, tuple):

@@ -85,7 +85,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() > 1 or channels not in (1, *input.shape[1:2]) or not input.dim():
         return F.prelu(input, weight)  # which says what is wrong, or takes numbers without axes
     slope = weight.view(channels, *(1 for _ in input.shape[2:])) if channels > 1 else weight.view(())
-    return torch.where(input > 0, input, slope * input)
+    return torch.where(input > 0, input, slope * input)  # at 0 the weight, as in reverse mode
 
 
 def _runs_again() -> bool:
@@ -111,6 +111,9 @@ def embedding(
     return torch.where((input == padding_idx % rows).unsqueeze(-1), found.detach(), found)
 
 
+# Below, arguments are those of torch's functions, of which some are taken and left without effect.
+
+
 def _aten_embedding(
     weight: Tensor,
     indices: Tensor,
@@ -118,7 +121,7 @@ def _aten_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    return embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
+    return embedding(indices, weight, padding_idx if padding_idx >= 0 else None)  # -1 is "none" there
 
 
 def _bag(
@@ -159,6 +162,7 @@ _LOOKUPS: dict[Any, Callable[..., Any]] = {
 
 def _standardised(input: Tensor, axes: int, eps: float) -> Tensor:
     """Return the input less its mean over the last axes, over its standard deviation, in float32 at least."""
+    # In plain operations, of which each has right derivatives of every order.
     dims = tuple(range(-axes, 0))
     wide = input if input.dtype.itemsize >= 4 else input.float()
     centred = wide - wide.mean(dims, keepdim=True)
@@ -193,6 +197,7 @@ def _instance_norm(
     *more: Any,
     **named: Any,
 ) -> Tensor:
+    # Stored statistics are constants, whose derivatives torch has right; so are refusals torch's own.
     if not use_input_stats or running_mean is not None or input.dim() < 3:
         given = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         result: Tensor = function(input, *given, *more, **named)

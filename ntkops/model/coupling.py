@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoupledSamplesError, NtkopsError, OutputError, UnsupportedModelError
+from ..shortage import is_out_of_memory
 from .batch import Batch, take
 from .rounding import UNITS, lowest_dtype, neighbours
 
@@ -20,20 +21,13 @@ __all__ = ["SampleAxis", "first_line", "is_fault_of_model"]
 _PROBED = 4  # samples that are looked at along another axis
 # A difference is rounding if it is no more than so many times what a step of some rounding units makes.
 _NOISE_FACTOR = 10.0
-_COARSE = 1e-4
+_COARSE = 1e-4  # rounding units above it are those of half precisions, .001 and .008
 # Rows that must agree do so up to rounding; anything that couples samples is far larger.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class SampleAxis:
-    """The samples of one small batch.
-
-    Args:
-        linearization: The model.
-        sample: The batch.
-        params: Selected parameters.
-        evaluate: Runs one pass on a batch, with parameters of its own where they are given.
-    """
+    """The samples of one small batch; ``evaluate`` runs one pass, at other parameters if it is given some."""
 
     def __init__(
         self,
@@ -68,7 +62,7 @@ class SampleAxis:
         try:
             moved_up = self._evaluate(take(self._sample, kept))
         except Exception as error:
-            if "allocate" in str(error):
+            if is_out_of_memory(error):
                 raise
             if len(kept) == 1:
                 return  # it squeezes a batch of one, and fails aloud where it is given one
@@ -94,9 +88,9 @@ class SampleAxis:
         try:
             turned = self._evaluate(take(self._sample, order))
         except Exception as error:
-            if "allocate" in str(error):
+            if is_out_of_memory(error):
                 raise
-            return
+            return  # packed sequences that must come sorted, say: any other use of that order is refused, too
         before = state.index_select(self._axis, order.to(state.device))
         if self.close(before, turned) or self._is_rounding(state, before, turned):
             return
@@ -109,7 +103,8 @@ class SampleAxis:
         """Whether coarser arithmetic inside, or enlarged rounding, explains that two states differ."""
         if self.close(before, after, lowest_dtype(self._lin, self._sample)):
             return True
-        # In half precision 64 units are half of everything.
+        # Neighbours differ from the state by what some units of rounding make of it; a coupling makes more.
+        # In half precision 64 units are half of everything: one unit alone.
         is_low = torch.finfo(self._lin.dtype).eps > _COARSE
         noise = 0.0
         for params, samples in neighbours(
@@ -134,6 +129,7 @@ class SampleAxis:
                 raise self._coupled(0)
 
     def _coupled(self, changed: int) -> CoupledSamplesError:
+        """Return the error for samples that are coupled, or that lie on another axis."""
         for axis in range(2):
             if axis != self._axis and self._independent_along(axis):
                 return CoupledSamplesError(
@@ -149,6 +145,7 @@ class SampleAxis:
         )
 
     def _independent_along(self, axis: int) -> bool:
+        """Whether entries along another axis are independent, as samples would be."""
         placed = [tensor for tensor, own in self._sample.placed if own is not None]
         sizes = {tensor.shape[axis] if tensor.dim() > axis else 0 for tensor in placed}
         if len(sizes) != 1 or (size := sizes.pop()) < 2:
@@ -169,6 +166,7 @@ class SampleAxis:
         return states[0].shape[axis] == len(rows) and not self._moved(*kept)
 
     def _moved(self, before: Tensor, after: Tensor) -> bool:
+        """Whether two states differ."""
         return not self.close(before, after)
 
     def close(self, before: Tensor, after: Tensor, lowest: torch.dtype | None = None) -> bool:
@@ -181,6 +179,8 @@ class SampleAxis:
         if self._state_dim is None:
             before, after = before.unsqueeze(0), after.unsqueeze(0)
         left, right = before.movedim(self._axis, 0).double(), after.movedim(self._axis, 0).double()
+        # Against the largest value of each output among the samples: outputs may differ in scale, and one
+        # that is tiny everywhere is held to a thousandth of the largest.
         size = torch.maximum(left.abs(), right.abs())
         finite = torch.where(size.isinf(), 0.0, size)
         scale = finite.amax(0, keepdim=True).clamp(min=1e-3 * float(finite.max()))
@@ -195,7 +195,7 @@ def require_own_rows(
     rows: Tensor | None,
     chosen: Tensor,
 ) -> None:
-    """Raise if the chosen samples of a batch have other outputs among themselves."""
+    """Raise if chosen samples of a batch have other outputs alone; ``rows`` are the batch's, if known."""
     params = tuple(p.detach() for p in params)
 
     def outputs(samples: Batch, params: Sequence[Tensor] = params) -> Tensor:
@@ -207,10 +207,10 @@ def require_own_rows(
     try:
         again = outputs(some)
     except Exception as error:
-        if "allocate" in str(error):
+        if is_out_of_memory(error):
             raise
         return  # some models squeeze a batch of one: said where such a batch is used
-    if again.shape[1] != rows.shape[1]:
+    if again.shape[1] != rows.shape[1]:  # another number of outputs is refused where the function is called
         return
     scale = torch.where(rows.isinf(), 0.0, rows.abs()).amax(0, keepdim=True)
     limit = _TOLERANCE.get(linearization.lowest_dtype, 0.0) * scale.clamp(min=1e-3 * float(scale.max()))

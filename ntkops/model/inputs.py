@@ -83,6 +83,8 @@ class Inputs:
 
     def place(self, start: int, stop: int) -> tuple[object, Hashable]:
         """Return what holds some samples, and which of it they are; a stream is the same in every pass."""
+        # What was checked of some samples holds for them in every view: by their numbers in what holds them
+        # all.
         if isinstance(self._index, Tensor):
             return self._source, self._index[start:stop].numpy().tobytes()
         first = 0 if self._index is None else self._index.start
@@ -128,6 +130,7 @@ class Inputs:
         count = self.num_samples
         if count != other.num_samples:
             return True
+        # Streams are compared by the hashes of their batches, and not read.
         left, right = self._source, other._source
         if isinstance(left, Stream) or isinstance(right, Stream):
             return isinstance(left, Stream) and isinstance(right, Stream) and left.differ(right)
@@ -160,16 +163,11 @@ class Inputs:
         start = 0
         for batch in self._cut(batch_size):
             stop = start + batch.num_samples
-            yield start, stop, batch.map(self._alias)
+            yield start, stop, batch.aliased(self._live)
             start = stop
 
-    def _alias(self, tensor: Tensor) -> Tensor:
-        """Return a fresh alias, since a model may call requires_grad_() on its input."""
-        if not self._live:
-            return tensor.detach()
-        return tensor if tensor.requires_grad else tensor.view_as(tensor)
-
     def _cut(self, size: int | None) -> Iterator[Batch]:
+        """Yield the samples of this view in batches of a size, as they are held."""
         source, index = self._source, self._index
         if isinstance(source, Stream):
             yield from source.batches(size)
@@ -231,11 +229,13 @@ class Inputs:
         )
 
     def _lengths_at(self, at: Tensor | range) -> Tensor | None:
+        """Return the lengths of samples at some positions of this view."""
         if self.lengths is None:
             return None
         return self.lengths[at.start : at.stop] if isinstance(at, range) else self.lengths[at]
 
     def _positions(self, index: Tensor) -> Tensor | range:
+        """Return checked positions, as a range where they follow each other: then batches are views."""
         index = torch.as_tensor(index).detach().cpu()
         if index.dim() != 1 or len(index) == 0 or index.dtype not in (torch.int64, torch.int32):
             raise ShapeError(
@@ -254,6 +254,7 @@ class Inputs:
         return index.clone()
 
     def _compose(self, at: Tensor | range) -> Tensor | range:
+        """Return positions of this view as positions of its source."""
         if self._index is None:
             return at
         if isinstance(self._index, range):
@@ -283,7 +284,7 @@ class Inputs:
         copied = {label for label, old, new in pairs if new is not old}
         if not copied:
             return self
-        if isinstance(self._index, Tensor):
+        if isinstance(self._index, Tensor):  # nothing that is held by reference is left to be watched
             copied = {label for label, _, _ in pairs}  # by the choice of samples
         watches = tuple(watch for watch in self._watches if watch.label not in copied)
         return Inputs(moved, self.output_shape, lengths=self.lengths, watches=watches, live=self._live)
@@ -335,6 +336,7 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
 
 
 def _watches(batch: Batch) -> tuple[Watch, ...]:
+    """Start watching all tensors of a batch."""
     pairs = zip(batch.layout.labels, batch.tensors, strict=True)
     return tuple(Watch.of(label, tensor) for label, tensor in pairs)
 
@@ -347,17 +349,10 @@ def _is_batches(x: Any) -> bool:
 def read_inputs(
     x: Any, batch_dim: BatchDim, dtypes: Collection[torch.dtype], device: torch.device, *, live: bool = False
 ) -> tuple[Batch | Stream, tuple[Watch, ...]]:
-    """Take inputs apart and look at them, before anything is computed.
+    """Return inputs taken apart and looked at, and the watches of what is held by reference.
 
-    Args:
-        x: A tensor, tuple or mapping of tensors, or a re-iterable of batches of these.
-        batch_dim: The sample axis, or axes.
-        dtypes: Floating dtypes of the model, that of the selected parameters first.
-        device: The model's device.
-        live: Keep the tensors in their autograd graph, and do not watch them.
-
-    Returns:
-        The samples, and the watches of those tensors that are held by reference.
+    ``dtypes`` are the floating ones of the model, that of the selected parameters first; ``live`` keeps
+    tensors in their autograd graph, and watches none.
 
     Raises:
         InputError: If they are no such thing, or live and made in inference mode.
@@ -379,10 +374,6 @@ def read_inputs(
                     "outside (or pass a .clone()), or leave out differentiable=True"
                 )
         return batch, ()
-    held = [hold(tensor) for tensor in batch.tensors]
-    watches = [
-        Watch.of(label, tensor)
-        for label, (tensor, watched) in zip(batch.layout.labels, held, strict=True)
-        if watched
-    ]
-    return batch.replace([tensor for tensor, _ in held]), tuple(watches)
+    held = [hold(*named) for named in zip(batch.layout.labels, batch.tensors, strict=True)]
+    watches = tuple(watch for _, watch in held if watch is not None)
+    return batch.replace([tensor for tensor, _ in held]), watches

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import enum
 import itertools
-import math
 import sys
 import types
 import weakref
@@ -30,6 +29,7 @@ from ..errors import (
     StochasticModelError,
     UnsupportedModelError,
 )
+from .watch import all_finite
 
 __all__ = [
     "fingerprint",
@@ -46,6 +46,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _where(path: str) -> str:
+    """Say where in the model a module is."""
     return repr(path) if path else "the top level"
 
 
@@ -86,7 +87,7 @@ def _dropout(module: nn.Module) -> str | None:
     if isinstance(module, _DropoutNd) and module.p > 0:
         return f"p={module.p}"
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0:
-        inert = isinstance(module, nn.RNNBase) and module.num_layers == 1
+        inert = isinstance(module, nn.RNNBase) and module.num_layers == 1  # it acts between layers alone
         return None if inert else f"dropout={module.dropout}"
     if isinstance(module, nn.RReLU) and module.lower != module.upper:
         return f"random slope in [{module.lower:.3g}, {module.upper:.3g}]"
@@ -94,6 +95,7 @@ def _dropout(module: nn.Module) -> str | None:
 
 
 def _batch_statistics(module: nn.Module) -> str | None:
+    """Say why a module normalises by its batch, None if it does not."""
     if not isinstance(module, _BatchNorm):
         return None
     if module.training:
@@ -102,6 +104,7 @@ def _batch_statistics(module: nn.Module) -> str | None:
 
 
 def _power_iteration(module: nn.Module) -> str | None:
+    """Say why a spectral norm takes a step of its iteration, None if there is none, or it stands still."""
     if not module.training:
         return None
     hooks = module._forward_pre_hooks.values()
@@ -252,6 +255,8 @@ class _Opaque(Exception):
 
 def fingerprint(model: nn.Module) -> tuple[object, ...] | None:
     """Return all of a module but the values of its tensors; None where an attribute is opaque."""
+    # Modules and tensors are met here by their names: a reference to one of them is the same in the next
+    # model of this kind, whatever its address.
     named = (model.named_modules(), model.named_parameters(), model.named_buffers())
     met: dict[int, tuple[object, object]] = {
         id(value): (name, value) for name, value in itertools.chain[tuple[str, Any]](*named)
@@ -290,7 +295,7 @@ def _contents(value: Any, met: dict[int, tuple[object, object]]) -> object:
         return value.__func__, _contents(value.__self__, met)
     if isinstance(value, weakref.ReferenceType):
         return type(value), _contents(value(), met)
-    if isinstance(value, (Tensor, nn.Module)):
+    if isinstance(value, (Tensor, nn.Module)):  # one that is no part of the model, and may change unseen
         raise _Opaque
     try:
         make, given, *state = value.__reduce_ex__(4)
@@ -312,7 +317,7 @@ def function_fingerprint(
     if not isinstance(function, types.FunctionType):
         return None
     code = function.__code__
-    if code in seen:
+    if code in seen:  # it calls itself, or two functions each other
         return (code,)
     found: list[object] = [code]
     values: list[tuple[str, object]] = [("defaults", function.__defaults__ or ())]
@@ -340,6 +345,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _made_of(value: object, seen: tuple[types.CodeType, ...]) -> object | None:
+    """Return what tells one value that a function reads from another, None where nothing does."""
     if isinstance(value, nn.Module):
         return fingerprint(value)
     if isinstance(value, types.FunctionType):
@@ -365,8 +371,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _FLOATING or tensor.layout != torch.strided:
             continue
         values = tensor.detach()
-        # A sum is finite only if all are, and takes one pass; it may overflow, though.
-        if not math.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
             counts = " and ".join(f"{n} {kind}" for n, kind in ((nan, "NaN"), (infinite, "infinite")) if n)
             raise NonFiniteError(

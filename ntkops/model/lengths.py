@@ -30,14 +30,7 @@ _NOISE_FACTOR = 10.0  # a difference is rounding if a step of some units makes t
 
 
 def real_rows(rows: Tensor, batch: Batch) -> Tensor:
-    """Return the outputs of real positions, and zeros behind them.
-
-    Args:
-        rows: ``(B, T·inner)`` outputs at all positions of the batch.
-        batch: What they were made of; ``batch.num_outputs`` is O.
-
-    Returns:
-        ``(B, O)``.
+    """Return the outputs ``(B, O)`` of real positions, and zeros behind them, of ``(B, T·inner)`` at all.
 
     Raises:
         OutputError: If the mask has other positions than the output.
@@ -61,9 +54,7 @@ def real_rows(rows: Tensor, batch: Batch) -> Tensor:
 def sample_lengths(stream: Stream, shapes: Sequence[torch.Size]) -> tuple[Tensor, torch.Size] | None:
     """Return how many real positions each sample has, and the shape of the output of one; None if all agree.
 
-    Args:
-        stream: The batches.
-        shapes: Shape of the output of one sample of each batch.
+    ``shapes`` are those of the output of one sample of each batch.
 
     Raises:
         OutputError: If outputs differ in more than their first axis.
@@ -103,23 +94,19 @@ def require_neutral_padding(
 ) -> None:
     """Raise if a sample has other outputs where it is padded than at its own length.
 
-    The sample with the most padding is run as it stands in its batch, and alone.
-
-    Args:
-        linearization: The model.
-        stream: The batches, which know how many outputs are due.
-        shapes: Shape of the output of one sample of each batch.
+    The sample with the most padding is run as it stands in its batch, and alone. ``shapes`` are those of the
+    output of one sample of each batch.
 
     Raises:
         InputError: Naming the inputs that are padded, or saying that padding counts as states.
     """
     number = stream.most_padded()
-    if number is None:
+    if number is None:  # no sample is known to be padded
         return
     (padded,) = stream.pick(torch.tensor([number])).batches
     batch = stream.batch_of(number)
     alone = stream.alone(number, padded)
-    if alone is None:
+    if alone is None:  # it cannot be had at another length
         return
     if not stream.is_masked:
         with torch.no_grad(), linearization.safe_context():
@@ -145,6 +132,8 @@ def require_neutral_padding(
             f"({first_line(error)}); where it takes one length only, leave mask=None, and take the rows of "
             "the kernel that are real"
         ) from error
+    # As anywhere: rounding is no difference, and where a model enlarges it, what a step of rounding units
+    # makes.
     gap, scale = (long - short).abs(), float(torch.maximum(long.abs(), short.abs()).max())
     limit = _ROUNDING_UNITS * torch.finfo(linearization.lowest_dtype).eps * scale
     if bool((gap <= limit).all()):

@@ -34,7 +34,7 @@ __all__ = ["Linearization"]
 
 _COMPUTED = ("shapes", "sizes", "num_parameters", "dtype", "device", "state_dim")  # and kept
 
-_HEAD = 64  # samples among which the trial run finds differing ones
+_HEAD = 64  # samples among which the trial run finds differing ones, as many as it looks at in a batch
 _COMPARED = 8  # samples of a batch whose outputs are computed again: the cost stays small beside the batch
 
 
@@ -64,6 +64,7 @@ class _Held:
 
     def fill(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return all parameters of the parent, given what is free."""
+        # Out of place, so that derivatives reach `parts`.
         values = list(self.values)
         for position, index, part in zip(self.free, self.index, parts, strict=True):
             own = values[position]
@@ -78,6 +79,7 @@ class _Held:
 
     def of(self, parent: Linearization) -> _Held:
         """Return the same of a parent of another dtype, or on another device."""
+        # Parameters that were those of the parent stay so, and share its memory.
         same = all(a is b for a, b in zip(self.values, self.parent.parameters, strict=True))
         moved = tuple(tracked(value.to(device=parent.device, dtype=parent.dtype)) for value in self.values)
         index = tuple(None if i is None else i.to(parent.device) for i in self.index)
@@ -197,6 +199,7 @@ class Linearization:
         """Return all names of each selected parameter, its canonical one first: tied ones have several."""
         found: dict[str, list[str]] = {name: [name] for name in self.names}
         if isinstance(self.call, ModuleCall):
+            # Tied parameters share their placeholder in the private copy.
             first: dict[int, str] = {}
             for name, parameter in self.call.root.named_parameters(remove_duplicate=False):
                 own = first.setdefault(id(parameter), name)
@@ -241,6 +244,7 @@ class Linearization:
         constants: Sequence[Tensor] | None = None,
     ) -> Any:
         """Call the model once and return the selected state as it is, or what a reader returns."""
+        # Parameters, then those that are not selected, then buffers: the order in which the call was made.
         values = (*params, *(self.constants if constants is None else constants))
         read = reader or self.selector.read
         if not self._is_corrected:
@@ -303,24 +307,16 @@ class Linearization:
         return params if self._held is None else self._held.whole(params)
 
     def restricted(self, free: Sequence[int], params: Sequence[Tensor]) -> Linearization:
-        """Return the same function of some of its parameters, the others held where they are.
-
-        Args:
-            free: Numbers of the parameters that stay free.
-            params: Values of all selected parameters.
-        """
+        """Return the same function of the parameters of some numbers, the others held where they are."""
         return self._holding(_Held(self, tuple(free), tuple(params), (None,) * len(free)))
 
     def of_entries(self, index: Sequence[Tensor]) -> Linearization:
-        """Return the same function of single entries of the parameters, the others held where they are.
-
-        Args:
-            index: Positions in each flattened parameter.
-        """
+        """Return the same function of the entries at ``index`` of each flattened parameter alone."""
         every = tuple(range(len(self.names)))
         return self._holding(_Held(self, every, self.parameters, tuple(index)))
 
     def _holding(self, held: _Held) -> Linearization:
+        """Return a copy of which some parameters are free; what is known of all of them by number is not."""
         part = copy.copy(self)
         for name in _COMPUTED:
             vars(part).pop(name, None)
@@ -342,15 +338,9 @@ class Linearization:
         """Raise if some random samples of a batch, at most half of it, have other outputs among themselves.
 
         Samples that are coupled, and that the trial did not see, would make a kernel depend on how it is cut
-        into batches. Each batch is looked at once.
-
-        Args:
-            inputs: A view of N samples.
-            start: The first of them in the batch.
-            params: The parameters.
-            batch: B samples.
-            rows: ``(B, O)`` output of the batch if it is known; else one forward pass more is made.
-            alone: Compare every sample alone, where there is a reason to.
+        into batches. Each batch is looked at once; ``start`` is its first sample in the view, and ``rows``
+        its output, for which a forward pass is made where it is not known. ``alone`` compares every sample by
+        itself, where there is a reason to.
 
         Raises:
             CoupledSamplesError: Naming the sample.
@@ -358,6 +348,8 @@ class Linearization:
         count = batch.num_samples
         if self.state_dim is None:  # coupled by consent
             return
+        # With held parameters the function is that of all of them, whose outputs are looked at once for all
+        # parts.
         base, whole = self, params
         while (held := base._held) is not None:
             base, whole = held.parent, held.fill(whole)
@@ -368,6 +360,8 @@ class Linearization:
         seen = self.seen(inputs, start, start + count, "independent", 1, params)
         if count == 1 or (seen is not None and bool(seen.all())):
             return
+        # Random ones, since models that sort or pack may leave regular choices alone; the same in every
+        # process.
         generator = torch.Generator().manual_seed(start + count)
         some = torch.randperm(count, generator=generator)[: min(count // 2, _COMPARED)].sort().values
         require_own_rows(base, start, whole, batch, rows, some)
@@ -388,6 +382,7 @@ class Linearization:
 
     def _require_call(self, batch: Batch, error: Exception) -> None:
         """Raise if it is the model itself that fails on a batch, whoever differentiates it."""
+        # Within a transform an error may be torch's: the call is made again, outside of all of them.
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
         if not is_fault_of_model(error) or any(map(wrapped, batch.tensors)):
             return
@@ -478,6 +473,7 @@ class Linearization:
     def _tried(self, head: Batch) -> tuple[StateFacts, torch.Size, Recordings | None]:
         """Return what is known of inputs like these, the output's shape, and the passes made to know it."""
         facts = self.verdict.facts(head)
+        # Tried on fewer differing samples than these have: equal ones show neither their axis nor coupling.
         if facts is None or facts.tried < MOST_TRIED and facts.tried < len(differing_rows(head)):
             facts, recordings = examine(self, head, differing_rows(head))
             self.verdict.learn(facts)
@@ -498,6 +494,7 @@ class Linearization:
         return facts, facts.output_shapes[shapes], None
 
     def _dtypes(self) -> list[torch.dtype]:
+        """Return the floating dtypes of the model, that of the selected parameters first."""
         tensors = itertools.chain(self.parameters, self.frozen.values())
         return list(dict.fromkeys(t.dtype for t in tensors if t.is_floating_point()))
 
@@ -507,17 +504,13 @@ class Linearization:
         """Raise `StaleOperatorError` if a tensor held by reference was changed in place."""
         require_fresh(self._watches, "parameters")
 
-    def safe_context(self, math_attention: bool = True) -> AbstractContextManager[None]:
-        """Return the context to hold around every product, forward and backward; one thread at a time.
-
-        Args:
-            math_attention: Use attention's plain formula, which jvp and double backward need.
-        """
+    def safe_context(self) -> AbstractContextManager[None]:
+        """Return the context to hold around every product, forward and backward; one thread at a time."""
         low = self.dtype != torch.float64
         return one_at_a_time(
             safe_context(
                 self.device,
-                math_attention=math_attention,
+                math_attention=True,  # which jvp and double backward need
                 no_mkldnn=self._fused_recurrent and low and self.device.type == "cpu",
                 no_cudnn=self.is_recurrent,
             )

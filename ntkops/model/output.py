@@ -39,6 +39,7 @@ def _entries(raw: Any) -> dict[str | int, Any]:
 
 
 def _listing(entries: dict[str | int, Any]) -> str:
+    """Say what the parts of a structured output are."""
     return ", ".join(f"{key!r} ({describe(value)})" for key, value in entries.items())
 
 
@@ -47,6 +48,7 @@ def _item(raw: Any, key: str | int, where: str) -> Any:
     entries = _entries(raw)
     if key in entries:
         return entries[key]
+    # A position, from the end where it is negative; of a mapping by the order of its keys.
     if isinstance(key, int) and isinstance(raw, (tuple, list, Mapping)):
         parts = list(raw.values()) if isinstance(raw, Mapping) else raw
         if -len(parts) <= key < len(parts):
@@ -62,11 +64,9 @@ def _item(raw: Any, key: str | int, where: str) -> Any:
 class OutputSelector:
     """Takes the state out of a forward pass.
 
-    Args:
-        output: None (the model returns a tensor), a key or position of a structured output, a callable on
-            the raw output, or the path of a module whose output is captured: ``"rnn[0]"`` for an entry of
-            a structured one, ``"block@1"`` for the second call.
-        root: The model whose modules the path names; None for a plain function.
+    ``output`` is None (the model returns a tensor), a key or position of a structured output, a callable on
+    the raw output, or the path of a module of ``root`` whose output is captured: ``"rnn[0]"`` for an entry of
+    a structured one, ``"block@1"`` for the second call. A plain function has no root, and no paths.
     """
 
     def __init__(self, output: str | int | Callable[[Any], Any] | None, root: nn.Module | None) -> None:
@@ -79,6 +79,7 @@ class OutputSelector:
             self._parse(output, dict(root.named_modules(remove_duplicate=False)))
 
     def _parse(self, output: str, modules: dict[str, nn.Module]) -> None:
+        """Read a path, a call and an entry; what names no module is left to be a key of the output."""
         self._paths = tuple(path for path in modules if path)
         if output in self._paths:
             self.path = output
@@ -98,14 +99,17 @@ class OutputSelector:
             return self._select(forward())
         with outputs_of(root.get_submodule(self.path), self._pick) as collected:
             raw = forward()
+        # Both a key and a path: the model's own word first.
         if isinstance(raw, Mapping) and self.output in raw:
             return raw[self.output]
         return self._one(collected)
 
     def _pick(self, output: Any) -> Any:
+        """Return the entry that is wanted of what the module returns."""
         return output if self._entry is None else _item(output, self._entry, f"module {self.path!r}")
 
     def _one(self, collected: list[Any]) -> Any:
+        """Return what the module has returned in the call that is wanted."""
         if not collected:
             raise OutputError(
                 f"module {self.path!r} was not called in the forward pass (some layers, such as the out_proj "
@@ -132,6 +136,7 @@ class OutputSelector:
         return picked
 
     def _select(self, raw: Any) -> Any:
+        """Return the state in what the model returns."""
         if self.output is None:
             return self._tensor(raw)
         if isinstance(self.output, int):
@@ -144,6 +149,7 @@ class OutputSelector:
         return self.output(raw)
 
     def _tensor(self, raw: Any) -> Tensor:
+        """Return the output of a model that returns a tensor."""
         if isinstance(raw, Tensor):
             return raw
         entries = _entries(raw)
@@ -160,6 +166,7 @@ class OutputSelector:
         )
 
     def _unknown(self, raw: Any, entries: dict[str | int, Any]) -> OutputError:
+        """Return the error for what is neither a key nor a path, with what comes close."""
         names = [*(str(key) for key in entries), *self._paths]
         close = difflib.get_close_matches(str(self.output), names, n=3, cutoff=0.4)
         returned = f"a {type(raw).__name__} with {_listing(entries)}" if entries else f"a {describe(raw)}"
@@ -171,13 +178,7 @@ class OutputSelector:
 
 
 def require_state(state: Any, num_samples: int, axis: int | None, name: str) -> Tensor:
-    """Return the state if it is a floating tensor with one row per sample.
-
-    Args:
-        state: What the selector took.
-        num_samples: Samples in the batch.
-        axis: The axis on which they must lie; None where all of the state is one sample.
-        name: What messages call it.
+    """Return the state if it is a floating tensor with one row per sample; without an axis it is one sample.
 
     Raises:
         OutputError: Saying what it is instead.
@@ -215,15 +216,6 @@ def samples_first(state: Tensor, axis: int | None) -> Tensor:
 
 
 def sample_rows(state: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    """Flatten a state to one row per sample.
-
-    Args:
-        state: Any shape with the sample axis at ``axis``.
-        axis: The sample axis; None where all of the state is one sample.
-        dtype: Dtype of the parameters, in which products are made.
-
-    Returns:
-        ``(B, O)``.
-    """
+    """Return a state as ``(B, O)``, one row per sample, in the dtype of the parameters and of products."""
     first = samples_first(state, axis)  # (B, *output)
-    return first.reshape(first.shape[0], first[:1].numel()).to(dtype)
+    return first.reshape(first.shape[0], first[:1].numel()).to(dtype)  # -1 is open where there is no sample

@@ -113,30 +113,17 @@ _EXPANSIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def describe_calls(catalogue: Mapping[Any, Entry], expansions: Mapping[Any, Callable[..., Any]]) -> None:
-    """Say which functions are understood.
+    """Say which functions are understood, and how each takes its arguments.
 
-    The rules that understand them stand above; they say so when they are loaded.
-
-    Args:
-        catalogue: How each of them takes its arguments.
-        expansions: For fused functions, the same in terms of simple ones; one may return NotImplemented for
-            arguments that it does not handle.
+    The rules that understand them stand above; they say so when they are loaded. Expansions are fused
+    functions in terms of simple ones; one may return NotImplemented for arguments that it does not handle.
     """
     _CATALOGUE.update(catalogue)
     _EXPANSIONS.update(expansions)
 
 
 def record(function: Function, params: Sequence[Tensor], batch: Batch) -> Recording:
-    """Run a forward pass in plain autograd and record its uses of parameters.
-
-    Args:
-        function: Pure ``(params, batch) -> (B, O)``.
-        params: The parameters; their values are used, their graphs are not.
-        batch: B samples.
-
-    Returns:
-        The recording. Cost: one forward pass.
-    """
+    """Return the record of a forward pass in plain autograd; graphs of the parameters are not used."""
     recorder = Recorder(params)
     with torch.enable_grad():
         with recorder:
@@ -156,9 +143,6 @@ class _Traced:
 
 class Recorder(TorchFunctionMode):
     """Sees every function that is handed a parameter, and gives it a fresh leaf where it is understood.
-
-    Args:
-        params: The parameters; their values are used, their graphs are not.
 
     Attributes:
         leaves: What the function to be recorded is to be called with.
@@ -180,9 +164,8 @@ class Recorder(TorchFunctionMode):
         }
         self._traced: list[_Traced] = []
         self._aliases: dict[int, int] = {}  # a leaf of a call: the number of the last one that has it
-        self._fresh: dict[
-            int, Tensor
-        ] = {}  # the leaf that stands for a parameter, or a view of one, in calls
+        # The leaf that stands for a parameter, or a view of one, in calls.
+        self._fresh: dict[int, Tensor] = {}
         self._names: dict[int, set[str]] = {}
         self._ranges: dict[int, Tensor] = {}  # what `torch.arange` made in the model, kept as above
 
@@ -193,6 +176,7 @@ class Recorder(TorchFunctionMode):
         return Recording(output, calls, uncovered)
 
     def _found(self, values: Any) -> Iterator[Place]:
+        """Yield what arguments, at any depth of lists, show of parameters."""
         for value in values:
             if isinstance(value, Tensor):
                 entry = self._tracked.get(id(value))
@@ -241,6 +225,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _view(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take a view of a parameter, and note what it shows."""
         result = function(*args, **kwargs)
         source = self._tracked.get(id(args[0])) if args else None
         if source is not None:
@@ -252,6 +237,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _run(self, entry: Entry, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an understood function with leaves in the place of parameters, and write the call down."""
         given = {**dict(zip(entry.arguments, args, strict=False)), **kwargs}
         places: dict[str, Place] = {}
         frontier: list[Node] = []
@@ -280,6 +266,7 @@ class Recorder(TorchFunctionMode):
         )
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
+        # Values of the arguments alone: rules read them, and differentiate nothing.
         call = Call(entry.name, detached, places, aliases, get_gradient_edge(result), result.shape)
         number = len(self._traced)
         self._aliases.update({id(alias): number for alias in aliases.values()})
@@ -297,6 +284,8 @@ class Recorder(TorchFunctionMode):
 
     def uncovered(self, output: Tensor) -> dict[int, str]:
         """Walk the graph of the output and return the parameters that it reaches past the calls."""
+        # From the result of a call on to its other arguments: what lies between is known. A node inside that
+        # is reached past the result belongs to a derivative of it.
         heads = {traced.call.edge.node: traced for traced in self._traced}
         owner = {node: traced for traced in self._traced for node in traced.interior}
         lost: dict[int, str] = {}
@@ -322,6 +311,7 @@ class Recorder(TorchFunctionMode):
         return lost
 
     def _arrive(self, node: Node, lost: dict[int, str]) -> None:
+        """Note a leaf at which the walk has arrived: a parameter itself, or what stands for it in a call."""
         variable = getattr(node, "variable", None)
         if variable is None:
             return
@@ -334,11 +324,13 @@ class Recorder(TorchFunctionMode):
             self._lose(lost, call, "its derivative is itself differentiated")
 
     def _lose(self, lost: dict[int, str], call: Call, reason: str) -> None:
+        """Leave the parameters of a call uncovered."""
         for place in call.places.values():
             lost.setdefault(place.index, f"{call.rule}: {reason}")
 
 
 def _is_recorded(result: Any) -> bool:
+    """Whether a result, or a part of it, has a graph."""
     if isinstance(result, (tuple, list)):
         return any(_is_recorded(part) for part in result)
     return isinstance(result, Tensor) and result.requires_grad
@@ -392,6 +384,8 @@ def _place_of(part: Tensor, source: Tensor, place: Place) -> Place | None:
         return None
     if part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
         return None  # rows that are picked by number are a copy
+    # By strides alone: the same tensor; rows and columns exchanged; or rows from a multiple of the row's
+    # stride on.
     offset = part.storage_offset() - source.storage_offset()
     if part.shape == source.shape and part.stride() == source.stride() and offset == 0:
         return place

@@ -31,6 +31,7 @@ def moved(tensor: Tensor, units: int, generator: torch.Generator) -> Tensor:
     """Return a tensor whose entries are moved by about so many rounding units; integers stay."""
     if not tensor.is_floating_point():
         return tensor
+    # A relative step: what is zero stays zero, as rounding leaves it.
     draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     return tensor * (1 + units * torch.finfo(tensor.dtype).eps * draw).to(tensor)
 
@@ -67,13 +68,7 @@ def lowest_dtype(linearization: PureFunction, batch: Batch) -> torch.dtype:
     """Return the coarsest floating dtype in which a model computes, whatever its parameters are.
 
     Some models cast inside (softmax or recurrences in float32): no result of theirs can be better than that.
-
-    Args:
-        linearization: The model.
-        batch: A few samples.
-
-    Returns:
-        The dtype. Cost: one forward pass.
+    Cost: one forward pass over a few samples.
     """
     with torch.no_grad(), linearization.safe_context(), _Lowest(linearization.dtype) as noted:
         linearization.function(tuple(p.detach() for p in linearization.parameters), batch)

@@ -27,15 +27,8 @@ Selector = (
 def select_parameters(named: Mapping[str, Tensor], selector: Selector) -> dict[str, Tensor]:
     """Return the selected parameters under their canonical names, in the order of the model.
 
-    Args:
-        named: Every parameter by name, aliases of tied ones included, in the model's order. The first
-            name of a tensor is its canonical one.
-        selector: None for all that require grad; a name, a glob pattern, a module of the model for all of its
-            parameters, or several of these; a predicate ``(name, parameter) -> bool``; or a dict of the
-            values at which to linearise.
-
-    Returns:
-        Canonical name to value: the model's own tensor, or the dict's.
+    ``named`` holds aliases of tied ones, too: the first name of a tensor is its canonical one. The values are
+    the model's own tensors, or those of a dict. What a selector may be is said in `linearize`.
 
     Raises:
         UnknownParameterError: If a name or pattern matches nothing, or a module is no part of the model.
@@ -57,6 +50,7 @@ def select_parameters(named: Mapping[str, Tensor], selector: Selector) -> dict[s
 
 
 def _names(named: Mapping[str, Tensor], selector: Selector) -> list[str]:
+    """Return the names that a selector selects, in its order."""
     if selector is None:
         return [name for name, tensor in named.items() if tensor.requires_grad]
     if isinstance(selector, (str, nn.Module)):
@@ -79,6 +73,7 @@ def _names(named: Mapping[str, Tensor], selector: Selector) -> list[str]:
 
 
 def _matches(named: Mapping[str, Tensor], pattern: str | nn.Module) -> list[str]:
+    """Return the names that one name, pattern or module stands for: a name that exists is no pattern."""
     if isinstance(pattern, nn.Module):
         return _within(named, pattern)
     if pattern in named:
@@ -106,6 +101,7 @@ def _within(named: Mapping[str, Tensor], module: nn.Module) -> list[str]:
 
 
 def _unknown(named: Mapping[str, Tensor], pattern: str) -> UnknownParameterError:
+    """Return the error for a name that matches nothing, with what it may have been meant for."""
     inside = [name for name in named if name.startswith(f"{pattern}.")]
     if inside:
         hint = f"it is a module; for all of its {len(inside)} parameters pass '{pattern}.*'"
@@ -118,6 +114,7 @@ def _unknown(named: Mapping[str, Tensor], pattern: str) -> UnknownParameterError
 
 
 def _empty(named: Mapping[str, Tensor], selector: Selector) -> str:
+    """Say why nothing is selected."""
     if not named:
         return "the model has no parameters, so that its kernel is empty"
     if selector is None:
@@ -132,6 +129,7 @@ def _empty(named: Mapping[str, Tensor], selector: Selector) -> str:
 def _values(
     named: Mapping[str, Tensor], canonical: Mapping[int, str], given: Mapping[str, Any]
 ) -> dict[str, Tensor]:
+    """Return the values that a dict gives, by canonical name, checked against the model's own."""
     values: dict[str, Tensor] = {}
     for name, value in given.items():
         if name not in named:

@@ -24,7 +24,7 @@ from .watch import bits_of, tracked
 __all__ = ["Stream", "StreamReader", "moved_ahead"]
 
 
-_OTHER_SEED = 7238763
+_OTHER_SEED = 7238763  # any that a user is unlikely to have set
 _HASHED = 2**18  # words hashed at a time
 _CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def _fingerprint(batch: Batch) -> tuple[int, ...]:
 
 def _bit_hash(tensor: Tensor) -> int:
     """Return a sum of 32-bit words with random odd weights modulo 2**64, which is a universal hash."""
-    bits = bits_of(tensor).reshape(tensor.shape[0], tensor.shape[1:].numel())
+    bits = bits_of(tensor).reshape(tensor.shape[0], tensor.shape[1:].numel())  # a row a sample
     words = bits.view(torch.int32) if bits.element_size() == 8 and bits.shape[1] else bits
     weights = _weights(words.shape[1]).to(words.device)
     step = max(1, _HASHED // max(1, words.shape[1]))
@@ -46,11 +46,13 @@ def _bit_hash(tensor: Tensor) -> int:
 
 @lru_cache(maxsize=8)
 def _weights(count: int) -> Tensor:
+    """Return ``(count,)`` odd weights, the same in every pass."""
     generator = torch.Generator().manual_seed(80 + count)
     return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1
 
 
 def _generators(source: Any) -> list[torch.Generator]:
+    """Return the generators that a loader draws from, each once: its own, and those of its samplers."""
     holders = [source, getattr(source, "sampler", None)]
     holders.append(getattr(getattr(source, "batch_sampler", None), "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
@@ -171,6 +173,7 @@ class Stream:
         return isinstance(self._source, Sequence)
 
     def _require_repeatable(self) -> None:
+        """Raise if the source begins with other data in a second pass."""
         # In another random state, so that a shuffling loader cannot repeat itself by chance of the state.
         with _untouched(self._source):
             disturb_randomness(_OTHER_SEED)
@@ -179,6 +182,7 @@ class Stream:
             self._compare(0, self._normalise(next(self._from(0), None), 0))
 
     def _normalise(self, item: tuple[Any, Tensor | None] | None, position: int) -> Batch:
+        """Return what a source gives as a batch."""
         if item is None:
             raise NonDeterministicDataError(
                 f"the {type(self._source).__name__} yields nothing in a second pass; pass an iterable that "
@@ -189,10 +193,12 @@ class Stream:
         return normalise(inputs, self._batch_dim, label=f"batch {position}", mask=mask).map(tracked)
 
     def _compare(self, position: int, batch: Batch) -> None:
+        """Raise if a batch is not what it was at first."""
         if position >= len(self._prints) or _fingerprint(batch) != self._prints[position]:
             self._fail(position)
 
     def _fail(self, position: int) -> NoReturn:
+        """Raise, naming a batch that differs."""
         raise NonDeterministicDataError(
             f"two passes over the {type(self._source).__name__} differ at batch {position}; pass "
             "shuffle=False and no random augmentation, since every product needs the same data"
@@ -236,6 +242,7 @@ class Stream:
             )
 
     def _checked(self, first: int = 0) -> Iterator[Batch]:
+        """Yield batches that are what they were, where the model is, with the outputs that are due."""
         arriving = self._compared(first)
         if self._device is not None:
             arriving = moved_ahead(arriving, torch.device(self._device))
@@ -243,26 +250,19 @@ class Stream:
             yield Batch(batch.tensors, batch.layout, self._num_outputs, self._inner)
 
     def _cast(self, tensor: Tensor) -> Tensor:
+        """Return a floating tensor in the dtype that is wanted."""
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def batches_from(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Yield the batches of one pass, from that which holds a sample on, each with its first sample.
-
-        Args:
-            start: The sample, from 0 to N - 1.
-        """
+        """Yield the batches of one pass, from that which holds a sample on, each with its first sample."""
         first = bisect_right(self._stops, start)
         for stop, batch in zip(self._stops[first:], self._checked(first), strict=True):
             yield stop - batch.num_samples, batch
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
-        """Yield the samples in batches of ``size``, as far as neighbouring batches can be joined.
-
-        Args:
-            size: Samples per batch; None for the batches of the source.
-        """
+        """Yield batches of ``size``, as far as neighbouring samples can be joined; None: as they come."""
         held: list[Batch] = []
-        room = size or 0
+        room = size or 0  # for how many samples there is room in the batch that is put together
         for batch in self._checked():
             if size is None:
                 yield batch
@@ -362,6 +362,7 @@ class Stream:
         return lambda number: (source.collate_fn([source.dataset[numbers[number]]]), None)
 
     def _alone(self, single: Callable[[int], tuple[Any, Tensor | None]], sample: int) -> Batch:
+        """Return a batch of one sample, as the source makes it by itself."""
         with _untouched(self._source):
             batch = self._normalise(single(sample), self.batch_of(sample))
         device = self._device or _CPU
@@ -369,12 +370,7 @@ class Stream:
         return Batch(batch.tensors, batch.layout, self._num_outputs, self._inner)
 
     def alone(self, sample: int, padded: Batch) -> Batch | None:
-        """Return a sample at its own length, or nearer to it; None where that is not known.
-
-        Args:
-            sample: Its number.
-            padded: The same sample as its batch has it.
-        """
+        """Return a sample, ``padded`` in its batch, at or nearer its own length; None: not known."""
         if (single := self._single()) is not None:
             own = self._alone(single, sample)
             if own.sample_shapes() != padded.sample_shapes():
@@ -394,6 +390,7 @@ class Stream:
 
 
 def _require_reiterable(source: Any) -> None:
+    """Raise unless a source gives batches, and gives them again."""
     kind = type(source).__name__
     if isinstance(source, Iterator):
         raise InputError(
@@ -478,6 +475,8 @@ class StreamReader:
         Raises:
             NonDeterministicDataError: If the source gives other data than at first.
         """
+        # A new pass where there is none, where the samples have gone by, and where those between need not be
+        # read.
         if self._arriving is None or start < self._start or (start > self._stop and self._stream.seeks):
             self._arriving = self._stream.batches_from(start)
             self._held, self._start, self._stop = [], start, start

@@ -28,6 +28,7 @@ from ..errors import (
     StochasticModelError,
     UnsupportedModelError,
 )
+from ..shortage import is_out_of_memory
 from .batch import Batch, take
 from .capture import Guard, first_random_module, foreign_use, graph_leaves, storage_key
 from .context import untouched_randomness
@@ -52,16 +53,10 @@ _OTHER_ORDER = {count: torch.tensor(order) for count, order in _ORDERS.items()}
 
 
 def examine(linearization: PureFunction, batch: Batch, rows: Tensor) -> tuple[StateFacts, Recordings | None]:
-    """Run a model on a few samples and raise if products with it could be wrong.
+    """Return what a few samples show of a model, and the two recorded passes if they were enough.
 
-    Args:
-        linearization: The model.
-        batch: Some of its samples.
-        rows: ``(m,)`` which of them are tried, from `differing_rows`.
-
-    Returns:
-        What was found, and the two recorded passes if they were enough. Cost: two forward passes over at
-        most four samples; some ten, and a backward pass, where they were not.
+    ``rows``, ``(m,)``, are the samples that are tried, from `differing_rows`. Cost: two forward passes over
+    at most four samples; some ten, and a backward pass, where they were not.
 
     Raises:
         OutputError: If the state is not a floating tensor with one row per sample.
@@ -76,6 +71,7 @@ def examine(linearization: PureFunction, batch: Batch, rows: Tensor) -> tuple[St
     with untouched_randomness(linearization.device) as moved, linearization.safe_context():
         trial = _Trial(linearization, sample, rows, batch)
         recordings = trial.two_passes()
+        # Random numbers were drawn: whether to an effect, further passes tell.
         if recordings is None or moved():
             recordings = None
             trial.search()
@@ -169,6 +165,12 @@ class _Trial:
             return self.sample
         return take(self.sample, torch.tensor([0, 0]))
 
+    def _copied(self) -> tuple[Tensor, ...]:
+        """Return the parameters in memory of their own, as far as they are small."""
+        # A view of a parameter that an earlier pass has kept shares its memory, and not that of a copy.
+        is_small = sum(p.nbytes for p in self.params) <= _COPIED
+        return tuple(p.clone() for p in self.params) if is_small else self.params
+
     def _outside(self, state: Tensor, leaves: Sequence[Tensor], batch: Batch) -> tuple[Watch, ...]:
         """Return watches of the tensors outside the model that a state depends on."""
         found, nodes = graph_leaves(state)
@@ -176,6 +178,7 @@ class _Trial:
         own = of_parameters | {storage_key(tensor) for tensor in batch.tensors}
         outside = [leaf for leaf in found if storage_key(leaf) not in own]
         foreign = {id(tensor) for _, tensor in self.lin.origins()}
+        # No gradient reaches a parameter; or a block runs again in a way that only backward() knows.
         is_empty = not any(storage_key(leaf) in of_parameters for leaf in found)
         if is_empty or any("CheckpointFunctionBackward" in name for name in nodes):
             raise _Unusual
@@ -189,9 +192,7 @@ class _Trial:
         """Record a pass over other samples of the same, and compare their outputs."""
         several = self._several()
         order = _OTHER_ORDER[several.num_samples]
-        # A view of a parameter that was kept shares its memory, and not that of a copy.
-        is_small = sum(p.nbytes for p in self.params) <= _COPIED
-        params = tuple(p.clone() for p in self.params) if is_small else self.params
+        params = self._copied()
         guard, recorder = Guard(self._held(params), {}), Recorder(params)
         with guard, torch.enable_grad():
             batch = take(several, order)
@@ -202,6 +203,8 @@ class _Trial:
             recording = recorder.recording(
                 sample_rows(other, self.axis, self.params[0].dtype)
             ).without_graph()
+        # Outputs of the first pass, at the samples of the second: a sample has one output, wherever it
+        # stands.
         expected = state if self.axis is None else state.index_select(self.axis, order.to(state.device))
         self._require_read(guard.read)
         if not self.samples.close(expected, other.detach()):
@@ -253,7 +256,7 @@ class _Trial:
                 self.lin.call.differentiates = False
             if is_fault_of_model(error):
                 self._refuse_number(error)
-            if isinstance(error, (RuntimeError, IndexError)) and "allocate" not in str(error):
+            if isinstance(error, (RuntimeError, IndexError)) and not is_out_of_memory(error):
                 self._refuse_call(error)
             error.add_note(self._call_note())
             raise
@@ -339,6 +342,7 @@ class _Trial:
         return state, reassigned
 
     def _held(self, params: Sequence[Tensor] | None = None) -> dict[int, str]:
+        """Return what a pass is given, by the address of its storage, each with a label."""
         lin = self.lin
         tensors = (*(self.params if params is None else params), *lin.constants)
         labels = [f"parameter {name!r}" for name in (*lin.names, *lin.frozen_names)]
@@ -348,6 +352,7 @@ class _Trial:
         return {key: label for label, tensor in named if (key := storage_key(tensor)) is not None}
 
     def _foreign(self, held: dict[int, str]) -> dict[int, str]:
+        """Return the tensors of the user's model that a pass is not given, likewise."""
         foreign = {}
         for label, tensor in self.lin.origins():
             key = storage_key(tensor)
@@ -356,6 +361,7 @@ class _Trial:
         return foreign
 
     def _call_note(self) -> str:
+        """Say how the model was called."""
         inputs = self.sample.inputs
         if isinstance(inputs, dict):
             how = f"with the keywords {', '.join(map(str, inputs))}"
@@ -382,9 +388,7 @@ class _Trial:
 
     def require_repeatable(self, state: Tensor) -> None:
         """Raise if further passes differ from the first one, or no longer read what it read."""
-        # A view of a parameter that was kept shares its memory, and not that of a copy.
-        is_small = sum(p.nbytes for p in self.params) <= _COPIED
-        params = tuple(p.clone() for p in self.params) if is_small else self.params
+        params = self._copied()
         guard = Guard(self._held(params), {})
         with untouched_randomness(self.lin.device) as moved, guard:
             again = [self.state(self.sample, params).detach()]
@@ -399,6 +403,7 @@ class _Trial:
         raise self._stochastic()
 
     def _stochastic(self) -> StochasticModelError:
+        """Return the error for passes that differ."""
         return StochasticModelError(
             f"two passes over the same samples differ{self._random_module()}: the forward pass draws random "
             "numbers (functional dropout, drop path, sampling) or keeps a state; call model.eval(), and "
@@ -417,6 +422,7 @@ class _Trial:
             )
 
     def _random_module(self) -> str:
+        """Name the first module that is random, in a pass more; nothing for a function."""
         path: list[str | None] = []
 
         def search(root: Any, forward: Any) -> None:
@@ -472,6 +478,7 @@ class _Trial:
             return self.state(batch, leaves)
 
     def _backward_works(self, state: Tensor, leaves: Sequence[Tensor]) -> bool:
+        """Whether a backward pass finds the tensors that it needs, and not placeholders."""
         if not state.requires_grad:
             return True
         try:

@@ -68,6 +68,7 @@ class Verdict:
 
     def copied(self) -> Verdict:
         """Return what is known for the same model at other values; which batches were looked at is not."""
+        # A tensor outside the model may have other values by now: what depends on one is tried again.
         states = [facts for facts in self.states if not facts.watches]
         return Verdict(states, self.coverage, self.differentiation, dict(self.batched), dict(self.layers))
 
@@ -87,18 +88,10 @@ class Verdict:
     def seen(
         self, inputs: Inputs, start: int, stop: int, key: Hashable, size: int, versions: Sequence[int]
     ) -> Tensor:
-        """Return which of ``size`` directions of some samples have been looked at; writing to it says so.
+        """Return ``(size,)``: which directions of some samples were looked at; writing to it says so.
 
-        Args:
-            inputs: A view of N samples.
-            start: The first of those in question.
-            stop: One past the last.
-            key: What else the outcome depends on.
-            size: Number of directions.
-            versions: Version counters of the parameters.
-
-        Returns:
-            ``(size,)`` true or false, kept as long as the samples.
+        ``key`` is what else the outcome depends on, beside the versions of the parameters. It is kept as long
+        as the samples.
         """
         root, numbers = inputs.place(start, stop)
         held = self._seen.setdefault(root, {})

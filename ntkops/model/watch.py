@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from ..errors import StaleOperatorError
 
-__all__ = ["Watch", "bits_of", "hold", "require_fresh", "same_bits", "tracked"]
+__all__ = ["Watch", "all_finite", "bits_of", "hold", "require_fresh", "same_bits", "tracked"]
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_of(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor as integers of the same size, so that NaN equals NaN."""
+    # A conjugate is a flag on the memory of what it conjugates, which has other bits.
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return values.detach().contiguous().view(_SAME_SIZE_INTEGER[values.element_size()])
 
@@ -24,6 +26,11 @@ def bits_of(tensor: Tensor) -> Tensor:
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype agree bit for bit."""
     return torch.equal(bits_of(left), bits_of(right))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: a finite sum says so in one pass, but it may overflow."""
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def tracked(tensor: Tensor) -> Tensor:
@@ -61,12 +68,15 @@ class Watch:
         return self.tensor._version != self.version or self.tensor.data_ptr() != self.pointer
 
 
-def hold(tensor: Tensor) -> tuple[Tensor, bool]:
-    """Return a detached alias of a tensor and True, or a copy and False where no change could be noticed.
+def hold(label: str, tensor: Tensor) -> tuple[Tensor, Watch | None]:
+    """Return a detached alias of a tensor and its watch, or a copy and None where no change could be noticed.
 
     The alias shares the version counter. Tensors made in inference mode have none, hence the copy.
     """
-    return (tracked(tensor), False) if tensor.is_inference() else (tensor.detach(), True)
+    if tensor.is_inference():
+        return tracked(tensor), None
+    alias = tensor.detach()
+    return alias, Watch.of(label, alias)
 
 
 def require_fresh(watches: Iterable[Watch], what: str) -> None:

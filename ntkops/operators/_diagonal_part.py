@@ -14,12 +14,8 @@ __all__ = ["DiagonalPart"]
 class DiagonalPart(LinearOperator):
     """D[rows][:, cols] of a diagonal D: entry (i, j) is d[rows[i]] where rows[i] = cols[j], else 0.
 
-    linear_operator makes two sparse interpolation matrices for the same; this moves rows instead.
-
-    Args:
-        entries: d, ``(*batch, n)``.
-        rows: ``(r,)`` int64.
-        cols: ``(c,)`` int64.
+    linear_operator makes two sparse interpolation matrices for the same; this moves rows instead. It is made
+    of d, ``(*batch, n)``, and positions ``(r,)`` and ``(c,)`` int64.
     """
 
     def __init__(self, entries: Tensor, *, rows: Tensor, cols: Tensor) -> None:
@@ -27,6 +23,7 @@ class DiagonalPart(LinearOperator):
         self._entries, self._rows, self._cols = entries, rows, cols
 
     def _like(self, entries: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Self:
+        """Return other entries, rows or columns of a diagonal."""
         return type(self)(
             entries,
             rows=self._rows if rows is None else rows,
@@ -39,6 +36,7 @@ class DiagonalPart(LinearOperator):
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        # D[rows][:, cols] v = (D C v)[rows] with C = I[:, cols]: C v adds v_j at cols[j], which may repeat.
         size = self._entries.shape[-1]
         spread = rhs.new_zeros((*rhs.shape[:-2], size, rhs.shape[-1])).index_add(-2, self._cols, rhs)
         return self._entries[..., self._rows].unsqueeze(-1) * spread[..., self._rows, :]

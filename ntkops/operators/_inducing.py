@@ -134,6 +134,7 @@ def _samples(rows: StateAxis, indices: Tensor) -> StateAxis:
 
 
 def _of_any(kernel: LinearOperator, inducing: Any) -> Inducing:
+    """Return the blocks of an operator that is not ours, whose inducing points are among its rows."""
     indices = None if isinstance(inducing, str) else _indices(inducing, kernel.shape[-1])
     if indices is None:
         raise UnsupportedOperationError(
@@ -143,6 +144,7 @@ def _of_any(kernel: LinearOperator, inducing: Any) -> Inducing:
 
 
 def _inputs(kernel: EngineOperator, rows: StateAxis, inducing: Any) -> Inputs:
+    """Return inducing points that are samples of their own, checked against the kernel's."""
     inputs = kernel._core.engine.linearization.inputs(inducing)
     if inputs.output_shape[inputs.is_coupled :] != rows.output_shape:
         raise ShapeError(
@@ -172,6 +174,7 @@ def _indices(inducing: Any, count: int) -> Tensor | None:
             f"inducing point {int(numbers[outside][0])} does not exist: there are {count} samples"
         )
     numbers = torch.where(numbers < 0, numbers + count, numbers)
+    # The first of equal numbers stays, in the given order: the least position among those of each value.
     _, inverse = torch.unique(numbers, return_inverse=True)
     first = torch.full((int(inverse.max()) + 1 if len(numbers) else 0,), len(numbers), dtype=torch.int64)
     first = first.scatter_reduce(0, inverse, torch.arange(len(numbers)), "amin")
@@ -185,6 +188,7 @@ def _indices(inducing: Any, count: int) -> Tensor | None:
 
 
 def _check_count(number: int, count: int) -> None:
+    """Raise unless there is a point, and no more points than samples."""
     if number == 0:
         raise InputError("there are no inducing points: give at least one")
     if number > count:

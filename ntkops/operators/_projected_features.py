@@ -26,19 +26,11 @@ def feature_rows(
     projection: Projection,
     make: Callable[[torch.Size, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the rows of J Pᵀ of an axis.
+    """Return the rows ``(*batch, n, R·k)`` of J Pᵀ of an axis.
 
-    Args:
-        engine: Makes rows of J.
-        params: The selected parameters, snapshot or live.
-        axis: Which rows.
-        projection: P.
-        make: Makes what the features of whole samples are written to, from its shape and a tensor like it;
-            None for memory. Where a graph is recorded nothing is written to.
-
-    Returns:
-        ``(*batch, n, R·k)``. Cost: one per-sample pass for each distinct output; memory: the result, and
-        as many rows of J as the engine's workspace holds, at least one.
+    ``make`` makes what they are written to, from a shape and a tensor like it; None for memory. Cost: one
+    per-sample pass for each distinct output; memory: the result, and as many rows of J as the engine's
+    workspace holds, at least one. Where a graph is recorded nothing is written to.
     """
     distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
     if _has_factors(engine, projection):
@@ -49,7 +41,9 @@ def feature_rows(
         tile[:, index.to(tile.device)].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (M, B·r, R·k)
         for tile in tiles
     )
-    if torch.is_grad_enabled():  # a graph may be recorded, or a transform at work
+    if (
+        torch.is_grad_enabled()
+    ):  # writing in place would break it: a graph may be recorded, or a transform at work
         rows = torch.cat(list(arranged), dim=1)
     else:
         rows = _put_together(arranged, index, axis.inputs.num_samples, projection, make)
@@ -83,7 +77,8 @@ def _from_rows(
     engine: Engine, params: tuple[Tensor, ...], inputs: Inputs, outputs: Tensor, projection: Projection
 ) -> Iterator[Tensor]:
     """Yield ``(B, u, k)`` from rows of J that are written down, some samples and outputs at a time."""
-    fitting = max(1, engine.tile_samples(1) // 4)  # making and projecting rows take as much again, each
+    # A quarter of the rows that fit: making and projecting them takes as much again, each.
+    fitting = max(1, engine.tile_samples(1) // 4)
     for _, _, part in sample_slices(inputs, max(1, fitting // len(outputs))):
         pieces = []
         for chosen in outputs.split(max(1, min(fitting, len(outputs)))):
@@ -103,6 +98,8 @@ def _from_factors(
     engine: Engine, params: tuple[Tensor, ...], inputs: Inputs, outputs: Tensor, projection: Projection
 ) -> Tensor:
     """Return ``(N, u, k)`` from the layers' factors; gradients of layers are not written down."""
+    # A layer's matrix W has the image G W Aᵀ, and its gradient is Σ_s g_s a_sᵀ: of this the image is
+    # Σ_s (G g_s)(A a_s)ᵀ, two thin products instead of one with all entries of W.
     assert isinstance(engine, LayerwiseEngine) and isinstance(projection, LayerKronecker)
 
     def of_rows(rows: Tensor, numbers: Sequence[int]) -> Tensor:  # (B, u, entries of some parameters)
@@ -124,24 +121,26 @@ def factor_image(factors: Factors, projection: LayerKronecker) -> Tensor:
 
 
 def _row_start(projection: LayerKronecker, index: int, row: int) -> int:
-    """Return the place of a row of a parameter in the flat vector."""
+    """Return where a row of a parameter starts in the flat vector."""
     return projection.starts[index] + row * projection.matrix_shape(index)[1]
 
 
 def _direct_image(layer: Direct, projection: LayerKronecker) -> Tensor:
+    """Return the image of gradients that are written down, as those of a bias are."""
     return projection.apply(layer.gradients, _row_start(projection, layer.unit.index, layer.unit.start))
 
 
 def _outer_image(layer: Outer, projection: LayerKronecker) -> Tensor:
     """Return Σ_s (G g_s)(A a_s)ᵀ, with the sides exchanged where the parameter is the transpose."""
     unit, gradients, activations = layer.unit, layer.gradients, layer.activations
-    _, _, groups, outputs, _ = gradients.shape
+    _, _, groups, outputs, _ = gradients.shape  # (B, C, groups, outputs, S)
     inputs = activations.size if isinstance(activations, OneHot) else activations.shape[2]
     height, width = (inputs, outputs) if layer.transposed else (outputs, inputs)
     if (unit.stop - unit.start, projection.matrix_shape(unit.index)[1]) == (groups * height, width):
         left, right = projection.factors(unit.index, gradients.dtype, gradients.device)
         tall = left[:, unit.start : unit.stop].unflatten(1, (groups, height)).transpose(0, 1)  # (g, rows, h)
         wide = right.expand(groups, -1, -1)  # (g, cols, w)
+        # A parameter that is used transposed has gradient Σ_s a_s g_sᵀ: G meets activations, and A signals.
         signals, inner = (wide, tall) if layer.transposed else (tall, wide)
         one = signals @ gradients  # (B, C, g, rows or cols, S)
         other = _activation_image(activations, inner).unsqueeze(1)  # (B, 1, g, cols or rows, S)
@@ -158,6 +157,6 @@ def _outer_image(layer: Outer, projection: LayerKronecker) -> Tensor:
 
 def _activation_image(activations: Tensor | OneHot, factor: Tensor) -> Tensor:
     """Return ``(B, groups, rows, S)`` for a factor ``(groups, rows, d_in)``."""
-    if isinstance(activations, OneHot):
+    if isinstance(activations, OneHot):  # A e_i is column i of A
         return factor[:, :, activations.index].permute(2, 0, 1, 3)
     return factor @ activations

@@ -46,7 +46,7 @@ SolveMethod = Literal["auto", "cholesky", "cg", "refinement"]
 PreconditionerChoice = Literal["auto", "nystrom", "pivoted cholesky", "rpcholesky"] | None
 _METHODS = ("auto", "cholesky", "cg", "refinement")
 _PRECONDITIONERS = ("auto", "nystrom", "pivoted cholesky", "rpcholesky", None)
-_RANK = 200
+_RANK = 200  # of a preconditioner, n / 4 at most: as many products with K as it has columns
 _BLOCK = 25  # pivots that RPCholesky proposes at a time
 _DEFLATION = 32  # leading eigenvectors that log det splits off before it draws probes
 
@@ -100,13 +100,7 @@ class SolverOptions:
 
 
 class RidgeSystem:
-    """K + D and its solver options.
-
-    Args:
-        kernel: K, ``(*batch, n, n)``.
-        entries: Diagonal of D, ``(*batch, n)``.
-        options: How to solve.
-    """
+    """K + D for K ``(*batch, n, n)`` and the diagonal of D ``(*batch, n)``, and its solver options."""
 
     def __init__(self, kernel: LinearOperator, entries: Tensor, options: SolverOptions) -> None:
         self.kernel, self.entries, self.options = kernel.detach(), entries.detach(), options
@@ -126,6 +120,8 @@ class RidgeSystem:
         """Solve by iteration; the solution is float64 for "refinement", else of the dtype of ``rhs``."""
         options = self.options
         method = options.method
+        # Residuals of float32 iterates do not fall below the rounding of K x in float32: refinement takes
+        # float64 products for residuals, and float32 ones for the corrections that are solved for.
         if method == "auto":
             method = "cg" if self.kernel.dtype == torch.float64 else "refinement"
         batch = torch.broadcast_shapes(self.kernel.shape[:-2], rhs.shape[:-2])
@@ -159,6 +155,7 @@ class RidgeSystem:
         return self.options.made[key]
 
     def _make(self) -> FactorPreconditioner | None:
+        """Make the preconditioner; None where there is nothing to gain, or D cannot be inverted."""
         kind, size = self.options.preconditioner, self.space.size
         if kind is None or kind == "auto" and (size < 4 or self._has_zeros()):
             return None
@@ -185,8 +182,11 @@ class RidgeSystem:
         return self.space.any(not bool((self.entries > 0).all()))
 
     def _constant_or_entries(self) -> Tensor:
+        """Return the diagonal of D, ``(*batch, 1)`` where all its entries are one number."""
+        # U (Uᵀ U + d I)⁻¹ Uᵀ of a constant d needs no scaling of the factor by rows.
         entries = self.entries.expand(*self.kernel.shape[:-1])
         if self.space.is_spread:
+            # The largest of -d is minus the smallest; a rank without rows has neither.
             ends = [float(entries.min()), float(entries.max())] if entries.numel() else [math.inf, -math.inf]
             low, high = -self.space.largest(-ends[0]), self.space.largest(ends[1])
             return entries.new_full((*entries.shape[:-1], 1), low) if low == high else entries
@@ -221,7 +221,7 @@ class RidgeSystem:
             found.append(made)
         if not batch:
             return factor_preconditioner(found[0], diagonal, self.space)
-        width = max(made.rank for made in found)
+        width = max(made.rank for made in found)  # a factor of lower rank is filled up with zero columns
         padded = [torch.nn.functional.pad(made.factor, (0, width - made.rank)) for made in found]
         return factor_preconditioner(
             torch.stack(padded).reshape(*batch, self.space.size, width),
@@ -237,6 +237,7 @@ def checked(rhs: Tensor, image: Tensor, tolerance: float, start: float) -> Solve
     """Return what a factorisation has reached: ``image`` is the product with its solution."""
     norms = torch.linalg.vector_norm(rhs, dim=-2)
     rest = torch.linalg.vector_norm(rhs - image, dim=-2)
+    # Of b = 0 the solution is 0, and its residual none.
     residuals = torch.where(norms > 0, rest / torch.where(norms > 0, norms, 1.0), 0.0)
     met = bool((residuals <= tolerance).all())
     return SolveInfo(
@@ -272,6 +273,7 @@ def kernel_entries(kernel: LinearOperator) -> Any:
         return None
 
     def entries(chosen: Tensor) -> Tensor:
+        # A block of a kernel has each row once; pivots that were proposed may repeat.
         rows, inverse = torch.unique(chosen, return_inverse=True)
         block = dense_from_tiles(kernel.submatrix(rows, rows))
         return block[inverse][:, inverse]
@@ -281,6 +283,8 @@ def kernel_entries(kernel: LinearOperator) -> Any:
 
 def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Generator, rtol: float) -> Any:
     """Return log det (K + D) by quadrature of log(1 + x) on the scaled kernel."""
+    # K + D = D^{1/2} (I + S) D^{1/2} with S = D^{-1/2} K D^{-1/2}: log det is Σ log d_i + tr log(I + S).
+    # The spectrum of S starts at 0, one away from where log(1 + x) is singular.
     scaling = entries.rsqrt().unsqueeze(-1).to(kernel.dtype)
     found = function_trace(
         lambda block: scaling * multiply(kernel, scaling * block),
@@ -291,6 +295,7 @@ def log_determinant(kernel: LinearOperator, entries: Tensor, generator: torch.Ge
         offset=float(entries.log().sum()),
         deflation=min(_DEFLATION, len(entries)),
     )
+    # Ten times the n eps of rounding below zero: S is not positive semidefinite.
     if found.least < -10 * torch.finfo(kernel.dtype).eps * len(entries) * found.scale:
         raise InputError(
             "log det by quadrature needs a positive semidefinite kernel, and this one has a negative "

@@ -26,7 +26,7 @@ from .dense import DenseFallbacks
 from .expression import Expression
 from .ridge import RidgeOperator
 
-__all__ = ["KernelAlgebra", "KernelMultiple", "KernelSum"]
+__all__ = ["KernelAlgebra", "KernelMultiple", "KernelSum", "unscaled"]
 
 
 class KernelAlgebra(Expression):
@@ -165,6 +165,7 @@ class KernelMultiple(KernelAlgebra, DenseFallbacks, ConstantMulLinearOperator):
 
     def repeat(self, *sizes: Any) -> Self:
         """Repeat along batch dimensions; the last two sizes must be 1."""
+        # One number goes along with any batch; one for each member is repeated with the members.
         counts: Sequence[int] = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         constant = self._constant.reshape(()) if self._constant.numel() == 1 else self._constant
         if constant.dim():
@@ -172,6 +173,15 @@ class KernelMultiple(KernelAlgebra, DenseFallbacks, ConstantMulLinearOperator):
         return type(self)(self.base_linear_op.repeat(*counts), constant)
 
 
+def unscaled(operator: LinearOperator) -> tuple[LinearOperator, float]:
+    """Return K and c of c K for one number c, K no such multiple itself; of others the operator and 1."""
+    if not isinstance(operator, ConstantMulLinearOperator) or operator._constant.numel() != 1:
+        return operator, 1.0
+    inner, factor = unscaled(operator.base_linear_op)
+    return inner, factor * float(operator._constant.detach())
+
+
 def _parts(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+    """Return what a sum is made of, so that no sum stands inside another; K + D stays one operator."""
     plain = isinstance(operator, SumLinearOperator) and not isinstance(operator, RidgeOperator)
     return tuple(operator.linear_ops) if plain else (operator,)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError, OutOfRangeError, ShapeError
 from ..model import Inputs
+from .positions import resolve_index
 
 __all__ = [
     "Axis",
@@ -33,30 +34,12 @@ __all__ = [
     "require_own_positions",
 ]
 
-_keys = itertools.count()
-
-
-def resolve_index(index: slice | Tensor, length: int) -> Tensor:
-    """Return the non-negative positions that a slice or an index tensor selects, on the CPU.
-
-    Raises:
-        OutOfRangeError: If a position lies outside ``[-length, length)``.
-    """
-    if isinstance(index, slice):
-        return torch.arange(length)[index]
-    index = index.detach().cpu()
-    if index.dtype == torch.bool:
-        if index.shape != (length,):
-            raise OutOfRangeError(f"a boolean index needs {length} entries, got shape {tuple(index.shape)}")
-        return index.nonzero().flatten()
-    outside = (index < -length) | (index >= length)
-    if bool(outside.any()):
-        raise OutOfRangeError(f"index {int(index[outside][0])} is out of range for an axis of {length}")
-    return torch.where(index < 0, index + length, index).long()
+_keys = itertools.count()  # an axis is known by its number, so that dense blocks can be kept by it
 
 
 def at_places(numbers: Tensor, count: int, width: int) -> Tensor:
     """Return output numbers ``(*batch, R, r)`` below ``width`` at each of ``count`` places, in order."""
+    # Outputs are flattened as place · width + number: (count, 1) + (*batch, R, 1, r) -> (*batch, R, count·r).
     return (torch.arange(count)[:, None] * width + numbers.unsqueeze(-2)).flatten(-2)
 
 
@@ -68,8 +51,9 @@ def require_own_positions(inputs: Inputs, numbers: Tensor) -> None:
     """
     if inputs.lengths is None:
         return
-    inner = inputs.output_shape[1:].numel()
+    inner = inputs.output_shape[1:].numel()  # outputs at one position: number = position · inner + output
     positions = numbers // inner  # (*batch, R, r)
+    # Members of a batch at positions of their own would have rows of fewer and fewer samples.
     in_batch = numbers.dim() > 2 and not torch.equal(positions, positions[:1].expand_as(positions))
     if in_batch or len(torch.unique(positions)) < inputs.output_shape[0]:
         raise InputError(
@@ -80,7 +64,7 @@ def require_own_positions(inputs: Inputs, numbers: Tensor) -> None:
 
 
 def _is_constant(numbers: Tensor, axis: int) -> bool:
-    """Whether numbers are the same along an axis."""
+    """Whether numbers do not change along an axis."""
     return torch.equal(numbers, numbers.narrow(axis, 0, 1).expand_as(numbers))
 
 
@@ -133,6 +117,7 @@ class StateAxis:
     @cached_property
     def output_shape(self) -> torch.Size:
         """Shape of the output of one sample, or of one node."""
+        # The engine's output of a graph is (nodes, classes).
         shape = self.inputs.output_shape
         return shape[1:] if self.inputs.is_coupled else shape
 
@@ -159,6 +144,7 @@ class StateAxis:
     def index(self) -> Tensor | None:
         """``(n,)`` positions of the rows among the N·r outputs; None where they are all of them."""
         real = self._real
+        # Of samples that are shorter than the longest the rows of missing positions drop out.
         return real.flatten().nonzero().flatten() if self.pick is None and real is not None else self.pick
 
     @cached_property
@@ -178,6 +164,7 @@ class StateAxis:
         count, width = self.num_samples, self.num_outputs
         if self._real is None:
             return torch.arange(count + 1) * width
+        # Row i is of sample n where offsets[n] <= i < offsets[n + 1]: (N, r) -> rows a sample, summed up.
         return torch.cat([torch.zeros(1, dtype=torch.long), self._real.sum(1).cumsum(0)])
 
     @cached_property
@@ -211,18 +198,20 @@ class StateAxis:
         """Lay ``(*batch, n, k)`` into the engine's block ``(M·R·k, N, O)``."""
         (count, width), columns = self._shape, vectors.shape[-1]
         whole = self.inputs.num_samples, self.inputs.num_outputs
+        # Three steps, each the transpose of one of `extract`: n picked rows -> N·r rows -> N·O outputs, and a
+        # copy of the vector for each of the R terms, since Σ_r J_r J_rᵀ v multiplies v by each J_rᵀ.
         flat = vectors.reshape(self.batch_shape.numel(), self.length, columns)  # (M, n, k)
         if self.index is not None:
             index = self.index.to(flat.device)
+            # Added, not written: a row that is picked twice has two entries of the vector.
             flat = flat.new_zeros((len(flat), self.grid, columns)).index_add(1, index, flat)
-        rows = flat.reshape(len(flat), count, self.outputs.shape[-1], columns).permute(
-            0, 3, 1, 2
-        )  # (M, k, N, r)
+        rows = flat.reshape(len(flat), count, self.outputs.shape[-1], columns)
+        rows = rows.permute(0, 3, 1, 2)  # (M, k, N, r)
         if self.is_whole:
             return rows.reshape(columns, *whole)
         outputs = self.flat_outputs.to(rows.device)
         shape = (len(outputs), self.terms, columns, count)
-        index = outputs[:, :, None, None, :].expand(*shape, outputs.shape[-1])
+        index = outputs[:, :, None, None, :].expand(*shape, outputs.shape[-1])  # (M, R, k, N, r)
         block = rows.new_zeros((*shape, width)).scatter_add(-1, index, rows.unsqueeze(1).expand_as(index))
         return block.reshape(math.prod(shape[:3]), *whole)  # also of a process without samples
 
@@ -234,10 +223,10 @@ class StateAxis:
         else:
             outputs = self.flat_outputs.to(block.device)
             columns = len(block) // max(kernels * self.terms, 1)
-            split = block.reshape(kernels, self.terms, columns, count, width)
+            split = block.reshape(kernels, self.terms, columns, count, width)  # (M, R, k, N, O)
             index = outputs[:, :, None, None, :].expand(*split.shape[:-1], outputs.shape[-1])
             rows = split.gather(-1, index).sum(1)  # (M, k, N, r)
-        flat = rows.reshape(kernels, rows.shape[1], self.grid)
+        flat = rows.reshape(kernels, rows.shape[1], self.grid)  # (M, k, N·r)
         if self.index is not None:
             flat = flat[..., self.index.to(flat.device)]
         return flat.mT.reshape(*self.batch_shape, self.length, flat.shape[1])
@@ -245,13 +234,15 @@ class StateAxis:
     def take(self, index: slice | Tensor) -> StateAxis:
         """Return the axis of some rows; samples and outputs that no row needs are left out."""
         chosen = resolve_index(index, self.length)
-        if torch.equal(chosen, torch.arange(self.length)):
+        if torch.equal(chosen, torch.arange(self.length)):  # a dense block stays the block of this very axis
             return self
         if len(chosen) == 0:
             raise OutOfRangeError("the index selects no row; an operator needs at least one")
         rows = chosen if self.index is None else self.index[chosen]
-        if self.inputs.is_coupled:
+        if self.inputs.is_coupled:  # no node can be left out of a pass: its outputs can
             return StateAxis(self.inputs, self.outputs[..., rows])
+        # Row = sample · r + output number: the smallest grid of samples and outputs that has all chosen rows,
+        # and their positions in it.
         width = self.outputs.shape[-1]
         samples, sample = torch.unique(rows // width, return_inverse=True)
         columns, column = torch.unique(rows % width, return_inverse=True)
@@ -263,6 +254,7 @@ class StateAxis:
             labels=self.labels if len(columns) == width else (),
             folded=self.folded,
         )
+        # An axis over all of its grid has no pick: engines then read no rows out of their blocks.
         everything = torch.arange(axis.grid) if axis.index is None else axis.index
         return (
             axis if torch.equal(pick, everything) else dataclasses.replace(axis, pick=pick, key=next(_keys))
@@ -405,14 +397,14 @@ class ParameterAxis:
         if self.pick is not None:
             pick = self.pick.to(flat.device)
             flat = flat.new_zeros((len(flat), self.terms * self.size, columns)).index_add(1, pick, flat)
-        split = flat.reshape(kernels, self.terms, self.size, columns)
+        split = flat.reshape(kernels, self.terms, self.size, columns)  # (M, R, P, k): a term has its own J_r
         return split.permute(0, 1, 3, 2).flatten(0, 2)
 
     def extract(self, block: Tensor) -> Tensor:
         """Read ``(*batch, n, k)`` back from the engine's ``(M·R·k, P)``."""
         kernels = self.batch_shape.numel()
         columns = len(block) // max(kernels * self.terms, 1)
-        split = block.reshape(kernels, self.terms, columns, self.size)
+        split = block.reshape(kernels, self.terms, columns, self.size)  # (M, R, k, P)
         flat = split.permute(0, 1, 3, 2).flatten(1, 2)  # (M, R·P, k)
         if self.pick is not None:
             flat = flat[:, self.pick.to(flat.device)]
@@ -435,20 +427,12 @@ class ParameterAxis:
 Axis = StateAxis | ParameterAxis
 
 
-def batch_count(axis: Axis) -> int:
-    """Return the number M of kernels in the batch."""
-    return math.prod(axis.batch_shape)
-
-
 class AxisReader:
-    """Slices of an axis, to be asked for in order: what is streamed is read in one pass.
-
-    Args:
-        axis: Rows or columns.
-    """
+    """Slices of an axis, to be asked for in order: what is streamed is read in one pass."""
 
     def __init__(self, axis: StateAxis) -> None:
         self._axis = axis
+        # Picked rows may lie in any order: they are taken by `StateAxis.take`, which reads what it needs.
         in_order = axis.inputs.is_streamed and axis.pick is None
         self._between = axis.inputs.in_order() if in_order else None
 
@@ -456,6 +440,7 @@ class AxisReader:
         """Return the axis of some consecutive rows, its samples in memory."""
         if self._between is None:
             return self._axis.take(rows)
+        # The samples from that of the first row to that of the last: rows may start and stop inside one.
         offsets = self._axis.offsets
         first = int(torch.searchsorted(offsets, rows.start, right=True)) - 1
         last = int(torch.searchsorted(offsets, rows.stop))

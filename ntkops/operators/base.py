@@ -13,9 +13,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ..engines import EngineChoice, KernelShape, LayerwiseEngine, build_engine
+from ..engines import EngineChoice, KernelShape, build_engine
 from ..model.watch import tracked
-from ..results import EngineInfo, LayerInfo
+from ..results import EngineInfo
 from .axes import Axis, ParameterAxis, StateAxis
 from .indexing import IndexedOperator
 
@@ -38,7 +38,8 @@ class EngineOperator(IndexedOperator):
         """
         engine = self._core.engine
         axis, _ = self._state_axes()
-        layers = self._layers()  # first: it may find that the layerwise way has to be left
+        # First: it may find that the layerwise way has to be left.
+        layers = engine.layers(axis.inputs, self._kernel_shape(), self._num_distinct())
         how = engine.differentiated(per_sample=True)
         assert how.per_sample is not None
         return EngineInfo(
@@ -51,7 +52,7 @@ class EngineOperator(IndexedOperator):
             chunk_size=engine.chunk_size(),
             max_dense_bytes=self._core.max_dense_bytes,
             passes=engine.passes,
-            covered=engine.covered if isinstance(engine, LayerwiseEngine) else (),
+            covered=engine.covered,
             layers=layers,
         )
 
@@ -61,6 +62,7 @@ class EngineOperator(IndexedOperator):
         return axes[0], axes[-1]
 
     def _kernel_shape(self) -> KernelShape:
+        """Return the sizes by which an engine estimates what a dense kernel costs."""
         rows, columns = self._state_axes()
         return KernelShape(
             left=rows.inputs.num_samples,
@@ -73,13 +75,8 @@ class EngineOperator(IndexedOperator):
         )
 
     def _num_distinct(self) -> int:
+        """Return how many outputs occur: each is one backward pass, whatever terms and members it is in."""
         return max(axis.num_distinct for axis in self._state_axes())
-
-    def _layers(self) -> tuple[LayerInfo, ...]:
-        engine = self._core.engine
-        if not isinstance(engine, LayerwiseEngine):
-            return ()
-        return engine.layers(self._state_axes()[0].inputs, self._kernel_shape(), self._num_distinct())
 
     def free(self) -> int:
         """Drop every tensor cached for this operator's engine.
@@ -136,6 +133,7 @@ class EngineOperator(IndexedOperator):
     # casting and gradients
 
     def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
+        """Return the operator with snapshot and samples in another dtype or place."""
         # Integer inputs stay integers, the user's model and inputs stay where they are, and nothing is
         # checked again.
         moved: dict[int, Any] = {}
@@ -153,6 +151,7 @@ class EngineOperator(IndexedOperator):
         return self._rebuild(core, [tracked(arg.to(dtype=dtype, device=device)) for arg in self._args])
 
     def _set_requires_grad(self, val: bool) -> None:
+        """Let this operator's parameters require grad, or not."""
         # New leaves over the same storage: the snapshot that other operators share stays as it is.
         self._args = tuple(arg.detach().requires_grad_(val) for arg in self._args)
 

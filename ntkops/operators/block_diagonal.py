@@ -79,6 +79,7 @@ class BlockDiagonal(Expression):
         return DiagonalPart(ones, rows=numbers[index], cols=numbers)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        # Entry (i, j) is in block i // h, and zero unless that is block j // w as well.
         (height, width), blocks = self.block_shape, row_index // self.block_shape[0]
         entries = self._entries(blocks, row_index % height, col_index % width)
         return torch.where(blocks == col_index // width, entries, torch.zeros_like(entries))
@@ -170,6 +171,7 @@ class RankOneBlocks(BlockDiagonal):
 
     def multiply_blocks(self, vectors: Tensor) -> Tensor:
         """Return ``(B, h, k)`` from ``(B, h, k)``."""
+        # (diag(d) - u wᵀ) v = d ∘ v - u (w · v) for each block: O(h) operations a column, no h x h block.
         diagonal, left, right = (arg.unsqueeze(-1) for arg in self._args)
         return diagonal * vectors - left * (right * vectors).sum(1, keepdim=True)
 
@@ -180,7 +182,7 @@ class RankOneBlocks(BlockDiagonal):
 
     def _transpose_nonbatch(self) -> Self:
         diagonal, left, right = self._args
-        return type(self)(diagonal, right, left)
+        return type(self)(diagonal, right, left)  # (u wᵀ)ᵀ = w uᵀ
 
     def _diagonal(self) -> Tensor:
         diagonal, left, right = self._args

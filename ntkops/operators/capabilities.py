@@ -39,12 +39,13 @@ __all__ = [
     "paired_tiles",
     "register",
     "taken_columns",
+    "tile_corners",
     "tile_count",
     "tile_slices",
 ]
 
 Factors = tuple[LinearOperator, LinearOperator]
-TILE = 512  # rows of a tile where nothing says otherwise
+TILE = 512  # rows of a tile where nothing says otherwise: 2 MiB in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +224,7 @@ class ByColumns(Capabilities):
         """Return the exact diagonal, ``(*batch, n)``."""
         self._require_square()
         parts = []
+        # Products give whole columns, n entries for each one that is wanted: nothing less is known of K.
         for cols in tile_slices(self.shape[-1], self.tile_size()):
             columns = multiply(self.operator, self._identity(self.shape[-1], cols))
             parts.append(columns[..., cols, :].diagonal(dim1=-2, dim2=-1))
@@ -238,6 +240,7 @@ class ByColumns(Capabilities):
 
     def _tiles(self, size: int | None, *, upper: bool) -> Iterator[Tile]:
         """Yield tiles, row after row; ``upper``: those below the diagonal left out."""
+        # A row of tiles is m x r of Kᵀ I; where all columns fit into one tile, K I of n x m makes all rows.
         size = size or self.tile_size()
         narrow = self.shape[-1] <= size
         columns = multiply(self.operator, self._identity(self.shape[-1])) if narrow else None
@@ -248,16 +251,15 @@ class ByColumns(Capabilities):
                     yield Tile(rows, cols, block[..., cols])
 
     def _corners(self, size: int | None, upper: bool) -> Iterator[tuple[slice, slice]]:
-        size = size or self.tile_size()
-        for rows in tile_slices(self.shape[-2], size):
-            for cols in tile_slices(self.shape[-1], size):
-                if cols.start >= rows.start or not upper:
-                    yield rows, cols
+        """Yield rows and columns of the tiles; of this size, where none is given."""
+        return tile_corners(self.shape, size or self.tile_size(), upper=upper)
 
     def _dense_rows(self, rows: slice) -> Tensor:
+        """Return dense rows, columns of the transpose."""
         return multiply(self.operator.mT, self._identity(self.shape[-2], rows)).mT
 
     def _identity(self, length: int, cols: slice | None = None) -> Tensor:
+        """Return columns of the identity, ``(*batch, length, c)``; None for all."""
         cols = slice(0, length) if cols is None else cols
         width = cols.stop - cols.start
         block = torch.zeros((length, width), dtype=self.dtype, device=self.device)
@@ -271,6 +273,7 @@ class ByColumns(Capabilities):
 
     def counted_product(self, block: Tensor) -> Tensor:
         """Return K V; columns are counted where nothing inside has counted passes."""
+        # An operator of ours that is hidden inside reports its own passes; these are not counted again.
         with count_passes() as counter:
             result: Tensor = self.operator._matmul(block)
         if counter.total == 0:
@@ -287,11 +290,13 @@ class ByColumns(Capabilities):
         return 0.0
 
     def _require_square(self) -> None:
+        """Raise where there is no diagonal."""
         if self.shape[-2] != self.shape[-1]:
             raise ShapeError(f"only a square operator has a diagonal, this one is {tuple(self.shape)}")
 
 
 def _batch(operator: Any) -> int:
+    """Return the number of members of an operator's batch, 1 where it has none."""
     return int(operator.shape[:-2].numel())
 
 
@@ -393,7 +398,7 @@ def by_unit_columns(operator: Any, chosen: Tensor) -> Tensor:
     domain = capabilities(operator).domain
     unit = torch.zeros((operator.shape[-1], len(chosen)), dtype=operator.dtype, device=operator.device)
     own, columns = chosen.to(unit.device) - domain.start, torch.arange(len(chosen), device=unit.device)
-    if domain.is_spread:  # others are ones on another rank
+    if domain.is_spread:  # the ones of other columns stand in another rank's rows
         here = (own >= 0) & (own < domain.length)
         own, columns = own[here], columns[here]
     unit[own, columns] = 1
@@ -418,9 +423,18 @@ def tile_slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
+def tile_corners(shape: torch.Size, size: int, *, upper: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and columns of tiles, row after row; ``upper``: of those on and above the diagonal alone."""
+    for rows in tile_slices(shape[-2], size):
+        for cols in tile_slices(shape[-1], size):
+            if cols.start >= rows.start or not upper:
+                yield rows, cols
+
+
 def tile_count(first: Capabilities, second: Capabilities, size: int) -> int:
     """Return the number of tiles, or pairs of tiles, of a size."""
     own: Any = first
+    # b (b + 1) / 2 of b rows of tiles where both leave their lower triangle out; see `paired_tiles`.
     rows, columns = (-(-length // size) for length in own.shape[-2:])
     return rows * (rows + 1) // 2 if first.symmetric and second.symmetric else rows * columns
 
@@ -428,13 +442,7 @@ def tile_count(first: Capabilities, second: Capabilities, size: int) -> int:
 def paired_tiles(
     first: Capabilities, second: Capabilities, size: int | None = None, skip: int = 0
 ) -> Iterator[tuple[Tile, Tile, bool]]:
-    """Yield the tiles of two operators of one shape side by side.
-
-    Args:
-        first: An operator ``(*batch, n, m)``.
-        second: Another of the same shape.
-        size: Rows and columns of a tile; None for what suits both.
-        skip: Number of pairs that are left out, in their order.
+    """Yield the tiles of two operators of one shape side by side, after the first ``skip`` pairs.
 
     Yields:
         Two tiles over the same rows and columns, and whether they stand for their mirror images as
@@ -460,6 +468,9 @@ def _both_triangles(source: Capabilities, size: int, skip: int) -> Iterator[Tile
 
 
 def _mirrored_tiles(source: Capabilities, size: int) -> Iterator[Tile]:
+    """Yield the tiles of both triangles of a symmetric operator, row after row."""
+    # Tile (i, j), i < j, is the mirror image of (j, i), which comes j - i rows later. After row i there wait
+    # (i + 1)(b - 1 - i) tiles, a quarter of all b² at most.
     kept: dict[tuple[int, int], Tile] = {}
     row = -1
     for tile in source.tiles(size):
@@ -496,7 +507,7 @@ def dense_bytes_allowed(operator: Any) -> int:
 def fits_dense(operator: LinearOperator | Tensor) -> bool:
     """Whether the dense matrix may be made: no part's limit of bytes or of backward passes forbids it."""
     allowed = dense_bytes_allowed(operator)
-    # 0 is "never", also for a process that has none of the rows.
+    # 0 means never, also for a process that has none of the rows.
     if allowed == 0 or operator.shape.numel() * operator.dtype.itemsize > allowed:
         return False
     return math.isfinite(capabilities(operator).exact_cost("tiles"))

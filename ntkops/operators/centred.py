@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-from linear_operator.operators import BatchRepeatLinearOperator, LinearOperator
+from linear_operator.operators import BatchRepeatLinearOperator, LinearOperator, to_linear_operator
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedOperationError
@@ -26,7 +26,8 @@ class _Centring(LinearOperator):
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         block = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
-        split = block.unflatten(-2, (self._samples, self._outputs))
+        split = block.unflatten(-2, (self._samples, self._outputs))  # (*batch, N, O, k)
+        # In float64: the sum of N numbers in float32 would have the rounding of N additions.
         result = (split - split.double().mean(-3, keepdim=True).to(split)).flatten(-3, -2)
         return result.squeeze(-1) if rhs.dim() == 1 else result
 
@@ -39,10 +40,7 @@ class _Centring(LinearOperator):
 
 
 class CentredKernel(Sandwich, Capabilities):
-    """H K H, lazily, for a symmetric kernel K; its tiles are those of K with O products more.
-
-    HKH = K - U(KU)ᵀ - (KU)Uᵀ + U(UᵀKU)Uᵀ with U = 1/√N ⊗ I_O.
-    """
+    """H K H, lazily, for a symmetric kernel K; its tiles are those of K with O products more."""
 
     @classmethod
     def of(cls, kernel: LinearOperator, samples: int, outputs: int) -> CentredKernel:
@@ -55,11 +53,13 @@ class CentredKernel(Sandwich, Capabilities):
 
     @property
     def _centring(self) -> _Centring:
+        """H."""
         found = self.right_linear_op  # which a product with a batch repeats
         return found.base_linear_op if isinstance(found, BatchRepeatLinearOperator) else found
 
     @property
     def _kernel(self) -> LinearOperator:
+        """K."""
         return self.left_linear_op.right_linear_op
 
     @property
@@ -69,9 +69,12 @@ class CentredKernel(Sandwich, Capabilities):
         return space
 
     def _means(self) -> tuple[Tensor, Tensor]:
-        """Return A = KU/√N less half of its mean, ``(*batch, n, O)``: HKH = K - A 1ᵀ... - (A 1ᵀ...)ᵀ."""
+        """Return A ``(*batch, n, O)`` with HKH = K - A Eᵀ - E Aᵀ, and the output of each row."""
+        # E = 1 ⊗ I_O (n x O) repeats O numbers for each sample, and H = I - E Eᵀ / N.
+        # Let B = K E / N and C = Eᵀ K E / N² (O x O), symmetric, which is the mean of B over samples.
+        # Then H K H = K - B Eᵀ - E Bᵀ + E C Eᵀ = K - A Eᵀ - E Aᵀ with A = B - E C / 2.
         samples, outputs = self._centring._samples, self._centring._outputs
-        eye = torch.eye(outputs, dtype=self.dtype, device=self.device).repeat(samples, 1)
+        eye = torch.eye(outputs, dtype=self.dtype, device=self.device).repeat(samples, 1)  # E
         block = eye.expand(*self.shape[:-2], -1, -1)
         product = multiply(self._kernel, block).double() / samples  # (*batch, n, O)
         mean = product.unflatten(-2, (samples, outputs)).mean(-3)  # (*batch, O, O)
@@ -80,7 +83,7 @@ class CentredKernel(Sandwich, Capabilities):
 
     def _diagonal(self) -> Tensor:
         less, output = self._means()
-        own = less.gather(-1, output[:, None].expand(*less.shape[:-1], 1)).squeeze(-1)
+        own = less.gather(-1, output[:, None].expand(*less.shape[:-1], 1)).squeeze(-1)  # (A Eᵀ)_ii
         return (capabilities(self._kernel).diagonal().double() - 2 * own).to(self.dtype)
 
     def tile_size(self) -> int:
@@ -91,7 +94,7 @@ class CentredKernel(Sandwich, Capabilities):
         """Yield the tiles on and above the diagonal."""
         less, output = self._means()
         for tile in capabilities(self._kernel).tiles(size):
-            rows = less[..., tile.rows, :][..., output[tile.cols]]
+            rows = less[..., tile.rows, :][..., output[tile.cols]]  # (A Eᵀ)_ij = A[i, output of j]
             columns = less[..., tile.cols, :][..., output[tile.rows]].mT
             yield Tile(tile.rows, tile.cols, (tile.block.double() - rows - columns).to(self.dtype))
 
@@ -110,18 +113,14 @@ class CentredKernel(Sandwich, Capabilities):
 
 
 def centred(operator: LinearOperator | Tensor, what: str) -> LinearOperator:
-    """Return H K H of a kernel over samples, or over samples and outputs; a matrix has one row a sample.
+    """Return H K H of a symmetric kernel over samples, or samples and outputs; ``what`` messages call it.
 
-    Args:
-        operator: Symmetric ``(*batch, n, n)``.
-        what: How messages call it.
+    A matrix has one row a sample.
 
     Raises:
         ShapeError: If the rows are no whole samples.
         UnsupportedOperationError: If it is not symmetric, or its samples lie on several ranks.
     """
-    from linear_operator.operators import to_linear_operator
-
     kernel: Any = to_linear_operator(operator)
     if capabilities(kernel).space.is_spread:
         raise UnsupportedOperationError(

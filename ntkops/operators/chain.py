@@ -37,6 +37,7 @@ def product_factors(operator: LinearOperator) -> Chain:
 
 
 def _joined(chain: Chain) -> Chain:
+    """Multiply neighbours that make one operator: two Jacobians a kernel, two diagonals one."""
     found: list[LinearOperator] = []
     for factor in chain:
         last = found[-1] if found else None
@@ -44,6 +45,7 @@ def _joined(chain: Chain) -> Chain:
         if diagonals or isinstance(last, JacobianOperator) and isinstance(factor, JacobianOperator):
             assert last is not None
             together = last.matmul(factor)
+            # Jᵀ J, or Jacobians of two snapshots, is a product like any other: both stay.
             if not isinstance(together, MatmulLinearOperator):
                 found[-1] = to_linear_operator(together)
                 continue
@@ -61,6 +63,7 @@ def multiplied(chain: Chain) -> LinearOperator:
 
 def is_symmetric_chain(chain: Chain, middle: bool) -> bool:
     """Whether it is A M Aᵀ by what it is made of; ``middle``: whether M, if there is one, is symmetric."""
+    # (A₁ ... A_h M B_h ... B₁)ᵀ is the chain itself if every B_i is A_iᵀ, and M, if there is one, symmetric.
     half = len(chain) // 2
     pairs = zip(chain[:half], reversed(chain), strict=False)
     return (middle or len(chain) % 2 == 0) and all(same_operator(a, b.mT) for a, b in pairs)
@@ -75,11 +78,12 @@ def same_operator(first: Any, second: Any) -> bool:
         return alike and torch.equal(first, second)
     if isinstance(first, Core) and isinstance(second, Core):
         return _same_core(first, second)
-    if not isinstance(first, LinearOperator):
+    if not isinstance(first, LinearOperator):  # an option, such as the names of a stack's parts
         simple = isinstance(first, int | float | str | tuple | torch.Size | torch.device | None)
         return simple and type(first) is type(second) and first == second
     if type(first) is not type(second) or first.shape != second.shape:
         return False
+    # linear_operator makes an operator anew of its arguments: equal ones make equal matrices.
     args = len(first._args) == len(second._args)
     args = args and all(same_operator(a, b) for a, b in zip(first._args, second._args, strict=True))
     # The axes of ours know their differences without a look at P parameters; linear_operator's are few.
@@ -92,7 +96,9 @@ def same_operator(first: Any, second: Any) -> bool:
 
 
 def _same_core(first: Core, second: Core) -> bool:
+    """Whether two cores have one snapshot, equal axes, and equal options of a kind, such as a projection."""
     one, two = first.engine.linearization, second.engine.linearization
+    # How products are made, and what they have cost so far, does not change the matrix.
     others = [
         f.name for f in dataclasses.fields(first) if f.name not in ("engine", "rows", "columns", "spending")
     ]
@@ -109,6 +115,7 @@ def _same_core(first: Core, second: Core) -> bool:
 
 
 def _same_axis(first: Axis, second: Axis) -> bool:
+    """Whether two axes have the same rows of the same samples, or the same entries of the parameters."""
     if first is second:
         return True
     if first.pick is None or second.pick is None:

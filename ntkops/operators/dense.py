@@ -20,7 +20,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..engines import LayerwiseEngine, format_bytes, shared_store, tensor_bytes
+from ..engines import format_bytes, shared_store, tensor_bytes
 from ..errors import DenseMemoryError, NotConvergedError, ShapeError, SingularKernelError
 from ..solvers import products_are_steady
 from .axes import StateAxis
@@ -32,6 +32,12 @@ __all__ = [
     "DenseFallbacks",
     "DenseOperator",
 ]
+
+logger = logging.getLogger(__name__)
+
+_MANY = 50  # columns that an iteration takes as a rule
+# Passes that a dense block may take beside large factors for products, whose place it then takes.
+_BESIDE_FACTORS = 1.5
 
 
 class DenseFallbacks(Expression):
@@ -57,12 +63,13 @@ class DenseFallbacks(Expression):
         return symmetric(self.to_dense().double())
 
     def _factor(self, matrix: Tensor | None = None) -> Tensor:
-        """Return the lower Cholesky factor in float64, without any hidden jitter."""
+        """Return the lower Cholesky factor in float64, without any jitter that was not asked for."""
         matrix = self._square() if matrix is None else matrix
         factor, info = torch.linalg.cholesky_ex(matrix)
         ridge, size = self._least_ridge(), self.shape[-1]
         with torch.no_grad():
             if bool((info > 0).any()):
+                # It stops at rounding, or at a kernel that is indefinite: eigenvalues tell which.
                 values = torch.linalg.eigvalsh(matrix)
                 self._require_resolved(values[..., 0], values[..., -1])
                 raise SingularKernelError(
@@ -73,6 +80,7 @@ class DenseFallbacks(Expression):
         return factor
 
     def _require_resolved(self, least: Tensor, largest: Tensor) -> None:
+        """Raise unless the least eigenvalue, ridge included, is above the rounding of K."""
         ridge = self._least_ridge()
         way_out = "add a ridge with K.add_jitter(ridge)"
         require_resolved(least - ridge, largest, ridge, self.dtype, self.shape[-1], way_out=way_out)
@@ -85,9 +93,10 @@ class DenseFallbacks(Expression):
         return solution
 
     def _require_solved(self, matrix: Tensor, solution: Tensor, right: Tensor) -> None:
+        """Raise unless each column has a relative residual within the tolerance."""
         rest = torch.linalg.vector_norm(right.detach().double() - matrix.detach() @ solution, dim=-2)
         norms = torch.linalg.vector_norm(right.detach().double(), dim=-2)
-        worst = float(torch.where(norms > 0, rest / norms, 0.0).max())
+        worst = float(torch.where(norms > 0, rest / norms, 0.0).max())  # of b = 0 the solution is 0, exactly
         if not worst <= self._tolerance():
             raise NotConvergedError(
                 f"the Cholesky solution has a relative residual of {worst:.2g}, the tolerance is "
@@ -139,12 +148,13 @@ class DenseFallbacks(Expression):
         quadratic = factor.new_zeros(self.batch_shape)
         if inv_quad_rhs is not None:
             right = (inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs).double()
-            half = torch.linalg.solve_triangular(factor, right, upper=False)
+            half = torch.linalg.solve_triangular(factor, right, upper=False)  # bᵀ K⁻¹ b = |L⁻¹ b|²
             self._require_solved(matrix, torch.cholesky_solve(right, factor).detach(), right)
             quadratic = half.square().sum(-2)
             quadratic = quadratic.sum(-1) if reduce_inv_quad else quadratic
         determinant = factor.new_zeros(self.batch_shape)
         if logdet:
+            # det K = det L · det Lᵀ = Π L_ii²
             determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return quadratic.to(self.dtype), determinant.to(self.dtype)
 
@@ -158,13 +168,14 @@ class DenseFallbacks(Expression):
         with torch.no_grad():
             self._require_resolved(values[..., 0], values[..., -1])
         right = (rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs).double()
-        result = vectors @ (values.rsqrt().unsqueeze(-1) * (vectors.mT @ right))
+        result = vectors @ (values.rsqrt().unsqueeze(-1) * (vectors.mT @ right))  # V Λ^{-1/2} Vᵀ R
         if lhs is None:
             return (result.squeeze(-1) if rhs.dim() == 1 else result).to(self.dtype)
         rotated = lhs.double() @ vectors
         product = lhs.double() @ result
         return (
             (product.squeeze(-1) if rhs.dim() == 1 else product).to(self.dtype),
+            # diag(L V Λ⁻¹ Vᵀ Lᵀ), as linear_operator's own method returns it
             (rotated.square() / values.unsqueeze(-2)).sum(-1).to(self.dtype),
         )
 
@@ -202,11 +213,6 @@ class DenseFallbacks(Expression):
 # -- dense results: built block by block, kept where they pay, refused above the limit
 
 
-logger = logging.getLogger(__name__)
-
-_MANY = 50  # columns that an iteration takes as a rule
-
-
 class DenseOperator(DenseFallbacks, ProductOperator):
     """An operator that can be made dense, inside ``max_dense_bytes``."""
 
@@ -226,6 +232,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         if stored is not None and not self._is_recorded():
             return stored
         needed = tensor_bytes(self.shape, self.dtype)
+        # A single row or column is no more than the result of a product, whatever the limit.
         if min(self.shape[-2:]) > 1 and needed > self._core.max_dense_bytes:
             self._refuse_dense(needed)
         self._check_fresh()
@@ -241,6 +248,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         return self.to_dense()
 
     def _refuse_dense(self, needed: int) -> NoReturn:
+        """Raise: the dense matrix is larger than allowed."""
         limit = self._core.max_dense_bytes
         raise DenseMemoryError(
             f"the dense {' x '.join(str(s) for s in self.shape)} matrix needs {format_bytes(needed)}, above "
@@ -249,6 +257,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         )
 
     def _dense_values(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the dense matrix at some values of the parameters, with its graph where one is recorded."""
         raise NotImplementedError
 
     def _dense_cost(self) -> float:
@@ -260,6 +269,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         return 0.0
 
     def _dense_by_columns(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the dense matrix as a product with the identity, on the side that has fewer columns."""
         operator = self._rebuild(self._core, params)
         rows, columns = self.shape[-2:]
         transposed = rows < columns
@@ -271,7 +281,7 @@ class DenseOperator(DenseFallbacks, ProductOperator):
     def _dense_key(self) -> tuple[object, ...] | None:
         """Return the key of the dense block, or None where the parameters are not the snapshot."""
         snapshot = self._core.engine.linearization.parameters
-        if self._core.engine.linearization.differentiable:
+        if self._core.engine.linearization.differentiable:  # live tensors: an optimiser may change them
             return None
         if any(
             a.data_ptr() != s.data_ptr() or a.dtype != s.dtype
@@ -282,10 +292,12 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         return ("dense", self._core.rows.key, self._core.columns.key, versions)
 
     def _stored_dense(self) -> Tensor | None:
+        """Return the dense block if it was made and is still kept."""
         key = self._dense_key()
         return None if key is None else shared_store.get(self._core.engine.identity, key)
 
     def _store_dense(self, dense: Tensor) -> None:
+        """Keep a dense block for the products that follow, where it may be kept."""
         key = self._dense_key()
         if key is not None and tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes:
             shared_store.put(self._core.engine.identity, key, dense)
@@ -294,7 +306,8 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         """Return a dense block that exists, or build it once the products have cost as much.
 
         Building when the passes spent equal the cost of building is the classical rent-or-buy rule:
-        never more than twice the cost of the best decision in hindsight.
+        never more than twice the cost of the best decision in hindsight. Let products cost x in all and the
+        block c: the best is min(x, c); what is paid here is x up to x = c, and 2 c at most beyond.
         """
         if products_are_steady():
             return self._steady_dense()
@@ -305,11 +318,11 @@ class DenseOperator(DenseFallbacks, ProductOperator):
             return None
         core = self._core
         core.spending.passes += self.passes_per_column * columns
-        cost = self._dense_cost()
+        spent, cost = core.spending.passes, self._dense_cost()
         # Large factors take the memory of all layers: a block that takes hardly more passes is made in their
         # place, as soon as they would be.
-        instead = self._factor_passes() * 1.5 >= cost
-        if core.spending.passes <= (cost / 2 if instead else cost) or self._dense_key() is None:
+        pays = spent > cost or (spent > cost / 2 and self._factor_passes() * _BESIDE_FACTORS >= cost)
+        if not pays or self._dense_key() is None:
             return None
         logger.info(
             "building the dense %s block (%s): products have cost %.0f passes, the block costs about %.0f",
@@ -330,17 +343,17 @@ class DenseOperator(DenseFallbacks, ProductOperator):
         return None
 
     def _settle(self) -> None:
-        """Let a layerwise engine make its factors now, where they fit."""
+        """Let the engine make factors for many products now, where it has some and they fit."""
         core = self._core
         if core.spending.settled:
             return
         core.spending.settled = True
-        if isinstance(core.engine, LayerwiseEngine):
-            for axis in {core.rows, core.columns}:
-                if isinstance(axis, StateAxis) and axis.inputs.num_samples:
-                    core.engine.settle(tuple(self._args), axis.inputs)
+        for axis in {core.rows, core.columns}:
+            if isinstance(axis, StateAxis) and axis.inputs.num_samples:
+                core.engine.settle(tuple(self._args), axis.inputs)
 
     def _dense_built(self) -> Tensor:
+        """Return the dense block, made now and kept."""
         dense = self._dense_values(self._args)
         self._store_dense(dense)
         return dense

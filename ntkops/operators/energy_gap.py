@@ -83,6 +83,7 @@ def energy_gap(
     if approximation.shape != kernel.shape:
         raise ShapeError(f"the Nyström kernel is {tuple(approximation.shape)}, K {tuple(kernel.shape)}")
     with torch.no_grad():
+        # K - Φ Π Φᵀ is positive semidefinite: its nuclear norm is its trace.
         total = capabilities(kernel).diagonal().double().sum(-1)
         captured = capabilities(approximation).diagonal().double().sum(-1)
         ranks = torch.as_tensor(approximation.rank)
@@ -101,6 +102,8 @@ def energy_gap(
 
 
 def _leading_pairs(kernel: LinearOperator, rank: int, generator: torch.Generator) -> RitzPairs:
+    """Return the leading eigenvalues by Lanczos."""
+    # Of residuals, relative to λmax; the error of an eigenvalue is at most its residual.
     tolerance = 1e-9 if kernel.dtype == torch.float64 else 2e-5
     width = min(8, kernel.shape[-1])
 

@@ -62,7 +62,7 @@ def to_scipy(operator: LinearOperator) -> ScipyOperator:
         with torch.no_grad():
             return (side @ block).cpu().numpy()
 
-    transposed = operator.mT
+    transposed = operator.mT  # real: Kᴴ = Kᵀ
     return ScipyOperator(
         shape=tuple(operator.shape),
         dtype=dtype,
@@ -71,9 +71,6 @@ def to_scipy(operator: LinearOperator) -> ScipyOperator:
         matmat=lambda v: multiply(operator, v),
         rmatmat=lambda v: multiply(transposed, v),
     )
-
-
-# -- what an operator does in an expression: it meets numbers, tensors and operators, or says why not
 
 
 _INVERSE = "no inverse is formed; use K.add_jitter(ridge).solve(b), or torch.linalg.inv(K.to_dense())"
@@ -483,6 +480,7 @@ class Expression(LinearOperator):
 
 
 def _joined(tensors: Any, dim: Any = 0) -> LinearOperator:
+    """Return what `torch.cat` of operators and tensors is, of which one at least is ours."""
     parts = tuple(tensors)
     ours = next(part for part in parts if isinstance(part, Expression))
     if isinstance(dim, bool) or not isinstance(dim, int) or not -ours.dim() <= dim < ours.dim():

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..engines import tensor_bytes
 from ..errors import ShapeError
-from .axes import resolve_index
 from .capabilities import by_unit_columns, capabilities, dense_from_tiles
 from .dense import DenseOperator
-from .positions import require_index
+from .positions import require_index, resolve_index, same_index
 
 __all__ = ["IndexedOperator"]
 
 _SMALL = 2**27  # bytes of a dense block that may be made for columns, as it may for products
+_GROUP = 64  # single entries that are read off one small grid: at most 64 x 64 entries are made for them
 
 
 class IndexedOperator(DenseOperator):
@@ -31,7 +31,7 @@ class IndexedOperator(DenseOperator):
         if batch_indices and not all(isinstance(b, slice) and b == slice(None) for b in batch_indices):
             core = core.map_axes(lambda axis: axis.map_batch(lambda numbers: numbers[tuple(batch_indices)]))
         rows = core.rows.take(row_index)
-        shared = core.symmetric and _same_index(row_index, col_index)
+        shared = core.symmetric and same_index(row_index, col_index)
         columns = rows if shared else core.columns.take(col_index)
         if rows is core.rows and columns is core.columns and core is self._core:
             return self
@@ -53,8 +53,13 @@ class IndexedOperator(DenseOperator):
         Raises:
             OutOfRangeError: If an index lies outside the operator.
         """
-        first, second = (_as_index(i) for i in (rows, cols))
-        return self._getitem(first, second, *(slice(None),) * len(self.batch_shape))
+        return self._grid(*(_as_index(i) for i in (rows, cols)))
+
+    def _grid(self, rows: slice | Tensor, columns: slice | Tensor) -> Self:
+        """Return the operator on a grid of rows and columns, with all of its batch."""
+        part = self._getitem(rows, columns, *(slice(None),) * len(self.batch_shape))
+        assert isinstance(part, type(self))
+        return part
 
     def take_columns(self, chosen: Tensor) -> Tensor:
         """Return dense columns ``(*batch, n, b)``: the block between all rows and those, or what is stored.
@@ -72,7 +77,7 @@ class IndexedOperator(DenseOperator):
             return stored[..., chosen.to(stored.device)]
         # A column that is wanted twice is made once; a block of a kernel has no repeated rows.
         numbers, place = torch.unique(chosen.cpu(), return_inverse=True)
-        block = self._getitem(slice(None), numbers, *(slice(None) for _ in self.batch_shape))
+        block = self._grid(slice(None), numbers)
         if math.isfinite(capabilities(block).exact_cost("tiles")):
             return dense_from_tiles(block)[..., place.to(self.device)]
         return by_unit_columns(self, chosen)  # above the limit of backward passes
@@ -82,6 +87,7 @@ class IndexedOperator(DenseOperator):
         rows, columns = (i.expand(shape).reshape(-1).cpu() for i in (row_index, col_index))
         if not batch_indices:
             return self._entries(rows, columns).reshape(shape)
+        # One member after the other: entries of one kernel share grids, those of two have nothing in common.
         sizes = self.batch_shape
         flat = torch.zeros_like(rows)
         for size, index in zip(sizes, batch_indices, strict=True):
@@ -98,10 +104,10 @@ class IndexedOperator(DenseOperator):
             )
         return values.reshape(shape)
 
-    def _entries(self, rows: Tensor, columns: Tensor, group: int = 64) -> Tensor:
+    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the entries (rows[i], columns[i]), by small dense grids of what they touch."""
-        if torch.unique(rows).numel() == 1 or torch.unique(columns).numel() == 1:
-            group = max(len(rows), 1)
+        one = torch.unique(rows).numel() == 1 or torch.unique(columns).numel() == 1
+        group = max(len(rows), 1) if one else _GROUP  # in one row or column a grid has no entry too many
         parts = []
         for row, column in zip(rows.split(group), columns.split(group), strict=True):
             unique_rows, i = torch.unique(row, return_inverse=True)
@@ -113,6 +119,7 @@ class IndexedOperator(DenseOperator):
         return torch.cat(parts)
 
     def _diagonal(self) -> Tensor:
+        """Return the diagonal by single entries; kernels have a better way."""
         positions = torch.arange(self.shape[-1])
         batch = tuple(torch.arange(s) for s in self.batch_shape)
         grids = torch.meshgrid(*batch, positions, indexing="ij")
@@ -125,6 +132,7 @@ class IndexedOperator(DenseOperator):
         return self if core.symmetric else self._rebuild(core.with_axes(core.columns, core.rows))
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a change of ``(*batch, R, r)`` to the numbers of both axes."""
         return self._rebuild(self._core.map_axes(lambda axis: axis.map_batch(change)))
 
     def _permute_batch(self, *dims: int) -> Self:
@@ -157,14 +165,9 @@ class IndexedOperator(DenseOperator):
 
 
 def _as_index(index: Any) -> slice | Tensor:
+    """Return a slice, or the flat tensor of what is a list, a range, an array or one position."""
     if not isinstance(index, (slice, Tensor, np.ndarray, list, tuple, range)):
         require_index(index)
     found = index if isinstance(index, slice) else torch.as_tensor(index).flatten()
     require_index(found)
     return found
-
-
-def _same_index(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and bool((first == second).all())
-    return isinstance(first, slice) and isinstance(second, slice) and first == second

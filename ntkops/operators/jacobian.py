@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JacobianOperator", "jacobian", "jacobian_rows", "network_states", "state_axis"]
 
-_PASSED = 256  # samples of a forward pass whose outputs alone are kept
+_PASSED = 256  # samples of a forward pass whose outputs alone are kept, so that its memory is not N's
 
 
 class JacobianOperator(EngineOperator):
@@ -96,6 +96,7 @@ class JacobianOperator(EngineOperator):
                 )
 
     def _meets(self, other: JacobianOperator) -> bool:
+        """Whether the product with another Jacobian is a kernel: both have all parameters of one snapshot."""
         inner, facing = self._core.columns, other._core.rows
         return (
             isinstance(inner, ParameterAxis)
@@ -108,13 +109,11 @@ class JacobianOperator(EngineOperator):
         )
 
     def _dense_cost(self) -> float:
-        axis = self._state_axis()
-        return 2.0 * axis.num_distinct
+        return 2.0 * self._state_axis().num_distinct
 
     def _state_axis(self) -> StateAxis:
-        axis = self._core.rows if isinstance(self._core.rows, StateAxis) else self._core.columns
-        assert isinstance(axis, StateAxis)
-        return axis
+        """Return the rows of J: the columns of its transpose."""
+        return self._state_axes()[0]
 
     def _dense_if_cheaper(self, columns: int) -> Tensor | None:
         if products_are_steady():
@@ -135,6 +134,8 @@ class JacobianOperator(EngineOperator):
 
 def jacobian_rows(engine: Engine, params: tuple[Tensor, ...], axis: StateAxis) -> Tensor:
     """Return the dense rows ``(*batch, n, R·P)`` of an axis, from per-sample gradients."""
+    # One pass makes the gradient of an output for all samples of a tile: outputs that are in several terms or
+    # members are passed once and then copied to their places.
     distinct, index = torch.unique(axis.flat_outputs, return_inverse=True)  # index (M, R, r)
     count = axis.inputs.num_samples
     tiles = []
@@ -164,6 +165,7 @@ def network_states(linearization: Linearization, params: tuple[Tensor, ...], inp
 
 
 def _same_rows(first: StateAxis, second: StateAxis) -> bool:
+    """Whether two axes are the same rows of the same samples."""
     if first is second:
         return True
     same_pick = (first.pick is None and second.pick is None) or (

@@ -8,18 +8,18 @@ from typing import Any, ClassVar, Self
 import torch
 from linear_operator.operators import (
     CatLinearOperator,
-    ConstantMulLinearOperator,
     LinearOperator,
     to_linear_operator,
 )
 from torch import Tensor
 
 from ..errors import DeviceError, DtypeError, InputError, ShapeError, UnsupportedOperationError
-from .algebra import KernelAlgebra
-from .axes import ParameterAxis, resolve_index
+from .algebra import KernelAlgebra, unscaled
+from .axes import ParameterAxis
 from .dense import DenseFallbacks
 from .expression import Expression
 from .jacobian import JacobianOperator
+from .positions import resolve_index
 
 __all__ = ["JoinedOperator", "is_stack", "join"]
 
@@ -58,6 +58,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         self._nondifferentiable_kwargs["names"] = names  # what linear_operator makes it anew from
 
     def _check_args(self, *linear_ops: LinearOperator, **kwargs: Any) -> str | None:
+        # A stack of one function is a stack: linear_operator takes two parts or more.
         return None if len(linear_ops) == 1 else super()._check_args(*linear_ops, **kwargs)
 
     def matmul(self, other: Any) -> Any:
@@ -87,7 +88,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         # linear_operator's own takes no steps, and no part of a slice that ends where a part does.
-        indices = [*batch_indices, row_index, col_index]
+        indices = [*batch_indices, row_index, col_index]  # `cat_dim` is -2 or -1 of these
         if indices[self.cat_dim] == slice(None):
             kept = [part._getitem(*indices[-2:], *batch_indices) for part in self.linear_ops]
             return type(self)(*kept, dim=self.cat_dim, output_device=kept[0].device, names=self.names)
@@ -98,7 +99,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         parts = []
         every = slice(None)
         for owner, run in zip(owners.tolist(), chosen.split(counts.tolist()), strict=True):
-            own: list[Any] = [every, every]
+            own: list[Any] = [every, every]  # rows and columns; -3 - dim is the other of the two
             own[self.cat_dim] = run - int(self.cat_dim_cum_sizes[owner])
             part = self.linear_ops[owner]._getitem(*own, *batch_indices)
             # One after the other: two tensors of positions would be taken for pairs.
@@ -109,6 +110,7 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
         return parts[0] if len(parts) == 1 else self._like(parts)
 
     def _like(self, parts: Sequence[LinearOperator]) -> Self:
+        """Return other parts along the same axis; names would no longer be those of whole parts."""
         return type(self)(*parts, dim=self.cat_dim, output_device=parts[0].device)
 
     def _moved(self, dtype: torch.dtype, device: torch.device) -> Self:
@@ -118,15 +120,14 @@ class JoinedOperator(KernelAlgebra, DenseFallbacks, CatLinearOperator):
 
 def is_stack(operator: LinearOperator) -> bool:
     """Whether it is Jacobians over all parameters, scaled or not, one below the other."""
-    if isinstance(operator, JoinedOperator):
-        return operator.cat_dim == -2 and all(map(is_stack, operator.linear_ops))
-    if isinstance(operator, ConstantMulLinearOperator):
-        return operator._constant.numel() == 1 and is_stack(operator.base_linear_op)
+    part, _ = unscaled(operator)
+    if isinstance(part, JoinedOperator):
+        return part.cat_dim == -2 and all(map(is_stack, part.linear_ops))
     return (
-        isinstance(operator, JacobianOperator)
-        and isinstance(operator._core.columns, ParameterAxis)
-        and operator._core.columns.pick is None
-        and not operator.batch_shape
+        isinstance(part, JacobianOperator)
+        and isinstance(part._core.columns, ParameterAxis)
+        and part._core.columns.pick is None
+        and not part.batch_shape
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines import EngineChoice, LayerwiseEngine, build_engine, tensor_bytes
+from ..engines import EngineChoice, build_engine, tensor_bytes
 from ..engines.passes import SharedPasses
 from ..engines.tiles import sample_slices
 from ..errors import (
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NTKOperator"]
 
-_LEAST_STEP = 16  # samples of a part of the diagonal
-_TILES_OF_STEP = 8
+_TILES_OF_STEP = 8  # tiles of gradients of a part of the diagonal
+_LEAST_STEP = 16  # samples of such a part
 
 
 class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
@@ -46,11 +46,13 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
 
     @property
     def _rows(self) -> StateAxis:
+        """The axis of the rows, of states."""
         assert isinstance(self._core.rows, StateAxis)
         return self._core.rows
 
     @property
     def _columns(self) -> StateAxis:
+        """The axis of the columns, of states."""
         assert isinstance(self._core.columns, StateAxis)
         return self._core.columns
 
@@ -93,6 +95,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         return self._factor_of(self._columns)
 
     def _factor_of(self, axis: StateAxis) -> JacobianOperator:
+        """Return the Jacobian whose rows are an axis."""
         beside = ParameterAxis.beside(axis, self.num_parameters)
         return JacobianOperator(*self._args, core=self._core.with_axes(axis, beside))
 
@@ -127,35 +130,38 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
 
     def _dense_cost(self) -> float:
         # Above the limit of backward passes the dense block is refused, by whatever way: products go on.
-        if not self._core.engine.allows(self._num_distinct()):
+        distinct = self._num_distinct()
+        if not self._core.engine.allows(distinct):
             return math.inf
-        columns, block = self._column_cost(), self._block_cost()
+        columns, block = self._column_cost(), self._block_cost(distinct)
         return columns if columns < block and self._pushes() else block
 
-    def _block_cost(self) -> float:
-        engine, inputs, distinct = self._core.engine, self._rows.inputs, self._num_distinct()
-        repeats = engine.kernel_repeats(inputs, self._kernel_shape(), distinct)
-        return self._tile_cost() + distinct * (repeats - 1)
+    def _block_cost(self, distinct: int) -> float:
+        """Return the passes of a dense kernel by rows of J or factors, some samples at a time."""
+        engine, inputs, shape = self._core.engine, self._rows.inputs, self._kernel_shape()
+        # One tile takes a backward pass for each output; a sample in `repeats` tiles is passed that often.
+        repeats = engine.kernel_repeats(inputs, shape, distinct)
+        return engine.kernel_passes(inputs, shape, distinct) + distinct * (repeats - 1)
 
     def _tile_cost(self) -> float:
         """Return what a dense kernel costs that fits into one tile of samples."""
         return self._core.engine.kernel_passes(self._rows.inputs, self._kernel_shape(), self._num_distinct())
 
     def _factor_passes(self) -> float:
-        core, rows = self._core, self._rows
-        if not isinstance(core.engine, LayerwiseEngine) or not core.symmetric:
-            return 0.0
-        return core.engine.large_factor_passes(rows.inputs)
+        core = self._core
+        return core.engine.large_factor_passes(self._rows.inputs) if core.symmetric else 0.0
 
     def _column_cost(self) -> float:
+        """Return the passes of a dense kernel by products: a vjp and a jvp for each of the fewer columns."""
         return 2.0 * min(self.shape[-2:]) * self._rows.batch_shape.numel() * self._rows.terms
 
     def _by_columns(self) -> bool:
         """Whether products are the cheaper way to a dense kernel; where J p does not exist they are none."""
         # In this order: which mode a model allows is found with the first product that needs one.
-        return self._column_cost() < self._block_cost() and self._pushes()
+        return self._column_cost() < self._block_cost(self._num_distinct()) and self._pushes()
 
     def _pushes(self) -> bool:
+        """Whether J p exists, in forward mode or by two backward passes."""
         return self._core.engine.differentiation.mode != "reverse"
 
     def _dense_instead(self) -> Tensor | None:
@@ -168,11 +174,8 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             return self._dense_by_columns(params)
         dense = self._core.engine.kernel(
             tuple(params), rows.inputs, columns.inputs, rows.flat_outputs, columns.flat_outputs
-        )
-        if rows.index is not None:
-            dense = dense[:, rows.index.to(dense.device)]
-        if columns.index is not None:
-            dense = dense[..., columns.index.to(dense.device)]
+        )  # (M, N₁·r₁, N₂·r₂)
+        dense = _picked(dense, rows, columns)
         return dense.reshape(*self.batch_shape, *dense.shape[1:])
 
     def _diagonal(self) -> Tensor:
@@ -186,11 +189,8 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         if rows.inputs.is_streamed and rows.pick is None and not self._is_recorded():  # read once
             parts = [part for _, part in self.diagonal_parts(self.diagonal_step())]
             return torch.cat(parts, dim=-1)
-        if self._is_recorded():
-            diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
-        else:
-            with torch.no_grad():
-                diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)
+        with torch.set_grad_enabled(self._is_recorded()):
+            diagonal = self._core.engine.diagonal(self._args, rows.inputs, rows.flat_outputs)  # (M, N·r)
         if rows.index is not None:
             diagonal = diagonal[:, rows.index.to(diagonal.device)]
         return diagonal.reshape(*self.batch_shape, -1)
@@ -233,10 +233,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
                 owners,
                 count,
             )
-        if rows.index is not None:
-            blocks = blocks[..., rows.index.to(blocks.device), :]
-        if columns.index is not None:
-            blocks = blocks[..., columns.index.to(blocks.device)]
+        blocks = _picked(blocks, rows, columns)  # (L, M, r, c)
         return blocks.reshape(count, *self.batch_shape, *blocks.shape[-2:])
 
     def sample_gram(self, cotangents: Tensor) -> Tensor:
@@ -319,14 +316,18 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             return math.inf
         if quantity == "diagonal":
             return engine.diagonal_passes(rows.inputs, outputs)
-        if self._over_time:
+        if self._over_time:  # a recursion makes what one pair of samples has, whatever the tiles
             return self._tile_cost()
+        # In passes over the N₁ samples of the rows. Symmetric, with b tiles a side: b (b + 1) / 2 tiles, each
+        # with gradients of N₁ / b samples. Cross: one pass over the rows, and for each of their b tiles one
+        # over the N₂ columns, b · N₂ / N₁ = `others`. `_tile_cost` has the first pass already.
         size = self.tile_size()
         count, others = (math.ceil(length / size) for length in self.shape[-2:])
         steps = outputs * ((count + 1) / 2 if self.symmetric else 1 + others)
         return max(0.0, steps - outputs) + self._tile_cost()
 
     def _row_bytes(self) -> int:
+        """Return the bytes of a row of J, of each term and member of the batch."""
         rows = self._rows
         entries = rows.batch_shape.numel() * rows.terms * self.num_parameters
         return max(1, entries * self.dtype.itemsize)
@@ -339,13 +340,13 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     @property
     def _over_time(self) -> bool:
         """Whether blocks of hidden states over time come from recursions, one for each pair of samples."""
-        engine = self._core.engine
-        return isinstance(engine, LayerwiseEngine) and engine.over_time
+        return self._core.engine.over_time
 
     def tile_size(self, parts: int = 1) -> int:
         """Return the rows of a tile for which the workspace suffices, one of each of so many kernels."""
         workspace = self._core.engine.workspace_bytes()
         if self._by_layers:  # the tiles themselves are what takes the memory
+            # The tile, and beside it what a layer adds: two Gram matrices and their product.
             entry = 4 * self.dtype.itemsize * self._rows.batch_shape.numel() * parts
             fit = max(1, math.isqrt(workspace // entry))
         else:
@@ -385,12 +386,15 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     def _row_of_tiles(
         self, left: AxisReader, right: AxisReader, rows: slice, columns: list[slice], passes: SharedPasses
     ) -> Iterator[Tile]:
+        """Yield the tiles of some rows and each of some runs of columns."""
         stored = self._stored_dense()
         if stored is not None:
             yield from (Tile(rows, part, stored[..., rows, part]) for part in columns)
             return
         if not columns:
             return
+        # Rows of J that are written down serve a whole row of tiles; where two blocks of them do not fit, or
+        # layer structure needs none, each tile is made by the engine.
         longest = max(part.stop - part.start for part in (rows, *columns))
         fits = not self._by_layers
         fits = fits and longest * self._row_bytes() <= 2 * self._core.engine.workspace_bytes()
@@ -417,6 +421,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             return jacobian_rows(self._core.engine, self._args, axis)
 
     def _block(self, rows: StateAxis, columns: StateAxis) -> Tensor:
+        """Return the dense block ``(*batch, r, c)`` between parts of two axes, by the engine."""
         self._check_fresh()
         part = self._rebuild(self._core.with_axes(rows, columns))
         with torch.set_grad_enabled(self._is_recorded()):
@@ -448,7 +453,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         for there follows what was asked for last.
         """
         inputs = self._rows.inputs
-        readers = [inputs.in_order(), inputs.in_order()]
+        readers = [inputs.in_order(), inputs.in_order()]  # a pair of parts is the most that is asked for
         held: dict[int, tuple[slice, Inputs]] = {}
 
         def kernel_of(*chosen: slice) -> NTKOperator:
@@ -483,6 +488,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
                     yield Tile(rows, columns, block)
 
     def _within(self, part: Inputs) -> NTKOperator:
+        """Return the symmetric kernel of these outputs of some samples."""
         axis = StateAxis(part, self._rows.outputs)
         return self._rebuild(self._core.with_axes(axis, axis))
 
@@ -502,12 +508,14 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
             The rows, and their part of the diagonal.
         """
         rows = self._rows
+        # Rows that are picked are not parts of samples in order, and of a stored block nothing is made.
         if not self.symmetric or rows.pick is not None or self._stored_dense() is not None:
             if first < self.shape[-1]:
                 yield slice(0, self.shape[-1]), self._diagonal()
             return
         count = rows.inputs.num_samples
         even = rows.inputs.lengths is None
+        # Coupled samples are one part, of all rows: `StateAxis.offsets` counts their nodes.
         offsets = torch.arange(count + 1) * rows.outputs.shape[-1] if even else rows.offsets
         with SharedPasses(count) as passes:
             for part, kernel in self.sample_parts(size, int(torch.searchsorted(offsets, first))):
@@ -518,10 +526,20 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     # algebra
 
     def _sum_batch(self, dim: int) -> LinearOperator:
+        # Σ_b Σ_r J_br J_brᵀ is one sum of B·R terms: nothing is added up before a product needs it.
         def merge(numbers: Tensor) -> Tensor:  # (*batch, R, r): the batch axis joins the terms
             return numbers.movedim(dim, -3).flatten(-3, -2)
 
         return self._map_batch(merge)
+
+
+def _picked(dense: Tensor, rows: StateAxis, columns: StateAxis) -> Tensor:
+    """Return the rows and columns of ``(..., N₁·r₁, N₂·r₂)`` that two axes have of their samples'."""
+    if rows.index is not None:
+        dense = dense[..., rows.index.to(dense.device), :]
+    if columns.index is not None:
+        dense = dense[..., columns.index.to(dense.device)]
+    return dense
 
 
 JacobianOperator.kernel_class = NTKOperator  # what J @ J'.mT is

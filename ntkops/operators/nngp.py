@@ -81,6 +81,7 @@ def nngp(
     linearization = linearize(model, names, output, batch_dim=batch_dim)
     J = jacobian(linearization, x)
     values = dict(zip(linearization.names, linearization.parameters, strict=True))
+    # A weight (outputs, width, ...) has σ_w² / (inputs of an output), a bias σ_b², in the parameters' order.
     variances = torch.cat(
         [
             torch.full_like(value.detach(), weight_variance / value[0].numel()).reshape(-1)
@@ -89,7 +90,7 @@ def nngp(
             for value in values.values()
         ]
     )
-    _require_linear(linearization, J, x)
+    _require_linear(linearization, J)
     return sandwich(J, variances)
 
 
@@ -115,7 +116,7 @@ def _parameters_of(model: nn.Module, head: Any) -> list[str]:
     return [name for name in own if name in tensors]
 
 
-def _require_linear(linearization: Linearization, J: Any, x: Any) -> None:
+def _require_linear(linearization: Linearization, J: Any) -> None:
     """Raise unless f(x) = J θ, as a readout has it.
 
     Raises:
@@ -125,6 +126,8 @@ def _require_linear(linearization: Linearization, J: Any, x: Any) -> None:
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in linearization.parameters])
         linear = multiply(J, flat.unsqueeze(-1)).squeeze(-1)
     outputs = network_states(linearization, J._args, J._state_axis().inputs).reshape(-1)
+    # f is linear in θ, without a constant, where f(θ) = J θ; √eps is far above rounding, and far below what a
+    # nonlinearity leaves.
     error = float((linear - outputs).double().norm())
     size = float(outputs.double().norm())
     if error > torch.finfo(linear.dtype).eps ** 0.5 * max(size, float(linear.double().norm())):

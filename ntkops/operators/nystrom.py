@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,6 +28,7 @@ from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
 from .capabilities import (
+    TILE,
     Capabilities,
     Factors,
     Tile,
@@ -35,9 +36,10 @@ from .capabilities import (
     dense_bytes_allowed,
     dense_from_tiles,
     taken_columns,
-    tile_slices,
+    tile_corners,
 )
 from .dense import DenseFallbacks
+from .positions import same_index
 
 if TYPE_CHECKING:
     from ..model.accepted import InputsLike
@@ -112,8 +114,9 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
         """Whether rows and columns are the same samples."""
         return self._left is self._right
 
-    def _like(self, left: LinearOperator, right: LinearOperator, root: Tensor | None = None) -> Self:
-        return type(self)(left, right, self._root if root is None else root, **self._kept)
+    def _like(self, left: LinearOperator, right: LinearOperator) -> Self:
+        """Return the kernel between other rows and columns, of the same inducing points."""
+        return type(self)(left, right, self._root, **self._kept)
 
     # products
 
@@ -124,6 +127,7 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
         if rhs.dim() == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
         with full_precision(rhs.device):
+            # K_XZ W (Wᵀ (K_ZX V)): from the right no factor is larger than n x k or m x k.
             inside = self._root @ (self._root.mT @ (self._right.mT @ rhs))
             return self._left @ inside
 
@@ -155,21 +159,16 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
 
     def tile_size(self) -> int:
         """Return the rows of a tile."""
-        return max(1, min(512, max(self.shape[-2:])))
+        return max(1, min(TILE, max(self.shape[-2:])))
 
     def tiles(self, size: int | None = None) -> Iterator[Tile]:
         """Yield products of features; of a symmetric kernel those on and above the diagonal."""
-        size = size or self.tile_size()
         left = features_of(self._left, self._root)
-        right = left
-        if not self.symmetric:
-            right = features_of(self._right, self._root)
-        for rows in tile_slices(self.shape[-2], size):
-            for cols in tile_slices(self.shape[-1], size):
-                if not self.symmetric or cols.start >= rows.start:
-                    with full_precision(self.device):  # autocast takes no digits
-                        block = left[..., rows, :] @ right[..., cols, :].mT
-                    yield Tile(rows, cols, block)
+        right = left if self.symmetric else features_of(self._right, self._root)
+        for rows, cols in tile_corners(self.shape, size or self.tile_size(), upper=self.symmetric):
+            with full_precision(self.device):  # autocast takes no digits
+                block = left[..., rows, :] @ right[..., cols, :].mT
+            yield Tile(rows, cols, block)
 
     def exact_cost(self, quantity: str) -> float:
         """Return the passes of all features."""
@@ -194,7 +193,8 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
             DenseMemoryError: If it exceeds ``max_dense_bytes`` and has more than r = 512 columns.
         """
         needed = tensor_bytes(torch.Size((*self.shape[:-1], self._root.shape[-1])), self.dtype)
-        if self._root.shape[-1] > 512 and needed > self.max_dense_bytes:
+        # n x 512 features are no more than one row of tiles of the kernel.
+        if self._root.shape[-1] > TILE and needed > self.max_dense_bytes:
             raise DenseMemoryError(
                 f"the features need {format_bytes(needed)}, above max_dense_bytes="
                 f"{format_bytes(self.max_dense_bytes)}: take fewer inducing points, or raise it"
@@ -230,58 +230,76 @@ class NystromOperator(KernelAlgebra, DenseFallbacks, LinearOperator, Capabilitie
     def _diagonal(self) -> Tensor:
         if self.symmetric:
             found = self._root.new_empty(self.shape[:-1])
-            for rows, part in feature_rows(self._left, self._root):
+            for rows, part in feature_rows(self._left, self._root):  # K_ii = |F_i|²
                 found[..., rows] = part.double().square().sum(-1).to(self.dtype)
             return found
         left, right = (features_of(side, self._root) for side in (self._left, self._right))
         return (left.double() * right.double()).sum(-1).to(self.dtype)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))
-        rows, columns, *members = (
-            i.expand(shape).reshape(-1) for i in (row_index, col_index, *batch_indices)
-        )
+        index = torch.broadcast_tensors(row_index, col_index, *batch_indices)
+        rows, columns, *members = (i.reshape(-1) for i in index)
         left = self._dense(self._left) @ self._root
         right = left if self.symmetric else self._dense(self._right) @ self._root
         place = tuple(members)
-        return (left[(*place, rows)] * right[(*place, columns)]).sum(-1).reshape(shape)
+        return (left[(*place, rows)] * right[(*place, columns)]).sum(-1).reshape(index[0].shape)
 
     # slices, batches, algebra
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
-        from .indexing import _same_index
-
         whole = slice(None)
         left = self._left._getitem(row_index, whole, *batch_indices)
-        same = self.symmetric and _same_index(row_index, col_index)
+        same = self.symmetric and same_index(row_index, col_index)
         right = left if same else self._right._getitem(col_index, whole, *batch_indices)
-        root, kept = self._root, dict(self._kept)
-        if batch_indices:
-            root = root[tuple(batch_indices)]
-            kept["ranks"] = torch.tensor(kept["ranks"])[tuple(batch_indices)].tolist()
-        return type(self)(left, right, root, **kept)
+        if not batch_indices:
+            return self._like(left, right)
+        members = tuple(batch_indices)
+        return self._of_members(left, right, self._root[members], lambda ranks: ranks[members])
+
+    def _of_members(
+        self,
+        left: LinearOperator,
+        right: LinearOperator,
+        root: Tensor,
+        change: Callable[[Tensor], Tensor],
+    ) -> Self:
+        """Return the kernel over another batch, given the change of one number a member."""
+        # Ranks are a list: linear_operator would cast a tensor to the operator's dtype.
+        ranks = change(torch.tensor(self._kept["ranks"])).tolist()
+        return type(self)(left, right, root, **{**self._kept, "ranks": ranks})
+
+    def _map_batch(
+        self,
+        move: Callable[[LinearOperator], LinearOperator],
+        root: Tensor,
+        change: Callable[[Tensor], Tensor],
+    ) -> Self:
+        """Apply one change of the batch to both sides, keeping a shared one shared."""
+        left = move(self._left)
+        return self._of_members(left, left if self.symmetric else move(self._right), root, change)
 
     def _unsqueeze_batch(self, dim: int) -> Self:
-        left = self._left._unsqueeze_batch(dim)
-        right = left if self.symmetric else self._right._unsqueeze_batch(dim)
-        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).unsqueeze(dim).tolist()}
-        return type(self)(left, right, self._root.unsqueeze(dim), **kept)
+        return self._map_batch(
+            lambda side: side._unsqueeze_batch(dim),
+            self._root.unsqueeze(dim),
+            lambda ranks: ranks.unsqueeze(dim),
+        )
 
     def _permute_batch(self, *dims: int) -> Self:
-        left = self._left._permute_batch(*dims)
-        right = left if self.symmetric else self._right._permute_batch(*dims)
-        root = self._root.permute(*dims, len(dims), len(dims) + 1)
-        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).permute(*dims).tolist()}
-        return type(self)(left, right, root, **kept)
+        return self._map_batch(
+            lambda side: side._permute_batch(*dims),
+            self._root.permute(*dims, len(dims), len(dims) + 1),
+            lambda ranks: ranks.permute(*dims),
+        )
 
     def _expand_batch(self, batch_shape: Any) -> LinearOperator:
         if tuple(batch_shape) == tuple(self.batch_shape):
             return self
-        left = self._left._expand_batch(batch_shape)
-        right = left if self.symmetric else self._right._expand_batch(batch_shape)
-        root = self._root.expand(*batch_shape, *self._root.shape[-2:])
-        kept = {**self._kept, "ranks": torch.tensor(self._kept["ranks"]).expand(tuple(batch_shape)).tolist()}
-        return type(self)(left, right, root, **kept)
+        return self._map_batch(
+            lambda side: side._expand_batch(batch_shape),
+            self._root.expand(*batch_shape, *self._root.shape[-2:]),
+            lambda ranks: ranks.expand(tuple(batch_shape)),
+        )
 
 
 @checked
@@ -377,17 +395,22 @@ def _over_ranks(
 
 def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return W with W Wᵀ = K_ZZ⁺, and the rank of K_ZZ."""
+    # K_ZZ = s S with entries of S of 1 at most. S ≈ V Λ Vᵀ with the eigenvalues above the cut-off, so that
+    # K_ZZ⁺ = s⁻¹ V Λ⁻¹ Vᵀ = W Wᵀ with W = s^{-1/2} V Λ^{-1/2}.
     largest = square.abs().amax(dim=(-2, -1), keepdim=True).double()
     if not bool((largest > 0).all()):
         raise SingularKernelError("the kernel of the inducing points is zero: choose others")
     scaled = square.double() / largest
     values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    # m ε λmax, the convention for a numerical rank, with the ε of the dtype in which K was computed.
     cutoff = values[..., -1:] * square.shape[-1] * torch.finfo(dtype).eps
     kept = values > cutoff
     ranks = kept.sum(-1)
     if bool((ranks < square.shape[-1]).any()):
         logger.info("the kernel of %d inducing points has rank %s", square.shape[-1], ranks.tolist())
     inverse = torch.where(kept, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    # Eigenvalues ascend: the last `width` are kept somewhere in the batch, and columns of members of a lower
+    # rank are zero there.
     width = int(ranks.max())
     root = (vectors * inverse.unsqueeze(-2))[..., -width:] * largest.rsqrt()
     return root.to(dtype), ranks
@@ -395,6 +418,7 @@ def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def feature_rows(cross: LinearOperator, root: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows of F = K_XZ W, ``(*batch, r, width)``, in order: no more of K_XZ is there at once."""
+    # F[rows] = Σ_cols K[rows, cols] W[cols]: tiles come row after row, and a new one ends the last sum.
     rows, found = slice(0, 0), root.new_zeros(())
     with torch.no_grad():
         for tile in capabilities(cross).all_tiles():

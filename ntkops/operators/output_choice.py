@@ -98,6 +98,7 @@ def _of_samples(axis: StateAxis, numbers: Tensor, labels: tuple[tuple[str, int],
 
 
 def _not_understood(outputs: Any) -> str:
+    """Say which choices there are."""
     return (
         f"outputs={outputs!r}: choose 'all', 'each', 'trace', an output number, a list of them, or, by the "
         "names of axes=, {'time': 'trace'}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from linear_operator.operators import (
     CatLinearOperator,
-    ConstantMulLinearOperator,
     DenseLinearOperator,
     DiagLinearOperator,
     LinearOperator,
@@ -17,6 +16,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..engines.passes import SharedPasses
+from .algebra import unscaled
 from .axes import AxisReader, ParameterAxis, StateAxis
 from .block_diagonal import BlockDiagonal
 from .capabilities import (
@@ -50,6 +50,7 @@ def _of_product(operator: MatmulLinearOperator | RootLinearOperator) -> Capabili
         return _ScaledProduct(operator, chain)
     if isinstance(chain[0], BlockDiagonal) or isinstance(chain[-1], BlockDiagonal):
         return _BlockProduct(operator, chain)
+    # Jᵀ D J is P x P, and its ends are columns of J, which no engine has: rows of J are gone through instead.
     rows_alone = operator.dim() == 2 and _has_rows(chain[-1]) and not _has_rows(chain[0])
     if rows_alone and _block_count(*chain[1:-1]) is not None and same_operator(chain[0].mT, chain[-1]):
         return _ParameterGram(operator, chain)
@@ -102,20 +103,17 @@ def _blocks_times(factor: LinearOperator, blocks: slice, count: int, block: Tens
 
 
 def _scaled_slice(blocks: slice, size: int) -> slice:
+    """Return the rows of some blocks of a size."""
     return slice(blocks.start * size, blocks.stop * size)
 
 
 class _OfFactors(ByColumns):
-    """A product; its factors make its own products.
-
-    Args:
-        operator: The product.
-        chain: Its factors, two or more.
-    """
+    """A product, with the chain of its factors, two or more; these make its own products."""
 
     def __init__(self, operator: LinearOperator, chain: Chain) -> None:
         super().__init__(operator)
         self._chain = chain
+        # What linear_operator multiplies with: R Rᵀ has its root on both sides.
         root = isinstance(operator, RootLinearOperator)
         sides = 2 * (operator.root,) if root else (operator.left_linear_op, operator.right_linear_op)
         self._sides = [found for found in map(capabilities, sides) if found.holds_ours]
@@ -129,16 +127,10 @@ class _OfFactors(ByColumns):
 
 
 class _Product(_OfFactors):
-    """A product: by dense rows of its two ends where these are known, by columns where they are not.
-
-    Args:
-        operator: The product.
-        chain: Its factors, two or more.
-    """
+    """A product A M Bᵀ: by dense rows of A and B where these are known, by columns where they are not."""
 
     def __init__(self, operator: LinearOperator, chain: Chain) -> None:
         super().__init__(operator, chain)
-        self._chain = chain
         half = len(chain) // 2
         self._middle = capabilities(chain[half]) if len(chain) % 2 else None
         self._even = is_symmetric_chain(chain, self._middle is not None and self._middle.symmetric)
@@ -155,7 +147,7 @@ class _Product(_OfFactors):
         for rows in tile_slices(self.shape[-2], self.tile_size()):
             left = self._ends[0].take(rows)
             right = left if self._even else self._ends[1].take(rows)
-            parts.append((left * self._inside(right).mT).sum(-1))
+            parts.append((left * self._inside(right).mT).sum(-1))  # a_i · M b_i, (*batch, r)
         return torch.cat(parts, dim=-1)
 
     def _tiles(self, size: int | None, *, upper: bool) -> Iterator[Tile]:
@@ -189,6 +181,8 @@ class _Product(_OfFactors):
         inside = sum(capabilities(factor).product_cost() for factor in self._chain[1:-1])
         if quantity == "diagonal":
             return left + (0 if self._even else right) + self.shape[-1] * inside
+        # Rows of the left end are made once, those of the right end for each row of tiles: b times all of
+        # them, or, above the diagonal of b x b tiles, b (b + 1) / 2 tiles of 1 / b each.
         steps = -(-self.shape[-2] // self.tile_size())
         share = (steps + 1) / 2 if self.symmetric else steps
         # Of a symmetric one the tile on the diagonal takes the rows that are there.
@@ -199,10 +193,10 @@ class _Product(_OfFactors):
         chain, half = self._chain, len(self._chain) // 2
         if not self._even:
             return multiplied(chain[:1]), multiplied(chain[1:]).mT
-        if self._middle is None:
+        if self._middle is None:  # an even chain A Aᵀ
             root = multiplied(chain[:half])
             return root, root
-        inner = _root_of(chain[half], self._middle)
+        inner = _root_of(chain[half], self._middle)  # A M Aᵀ = (A L)(A L)ᵀ for M = L Lᵀ
         if inner is None:
             return None
         root = multiplied((*chain[:half], inner))
@@ -221,21 +215,19 @@ def _root_of(operator: LinearOperator, known: Capabilities) -> LinearOperator | 
 class Rows:
     """Dense rows of an operator that has them: stored ones, per-sample gradients, and stacks of these.
 
-    Args:
-        operator: A dense operator, a Jacobian, or several one below the other.
-
     Attributes:
         passes: Passes that all rows take.
         fit: Rows that one tile may have.
     """
 
     def __init__(self, operator: LinearOperator) -> None:
+        operator, self._factor = unscaled(operator)
         self._operator = operator
         self.passes, self.fit = 0.0, TILE
         self._parts: list[tuple[int, Rows]] = []  # first row, rows
-        if isinstance(operator, CatLinearOperator | ConstantMulLinearOperator):
+        if isinstance(operator, CatLinearOperator):
             start = 0
-            for part in _stacked(operator):
+            for part in operator.linear_ops:
                 self._parts.append((start, Rows(part)))
                 start += part.shape[-2]
             self.passes = sum(rows.passes for _, rows in self._parts)
@@ -256,9 +248,12 @@ class Rows:
 
     def take(self, rows: slice) -> Tensor:
         """Return some rows, ``(*batch, r, p)``."""
+        found = self._rows(rows)
+        return found if self._factor == 1 else self._factor * found
+
+    def _rows(self, rows: slice) -> Tensor:
+        """Return some rows before they are multiplied by a number."""
         operator = self._operator
-        if isinstance(operator, ConstantMulLinearOperator):
-            return operator._constant.detach().reshape(()) * self._parts[0][1].take(rows)
         if self._parts:
             own = [
                 (overlap(rows, slice(start, start + part._operator.shape[-2])), start, part)
@@ -279,30 +274,21 @@ class Rows:
 
 
 def _has_rows(operator: LinearOperator) -> bool:
-    if isinstance(operator, CatLinearOperator | ConstantMulLinearOperator):
-        below = isinstance(operator, ConstantMulLinearOperator) or operator.cat_dim == -2
-        plain = isinstance(operator, CatLinearOperator) or operator._constant.numel() == 1
-        return below and plain and all(map(_has_rows, _stacked(operator)))
+    """Whether `Rows` can be made of an operator: not of Jᵀ, whose rows are columns of J."""
+    operator, _ = unscaled(operator)
+    if isinstance(operator, CatLinearOperator):
+        return operator.cat_dim == -2 and all(map(_has_rows, operator.linear_ops))
     jacobian = isinstance(operator, JacobianOperator) and isinstance(operator._core.rows, StateAxis)
     return jacobian or isinstance(operator, DenseLinearOperator)
 
 
-def _stacked(operator: CatLinearOperator | ConstantMulLinearOperator) -> list[LinearOperator]:
-    return list(operator.linear_ops) if isinstance(operator, CatLinearOperator) else [operator.base_linear_op]
-
-
 class _ScaledProduct(_OfFactors):
-    """Diagonal factors at the ends of a product: rows and columns of what is between them, scaled.
-
-    Args:
-        operator: The product.
-        chain: Its factors, two or more, of which the first or the last is diagonal.
-    """
+    """A product with a diagonal at one end or both: rows and columns of what is between them, scaled."""
 
     def __init__(self, operator: LinearOperator, chain: Chain) -> None:
         super().__init__(operator, chain)
         first, last = (isinstance(end, DiagLinearOperator) for end in (chain[0], chain[-1]))
-        last = last and len(chain) > 1 + first
+        last = last and len(chain) > 1 + first  # of two diagonals something stands in between
         self._inner_chain = chain[int(first) : len(chain) - int(last)]
         self._rows: Tensor | None = chain[0]._diagonal().detach() if first else None
         self._cols: Tensor | None = chain[-1]._diagonal().detach() if last else None
@@ -315,11 +301,10 @@ class _ScaledProduct(_OfFactors):
         return self._inner.tile_size()
 
     def exact_cost(self, quantity: str) -> float:
-        both = quantity == "tiles" and self._inner.symmetric and not self.symmetric
-        cost: float = self._inner.exact_cost(quantity)
-        return cost * (2 if both else 1)
+        return _cost_inside(self, self._inner, quantity)
 
     def _scaled(self, block: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return d_i B_ij e_j for a block B of what is between."""
         if self._rows is not None:
             block = self._rows[..., rows].unsqueeze(-1) * block
         return block if self._cols is None else block * self._cols[..., cols].unsqueeze(-2)
@@ -336,7 +321,7 @@ class _ScaledProduct(_OfFactors):
             yield Tile(tile.rows, tile.cols, self._scaled(tile.block, tile.rows, tile.cols))
 
     def factors(self) -> Factors | None:
-        found = self._inner.factors()
+        found = self._inner.factors()  # D L (E R)ᵀ for D L Rᵀ E
         if found is None:
             return None if self.symmetric else (self._chain[0], multiplied(self._chain[1:]).mT)
         left, right = found
@@ -350,15 +335,11 @@ class _ScaledProduct(_OfFactors):
 
 
 class _BlockProduct(_Product):
-    """Block diagonals at the ends of a product: tiles of what is between them, times their blocks.
-
-    Args:
-        operator: The product.
-        chain: Its factors, two or more, of which the first or the last is a block diagonal.
-    """
+    """A product S K Tᵀ, S or T or both block diagonal: tiles of K, times the blocks that they meet."""
 
     def __init__(self, operator: LinearOperator, chain: Chain) -> None:
         super().__init__(operator, chain)
+        # S of B blocks (h, w) makes rows [h b, h (b + 1)) of the product of rows [w b, w (b + 1)) of K alone.
         first, last = chain[0], chain[-1]
         self._left = first if isinstance(first, BlockDiagonal) else None
         both = len(chain) > 2 or self._left is None
@@ -372,6 +353,8 @@ class _BlockProduct(_Product):
 
     def _step(self) -> tuple[int, int] | None:
         """Return rows of the product, and of what is between, that tiles of whole blocks are multiples of."""
+        # Tiles are square, of `size` rows and columns: both ends have to make the same of them, and where
+        # there is one end alone its blocks are square.
         ends = [self._rows_of] * (self._left is not None) + [self._cols_of] * (self._right is not None)
         same = all(end == ends[0] for end in ends)
         even = len(ends) == 2 or ends[0][0] == ends[0][1]
@@ -421,6 +404,7 @@ class _BlockProduct(_Product):
 
     def diagonal(self) -> Tensor:
         self._require_square()
+        # Entry i is in block i // h of both ends, of one height; of two heights products give the diagonal.
         height = max(self._rows_of[0], self._cols_of[0])
         if len({end[0] for end in (self._rows_of, self._cols_of)} - {1}) > 1:
             return ByColumns.diagonal(self)
@@ -449,31 +433,34 @@ class _BlockProduct(_Product):
             yield rows.start, self._between[(..., *inside)]
 
     def exact_cost(self, quantity: str) -> float:
-        both = quantity == "tiles" and self._inner.symmetric and not self.symmetric
-        cost: float = self._inner.exact_cost(quantity)
-        return cost * (2 if both else 1)
+        return _cost_inside(self, self._inner, quantity)
+
+
+def _cost_inside(outer: Capabilities, inner: Capabilities, quantity: str) -> float:
+    """Return what a quantity of a product costs that is read off what stands between its ends."""
+    # Where that is symmetric and the product is not, its lower triangle is made, too.
+    both = quantity == "tiles" and inner.symmetric and not outer.symmetric
+    return inner.exact_cost(quantity) * (2 if both else 1)
 
 
 def _whole_blocks(rows: slice, height: int) -> slice:
+    """Return the blocks of a height that some rows, a whole number of blocks, are."""
     return slice(rows.start // height, rows.stop // height)
 
 
 class _ParameterGram(_Product):
-    """Jᵀ D J over the parameters, for a (block) diagonal D or a product of these: in sweeps over rows of J.
-
-    Args:
-        operator: The product.
-        chain: Its factors, of which the last has rows and the first is its transpose.
-    """
+    """Jᵀ D J over the parameters, D (block) diagonal or a product of such: in sweeps over rows of J."""
 
     def __init__(self, operator: LinearOperator, chain: Chain) -> None:
         super().__init__(operator, chain)
         self._rows = Rows(chain[-1])
+        # Jᵀ A₁ ... A_h C B_h ... B₁ J = Σ_b L_bᵀ R_b over blocks b of rows, with L_b = A_hᵀ ... A₁ᵀ J_b and
+        # R_b = C B_h ... B₁ J_b: every factor maps rows of a block to rows of the same block.
         half = len(chain) // 2
         self._second = tuple(reversed(chain[half + len(chain) % 2 : -1]))
         self._first = tuple(factor.mT for factor in chain[1:half])
         self._center = chain[half] if len(chain) % 2 else None
-        length = chain[-1].shape[-2]
+        length = chain[-1].shape[-2]  # diagonals alone: every row is a block
         self._count = _block_count(*chain[1:-1]) or length
 
     def _sweep(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -498,6 +485,7 @@ class _ParameterGram(_Product):
         return sum((left * right).sum(-2) for left, right in self._sweep())  # type: ignore[return-value]
 
     def _tiles(self, size: int | None, *, upper: bool) -> Iterator[Tile]:
+        # The sum over samples is inside each tile: a row of tiles takes a sweep, and stays in memory whole.
         size = size or self.tile_size()
         for rows in tile_slices(self.shape[-2], size):
             start = rows.start if upper else 0

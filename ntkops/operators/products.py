@@ -12,8 +12,9 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..engines import Engine, LayerwiseEngine, free_bytes
+from ..engines import Engine, free_bytes
 from ..engines.base import require_finite_product
+from ..engines.factors import is_transformed
 from ..errors import DifferentiationError, ShapeError, UnsupportedOperationError
 from ..model.watch import tracked
 from ..vectors import Space
@@ -26,6 +27,8 @@ __all__ = [
     "Spending",
     "dense_limit",
 ]
+
+_BLOCK_ENTRIES = 2**23  # entries of a block of columns as an engine has it: 64 MiB in float64
 
 
 def dense_limit(max_dense_bytes: int | Literal["auto"], device: torch.device) -> int:
@@ -99,18 +102,13 @@ class Core:
 
     def with_axes(self, rows: Axis, columns: Axis) -> Self:
         """Return the same core over other axes."""
+        # Products of a slice pay for the dense block of the slice, so that each counts its own.
         return dataclasses.replace(self, rows=rows, columns=columns, spending=Spending())
 
     def map_axes(self, change: Callable[[Axis], Axis]) -> Self:
         """Apply a change to both axes, keeping a shared axis shared."""
         rows = change(self.rows)
         return self.with_axes(rows, rows if self.symmetric else change(self.columns))
-
-
-# -- products with an operator, their checks and their derivatives
-
-
-_BLOCK_ENTRIES = 2**23  # entries of a block of columns as an engine has it
 
 
 class ProductOperator(Expression):
@@ -128,6 +126,7 @@ class ProductOperator(Expression):
         self._core = core
 
     def _rebuild(self, core: Core, params: Sequence[Tensor] | None = None) -> Self:
+        """Return an operator of this kind with another core, or other parameters."""
         return type(self)(*(self._args if params is None else params), core=core)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,6 +163,12 @@ class ProductOperator(Expression):
         return Space(self._core.rows.length, self.dtype, self.device)
 
     @property
+    def domain(self) -> Space:
+        """The space of the columns: of the vectors that the operator multiplies."""
+        core = self._core
+        return self.space if core.symmetric else Space(core.columns.length, self.dtype, self.device)
+
+    @property
     def num_parameters(self) -> int:
         """Number P of selected parameters' entries."""
         return self._core.engine.num_parameters
@@ -171,6 +176,7 @@ class ProductOperator(Expression):
     @property
     def passes_per_column(self) -> int:
         """Passes of a product with one column: one for a Jacobian, two for a kernel, times its terms."""
+        # K v = J₁ (J₂ᵀ v): a pass over the samples of each axis of states, for every J_r of every kernel.
         core = self._core
         sides = isinstance(core.rows, StateAxis) + isinstance(core.columns, StateAxis)
         return sides * core.rows.batch_shape.numel() * core.rows.terms
@@ -182,12 +188,10 @@ class ProductOperator(Expression):
     def cache_cost(self) -> float:
         """Return the most passes that factors of layers may take once, which make products faster."""
         core = self._core
-        if not isinstance(core.engine, LayerwiseEngine):
-            return 0.0
         inputs = {
             id(axis.inputs): axis.inputs for axis in (core.rows, core.columns) if isinstance(axis, StateAxis)
-        }
-        return sum(core.engine.diagonal_passes(known, known.num_outputs) for known in inputs.values())
+        }  # samples of rows and columns have one set of factors, where they are the same
+        return sum(core.engine.cache_passes(known) for known in inputs.values())
 
     @property
     def max_dense_bytes(self) -> int:
@@ -241,12 +245,15 @@ class ProductOperator(Expression):
             )
 
     def _described_rows(self) -> str:
+        """Say what the rows of a vector stand for."""
         return f" ({_describe(self._core.columns)})"
 
     def _operand_hint(self, other: Tensor) -> str:
+        """Say what a vector of the wrong shape may have been meant for."""
         return _axis_hint(self._core.columns, other)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
+        """Multiply with one block for each member of the batch, or as many as broadcast to it."""
         if rhs.dim() == 1:
             return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
         batch = self._core.rows.batch_shape
@@ -271,7 +278,7 @@ class ProductOperator(Expression):
             if dense is None:
                 try:
                     return self._lazy_product(self._args, rhs)
-                except DifferentiationError:  # J p does not exist, where rows of J do
+                except DifferentiationError:  # no jvp, not even by double backward: rows of J may exist
                     dense = self._dense_instead()
                     if dense is None:
                         raise
@@ -279,7 +286,7 @@ class ProductOperator(Expression):
                 return self._checked(dense @ rhs, rhs)
 
     def _checked(self, product: Tensor, rhs: Tensor) -> Tensor:
-        """Return a product with a dense block, as finite as the engines have theirs."""
+        """Return a product with a dense block, checked as the engines check theirs."""
         columns = rhs.mT.flatten(0, -2)  # a column a row, as engines have them
         what, linearization = "the product with a dense block", self._core.engine.linearization
         require_finite_product(product.unsqueeze(0).unsqueeze(0), what, linearization, columns)
@@ -287,7 +294,8 @@ class ProductOperator(Expression):
 
     def _is_recorded(self, *tensors: Tensor) -> bool:
         """Whether a derivative may be taken through the result, so that no cache may stand in."""
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (*self._args, *tensors)):
+        # Inside torch.func `requires_grad` is False of what is differentiated.
+        if any(is_transformed(t) for t in (*self._args, *tensors)):
             return True
         if not torch.is_grad_enabled():
             return False
@@ -295,7 +303,8 @@ class ProductOperator(Expression):
 
     def _inputs_are_live(self) -> bool:
         """Whether derivatives flow to the samples of rows or columns."""
-        axes = (self._core.rows, self._core.columns)
+        core = self._core
+        axes = (core.rows,) if core.symmetric else (core.rows, core.columns)
         return any(isinstance(axis, StateAxis) and axis.inputs.requires_grad for axis in axes)
 
     def _dense_if_cheaper(self, columns: int) -> Tensor | None:
@@ -307,8 +316,11 @@ class ProductOperator(Expression):
         return None
 
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
+        """Multiply ``(*batch, n, k)`` by passes, some columns at a time where nothing is recorded."""
         engine, rows, columns = self._core.engine, self._core.rows, self._core.columns
         sides = [axis.inputs for axis in (rows, columns) if isinstance(axis, StateAxis)]
+        # A column of the operator is M·R of the engine's; what these cost, counted in products with K of two
+        # passes each, decides whether factors of layers pay: J p and Jᵀ v are half of one.
         count, width = rhs.shape[-1], rows.batch_shape.numel() * rows.terms
         made = engine.linearized(tuple(params), sides[0], sides[-1], rhs, width * count * len(sides) / 2)
         multiply: Callable[[Tensor], Tensor] = made.through
@@ -318,6 +330,7 @@ class ProductOperator(Expression):
         entries = width * max(
             self.num_parameters if len(sides) == 1 else 1, *(s.num_samples * s.num_outputs for s in sides)
         )
+        # A graph would hold the blocks of all steps at once: cutting them would save nothing.
         step = count if self._is_recorded(rhs) else max(1, _BLOCK_ENTRIES // max(1, entries))
         if count <= step:
             return rows.extract(multiply(columns.embed(rhs)))
@@ -328,6 +341,7 @@ class ProductOperator(Expression):
         return result
 
     def _check_fresh(self) -> None:
+        """Raise if the model, its parameters or samples that are held by reference have changed."""
         self._core.engine.linearization.check_fresh()
         for axis in {self._core.rows, self._core.columns}:
             if isinstance(axis, StateAxis):
@@ -351,6 +365,7 @@ class ProductOperator(Expression):
         needed = [arg.requires_grad for arg in self._args]
         if not any(needed):
             return (None,) * len(needed)
+        # d/dθ Σ L ∘ (K(θ) R) for fixed L and R is the gradient of the product with L as its cotangent.
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             live = tuple(
@@ -372,6 +387,7 @@ class ProductOperator(Expression):
 
 
 def _describe(axis: Axis) -> str:
+    """Say what the entries of a vector along an axis stand for."""
     if isinstance(axis, ParameterAxis):
         return "the entries of the selected parameters"
     samples, outputs = axis.num_samples, axis.num_outputs
@@ -381,6 +397,7 @@ def _describe(axis: Axis) -> str:
 
 
 def _axis_hint(axis: Axis, other: Tensor) -> str:
+    """Say what a vector of the wrong shape looks like."""
     if isinstance(axis, StateAxis) and axis.pick is None and other.dim() >= 1:
         samples, outputs = axis.num_samples, axis.num_outputs
         if other.shape[-2:] == (samples, outputs) or other.shape == (samples, outputs):

@@ -32,7 +32,7 @@ __all__ = [
     "ProjectionOperator",
 ]
 
-_ENTRIES = 2**21  # of features that are in float64 at a time
+_ENTRIES = 2**21  # of features that are in float64 at a time: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,11 +49,7 @@ class ProjectedCore(Core):
 
 
 class FeatureFiles:
-    """Features in files of a directory, by what they are features of; removed with the last operator.
-
-    Args:
-        directory: An existing directory.
-    """
+    """Features in files of a directory, by what they are features of; removed with the last operator."""
 
     def __init__(self, directory: Path) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ntkops-features-", dir=directory))
@@ -116,6 +112,7 @@ class _ProjectedOperator(EngineOperator):
         return None if plain is None else ("features", self.projection.key, axis.key, plain[-1])
 
     def _features_bytes(self, axis: StateAxis) -> int:
+        """Return the bytes of an axis' features, ``(*batch, n, R·k)``."""
         width = axis.terms * self.projection.k
         return tensor_bytes((*axis.batch_shape, axis.length, width), self.dtype)
 
@@ -154,6 +151,7 @@ class _ProjectedOperator(EngineOperator):
 
     def _passes_of_features(self, *axes: StateAxis) -> float:
         """Return the per-sample passes that features of these axes still take."""
+        # Rows and columns of a square kernel are one axis.
         missing = {id(axis): axis for axis in axes if self._held(axis) is None}
         return float(sum(axis.num_distinct for axis in missing.values()))
 
@@ -179,11 +177,12 @@ class FeatureOperator(_ProjectedOperator):
 
     @property
     def _axis(self) -> StateAxis:
-        axis = self._state_axes()[0]
-        return axis
+        """The rows of the features: the columns of their transpose."""
+        return self._state_axes()[0]
 
     @property
     def _is_transposed(self) -> bool:
+        """Whether this is Pᵀ Jᵀ."""
         return isinstance(self._core.columns, StateAxis)
 
     def _described_rows(self) -> str:
@@ -209,6 +208,7 @@ class FeatureOperator(_ProjectedOperator):
     def _lazy_product(self, params: Sequence[Tensor], rhs: Tensor) -> Tensor:
         engine, rows, columns = self._core.engine, self._core.rows, self._core.columns
         chosen, results = tuple(params), []
+        # A block over the parameters has P numbers a column: as many columns at a time as the engine takes.
         for block in columns.embed(rhs).split(engine.chunk_size()):
             if isinstance(columns, StateAxis):
                 results.append(self.projection.apply(engine.vjp(chosen, columns.inputs, block)))
@@ -236,6 +236,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         return self._features_of(self._columns)
 
     def _features_of(self, axis: StateAxis) -> FeatureOperator:
+        """Return the features whose rows are an axis."""
         beside = ParameterAxis.beside(axis, self.projection.k)
         core = self._core.with_axes(axis, beside)
         if self._core.files is not None:  # they are no matter of memory
@@ -371,7 +372,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         engine, rows, columns = self._core.engine, self._rows, self._columns
         chosen, results = tuple(params), []
         for block in columns.embed(rhs).split(engine.chunk_size()):
-            pulled = self._through(engine.vjp(chosen, columns.inputs, block))
+            pulled = self._through(engine.vjp(chosen, columns.inputs, block))  # Pᵀ P J₂ᵀ v, (c, P)
             results.append(engine.jvp(chosen, rows.inputs, pulled))
         return rows.extract(torch.cat(results))
 
@@ -406,6 +407,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         return torch.cat(parts, dim=-1)
 
     def _get_diagonal(self) -> Tensor:
+        """Return Σ_k Φ₁ Φ₂ row by row, with its graph."""
         self._check_fresh()
         left = self._make_features(self._rows)
         right = left if self._core.symmetric else self._make_features(self._columns)

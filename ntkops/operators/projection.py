@@ -23,8 +23,8 @@ from ..errors import (
 )
 from ..model.context import full_precision
 from ..projections import Projection
-from .axes import resolve_index
 from .expression import Expression
+from .positions import resolve_index
 from .products import dense_limit
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "as_projection",
 ]
 
-
 Picked = range | tuple[int, ...]
+_numbers = itertools.count()  # of matrices that are given, which have no seed
 
 
 class ProjectionOperator(Expression):
@@ -114,6 +114,7 @@ class ProjectionOperator(Expression):
         return torch.Size(shape[::-1] if self._flipped else shape)
 
     def _like(self, **changes: Any) -> Self:
+        """Return the operator with some of its arguments changed."""
         return type(self)(**{**self._kwargs, **changes})
 
     def _transpose_nonbatch(self) -> Self:
@@ -203,12 +204,14 @@ def _is_run(picked: Picked) -> bool:
 
 
 def _pick(picked: Picked, index: Any) -> Picked:
+    """Return the positions that an index selects among positions."""
     if isinstance(index, slice):
         return picked[index]
     return tuple(picked[position] for position in resolve_index(index, len(picked)).tolist())
 
 
 def _positions(picked: Picked, like: Tensor) -> Tensor:
+    """Return positions as an index tensor beside another tensor."""
     return torch.tensor(list(picked), dtype=torch.int64, device=like.device)
 
 
@@ -223,15 +226,8 @@ def _spread(rows: Tensor, picked: Picked, length: int) -> Tensor:
 # -- what may stand for a projection in an operator: one of ours, a dense matrix, or any lazy operator
 
 
-_numbers = itertools.count()
-
-
 class MatrixProjection(Projection):
-    """A given (k, P) matrix, dense or lazy, as a projection.
-
-    Args:
-        matrix: ``(k, P)`` tensor or LinearOperator, a constant.
-    """
+    """A given (k, P) matrix, dense or lazy, as a projection; a constant."""
 
     _may_be_tall = True  # a matrix that is given was not drawn in vain
 
@@ -269,6 +265,7 @@ class MatrixProjection(Projection):
         return MatrixProjection(self.matrix.to(dtype=dtype, device=device))
 
     def _part(self, start: int, stop: int) -> Tensor | LinearOperator:
+        """Return some columns of the matrix, itself for all."""
         return self.matrix if (start, stop) == (0, self.dim) else self.matrix[:, start:stop]
 
     def _add(self, state: Tensor, block: Tensor, offset: int) -> None:
@@ -295,11 +292,7 @@ def as_projection(
 ) -> Projection:
     """Return the projection that something stands for, checked against the kernel that it is to meet.
 
-    Args:
-        projection: A `Projection`, its operator, a ``(k, P)`` tensor, or any LinearOperator of that shape.
-        num_parameters: Number P of selected parameters' entries.
-        dtype: Dtype of the kernel.
-        device: Device of the kernel.
+    It is a `Projection`, its operator, a ``(k, P)`` tensor, or any LinearOperator of that shape.
 
     Raises:
         InputError: If it is nothing of these.

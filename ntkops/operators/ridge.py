@@ -34,7 +34,7 @@ from ._ridge_system import (
 )
 from .capabilities import dense_bytes_allowed, fits_dense
 from .dense import DenseFallbacks
-from .indexing import _same_index
+from .positions import same_index
 
 __all__ = ["RidgeOperator"]
 
@@ -114,6 +114,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
     def _like(
         self, kernel: LinearOperator, diagonal: LinearOperator, options: SolverOptions | None = None
     ) -> RidgeOperator:
+        """Return another K + D, solved likewise; preconditioners of this one are not those of another."""
         return type(self)(kernel, diagonal, options=options or self._options.again())
 
     @property
@@ -133,9 +134,11 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
     @property
     def _factorises(self) -> bool:
+        """Whether solves go through a dense Cholesky factor."""
         return self._options.method == "cholesky" or self._options.method == "auto" and fits_dense(self)
 
     def _system(self) -> RidgeSystem:
+        """Return K + D as iterative solvers see it, without a graph."""
         return RidgeSystem(self._linear_op, self.ridge, self._options)
 
     def to_dense(self) -> Tensor:
@@ -178,6 +181,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         return _ImplicitSolve.apply(self.representation_tree(), rhs, *self.representation())
 
     def _iterated(self, rhs: Tensor) -> Tensor:
+        """Return A⁻¹ b by iteration, or raise."""
         return self._system().solve(rhs, raise_on_failure=True).solution.to(self.dtype)
 
     def solve_with_info(self, rhs: Tensor, *, raise_on_failure: bool = True) -> Solution:
@@ -228,6 +232,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         return float(positive.min()) if positive.numel() else 0.0
 
     def _check_right(self, rhs: Any) -> None:
+        """Raise unless a right-hand side fits the operator."""
         if not isinstance(rhs, Tensor) or rhs.dtype != self.dtype:
             kind = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
             raise DtypeError(f"the operator has dtype {self.dtype}, the right-hand side is {kind}; cast one")
@@ -264,13 +269,14 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         quadratic = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
         if inv_quad_rhs is not None:
             right = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
-            quadratic = (right * self._solve(right)).sum(-2)
+            quadratic = (right * self._solve(right)).sum(-2)  # b · A⁻¹ b, through the implicit derivative
             quadratic = quadratic.sum(-1) if reduce_inv_quad else quadratic
         if not logdet:
             return quadratic, torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
         return quadratic, self._estimated_logdet()
 
     def _estimated_logdet(self) -> Tensor:
+        """Return log det by quadrature; raise where it has to be differentiated, or is too coarse."""
         if torch.is_grad_enabled() and self.requires_grad:
             self._refuse_gradient()
         estimate = self.logdet_estimate()
@@ -279,6 +285,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         return estimate.value.to(self.dtype)
 
     def _refuse_gradient(self) -> NoReturn:
+        """Raise: an estimate of log det has no gradient."""
         raise UnsupportedOperationError(
             f"log det of the {self.shape[-1]} x {self.shape[-1]} matrix does not fit max_dense_bytes="
             f"{self.max_dense_bytes}, and its estimate has no gradient: raise max_dense_bytes, or "
@@ -355,6 +362,7 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
         return self._like(self._linear_op._mul_constant(other), self._diag_tensor._mul_constant(other))
 
     def _transpose_nonbatch(self) -> LinearOperator:
+        # K is symmetric: what was made for A serves Aᵀ.
         return self._like(self._linear_op.mT, self._diag_tensor, self._options)
 
     def _expand_batch(self, batch_shape: Any) -> LinearOperator:
@@ -365,7 +373,8 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         kernel = self._linear_op._getitem(row_index, col_index, *batch_indices)
         entries = self.ridge[(*batch_indices, slice(None))]
-        if _same_index(row_index, col_index):
+        # (K + D)[i, i] is a kernel with a ridge, K[i, j] + D[i, j] a sum.
+        if same_index(row_index, col_index):
             return self._like(kernel, DiagLinearOperator(entries[..., row_index]))
         numbers = torch.arange(self.shape[-1], device=entries.device)
         return kernel + DiagonalPart(entries, rows=numbers[row_index], cols=numbers[col_index])
@@ -378,7 +387,10 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
 
 class _ImplicitSolve(torch.autograd.Function):
-    """x = A⁻¹ b by iteration, and the derivative of its defining equation: dx = A⁻¹ (db - dA x)."""
+    """x = A⁻¹ b by iteration, and the derivative of the equation A x = b: dx = A⁻¹ (db - dA x)."""
+
+    # For a cotangent g the gradient at b is y = A⁻¹ g, since A is symmetric, and with dx = A⁻¹ (db - dA x)
+    # ⟨g, dx⟩ = ⟨y, db⟩ - ⟨y, dA x⟩: the bilinear derivative of -yᵀ A x at what A is made of.
 
     @staticmethod
     def forward(ctx: Any, tree: Any, rhs: Tensor, *representation: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from .algebra import KernelAlgebra
 from .axes import StateAxis
 from .base import EngineOperator
-from .capabilities import Capabilities, Tile, tile_slices
+from .capabilities import Capabilities, Tile, tile_corners, tile_slices
 
 __all__ = ["SampleKernelOperator"]
 
@@ -62,24 +61,17 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator, Capabilities):
 
     def tile_size(self) -> int:
         """Return the rows of a tile for which the workspace suffices."""
+        # A square tile of all members, and as much again three times for what an engine makes it of.
         entry = self.shape[:-2].numel() * self.dtype.itemsize
         fit = math.isqrt(self._core.engine.workspace_bytes() // max(1, 4 * entry))
         return max(1, min(fit, max(self.shape[-2:])))
 
     def tiles(self, size: int | None = None) -> Iterator[Tile]:
         """Yield dense tiles in row-major order; for a symmetric kernel those on and above the diagonal."""
-        stored, size = self._stored_dense(), size or self.tile_size()
-        every = [slice(None)] * len(self.shape[:-2])
-        for rows in tile_slices(self.shape[-2], size):
-            for columns in tile_slices(self.shape[-1], size):
-                if self.symmetric and columns.start < rows.start:
-                    continue
-                if stored is not None:
-                    yield Tile(rows, columns, stored[..., rows, columns])
-                    continue
-                part: Any = self._getitem(rows, columns, *every)
-                part._check_fresh()
-                yield Tile(rows, columns, part._dense_values(part._args))
+        stored = self._stored_dense()
+        for rows, columns in tile_corners(self.shape, size or self.tile_size(), upper=self.symmetric):
+            block = self.recorded_tile(rows, columns) if stored is None else stored[..., rows, columns]
+            yield Tile(rows, columns, block)
 
     def exact_cost(self, quantity: str) -> float:
         """Return the passes that the exact "diagonal" or all "tiles" take."""
@@ -92,10 +84,12 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator, Capabilities):
         """Return ``(M, r₁, r₂)`` kernels of terms ``(M, R, r₁)`` and ``(M, R, r₂)``."""
         inputs = self._state_axes()[0].inputs
         width = inputs.num_outputs
+        # Samples are folded into the numbers, sample · O + output, and a term has rows of one sample alone:
+        # its first row says of which.
         needed, samples = torch.unique(rows[..., 0] // width, return_inverse=True)  # (M, R)
         if len(needed) < inputs.num_samples:
             inputs = inputs.select(needed)
-        kernels = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+        kernels = torch.arange(len(rows)).repeat_interleave(rows.shape[1])  # (M·R,): where a term is added
         left, right = (numbers.flatten(0, 1) % width for numbers in (rows, columns))
         engine = self._core.engine
         return engine.own_kernels(tuple(params), inputs, (kernels, samples.flatten()), left, right).to(
@@ -109,8 +103,7 @@ class SampleKernelOperator(KernelAlgebra, EngineOperator, Capabilities):
         for rows in tile_slices(self.shape[-2], size):
             parts = []
             for columns in tile_slices(self.shape[-1], size):
-                tile = whole._getitem(rows, columns, *[slice(None)] * len(self.batch_shape))
-                assert isinstance(tile, SampleKernelOperator)
+                tile = whole.submatrix(rows, columns)
                 parts.append(tile._dense_values(tile._args) @ rhs[..., columns, :])
             found.append(torch.stack(parts).sum(0))
         return torch.cat(found, dim=-2)

@@ -34,7 +34,9 @@ from .ridge import RidgeOperator
 __all__ = ["Sandwich", "sandwich", "smaller_side"]
 
 _GROUP = 64  # entries that are read off one small block
-_MORE_PASSES = 4  # times the passes that a smaller dense matrix may take
+# Times the passes of the tiles of L Lᵀ that those of the smaller LᵀL may take: passes are few against the n³
+# operations of an eigendecomposition of n rows.
+_MORE_PASSES = 4
 
 
 class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
@@ -71,6 +73,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
         super().__init__(left, right)
 
     def _is_recorded(self) -> bool:
+        """Whether a derivative may be taken through the result."""
         return torch.is_grad_enabled() and self.requires_grad
 
     def _matmul(self, rhs: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
                 f"max_dense_bytes={format_bytes(limit)} of one of its factors; use products and estimators, "
                 "or raise max_dense_bytes"
             )
-        if self._is_recorded():
+        if self._is_recorded():  # tiles have no graph
             return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
         with torch.no_grad(), full_precision(self.device):
             return dense_from_tiles(self)
@@ -106,6 +109,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
             return capabilities(self).diagonal()
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        # (A B)[rows, cols] = A[rows] B[:, cols]
         return type(self)(
             _part(self.left_linear_op, row_index, _noop_index, batch_indices),
             _part(self.right_linear_op, _noop_index, col_index, batch_indices),
@@ -127,7 +131,7 @@ class Sandwich(KernelAlgebra, DenseFallbacks, MatmulLinearOperator):
 
 
 def _part(operator: LinearOperator, row_index: Any, col_index: Any, batch_indices: Any) -> LinearOperator:
-    """Return some rows and columns of a factor."""
+    """Return some rows and columns of a factor; of a diagonal one without two interpolation matrices."""
     if not isinstance(operator, DiagLinearOperator):
         return operator._getitem(row_index, col_index, *batch_indices)
     entries = operator._diagonal()[(*batch_indices, slice(None))]
@@ -194,13 +198,10 @@ def _operand(given: Any, name: str) -> LinearOperator:
 
 
 def smaller_side(operator: LinearOperator | Tensor) -> LinearOperator | None:
-    """Return LᵀL for an operator L Lᵀ that is larger: it has the same eigenvalues, but for zeros.
+    """Return LᵀL, ``(*batch, p, p)``, for an operator L Lᵀ that is larger, n > p.
 
-    Args:
-        operator: ``(*batch, n, n)``.
-
-    Returns:
-        Lazy ``(*batch, p, p)``; None where no L is known, p ≥ n, or the dense L Lᵀ fits and is made sooner.
+    With the singular values σ of L both have the eigenvalues σ², and the larger one n - p zeros more. None
+    where no L is known, p ≥ n, or the dense L Lᵀ fits and is made sooner.
     """
     if isinstance(operator, ConstantMulLinearOperator):
         single = operator._constant.numel() == 1 and float(operator._constant) > 0
@@ -226,10 +227,13 @@ def smaller_side(operator: LinearOperator | Tensor) -> LinearOperator | None:
 
 
 def _ours(operator: Any) -> bool:
+    """Whether an operator has our solver; over ranks compositions have rules of their own."""
     return isinstance(operator, DenseFallbacks) and not capabilities(operator).space.is_spread
 
 
 def _product_decides(matmul: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let a product in which one of ours takes part be a `Sandwich`."""
+
     @functools.wraps(matmul)
     def multiply(self: LinearOperator, other: Any) -> Any:
         if isinstance(other, LinearOperator) and (_ours(self) or _ours(other)):
@@ -240,6 +244,8 @@ def _product_decides(matmul: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
 
 def _ridge_decides(add: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let linear_operator's operators that hold one of ours have our ridge."""
+
     @functools.wraps(add)
     def combine(self: LinearOperator, diag: Any) -> Any:
         if not isinstance(self, DenseFallbacks) and self.is_square and _holds_ours(self):
@@ -250,11 +256,14 @@ def _ridge_decides(add: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _holds_ours(operator: LinearOperator) -> bool:
+    """Whether an operator of ours is inside, at any depth."""
     parts = [arg for arg in operator._args if isinstance(arg, LinearOperator)]
     return any(_ours(part) or _holds_ours(part) for part in parts)
 
 
 def _second_decides(add: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let a sum be that of ours, K + D, where K is the second summand."""
+
     @functools.wraps(add)
     def combine(self: LinearOperator, other: Any) -> Any:
         if not isinstance(self, DenseFallbacks):
@@ -268,6 +277,7 @@ def _second_decides(add: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 
 def _kinds(base: type) -> Iterator[type]:
+    """Yield a class of linear_operator and those that derive from it there; one may come twice."""
     yield base
     kind: type
     for kind in base.__subclasses__():

@@ -15,6 +15,7 @@ from ..arguments import checked
 from ..engines import count_passes, shared_store
 from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ..results import Estimate
+from .algebra import unscaled
 from .axes import ParameterAxis
 from .capabilities import capabilities
 from .jacobian import JacobianOperator
@@ -96,6 +97,7 @@ def stack(jacobians: Mapping[str, JacobianOperator], weights: Any = None) -> Joi
 
 
 def _scaled(parts: Iterable[LinearOperator], names: tuple[str, ...], weights: list[float]) -> JoinedOperator:
+    """Return the stack of √λ_i J_i: its kernel has the blocks √(λ_i λ_j) K_ij."""
     rows = [
         part
         if weight == 1
@@ -108,6 +110,7 @@ def _scaled(parts: Iterable[LinearOperator], names: tuple[str, ...], weights: li
 
 
 def _weights(weights: Any, names: tuple[str, ...]) -> list[float]:
+    """Return a positive number for each function, from what was given by name, in order, or not at all."""
     if weights is None:
         return [1.0] * len(names)
     if isinstance(weights, Estimate):
@@ -158,7 +161,7 @@ class BlockKernelOperator(Sandwich):
         Raises:
             DenseMemoryError: If it is larger than a part allows, before anything is allocated.
         """
-        if self._is_recorded():
+        if self._is_recorded():  # a stored block has no graph
             return super().to_dense()
         stored = self._stored_dense()
         if stored is None:
@@ -178,7 +181,7 @@ class BlockKernelOperator(Sandwich):
         found: list[object] = ["blocks"]
         owner = 0
         for side in (self.left_linear_op, self.right_linear_op.mT):
-            for part, factor in map(_unscaled, _named(side).values()):
+            for part, factor in map(unscaled, _named(side).values()):
                 if not isinstance(part, JacobianOperator):  # a stack of stacks
                     return owner, None
                 part._check_fresh()
@@ -186,6 +189,7 @@ class BlockKernelOperator(Sandwich):
                 key = part._dense_key()
                 if key is None:
                     return owner, None
+                # The rows of a part, the versions of its parameters, and its weight.
                 found.append((owner, key[1], key[3], factor))
         return owner, tuple(found)
 
@@ -249,7 +253,8 @@ class Blocks:
         for name, known in zip(names, (self.rows, self.columns), strict=True):
             if name not in known:
                 raise InputError(f"there is no function {name!r}: choose among {', '.join(map(repr, known))}")
-        (left, one), (right, other) = _unscaled(self.rows[names[0]]), _unscaled(self.columns[names[1]])
+        # c₁ J₁ (c₂ J₂)ᵀ = c₁ c₂ J₁ J₂ᵀ: J₁ @ J₂.mT is a kernel, of multiples it would be a plain product.
+        (left, one), (right, other) = unscaled(self.rows[names[0]]), unscaled(self.columns[names[1]])
         block: LinearOperator = left @ right.mT
         return block if one * other == 1 else block * (one * other)
 
@@ -278,17 +283,10 @@ class Blocks:
 
 
 def _named(stacked: LinearOperator) -> dict[str, LinearOperator]:
+    """Return the parts of a stack by name, numbered where they have none; a single Jacobian is one part."""
     parts = stacked.linear_ops if isinstance(stacked, JoinedOperator) else [stacked]
     names = stacked.names if isinstance(stacked, JoinedOperator) else None
     return dict(zip(names or [str(i) for i in range(len(parts))], parts, strict=True))
-
-
-def _unscaled(part: LinearOperator) -> tuple[LinearOperator, float]:
-    """Return the Jacobian and the factor of its rows."""
-    if not isinstance(part, ConstantMulLinearOperator):
-        return part, 1.0
-    inner, factor = _unscaled(part.base_linear_op)
-    return inner, factor * float(part._constant)
 
 
 @checked
@@ -336,6 +334,8 @@ def balance(operator: BlockKernelOperator, per: Literal["sum", "mean"] = "sum") 
             )
     if per == "mean":
         traces = {name: trace / blocks.rows[name].shape[-2] for name, trace in traces.items()}
+    # λ_i tr K_ii = tr K for all i: the blocks of the weighted kernel have one trace. Where losses are means,
+    # K_ii comes with 1 / n_i, and so do the traces by now.
     total = sum(traces.values())
     return {name: total / trace for name, trace in traces.items()}
 

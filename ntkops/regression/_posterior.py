@@ -14,7 +14,7 @@ from ..errors import DenseMemoryError, DtypeError, InputError, ShapeError, Unsup
 from ..operators.algebra import KernelAlgebra
 from ..operators.capabilities import capabilities, dense_bytes_allowed
 from ..operators.dense import DenseFallbacks
-from ..operators.indexing import _same_index
+from ..operators.positions import same_index
 from ._fits import Fit
 from ._operands import Kernel, Layout, read_kernel, require_finite
 from ._rounding import precise_product
@@ -222,6 +222,6 @@ class PosteriorCovariance(KernelAlgebra, DenseFallbacks):
                 "covariances of a batch share one fit: take members of .to_dense(), or index samples alone"
             )
         left = self._left._getitem(row_index, _noop_index, *batch_indices)
-        same = self._left is self._right and _same_index(row_index, col_index)
+        same = self._left is self._right and same_index(row_index, col_index)
         right = left if same else self._right._getitem(col_index, _noop_index, *batch_indices)
         return self._like(self._prior._getitem(row_index, col_index, *batch_indices), left, right)

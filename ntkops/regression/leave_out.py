@@ -12,7 +12,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import InputError, RoundingWarning
-from ..operators.axes import resolve_index
+from ..operators.positions import resolve_index
 from ._fits import Fit
 from ._operands import Kernel, Layout
 from ._rounding import precise_product

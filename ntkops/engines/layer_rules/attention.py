@@ -62,7 +62,7 @@ def multi_head_attention(
     q, k, v = (_heads(x, num_heads) for x in projected)  # (N, heads, L, d)
     mask = _mask(attn_mask, key_padding_mask, q)
     weights: Tensor | None = None
-    if need_weights:
+    if need_weights:  # only then are scores a result; else torch's own product need not write them down
         scores = (q / math.sqrt(q.shape[-1])) @ k.mT
         attention = (scores if mask is None else scores + mask).softmax(-1)
         mixed = attention @ v
@@ -91,6 +91,7 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as what is added to scores: -∞ where a boolean one is true, which says "not this key"."""
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
     return mask.to(dtype)

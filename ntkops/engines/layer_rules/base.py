@@ -6,12 +6,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ...model.record import Call, Entry
 
-__all__ = ["Activation", "Kind", "Layout", "OneHot", "Rule", "lift"]
+__all__ = ["Activation", "Kind", "Layout", "OneHot", "Rule", "flat_positions"]
 
 Kind = Literal["outer", "direct"]
 
@@ -30,17 +29,8 @@ class Layout:
     major: bool = True
 
     def expose(self, tensor: Tensor, count: int, lead: int = 0) -> Tensor:
-        """Move the samples to the front.
-
-        Args:
-            tensor: ``(*lead, ...)`` with B·k entries along ``axis`` after the leading axes.
-            count: Number B of samples.
-            lead: Number of leading axes.
-
-        Returns:
-            ``(B, *lead, k, rest...)``, a view where the strides allow.
-        """
-        axis = self.axis + lead
+        """Return ``(*lead, ...)`` with B·k entries along the axis as ``(B, *lead, k, rest...)``."""
+        axis = self.axis + lead  # that of the result of a call, behind the directions
         split = (count, -1) if self.major else (-1, count)
         pair = tensor.unflatten(axis, split)
         samples, others = (axis, axis + 1) if self.major else (axis + 1, axis)
@@ -124,17 +114,6 @@ class Rule:
         raise NotImplementedError
 
 
-def lift(call: Call, name: str, default: object = None) -> object:
-    """Return an argument that may have been left out."""
-    value = call.arguments.get(name)
-    return default if value is None else value
-
-
 def flat_positions(exposed: Tensor, lead: int) -> Tensor:
     """Turn ``(B, *lead, k, rest..., d)`` into ``(B, *lead, d, S)``."""
     return exposed.flatten(1 + lead, -2).mT
-
-
-def empty_like_type(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros of a tensor's dtype and device."""
-    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

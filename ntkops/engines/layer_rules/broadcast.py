@@ -12,12 +12,15 @@ __all__ = ["Add", "Expand", "Multiply", "Subtract"]
 
 
 class _Broadcast(Rule):
+    """A parameter that is repeated along axes on which it has one entry, or none."""
+
     def supports(self, call: Call) -> bool:
         """Plain sums and products."""
         return not ({"alpha", "out"} & call.arguments.keys())
 
     def sample_axes(self, call: Call) -> range:
         """The axes along which every parameter is repeated."""
+        # The first run of axes on which every parameter has one entry: the samples are among them.
         free = []
         for axis in range(len(call.shape)):
             sizes = [self._padded(call, role)[axis] for role in call.places]
@@ -31,6 +34,7 @@ class _Broadcast(Rule):
         return "direct"
 
     def _padded(self, call: Call, role: str) -> tuple[int, ...]:
+        """Return the shape of a parameter with as many axes as the result has."""
         shape = tuple(call.arguments[role].shape)
         return (1,) * (len(call.shape) - len(shape)) + shape
 
@@ -39,6 +43,7 @@ class _Broadcast(Rule):
         return torch.empty(0)
 
     def _scaled(self, call: Call, role: str, gradients: Tensor) -> Tensor:
+        """Return what each entry of the repeated parameter gets of the output gradients."""
         return gradients
 
     def direct(
@@ -49,11 +54,9 @@ class _Broadcast(Rule):
         padded = self._padded(call, role)
         rest = padded[: layout.axis] + padded[layout.axis + 1 :]
         repeated = [2, *(3 + i for i, size in enumerate(rest) if size == 1)]
-        return (
-            exposed.sum(repeated).flatten(2)
-            if len(repeated) < exposed.dim() - 2
-            else (exposed.sum(repeated).unsqueeze(2))
-        )
+        summed = exposed.sum(repeated)
+        # A parameter of one entry is repeated along all axes, and has one left: (B, K, 1).
+        return summed.flatten(2) if summed.dim() > 2 else summed.unsqueeze(2)
 
 
 class Add(_Broadcast):

@@ -16,6 +16,7 @@ __all__ = ["Convolution", "TransposedConvolution"]
 
 
 def _each(value: Any, axes: int) -> list[int]:
+    """Return a size for each spatial axis."""
     if isinstance(value, int):
         return [value] * axes
     values = [int(v) for v in value]
@@ -35,6 +36,8 @@ def _windows(
     for size, k, s, d, left, count in zip(
         x.shape[2:], kernel, stride, dilation, before, positions, strict=True
     ):
+        # The last window begins at (count - 1) s and reaches over d (k - 1) + 1; what lies behind it is cut
+        # off.
         needed = (count - 1) * s + d * (k - 1) + 1
         padding = [left, needed - size - left, *padding]  # F.pad starts with the last axis
     padded = F.pad(x, padding) if any(padding) else x
@@ -56,16 +59,8 @@ def _by_sample(x: Tensor, layout: Layout, count: int, groups: int, lead: int) ->
     return exposed.movedim(1 + lead, -2).flatten(-2)
 
 
-class Convolution(Rule):
-    """A convolution is a matrix product with the windows of its input."""
-
-    entry = Entry(
-        "convolution",
-        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-        ("weight", "bias"),
-    )
-    functions = (torch.conv1d, torch.conv2d, torch.conv3d)
-    shares_bias = True
+class _OfWindows(Rule):
+    """A matrix product with windows: batches of images on the first axis, an outer product for the weight."""
 
     def supports(self, call: Call) -> bool:
         """A batch of inputs."""
@@ -79,6 +74,24 @@ class Convolution(Rule):
         """Outer products for the weight."""
         return "outer" if role == "weight" else "direct"
 
+    def direct(
+        self, call: Call, role: str, activation: object, layout: Layout, count: int, gradients: Tensor
+    ) -> Tensor:
+        """The bias: output gradients summed over positions."""
+        return layout.expose(gradients.flatten(3).sum(3), count, 1).sum(2)
+
+
+class Convolution(_OfWindows):
+    """A convolution is a matrix product with the windows of its input."""
+
+    entry = Entry(
+        "convolution",
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+        ("weight", "bias"),
+    )
+    functions = (torch.conv1d, torch.conv2d, torch.conv3d)
+    shares_bias = True
+
     def activation(self, call: Call, layout: Layout, count: int) -> Activation:
         """The windows, ``(B, groups, d_in, S)``."""
         given = call.arguments
@@ -86,7 +99,7 @@ class Convolution(Rule):
         axes = len(kernel)
         dilation = _each(given.get("dilation", 1), axes)
         padding = given.get("padding", 0)
-        if isinstance(padding, str):
+        if isinstance(padding, str):  # "same" or "valid"; of an odd sum "same" has more behind
             same = padding == "same"
             before = [d * (k - 1) // 2 if same else 0 for d, k in zip(dilation, kernel, strict=True)]
         else:
@@ -102,14 +115,8 @@ class Convolution(Rule):
         """The output gradients, ``(B, K, groups, d_out, S)``."""
         return _by_sample(gradients.flatten(3), layout, count, call.arguments.get("groups", 1), 1)
 
-    def direct(
-        self, call: Call, role: str, activation: object, layout: Layout, count: int, gradients: Tensor
-    ) -> Tensor:
-        """The bias: output gradients summed over positions."""
-        return layout.expose(gradients.flatten(3).sum(3), count, 1).sum(2)
 
-
-class TransposedConvolution(Rule):
+class TransposedConvolution(_OfWindows):
     """The roles of input and output gradient are exchanged: the windows are those of the gradient."""
 
     entry = Entry(
@@ -118,18 +125,6 @@ class TransposedConvolution(Rule):
         ("weight", "bias"),
     )
     functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-
-    def supports(self, call: Call) -> bool:
-        """A batch of inputs."""
-        return len(call.shape) == call.arguments["weight"].dim()
-
-    def sample_axes(self, call: Call) -> range:
-        """The first axis."""
-        return range(1)
-
-    def kind(self, role: str) -> Kind:
-        """Outer products for the weight."""
-        return "outer" if role == "weight" else "direct"
 
     def transposed(self, role: str) -> bool:
         """The weight has its input channels first."""
@@ -156,9 +151,3 @@ class TransposedConvolution(Rule):
         )
         flat = windows.reshape(len(gradients), gradients.shape[1], -1, positions.numel())
         return _by_sample(flat, layout, count, given.get("groups", 1), 1)
-
-    def direct(
-        self, call: Call, role: str, activation: object, layout: Layout, count: int, gradients: Tensor
-    ) -> Tensor:
-        """The bias: output gradients summed over positions."""
-        return layout.expose(gradients.flatten(3).sum(3), count, 1).sum(2)

@@ -6,33 +6,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...model.record import Call, Entry
-from .base import Kind, Layout, Rule, lift
+from .base import Kind, Layout, Rule
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
-class _Trailing(Rule):
-    """Normalised over the last axes, whose shape the parameters have."""
+class _Normalisation(Rule):
+    """y = γ ∘ x̂ + β: gradients as small as the parameters are, and written down."""
 
     def kind(self, role: str) -> Kind:
         """Written down."""
         return "direct"
 
+    def _normalized(self, call: Call) -> Tensor:
+        """Return x̂, of the shape of the input."""
+        raise NotImplementedError
+
+
+class _Trailing(_Normalisation):
+    """Normalised over the last axes, whose shape the parameters have."""
+
     def _normalized_axes(self, call: Call) -> int:
+        """Return how many of the last axes are normalised over."""
         return len(call.arguments["normalized_shape"])
 
     def sample_axes(self, call: Call) -> range:
         """Every axis over which nothing is normalised."""
         return range(len(call.shape) - self._normalized_axes(call))
 
-    def _normalized(self, call: Call) -> Tensor:
-        raise NotImplementedError
-
     def activation(self, call: Call, layout: Layout, count: int) -> Tensor:
         """The normalised input, ``(B, S, d)``."""
         return self._flat(call, layout.expose(self._normalized(call), count), 0)
 
     def _flat(self, call: Call, exposed: Tensor, lead: int) -> Tensor:
+        """Turn ``(B, *lead, k, rest..., *normalized)`` into ``(B, *lead, S, d)``."""
         axes = self._normalized_axes(call)
         return exposed.flatten(-axes).flatten(1 + lead, -2)
 
@@ -69,19 +76,12 @@ class RMSNorm(_Trailing):
         return F.rms_norm(given["input"], given["normalized_shape"], eps=given.get("eps"))
 
 
-class _Channels(Rule):
+class _Channels(_Normalisation):
     """Normalised, then scaled a channel (axis 1), with the samples on axis 0."""
-
-    def kind(self, role: str) -> Kind:
-        """Written down."""
-        return "direct"
 
     def sample_axes(self, call: Call) -> range:
         """The first axis."""
         return range(1)
-
-    def _normalized(self, call: Call) -> Tensor:
-        raise NotImplementedError
 
     def activation(self, call: Call, layout: Layout, count: int) -> Tensor:
         """The normalised input, ``(B, k, d, positions)``."""
@@ -131,7 +131,7 @@ class InstanceNorm(_Channels):
     def supports(self, call: Call) -> bool:
         """Statistics of the input, or stored ones; never stored ones that the call would update."""
         stored = call.arguments.get("running_mean") is not None
-        return not (stored and bool(lift(call, "use_input_stats", True)))
+        return not (stored and bool(call.arguments.get("use_input_stats", True)))
 
     def _normalized(self, call: Call) -> Tensor:
         given = call.arguments

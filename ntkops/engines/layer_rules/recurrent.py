@@ -16,13 +16,17 @@ State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Callable[[Tensor], Tensor]], State]
 
 
+# Gates in torch's order: reset, update, new; input, forget, cell, output. ``driven`` is W x + b, recur(h) is
+# V h + c, which a GRU's new gate sees after the reset gate.
+
+
 def _gru_step(driven: Tensor, state: State, recur: Callable[[Tensor], Tensor]) -> State:
     (hidden,) = state
     own, new = driven.chunk(3, -1), recur(hidden).chunk(3, -1)
     reset = torch.sigmoid(own[0] + new[0])
     update = torch.sigmoid(own[1] + new[1])
     candidate = torch.tanh(own[2] + reset * new[2])
-    return (candidate + update * (hidden - candidate),)
+    return (candidate + update * (hidden - candidate),)  # (1 - z) n + z h
 
 
 def _lstm_step(driven: Tensor, state: State, recur: Callable[[Tensor], Tensor]) -> State:
@@ -59,27 +63,18 @@ def _layer(
 
 
 def _sequence(step: Step, parts: int, inputs: Tensor, hx: Any, params: Any, *rest: Any, **named: Any) -> Any:
-    """Do what ``torch.gru``, ``torch.lstm``, ``torch.rnn_tanh`` and ``torch.rnn_relu`` do.
+    """Return what ``torch.gru``, ``torch.lstm``, ``torch.rnn_tanh`` and ``torch.rnn_relu`` do.
 
-    Args:
-        step: One step.
-        parts: Number of tensors in a state.
-        inputs: ``(T, N, d)``, or ``(N, T, d)`` with batch_first.
-        hx: The first state, or its two parts.
-        params: The flat list of weights.
-        *rest: has_biases, num_layers, dropout, train, bidirectional, batch_first.
-        **named: Not taken.
-
-    Returns:
-        The outputs and the last state or states; NotImplemented for packed sequences, projections and
-        dropout.
+    NotImplemented for packed sequences, projections and dropout. The rest are has_biases, num_layers,
+    dropout, train, bidirectional and batch_first; inputs are ``(T, N, d)``, or ``(N, T, d)`` with
+    batch_first.
     """
     packed = not isinstance(params, (list, tuple)) or len(rest) != 6 or named
     if packed:  # (data, batch_sizes, state, ...): the samples of each step differ in number
         return NotImplemented
     biases, layers, dropout, train, bidirectional, batch_first = rest
     directions, width = (2 if bidirectional else 1), (4 if biases else 2)
-    if (train and dropout) or len(params) != layers * directions * width:
+    if (train and dropout) or len(params) != layers * directions * width:  # a projection has a weight more
         return NotImplemented
     first = hx if parts == 2 else (hx,)
     flow = inputs.transpose(0, 1) if batch_first else inputs
@@ -99,7 +94,7 @@ def _sequence(step: Step, parts: int, inputs: Tensor, hx: Any, params: Any, *res
 
 
 def _cell(step: Step, parts: int, inputs: Tensor, hx: Any, *weights: Tensor | None, **named: Any) -> Any:
-    """Do what ``torch.gru_cell``, ``torch.lstm_cell``, ``torch.rnn_tanh_cell`` and so on do."""
+    """Return what ``torch.gru_cell``, ``torch.lstm_cell``, ``torch.rnn_tanh_cell`` and so on do."""
     if named or len(weights) not in (2, 4):
         return NotImplemented
     input_weight, hidden_weight, *biases = weights
