@@ -15,13 +15,17 @@ import os
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+import numpy.typing
 import torch
 
 from .errors import InputError
 
-__all__ = ["check_arguments", "checked"]
+__all__ = ["ArrayLike", "check_arguments", "checked"]
+
+ArrayLike: TypeAlias = torch.Tensor | numpy.typing.ArrayLike
+"""Numbers: a tensor, an array, a list, or a single number; what NumPy turns into an array."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

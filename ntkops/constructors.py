@@ -27,7 +27,8 @@ from .projections import SJLT
 from .vectors import resolve_generator
 
 if TYPE_CHECKING:
-    from .model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
+    from .model.accepted import GroupLike, InputsLike, ModelLike, OutputLike, ParamsLike
+    from .operators.projection import ProjectionLike
 
 __all__ = ["ntk", "projected_ntk"]
 
@@ -48,7 +49,7 @@ def ntk(
     axes: Sequence[str] | None = None,
     batch_dim: BatchDim = 0,
     differentiable: bool = False,
-    group: Any = None,
+    group: GroupLike = None,
 ) -> NTKOperator:
     r"""Return the empirical neural tangent kernel :math:`K = J(x) J(x_2)^\top` as a lazy operator.
 
@@ -175,7 +176,7 @@ def ntk(
 @checked
 def projected_ntk(
     K: NTKOperator,
-    projection: Any,
+    projection: ProjectionLike,
     *,
     max_dense_bytes: int | Literal["auto"] | None = None,
     memmap: str | PathLike[str] | None = None,

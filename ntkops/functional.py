@@ -9,7 +9,7 @@ in parameters, inputs and vectors, and composes with `torch.func.grad`, `vmap`, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import InputError, ShapeError
 from .model.corrections import Corrected
+
+if TYPE_CHECKING:
+    from .model.accepted import Pytree
 
 __all__ = [
     # products with the Jacobian
@@ -42,7 +45,7 @@ def _call(function: Function, params: Any, inputs: Any) -> Tensor:
 Mode = Literal["auto", "forward", "double"]
 
 
-def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mode = "auto") -> Tensor:
+def jvp(function: Function, params: Pytree, inputs: Any, tangent: Pytree, *, mode: Mode = "auto") -> Tensor:
     r"""Multiply the Jacobian with a parameter-shaped vector: :math:`J p`.
 
     Args:
@@ -95,7 +98,7 @@ def jvp(function: Function, params: Any, inputs: Any, tangent: Any, *, mode: Mod
             raise error from None
 
 
-def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
+def vjp(function: Function, params: Pytree, inputs: Any, cotangent: Tensor) -> Pytree:
     r"""Multiply the transposed Jacobian with an output-shaped vector: :math:`J^\top v`.
 
     Args:
@@ -129,7 +132,7 @@ def vjp(function: Function, params: Any, inputs: Any, cotangent: Tensor) -> Any:
 
 
 def ntk_matvec(
-    function: Function, params: Any, left: Any, right: Any, vector: Tensor, *, mode: Mode = "auto"
+    function: Function, params: Pytree, left: Any, right: Any, vector: Tensor, *, mode: Mode = "auto"
 ) -> Tensor:
     r"""Multiply the kernel with a state vector: :math:`J(x_1) J(x_2)^\top v`.
 
@@ -178,7 +181,7 @@ def _rows(leaf: Tensor) -> Tensor:
     return leaf.reshape(*leaf.shape[:2], -1)
 
 
-def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
+def ntk_diagonal(function: Function, params: Pytree, inputs: Any) -> Tensor:
     r"""Return the kernel's diagonal: :math:`K_{ii} = |\nabla f_i|^2`.
 
     Samples must be independent and every leaf of ``inputs`` must carry them on its first axis.
@@ -206,7 +209,7 @@ def ntk_diagonal(function: Function, params: Any, inputs: Any) -> Tensor:
     return diagonal.reshape(-1, *shape)
 
 
-def ntk_block(function: Function, params: Any, left: Any, right: Any) -> Tensor:
+def ntk_block(function: Function, params: Pytree, left: Any, right: Any) -> Tensor:
     r"""Return the dense kernel :math:`J(x_1) J(x_2)^\top`, samples and outputs apart.
 
     Samples must be independent and every leaf of the inputs must carry them on its first axis.
@@ -236,7 +239,7 @@ def ntk_block(function: Function, params: Any, left: Any, right: Any) -> Tensor:
     )
 
 
-def linearized(function: Function, params: Any, inputs: Any, displaced: Any) -> Tensor:
+def linearized(function: Function, params: Pytree, inputs: Any, displaced: Pytree) -> Tensor:
     r"""Evaluate the linearised network :math:`f(\theta_0) + J(\theta_0) (\theta - \theta_0)`.
 
     Args:

@@ -38,7 +38,7 @@ try:
     from gpytorch.lazy import LazyEvaluatedKernelTensor
 except ImportError as error:  # pragma: no cover - held by a test in a process without gpytorch
     raise MissingDependencyError(
-        "ntkops.gp needs gpytorch, which is not installed: pip install 'ntkops[gp]'"
+        "ntkops.gp needs gpytorch, which is not installed: pip install 'gpytorch>=1.14'"
     ) from error
 
 if TYPE_CHECKING:

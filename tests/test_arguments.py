@@ -215,6 +215,13 @@ def given(tmp_path_factory):
     return {**problem(), "path": tmp_path_factory.mktemp("files") / "of_arguments"}
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLIC if ".distill." not in name])
+def test_annotations_say_what_is_taken(name):
+    parameters = inspect.signature(PUBLIC[name]).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert [p.name for p in named if str(p.annotation) == "Any"] == []
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_wrong_types_are_refused(name, given):
     function, failures = PUBLIC[name], []

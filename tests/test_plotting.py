@@ -201,6 +201,18 @@ def test_error_against_passes_draws_root_mean_squares_and_reported_errors() -> N
     assert legend(ax) == ["hutch++", "standard error as reported"]
 
 
+def test_a_legend_covers_no_curve() -> None:
+    late = [estimate(100.0 + 1600.0 / passes, 1.0, passes) for passes in (16, 32, 64, 128)]
+    soon = [estimate(100.0 + 1.0 / passes, 0.1, passes) for passes in (1, 2, 4, 8)]
+    ax = plotting.plot_error_against_passes({"a": late, "b": soon}, 100.0, axes())
+    ax.figure.draw_without_rendering()
+    box = ax.get_legend().get_window_extent()
+    for line in ax.get_lines():
+        places = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+        assert not box.count_contains(places)
+        assert not line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False)
+
+
 def test_error_of_a_negative_quantity_and_of_none_at_all() -> None:
     curve = [estimate(-110.0, 1.0, 4), estimate(-100.0, 0.0, 8)]
     ax = plotting.plot_error_against_passes({"a": curve}, -100.0, axes(), predicted=False)
@@ -341,9 +353,9 @@ def test_new_axes_are_made_and_no_style_changes() -> None:
     assert pyplot.get_fignums() == []
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'ntkops\[demo\]'") as caught:
+    with pytest.raises(ImportError, match="pip install matplotlib") as caught:
         plotting.plot_spectrum([2.0, 1.0])
     assert isinstance(caught.value, NtkopsError)

@@ -23,7 +23,7 @@ from ..operators.jacobian import network_states
 from .losses import Loss, as_targets, loss_with_targets, read_loss, require_outputs
 
 if TYPE_CHECKING:
-    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
+    from ..model.accepted import ArrayLike, InputsLike, LossLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["GGNOperator", "ggn"]
 
@@ -99,8 +99,8 @@ class GGNOperator(Sandwich):
 def ggn(
     model: ModelLike,
     x: InputsLike,
-    loss: Any = "cross_entropy",
-    targets: Any = None,
+    loss: LossLike = "cross_entropy",
+    targets: ArrayLike | None = None,
     fisher: Literal["type2", "empirical"] | None = None,
     *,
     reduction: Literal["sum", "mean"] = "sum",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from linear_operator.operators import DiagLinearOperator, LinearOperator
@@ -12,6 +12,9 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, OutOfRangeError, ShapeError
 from ..operators.block_diagonal import DenseBlocks, RankOneBlocks
+
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike, LossLike
 
 __all__ = [
     "CrossEntropy",
@@ -352,7 +355,9 @@ def _probabilities(targets: Tensor, outputs: Tensor) -> Tensor:
 
 
 @checked
-def hessian_factor(outputs: Tensor, loss: Any, targets: Any = None, *, scale: float = 1.0) -> LinearOperator:
+def hessian_factor(
+    outputs: Tensor, loss: LossLike, targets: ArrayLike | None = None, *, scale: float = 1.0
+) -> LinearOperator:
     r"""Return a factor S of the Hessian of a loss in the outputs, :math:`H = S S^\top`, block diagonal.
 
     H is the Hessian of ``scale`` times the sum of the loss over samples. For the cross-entropy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -16,19 +16,22 @@ from ._result import check_method, linear_trajectory
 from .learning_rate import check_momentum, largest_eigenvalue
 from .trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike, OffsetLike
+
 __all__ = ["gradient_descent"]
 
 
 @checked
 def gradient_descent(
     K: LinearOperator | Tensor,
-    Y: Any,
-    steps: Any,
+    Y: ArrayLike,
+    steps: ArrayLike,
     *,
     lr: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    offset: Any = None,
+    offset: OffsetLike = None,
     method: Literal["auto", "krylov", "eigh"] = "auto",
     tol: float = 1e-6,
     max_products: int | None = None,

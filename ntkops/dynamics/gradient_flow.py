@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -18,19 +18,22 @@ from ._problem import check_positive, check_tolerance, read_problem, read_times
 from ._result import check_method, linear_trajectory
 from .trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike, LossLike, OffsetLike
+
 __all__ = ["gradient_flow"]
 
 
 @checked
 def gradient_flow(
     K: LinearOperator | Tensor,
-    Y: Any,
-    times: Any,
+    Y: ArrayLike,
+    times: ArrayLike,
     *,
-    loss: Any = "mse",
+    loss: LossLike = "mse",
     lr: float = 1.0,
     weight_decay: float = 0.0,
-    offset: Any = None,
+    offset: OffsetLike = None,
     method: Literal["auto", "krylov", "eigh", "ode"] = "auto",
     tol: float = 1e-6,
     max_products: int | None = None,
@@ -115,7 +118,7 @@ def gradient_flow(
                 f"t = ∞ with {name}: the limit has no closed form, and without weight decay it need not "
                 "exist (outputs of separable classes grow for ever); pass a large finite time"
             )
-        with_targets = CrossEntropy if kind == "cross_entropy" else functools.partial(PerSample, loss)
+        with_targets = functools.partial(PerSample, loss) if callable(loss) else CrossEntropy
         return by_ode(
             problem,
             with_targets,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, ShapeError
@@ -62,7 +63,7 @@ class Trajectory:
             f"{tuple(self.outputs.shape)}, loss {first:.3g} to {last:.3g}, {self.info})"
         )
 
-    def predict(self, K_cross: Any, *, offset: Tensor | None = None) -> Tensor:
+    def predict(self, K_cross: LinearOperator | Tensor, *, offset: Tensor | None = None) -> Tensor:
         """Return outputs at new samples, offset + K_* a(t), at all times.
 
         Args:
@@ -144,7 +145,7 @@ class Trajectory:
         columns = self._columns()[self._place(t)]
         return ParameterChange.of(self._problem.K, columns, self._problem.layout).named()
 
-    def ensemble(self, prior: Any, K_cross: Any) -> Gaussian:
+    def ensemble(self, prior: LinearOperator | Tensor, K_cross: LinearOperator | Tensor) -> Gaussian:
         r"""Return what an infinite ensemble predicts, whose members start from f₀ ~ N(0, Σ) and train alike.
 
         Training is linear in f₀: with :math:`B_t = K_* q_t(K)` the outputs at new samples are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from ..errors import InputError
 from ..model import Inputs, Linearization
@@ -13,8 +13,11 @@ from .options import Layerwise
 
 __all__ = ["Engine", "EngineChoice", "EngineName", "build_engine"]
 
-EngineName = Literal["auto", "autograd", "layerwise"]
-EngineChoice = EngineName | Layerwise
+EngineName: TypeAlias = Literal["auto", "autograd", "layerwise"]
+
+EngineChoice: TypeAlias = EngineName | Layerwise
+"""How products are computed: "layerwise" by layer structure, "autograd" for any model, "auto" for layerwise
+where it covers anything; or a `Layerwise` with choices of one's own."""
 
 
 def build_engine(

@@ -203,7 +203,11 @@ def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
     first = found[0]
     for other in found[1:]:
         if first.shape != other.shape or not first.rows.matches(other.rows):
-            raise ShapeError(f"the operators have shapes {tuple(first.shape)} and {tuple(other.shape)}")
+            shapes = sorted((tuple(first.shape), tuple(other.shape)), key=len)
+            way = ""
+            if len(shapes[0]) < len(shapes[1]) and shapes[1][-2:] == shapes[0]:
+                way = f"; a batch of kernels takes one for each, such as one.expand{shapes[1]}"
+            raise ShapeError(f"the operators have shapes {tuple(first.shape)} and {tuple(other.shape)}{way}")
         if first.dtype != other.dtype:
             raise DtypeError(
                 f"the operators have dtypes {first.dtype} and {other.dtype}; use .to(dtype) on one"

@@ -19,7 +19,7 @@ from .condition_number import condition_number
 from .moments import effective_rank, frobenius_norm, trace
 
 if TYPE_CHECKING:
-    from ..model.accepted import InputsLike, OutputLike, ParamsLike
+    from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
 
 __all__ = ["compare"]
 
@@ -34,7 +34,7 @@ _SCORES: dict[str, Callable[..., Estimate]] = {
 
 @checked
 def compare(
-    models: Mapping[str, Any] | Sequence[Any],
+    models: Mapping[str, ModelLike] | Sequence[ModelLike],
     x: InputsLike,
     scores: str | Sequence[str] = ("trace",),
     *,

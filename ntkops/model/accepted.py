@@ -1,18 +1,32 @@
-"""What may be passed where a model, its inputs, its parameters or its state are asked for."""
+"""What may be passed where a model, its inputs, parameters or state, or numbers beside them are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from ..arguments import ArrayLike
 from .entries import Entries
 from .inputs import Inputs
 from .linearization import Linearization
 from .selection import Selector
 
-__all__ = ["InputsLike", "ModelLike", "OutputLike", "ParamsLike"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "ArrayLike",
+    "GroupLike",
+    "InputsLike",
+    "LossLike",
+    "ModelLike",
+    "OffsetLike",
+    "OutputLike",
+    "ParamsLike",
+    "Pytree",
+]
 
 ModelLike: TypeAlias = nn.Module | Callable[..., Any] | Linearization
 """A module; a function ``(params, inputs) -> output`` of a dict of tensors and a batch; a `Linearization`."""
@@ -27,3 +41,16 @@ ParamsLike: TypeAlias = Selector | Entries
 OutputLike: TypeAlias = str | int | Callable[[Any], Any] | None
 """The state: None where the model returns a tensor; a key or position; a module path such as ``"rnn[0]"``; or
 a function of the raw output."""
+
+LossLike: TypeAlias = Literal["mse", "cross_entropy"] | Callable[[Tensor, Tensor], Tensor]
+"""A loss: "mse", "cross_entropy", or a function ``(outputs, targets) -> ()`` of one sample."""
+
+OffsetLike: TypeAlias = ArrayLike | Literal["network"] | None
+"""What a regression is added to, or training starts from: None for zero, "network" for the outputs of the
+network, a number, or a tensor."""
+
+GroupLike: TypeAlias = "ProcessGroup | Literal['world'] | None"
+"""Who shares the samples: a `torch.distributed.ProcessGroup`, "world" for all processes, None for nobody."""
+
+Pytree: TypeAlias = Any
+"""A tensor, or a dict, list or tuple of such, in any nesting."""

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 # Where samples lie: one axis for all tensors, None where all samples share them, or these by key or position.
-BatchDim = int | None | Mapping[Any, Any] | Sequence[Any]
+BatchDim: TypeAlias = int | None | Mapping[Any, Any] | Sequence[Any]
+"""The sample axis of inputs and outputs: a position; None for coupled samples; or an axis for each input, by
+keyword or position, ``{"x": 0, "h": 1, "edges": None}``."""
 
 _FINITE_CHUNK = 1 << 24  # entries looked at together, to bound the memory of the check
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import ArrayLike
 from ..errors import OutOfRangeError, ParameterSelectionError, ParameterShapeError
 from .selection import select_parameters
 
@@ -38,7 +39,7 @@ class Entries:
         True
     """
 
-    def __init__(self, entries: Mapping[str, Tensor | Sequence[int] | Any]) -> None:
+    def __init__(self, entries: Mapping[str, ArrayLike]) -> None:
         if not isinstance(entries, Mapping) or not entries:
             raise ParameterSelectionError(
                 "Entries needs a dict from names of parameters to masks or positions, {'0.weight': mask}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
@@ -12,9 +12,19 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "Sliceable"]
 
 _KINDS = "biuf"  # NumPy's booleans, integers and floating numbers
+
+
+class Sliceable(Protocol):
+    """What has a length and parts: an array on disk or in memory, a tuple, a mapping, a data set."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, part: Any, /) -> Any:
+        """Return one part, or a slice."""
 
 
 class Batches(Sequence[Any]):
@@ -71,7 +81,7 @@ class Batches(Sequence[Any]):
 
     def __init__(
         self,
-        source: Any,
+        source: Sliceable,
         batch_size: int,
         columns: str | Sequence[str] | Mapping[str, str] | None = None,
         dtype: torch.dtype | Mapping[Any, torch.dtype] | None = None,

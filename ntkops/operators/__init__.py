@@ -10,7 +10,9 @@ from .jacobian import JacobianOperator, jacobian
 from .kernel import NTKOperator
 from .nngp import nngp
 from .nystrom import NystromOperator, nystrom_ntk
+from .output_choice import OutputChoice
 from .projected import FeatureOperator, ProjectedNTKOperator, ProjectionOperator
+from .projection import ProjectionLike
 from .ridge import RidgeOperator
 from .sample_kernel import SampleKernelOperator
 from .sandwich import Sandwich, sandwich
@@ -35,6 +37,9 @@ __all__ = [
     "stack",
     "balance",
     "nngp",
+    # what may be passed
+    "OutputChoice",
+    "ProjectionLike",
     # what an approximation leaves out
     "energy_gap",
 ]

@@ -243,7 +243,7 @@ def _centres(inputs: Inputs, number: int, generator: torch.Generator) -> Tensor:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise MissingDependencyError(
-            "inducing='kmeans' uses scikit-learn, which is not installed: pip install 'ntkops[demo]'"
+            "inducing='kmeans' uses scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     parts = [batch.tensors for _, _, batch in inputs.batches()]
     if any(len(part) != 1 or not part[0].is_floating_point() for part in parts):

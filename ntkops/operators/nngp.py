@@ -25,7 +25,7 @@ __all__ = ["nngp"]
 def nngp(
     model: ModelLike,
     x: InputsLike,
-    head: Any,
+    head: str | nn.Module,
     *,
     weight_variance: float,
     bias_variance: float,

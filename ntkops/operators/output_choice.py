@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from .axes import StateAxis, at_places, require_own_positions
 
 __all__ = ["OutputChoice", "choose_outputs", "labelled", "over_samples"]
 
-AxisChoice = Literal["all", "each", "trace"]
-OutputChoice = AxisChoice | int | Sequence[int] | Mapping[str, AxisChoice]
+AxisChoice: TypeAlias = Literal["all", "each", "trace"]
+
+OutputChoice: TypeAlias = AxisChoice | int | Sequence[int] | Mapping[str, AxisChoice]
+"""Outputs: "all", "each" or "trace"; the number of one, or numbers of some; or a choice for each axis by its
+name, ``{"time": "trace", "class": "each"}``."""
 
 _CHOICES = ("all", "each", "trace")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator
@@ -29,12 +29,18 @@ from .products import dense_limit
 
 __all__ = [
     "MatrixProjection",
+    "ProjectionLike",
     "ProjectionOperator",
     "as_projection",
 ]
 
 Picked = range | tuple[int, ...]
 _numbers = itertools.count()  # of matrices that are given, which have no seed
+
+
+ProjectionLike: TypeAlias = int | Projection | Tensor | LinearOperator
+"""A projection: one of `ntkops.projections`; a number k, for a random one to k features; or a constant
+``(k, P)`` tensor or operator."""
 
 
 class ProjectionOperator(Expression):
@@ -288,7 +294,7 @@ def _version(matrix: Tensor | LinearOperator) -> int:
 
 
 def as_projection(
-    projection: Any, num_parameters: int, dtype: torch.dtype, device: torch.device
+    projection: object, num_parameters: int, dtype: torch.dtype, device: torch.device
 ) -> Projection:
     """Return the projection that something stands for, checked against the kernel that it is to meet.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from linear_operator.operators import ConstantMulLinearOperator, LinearOperator
@@ -24,11 +24,11 @@ from .sandwich import Sandwich
 
 __all__ = ["BlockKernelOperator", "Blocks", "balance", "stack"]
 
-Weights = Mapping[str, float] | Sequence[float] | Tensor
+Weights: TypeAlias = Mapping[str, float] | Sequence[float] | Tensor | Estimate
 
 
 @checked
-def stack(jacobians: Mapping[str, JacobianOperator], weights: Any = None) -> JoinedOperator:
+def stack(jacobians: Mapping[str, JacobianOperator], weights: Weights | None = None) -> JoinedOperator:
     r"""Put the Jacobians of several functions of the same parameters one below the other.
 
     With the solution u of a differential equation on the boundary and its residual r inside, or with the

@@ -13,7 +13,16 @@ from ..errors import MissingDependencyError, NonFiniteError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "finite_array", "line_style", "logarithmic", "marker", "new_axes", "next_line"]
+__all__ = [
+    "COLOURS",
+    "finite_array",
+    "legend",
+    "line_style",
+    "logarithmic",
+    "marker",
+    "new_axes",
+    "next_line",
+]
 
 # Okabe and Ito's palette without its yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -31,7 +40,7 @@ def new_axes(ax: Axes | None) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingDependencyError(
-            "plots need matplotlib, which is not installed: pip install 'ntkops[demo]'"
+            "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return pyplot.subplots(layout="constrained")[1]
 
@@ -66,3 +75,8 @@ def logarithmic(ax: Axes, values: np.ndarray) -> None:
     positive = values[values > 0]
     if positive.size and np.log10(positive.max() / positive.min()) > _DECADES:
         ax.set_yscale("log")
+
+
+def legend(ax: Axes, **kwargs: Any) -> None:
+    """Add a small legend, without a frame: a curve that runs along its edge, or below it, stays visible."""
+    ax.legend(**{"fontsize": "small", "frameon": False, **kwargs})

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..arguments import ArrayLike
 from ..errors import InputError, OutOfRangeError, ShapeError
-from ._axes import finite_array, new_axes, next_line
+from ._axes import finite_array, legend, new_axes, next_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +21,9 @@ _LEVELS = np.linspace(0.02, 0.98, 49)
 
 
 def plot_calibration(
-    y: Any,
-    mean: Any,
-    std: Any = None,
+    y: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike | None = None,
     ax: Axes | None = None,
     *,
     bins: int = 10,
@@ -95,7 +96,7 @@ def plot_calibration(
     ax.set_ylim(0, 1)
     ax.grid(visible=True, which="major", alpha=0.3)
     if label is not None:
-        ax.legend(fontsize="small")
+        legend(ax)
     return ax
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from ..results import ChainReport, Containment, LocalGlobalProperties, LocalGlobalTrial
-from ._axes import COLOURS, finite_array, logarithmic, marker, new_axes, next_line
+from ._axes import COLOURS, finite_array, legend, logarithmic, marker, new_axes, next_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def plot_local_containment(x: Containment, ax: Axes | None = None, **kwargs: Any
     ax.set_ylabel("share of local variance inside")
     ax.grid(visible=True, which="major", alpha=0.3)
     _whole_numbers(ax)
-    ax.legend(loc="lower right")
+    legend(ax, loc="lower right")
     return ax
 
 
@@ -123,14 +123,14 @@ def plot_coverage_gap(x: Containment, ax: Axes | None = None, **kwargs: Any) -> 
         )
     ):
         ax.plot(index, curve, color=COLOURS[number], marker=marker(number), label=label, **style)
-    label = f"gap: {gap:.1%} of the variance (mean over eigenvectors {float((1 - union).mean()):.1%})"
+    label = f"gap: {gap:.1%} of the variance\n(mean over eigenvectors {float((1 - union).mean()):.1%})"
     ax.fill_between(index, union, 1, color=COLOURS[5], alpha=0.3, label=label)
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("global eigenvector")
     ax.set_ylabel("share covered by local eigenvectors")
     ax.grid(visible=True, which="major", alpha=0.3)
     _whole_numbers(ax)
-    ax.legend(loc="lower left", fontsize="small")
+    legend(ax, loc="lower left")
     return ax
 
 
@@ -176,7 +176,7 @@ def plot_properties(x: LocalGlobalProperties, ax: Axes | None = None, **kwargs: 
     ax.invert_yaxis()
     ax.set_xlabel(rf"share, $\varepsilon$ = {x.epsilon:g}")
     ax.grid(visible=True, axis="x", alpha=0.3)
-    ax.legend(loc="best", fontsize="small")
+    legend(ax)
     return ax
 
 
@@ -236,7 +236,7 @@ def plot_by_size(
     ax.set_xlabel("number $s$ of distilled gradients")
     ax.set_ylabel(quantity)
     ax.grid(visible=True, which="major", alpha=0.3)
-    ax.legend(fontsize="small")
+    legend(ax)
     return ax
 
 
@@ -304,7 +304,7 @@ def plot_chain(
     ax.set_xlabel(_COSTS[cost])
     ax.set_ylabel(quantity.replace("_", " "))
     ax.grid(visible=True, which="major", alpha=0.3)
-    ax.legend(fontsize="small")
+    legend(ax)
     return ax
 
 
@@ -355,7 +355,7 @@ def plot_local_global_grid(
     ax.set_xlabel("number $s$ of distilled gradients (open: no gap vectors)")
     ax.set_ylabel(f"{quantity.replace('_', ' ')} on the training samples")
     ax.grid(visible=True, which="major", alpha=0.3)
-    ax.legend(fontsize="small")
+    legend(ax)
     return ax
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..results import Estimate
-from ._axes import COLOURS, line_style, marker, new_axes
+from ._axes import COLOURS, legend, line_style, marker, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,8 @@ def plot_estimates(estimates: Mapping[str, Estimate], ax: Axes | None = None, **
         colour = COLOURS[0] if estimate.exact else COLOURS[1]
         style = {"color": colour, "markerfacecolor": colour if estimate.exact else "white", **kwargs}
         ax.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", capsize=3, **style)
-    rows = [f"{name}\n{e.method}, {e.passes} passes" for name, e in estimates.items()]
+    made = ["1 pass" if e.passes == 1 else f"{e.passes} passes" for e in estimates.values()]
+    rows = [f"{name}\n{e.method}, {how}" for (name, e), how in zip(estimates.items(), made, strict=True)]
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.margins(y=0.15)
@@ -111,7 +112,7 @@ def plot_error_against_passes(
     ax.set_xlabel("passes (vjp and jvp, one vector each)")
     ax.set_ylabel("error relative to the exact value")
     ax.grid(visible=True, which="major", alpha=0.3)
-    ax.legend(fontsize="small", loc="upper right")  # errors fall: that corner stays empty
+    legend(ax)
     return ax
 
 

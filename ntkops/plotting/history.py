@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..results import History
-from ._axes import line_style, logarithmic, marker, new_axes
+from ._axes import legend, line_style, logarithmic, marker, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def plot_history(
         ax.set_ylabel(_LABELS.get(name, name))
         ax.grid(visible=True, which="major", alpha=0.3)
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(fontsize="small")
+            legend(ax)
     return panels
 
 

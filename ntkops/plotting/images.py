@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import ArrayLike
 from ..errors import ShapeError
 from ._axes import finite_array, new_axes
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_images"]
 
 
-def plot_images(sets: Mapping[str, Any], ax: Axes | None = None, **kwargs: Any) -> Axes:
+def plot_images(sets: Mapping[str, ArrayLike], ax: Axes | None = None, **kwargs: Any) -> Axes:
     """Draw sets of images below each other, a row for each: real samples beside distilled ones, say.
 
     Every set has its own scale, from its smallest to its largest entry, since distilled images leave the

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from ..arguments import ArrayLike
 from ..errors import ShapeError
 from ..results import Estimate
 from ._axes import finite_array, new_axes
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["plot_kernel"]
 
 
+class LazyMatrix(Protocol):
+    """An operator: what can be made dense."""
+
+    def to_dense(self) -> Tensor:
+        """Return all entries."""
+
+
 def plot_kernel(
-    matrix: Any,
+    matrix: ArrayLike | LazyMatrix | Estimate,
     ax: Axes | None = None,
     *,
     labels: Sequence[str] | None = None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError, ShapeError
 from ..results import ErrorTerms, RidgePath
-from ._axes import finite_array, new_axes, next_line
+from ._axes import finite_array, legend, new_axes, next_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def plot_ridge_path(x: RidgePath, ax: Axes | None = None, *, label: str | None =
     ax.set_ylabel("mean squared leave-one-out residual" if is_error else "log marginal likelihood")
     ax.grid(visible=True, which="major", alpha=0.3)
     if label is not None:
-        ax.legend()
+        legend(ax)
     return ax
 
 
@@ -115,5 +115,5 @@ def plot_label_energy(
     ax.set_xlabel("number of leading eigenvectors")
     ax.set_ylabel("share of the target's square that they hold")
     ax.grid(visible=True, which="major", alpha=0.3)
-    ax.legend(title="target", ncols=2 if len(curves) > 5 else 1, fontsize="small")
+    legend(ax, title="target", ncols=2 if len(curves) > 5 else 1)
     return ax

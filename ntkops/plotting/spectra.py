@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from ..results import Eigenpairs, SpectralDensity, TruncationRank
-from ._axes import finite_array, line_style, logarithmic, marker, new_axes, next_line
+from ._axes import finite_array, legend, line_style, logarithmic, marker, new_axes, next_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def _finish_spectrum(ax: Axes, count: int, ylabel: str) -> None:
     ax.set_ylabel(ylabel)
     ax.grid(visible=True, which="major", alpha=0.3)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend()
+        legend(ax)
 
 
 def plot_spectrum(
@@ -169,7 +169,7 @@ def plot_class_spectra(
             ax.plot(place, spectrum[place - 1], color=style["color"], marker=marker(position), label="_mark")
     _finish_spectrum(ax, values.shape[1], r"eigenvalue $\lambda_i$ of the class's kernel")
     title = "class" if (values > 0).all() else "class (only values > 0)"
-    ax.legend(title=title, ncols=2 if len(values) > 5 else 1, fontsize="small")
+    legend(ax, title=title, ncols=2 if len(values) > 5 else 1)
     return ax
 
 
@@ -217,7 +217,7 @@ def plot_truncation_ranks(
     ax.set_xlabel("class")
     ax.set_ylabel("truncation rank (number of eigenvalues)")
     ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(loc="upper left", ncols=3)
+    legend(ax, loc="upper left", ncols=3)
     return ax
 
 
@@ -285,5 +285,5 @@ def plot_spectral_density(
     ax.set_ylim(bottom=0)
     ax.grid(visible=True, which="major", alpha=0.3)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend()
+        legend(ax)
     return ax

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from ..arguments import ArrayLike
 from ..errors import ShapeError
-from ._axes import finite_array, line_style, logarithmic, new_axes, next_line
+from ._axes import finite_array, legend, line_style, logarithmic, new_axes, next_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,7 @@ def _over_time(ax: Axes, times: np.ndarray) -> None:
     ax.set_xlabel("time $t$")
     ax.grid(visible=True, which="major", alpha=0.3)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize="small")
+        legend(ax)
 
 
 def _finite_times(times: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +38,7 @@ def _finite_times(times: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_losses(
-    times: Any, losses: Any, ax: Axes | None = None, *, label: str | None = None, **kwargs: Any
+    times: ArrayLike, losses: ArrayLike, ax: Axes | None = None, *, label: str | None = None, **kwargs: Any
 ) -> Axes:
     """Draw losses along training.
 
@@ -83,12 +85,12 @@ def plot_losses(
 
 
 def plot_outputs(
-    times: Any,
-    outputs: Any,
-    bounds: Any = None,
+    times: ArrayLike,
+    outputs: ArrayLike,
+    bounds: ArrayLike | None = None,
     ax: Axes | None = None,
     *,
-    labels: Any = None,
+    labels: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Axes:
     """Draw the outputs of one sample along training, and the band in which the exact ones lie.

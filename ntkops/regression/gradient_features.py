@@ -27,6 +27,7 @@ from ..projections import SJLT, Projection
 
 if TYPE_CHECKING:
     from ..model.accepted import InputsLike, ModelLike, OutputLike, ParamsLike
+    from ..operators.projection import ProjectionLike
 
 __all__ = ["GradientFeatures", "gradient_features"]
 
@@ -186,7 +187,7 @@ class GradientFeatures:
 def gradient_features(
     model: ModelLike,
     x: InputsLike,
-    projection: Any,
+    projection: ProjectionLike,
     path: str | os.PathLike[str],
     *,
     params: ParamsLike = None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ..regression import GradientFeatures
 from ._factorizations import CholeskyFactor
 from ._operands import read_ridges, require_finite
 
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike
+
 __all__ = ["influence"]
 
 Features: TypeAlias = GradientFeatures | Tensor
@@ -32,12 +35,12 @@ _TILE_BYTES = 2**25  # of a tile in float64
 
 @checked
 def influence(
-    F: Any,
-    F_test: Any,
+    F: Features | Sequence[Features],
+    F_test: Features | Sequence[Features],
     *,
     ridge: float = 1e-4,
     relative: bool = True,
-    weights: Any = None,
+    weights: ArrayLike | Sequence[Tensor] | None = None,
     max_dense_bytes: int | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Return scores of all training samples for all test samples, from features of their gradients.

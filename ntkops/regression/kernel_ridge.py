@@ -8,7 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -51,6 +51,9 @@ from ._weighted import WeightedFit, read_weights, weighted
 from .leave_out import GroupLeaveOut, leave_out
 from .metrics import accuracy, r2_score
 from .predictor import Offset, Predictor
+
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike, OffsetLike
 
 __all__ = ["KernelRidge"]
 
@@ -150,7 +153,7 @@ class KernelRidge(Parameters):
         ridge: float | Sequence[float] | Literal["loo", "evidence"] = 1e-4,
         relative: bool = True,
         method: Method = "auto",
-        offset: Any = None,
+        offset: OffsetLike = None,
         *,
         cutoff: int | float | None = None,
         inducing: int | Tensor | None = None,
@@ -176,7 +179,7 @@ class KernelRidge(Parameters):
         Y: Tensor,
         *,
         offset: Tensor | None = None,
-        sample_weight: Any = None,
+        sample_weight: ArrayLike | None = None,
     ) -> Self:
         """Solve (K + r) α = Y - offset, or (K + r / w) α = Y - offset.
 
@@ -344,9 +347,20 @@ class KernelRidge(Parameters):
         *,
         offset: Tensor | None = None,
         prior: LinearOperator | Tensor,
-        return_std: bool = False,
-        return_cov: bool = False,
-    ) -> tuple[Tensor, Any]: ...
+        return_std: Literal[True],
+        return_cov: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def predict(
+        self,
+        K_cross: LinearOperator | Tensor,
+        *,
+        offset: Tensor | None = None,
+        prior: LinearOperator | Tensor,
+        return_std: Literal[False] = False,
+        return_cov: Literal[True],
+    ) -> tuple[Tensor, PosteriorCovariance]: ...
 
     def predict(
         self,
@@ -356,7 +370,7 @@ class KernelRidge(Parameters):
         prior: LinearOperator | Tensor | None = None,
         return_std: bool = False,
         return_cov: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor | PosteriorCovariance]:
         r"""Return f(x*) = offset + K_* α, and what the Gaussian process leaves open about it.
 
         The process is :math:`y \sim N(\text{offset}, s^2 (K + r I))`. Given the labels the noiseless function
@@ -654,7 +668,7 @@ class KernelRidge(Parameters):
 
     # what samples do, and what the parameters do: see leave_out.py, predictor.py
 
-    def leave_out(self, groups: Iterable[Any]) -> GroupLeaveOut:
+    def leave_out(self, groups: Iterable[ArrayLike]) -> GroupLeaveOut:
         r"""Return what the regression would be without each of some groups of samples, without fitting again.
 
         With A = K + r, :math:`\alpha_{-S} = \alpha - A^{-1}_{:S} (A^{-1}_{SS})^{-1} \alpha_S`: the exact

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sized
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from linear_operator.operators import LinearOperator, to_linear_operator
@@ -36,6 +36,9 @@ from ._posterior import (
 )
 from ._snapshots import network_labels, network_outputs, row_axis
 from .kernel_ridge import KernelRidge
+
+if TYPE_CHECKING:
+    from ..model.accepted import ArrayLike, LossLike
 
 __all__ = ["LinearizedLaplace"]
 
@@ -103,7 +106,7 @@ class LinearizedLaplace(Parameters):
     def __init__(
         self,
         prior_precision: float = 1.0,
-        loss: Any = "cross_entropy",
+        loss: LossLike = "cross_entropy",
         *,
         noise_scale: float = 1.0,
         prior_mean: Literal["zero", "network"] = "zero",
@@ -116,7 +119,7 @@ class LinearizedLaplace(Parameters):
     # fitting
 
     def fit(
-        self, K: LinearOperator | Tensor, Y: Any, *, offset: Tensor | Literal["network"] = "network"
+        self, K: LinearOperator | Tensor, Y: ArrayLike, *, offset: Tensor | Literal["network"] = "network"
     ) -> Self:
         """Take the curvature of the likelihood at the outputs of a network.
 
@@ -223,9 +226,20 @@ class LinearizedLaplace(Parameters):
         *,
         offset: Tensor | None = None,
         prior: LinearOperator | Tensor,
-        return_std: bool = False,
-        return_cov: bool = False,
-    ) -> tuple[Tensor, Any]: ...
+        return_std: Literal[True],
+        return_cov: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def predict(
+        self,
+        K_cross: LinearOperator | Tensor,
+        *,
+        offset: Tensor | None = None,
+        prior: LinearOperator | Tensor,
+        return_std: Literal[False] = False,
+        return_cov: Literal[True],
+    ) -> tuple[Tensor, PosteriorCovariance]: ...
 
     def predict(
         self,
@@ -235,7 +249,7 @@ class LinearizedLaplace(Parameters):
         prior: LinearOperator | Tensor | None = None,
         return_std: bool = False,
         return_cov: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor | PosteriorCovariance]:
         """Return the network's outputs at new samples, and what the posterior leaves open about them.
 
         Args:

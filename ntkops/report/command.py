@@ -178,7 +178,7 @@ def _require_packages(*, digits: bool) -> None:
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingDependencyError(
-            f"the report needs {', '.join(missing)}, not installed here: pip install 'ntkops[demo]'"
+            f"the report needs {', '.join(missing)}, not installed here: pip install {' '.join(missing)}"
         )
 
 

@@ -90,9 +90,7 @@ def print_report(report: Report, console: Console) -> None:
     try:
         from rich.text import Text
     except ImportError as error:
-        raise MissingDependencyError(
-            "tables need rich, which is not installed: pip install 'ntkops[demo]'"
-        ) from error
+        raise MissingDependencyError("tables need rich, which is not installed: pip install rich") from error
     console.print(Text(f"Neural tangent kernel of {report.title}", style="bold"))
     console.print(_sizes(report.kernels[0]), markup=False, highlight=False)
     console.print(_kernel_table(report))
@@ -223,7 +221,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "plots need matplotlib, which is not installed: pip install 'ntkops[demo]'"
+            "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -73,7 +73,7 @@ def load_digits(generator: torch.Generator, dtype: torch.dtype = torch.float32) 
         from sklearn import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            "the digits come with scikit-learn, which is not installed: pip install 'ntkops[demo]'"
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=generator)

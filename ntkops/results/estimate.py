@@ -307,7 +307,7 @@ class Estimate:
     def __str__(self) -> str:
         """Show the value with its 95 % interval, method and passes."""
         notes = [] if self.method == "exact" else [self.method]
-        notes.append(f"{self.passes} passes")
+        notes.append("1 pass" if self.passes == 1 else f"{self.passes} passes")
         if not self.converged:
             notes.append("not converged")
         if self.value.numel() != 1:

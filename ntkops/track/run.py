@@ -28,24 +28,29 @@ if TYPE_CHECKING:
 __all__ = ["track"]
 
 Chosen = str | Callable[..., Any]
+Quantities = Chosen | Sequence[Chosen] | Mapping[str, Callable[..., Any]]
 Checkpoints = Iterable[Weights] | Mapping[int, Weights] | Mapping[float, Weights]
 _DEFAULT = ("trace", "effective_rank", "alignment", "parameter_distance")
 _SEEDS = 2**62
 
 
 @overload
-def track(model: Any, x: Any, checkpoints: None = None, quantities: Any = ..., **options: Any) -> Tracker: ...
+def track(
+    model: ModelLike, x: InputsLike, checkpoints: None = None, quantities: Quantities = ..., **options: Any
+) -> Tracker: ...
 
 
 @overload
-def track(model: Any, x: Any, checkpoints: Checkpoints, quantities: Any = ..., **options: Any) -> History: ...
+def track(
+    model: ModelLike, x: InputsLike, checkpoints: Checkpoints, quantities: Quantities = ..., **options: Any
+) -> History: ...
 
 
 def track(  # type: ignore[misc]  # the overloads do not repeat the options
     model: ModelLike,
     x: InputsLike,
     checkpoints: Checkpoints | None = None,
-    quantities: Chosen | Sequence[Chosen] | Mapping[str, Callable[..., Any]] = _DEFAULT,
+    quantities: Quantities = _DEFAULT,
     *,
     targets: Tensor | None = None,
     steps: Sequence[int | float] | None = None,
@@ -174,7 +179,7 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
 
 
 def _chosen(
-    quantities: Chosen | Sequence[Chosen] | Mapping[str, Callable[..., Any]],
+    quantities: Quantities,
 ) -> dict[str, Quantity]:
     """Return the quantities by name, in order."""
     if isinstance(quantities, Mapping):

@@ -19,6 +19,7 @@ import ntkops
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "benchmarks/results/scale.json"
 PAGE = ROOT / "docs/scale.md"
+GUIDE = ROOT / "docs/beyond_one_machine.md"
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_the_command_measures_the_smallest_sizes(
 @pytest.mark.dist
 def test_the_script_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
     (script,) = re.findall(
-        r'^```py title="many.py"\n(.*?)^```$', PAGE.read_text(encoding="utf-8"), re.M | re.S
+        r'^```py title="many.py"\n(.*?)^```$', GUIDE.read_text(encoding="utf-8"), re.M | re.S
     )
     (tmp_path / "many.py").write_text(script, encoding="utf-8")
     drawn = np.random.default_rng(0)

@@ -60,7 +60,7 @@ def test_coverage_gap_tells_the_weighted_from_the_plain_mean(maps: Containment) 
     assert np.allclose(mean, maps.alignment.mean(0))
     weighted = float((maps.values * (1 - maps.union)).sum() / maps.values.sum())
     plain = float((1 - maps.union).mean())
-    assert legend(ax)[-1] == f"gap: {weighted:.1%} of the variance (mean over eigenvectors {plain:.1%})"
+    assert legend(ax)[-1] == f"gap: {weighted:.1%} of the variance\n(mean over eigenvectors {plain:.1%})"
 
 
 def test_properties_stand_beside_random_ones_and_their_bounds() -> None:

@@ -72,9 +72,24 @@ def test_no_private_or_dunder_name_is_an_anchor() -> None:
 @built
 def test_arguments_have_types_that_mean_something() -> None:
     page = (SITE / "api/operators.html").read_text(encoding="utf-8")
-    for name in ("ModelLike", "InputsLike", "ParamsLike", "OutputLike"):
-        assert f'id="ntkops.model.{name}"' in page
-        assert f'href="#ntkops.model.{name}"' in page or f">{name}<" in page
+    taken = {
+        "model": ("ModelLike", "InputsLike", "ParamsLike", "OutputLike", "GroupLike", "BatchDim"),
+        "operators": ("OutputChoice", "ProjectionLike"),
+        "engines": ("EngineChoice",),
+    }
+    known = anchors()
+    for room, names in taken.items():
+        for name in names:
+            link = rf'<a [^>]*href="[^"]*#ntkops\.{room}\.{name}"[^>]*>\s*(<span[^>]*>)?{name}<'
+            assert f"ntkops.{room}.{name}" in known and re.search(link, page), name
+
+
+@built
+def test_what_is_returned_is_one_thing() -> None:
+    for page in PAGES:
+        text = (SITE / page).read_text(encoding="utf-8")
+        for table in re.findall(r"<b>Returns:</b>.*?</table>|>Returns:<.*?</table>", text, re.DOTALL):
+            assert table.count("<tr") <= 2, (page, re.sub(r"<[^>]+>|\s+", " ", table)[:200])
 
 
 @built

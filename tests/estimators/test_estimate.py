@@ -141,6 +141,7 @@ def test_what_is_printed_is_the_interval():
     assert str(e) == repr(e) == f"{e}" == "21000 (95 %: 15300 to 26700, hutch++, 9 passes)"
     assert f"{e:.1f}" == "20982.8 (95 %: 15321.0 to 26700.0)"
     assert "not converged" in str(noisy(1.0, 0.5, 2.0, converged=False))
+    assert str(Estimate.of_exact(torch.tensor(2.0), passes=1)) == "2 (exact, 1 pass)"
     assert str(exact(20095.25)) == "20095.2 (exact, 3 passes)" and f"{exact(20095.25):10.3e}" == " 2.010e+04"
     assert str(noisy(1.0, -math.inf, math.inf)) == "1 (95 %: -inf to inf, hutch++, 9 passes)"
 

@@ -293,4 +293,4 @@ def test_without_gpytorch_the_message_names_the_extra():
         "except ntkops.errors.MissingDependencyError as e:\n    print(e)\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-    assert "pip install 'ntkops[gp]'" in done.stdout, done.stderr
+    assert "pip install 'gpytorch>=1.14'" in done.stdout, done.stderr

@@ -27,7 +27,7 @@ def libraries() -> None:
     """Skip where a library is missing."""
     for name in ("transformers", "peft", "timm", "torchvision"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed; pip install 'ntkops[models]'")
+            pytest.skip(f"{name} is not installed; pip install -e '.[models]'")
     for name in ("transformers", "peft", "timm", "torchvision.models"):
         library(name)
 
