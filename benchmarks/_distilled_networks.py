@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy, interpolate, kl_div, log_softmax,
 import ntkops
 
 __all__ = [
-    "Data", "Problem", "convolutional", "digits", "equal_classes", "from_file", "perceptron", "train",
+    "Data", "Folder", "Problem", "ResNet18", "convolutional", "digits", "equal_classes", "from_file",
+    "perceptron", "rounded", "seeded", "train",
 ]  # fmt: skip
 
 _CLASSES = 10
@@ -26,16 +27,7 @@ _CLASSES = 10
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Labelled images, for training and for testing.
-
-    Attributes:
-        name: Short name.
-        title: What the tables say.
-        x: ``(N, channels, height, width)`` training images.
-        y: ``(N,)`` their classes.
-        x_test: Test images.
-        y_test: Their classes.
-    """
+    """Labelled images, for training and for testing."""
 
     name: str
     title: str
@@ -70,13 +62,7 @@ def digits(quick: bool = False) -> Data:
 
 
 def from_file(path: Path) -> Data:
-    """Read an ``.npz`` file: ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``images``, ``labels``.
-
-    Of the latter the last fifth is for testing.
-
-    Returns:
-        The images, at most 1, and their classes.
-    """
+    """Read an ``.npz`` file: ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``images``, ``labels``."""
     with np.load(path) as found:
         parts = {key: np.asarray(found[key]) for key in found.files}
     if "images" in parts:
@@ -120,18 +106,7 @@ def train(
     network: Callable[[], nn.Module] | None = None,
     rate: float = 4e-3,
 ) -> nn.Module:
-    """Return a network trained by Adam with a one-cycle rate, in eval mode.
-
-    Args:
-        x: Images: a tensor, or what gives those of a tensor of positions.
-        y: Their classes.
-        seed: Seed of weights and batches.
-        epochs: Passes through the data.
-        batch: Images in a batch.
-        soft: Logits of a teacher that replace the classes.
-        network: Makes an untrained network; None makes the small convolutional one.
-        rate: Largest learning rate.
-    """
+    """Return a network trained by Adam with a one-cycle rate, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network() if network is not None else convolutional(x.shape[1], int(y.max()) + 1)
@@ -165,17 +140,7 @@ def equal_classes(y: Tensor, per_class: int, *, seed: int) -> Tensor:
 
 @dataclass(eq=False)
 class Problem:
-    """A trained network, the points whose kernel is taken, and what it is measured on.
-
-    Attributes:
-        name: Short name.
-        model: The network in float64 and eval mode.
-        data: Where test images come from.
-        points: ``(m, ...)`` inputs of the kernel, float64.
-        classes: ``(m,)`` their classes.
-        subset: Positions of the points in the training data; None where they are not from there.
-        seconds: Times of what was made.
-    """
+    """A trained network, the points whose kernel is taken, and what it is measured on."""
 
     name: str
     model: nn.Module
@@ -255,3 +220,96 @@ class Problem:
     def accuracy(self) -> float:
         """Share of test images that the network gets right."""
         return float((self.logits_test.argmax(-1) == self.data.y_test).double().mean())
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Return a generator with a seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def rounded(value: float, digits: int = 5) -> float:
+    """Return a number to as many digits."""
+    return float(f"{value:.{digits}g}")
+
+
+_BATCH = 64  # images that are in memory at a time, but for the points
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        inner = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., 2016), in torchvision's layout; 11.2 million parameters for 10 classes."""
+
+    def __init__(self, classes: int = 10, width: int = 64, channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1),
+        )
+        blocks, before = [], width
+        for stage in range(4):
+            after = width * 2**stage
+            blocks += [Block(before, after, 1 if stage == 0 else 2), Block(after, after, 1)]
+            before = after
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(before, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(N, classes)``."""
+        return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+class Folder:
+    """Images of ``path/<class>/*``, read when they are asked for: the middle square of each, normalised."""
+
+    def __init__(self, path: Path, size: int, device: str = "cpu", *, labelled: bool = True) -> None:
+        self.names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+        found = [(n, file) for n, name in enumerate(self.names) for file in sorted((path / name).iterdir())]
+        self.y, self._files = torch.tensor([n for n, _ in found]), [file for _, file in found]
+        self._size, self._device, self._labelled = size, device, labelled
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Return some images ``(B, 3, size, size)``."""
+        images = torch.stack([self._read(self._files[i]) for i in index.tolist()]).float() / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return ((images - mean[:, None, None]) / std[:, None, None]).to(self._device)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in torch.arange(len(self)).split(_BATCH):
+            yield (self[index], self.y[index]) if self._labelled else self[index]
+
+    def _read(self, file: Path) -> Tensor:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(file) as found:
+            image = found.convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((self._size, self._size))
+            return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

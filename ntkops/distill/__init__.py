@@ -4,13 +4,12 @@ from .barycenter import wasserstein_barycenter
 from .chain import chain
 from .class_mean import class_mean
 from .clusters import random_clusters, spectral_clusters
-from .containment import containment
 from .coverage import reconstruction_error, variance_coverage
 from .distilled import Distilled
 from .inducing import kernel_inducing
 from .local_global import local_global
 from .local_global_search import local_global_grid, search_local_global
-from .properties import local_global_properties
+from .properties import containment, local_global_properties
 from .ridge import DistilledRidge
 from .select import select
 from .select_inputs import select_inputs

@@ -18,7 +18,7 @@ from .class_mean import class_shares
 __all__ = ["COPIES", "KernelFeatures", "narrow_features"]
 
 COPIES = 6  # float64 matrices that an eigendecomposition and what follows hold: input, work, vectors
-_ROWS = 2**14  # that are in float64 beside the result at a time
+_ROWS = 2**12  # that are in float64 beside the result at a time
 
 
 @dataclass(frozen=True, eq=False)

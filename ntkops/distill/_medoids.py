@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["farthest_points", "feature_medoids", "medoids", "seed_points"]
+__all__ = ["farthest_points", "medoids", "nearest_points", "seed_points", "vector_medoids"]
 
 _ROUNDS = 100  # alternations after which a start is left as it is; each of them lowers the cost
-_SLAB = 2**13  # rows whose distances to all medoids are there at once
+_SLAB = 2**13  # rows whose distances to their means are there at once
+_ENTRIES = 2**22  # of distances, and of rows, that are held at a time
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -92,8 +93,10 @@ def medoids(
     return best, _cost(distances, best)
 
 
-def feature_medoids(rows: Tensor, count: int, generator: torch.Generator) -> tuple[list[int], float]:
-    """Return k-medoids of the rows of a matrix, by alternation from one start, without a distance matrix.
+def vector_medoids(
+    rows: Tensor, count: int, generator: torch.Generator, num_starts: int = 1
+) -> tuple[list[int], float]:
+    """Return k-medoids of the rows of a matrix, by alternation from the best start: no distance matrix.
 
     The member of a cluster with the least sum of squared distances is the one nearest to the mean, as
     Σ_j |φ_i - φ_j|² = |I_h| |φ_i - μ_h|² + Σ_j |φ_j - μ_h|².
@@ -101,53 +104,57 @@ def feature_medoids(rows: Tensor, count: int, generator: torch.Generator) -> tup
     Args:
         rows: ``(m, k)``, float64.
         count: Number of medoids.
-        generator: Source of the start.
+        generator: Source of the starts.
+        num_starts: Number of starts.
 
     Returns:
         Distinct points and the sum of squared distances to them. Cost: m k for each medoid a round.
     """
     lengths = torch.linalg.vector_norm(rows, dim=-1).square()
-    chosen = seed_points(lambda points: rows @ rows[points].mT, lengths, count, generator)
-    owner, nearest = _nearest(rows, lengths, chosen)
+
+    def start() -> Tensor:
+        return torch.tensor(seed_points(lambda points: rows @ rows[points].mT, lengths, count, generator))
+
+    starts = [start() for _ in range(num_starts)]
+    if num_starts > 1:
+        starts = [min(starts, key=lambda chosen: float(nearest_points(rows, chosen)[1].sum()))]
+    (chosen,) = starts
     for _ in range(_ROUNDS):
-        moved = _moved(rows, lengths, owner, chosen)
-        if moved == chosen:
+        owner, squares = nearest_points(rows, chosen)
+        moved = _central(rows, owner, count)
+        if torch.equal(moved, chosen):
             break
-        after, closer = _nearest(rows, lengths, moved)
-        if not float(closer.sum()) < float(nearest.sum()):  # rounding alone moves medoids now
-            break
-        chosen, owner, nearest = moved, after, closer
-    return chosen, float(nearest.sum())
+        chosen = moved
+    return chosen.tolist(), float(nearest_points(rows, chosen)[1].sum())
 
 
-def _moved(rows: Tensor, lengths: Tensor, owner: Tensor, chosen: list[int]) -> list[int]:
-    """Return the member of each cluster that is nearest to its mean; a cluster of none keeps its medoid."""
-    sizes = torch.bincount(owner, minlength=len(chosen)).clamp(min=1).unsqueeze(-1)
-    sums = torch.zeros((len(chosen), rows.shape[1]), dtype=rows.dtype, device=rows.device)
-    means = sums.index_add_(0, owner, rows) / sizes
+def nearest_points(rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each row which of the chosen ones is nearest, and the squared distance, ``(m,)``.
+
+    A chosen one is its own, also where it is a copy of another.
+    """
+    points = rows[chosen]
+    lengths = points.square().sum(1)
+    owner = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    squares = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+    for start in range(0, len(rows), step := max(1, _ENTRIES // (len(chosen) + rows.shape[1]))):
+        some = slice(start, start + step)
+        distances = (lengths - 2 * rows[some] @ points.mT).add_(rows[some].square().sum(1, keepdim=True))
+        found = distances.min(1)
+        squares[some], owner[some] = found.values.clamp_(min=0), found.indices
+    owner[chosen] = torch.arange(len(chosen), device=rows.device)
+    return owner, squares
+
+
+def _central(rows: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Return for each cluster the member nearest to its mean, of equals the first."""
+    counts = torch.bincount(owner, minlength=count)  # a medoid is in its own cluster: none is empty
+    means = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    means = means.index_add_(0, owner, rows) / counts.unsqueeze(1)
     parts = zip(rows.split(_SLAB), owner.split(_SLAB), strict=True)
-    inside = torch.cat([(part * means[own]).sum(-1) for part, own in parts])  # <φ_i, μ> of its own cluster
-    off = lengths - 2 * inside
-    least = torch.full_like(means[:, 0], torch.inf).scatter_reduce_(0, owner, off, "amin")
-    found = (off == least[owner]).nonzero().flatten()
-    moved = list(chosen)
-    for point in reversed(found.tolist()):  # of equals the first
-        moved[int(owner[point])] = point
-    return moved
-
-
-def _nearest(rows: Tensor, lengths: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the number of the nearest medoid of each row, and the squared distance to it."""
-    centres, sizes = rows[chosen], lengths[chosen]
-    numbers, nearest = [], []
-    for part, length in zip(rows.split(_SLAB), lengths.split(_SLAB), strict=True):
-        distances = (length.unsqueeze(1) + sizes - 2 * (part @ centres.mT)).clamp_(min=0)
-        found = distances.min(-1)
-        numbers.append(found.indices)
-        nearest.append(found.values)
-    owner = torch.cat(numbers)
-    owner[chosen] = torch.arange(len(chosen), device=rows.device)  # also of copies, which are as near
-    return owner, torch.cat(nearest)
+    order = torch.cat([(part - means[own]).square_().sum(1) for part, own in parts]).argsort(stable=True)
+    order = order[owner[order].argsort(stable=True)]  # cluster by cluster, the nearest first
+    return order[counts.cumsum(0) - counts]
 
 
 def _cost(distances: Tensor, chosen: list[int]) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..engines import count_passes
 from ..errors import (
     DeviceError,
     DtypeError,
@@ -25,11 +27,12 @@ from ..regression._operands import read_labels
 from ..results import DistillationInfo
 from ..results.html import facts_html
 from ..vectors import Space
+from ._coefficients import Coefficients
 from ._kernels import Kernels, read_kernels, read_square
 from ._operator import DistilledOperator
-from .ridge import DistilledRidge, unit_columns
+from .ridge import DistilledRidge
 
-__all__ = ["Distilled"]
+__all__ = ["Distilled", "Record", "recording"]
 
 _CHOSEN = (
     "of a kernel over several ranks points are chosen, by their numbers among the rows of all ranks; "
@@ -37,7 +40,9 @@ _CHOSEN = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+_GIVEN = DistillationInfo("given")
+
+
 class Distilled:
     r"""s combinations :math:`U^\top \Phi` of the gradients of m points, by their coefficients U.
 
@@ -47,7 +52,8 @@ class Distilled:
 
     Attributes:
         U: ``(m, s)``, one for all classes, or ``(C, m, s)``, one a class; the kernel's dtype. The m rows are
-            those of the kernel: samples, or samples times outputs for ``outputs="all"``.
+            those of the kernel: samples, or samples times outputs for ``outputs="all"``. A selection keeps
+            ``indices`` alone, and makes U when it is asked for.
         features: Lazy :math:`U^\top \Phi`, ``(*batch, s, P)``, where the kernel knows its factor Φ; None
             elsewhere.
         targets: :math:`U^\top Y`, ``(s, ...)`` in the shape of Y, where there was a Y; None elsewhere.
@@ -75,22 +81,25 @@ class Distilled:
         True
     """
 
-    U: Tensor
-    features: LinearOperator | None = None
-    targets: Tensor | None = None
-    info: DistillationInfo = DistillationInfo("given")
-    indices: Tensor | None = None
+    def __init__(
+        self,
+        U: Tensor | Coefficients,
+        features: LinearOperator | None = None,
+        targets: Tensor | None = None,
+        info: DistillationInfo = _GIVEN,
+    ) -> None:
+        self._U = U if isinstance(U, Coefficients) else _checked(U)
+        self.features, self.targets, self.info = features, targets, info
 
-    def __post_init__(self) -> None:
-        """Check U before anything is done with it."""
-        first = 0 if self.indices is None else -1  # a rank may have none of the rows that were chosen from
-        if not isinstance(self.U, Tensor) or self.U.dim() not in (2, 3) or 0 in self.U.shape[first:]:
-            shape = tuple(self.U.shape) if isinstance(self.U, Tensor) else type(self.U).__name__
-            raise ShapeError(f"U needs shape (m, s) or (C, m, s) with entries, got {shape}")
-        if not self.U.dtype.is_floating_point:
-            raise DtypeError(f"U has dtype {self.U.dtype}; indices of points go to Distilled.of(K, indices)")
-        if not bool(torch.isfinite(self.U).all()):
-            raise NonFiniteError("U holds NaN or infinity")
+    @property
+    def U(self) -> Tensor:  # noqa: N802
+        """Coefficients ``(m, s)`` or ``(C, m, s)``; those of a selection are written down here alone."""
+        return self._U.dense()
+
+    @property
+    def indices(self) -> Tensor | None:
+        """The points that were chosen, ``(s,)``, where U is a selection; None elsewhere."""
+        return self._U.indices
 
     @classmethod
     def of(
@@ -124,26 +133,26 @@ class Distilled:
         """
         kernel = read_square(K, over_ranks=True)
         space = capabilities(kernel).space
-        U, indices = _read_coefficients(U, kernel, space)
+        found = _read_coefficients(U, kernel, space)
         factors = None if space.is_spread else capabilities(kernel).factors()
         features = None
         if factors is not None:
-            if indices is None:
-                features = DistilledOperator.between(factors[0], U, None)
+            if found.matrix is not None:
+                features = DistilledOperator.between(factors[0], found.matrix, None)
             else:
-                features = factors[0][..., indices, :]
-        targets = None if Y is None else _targets(kernel, U, Y)
-        return cls(U, features, targets, info or DistillationInfo("given"), indices)
+                features = factors[0][..., found.indices, :]
+        targets = None if Y is None else _targets(kernel, found, Y)
+        return cls(found, features, targets, info or _GIVEN)
 
     @property
     def size(self) -> int:
         """Number s of distilled gradients."""
-        return self.U.shape[-1]
+        return self._U.shape[-1]
 
     @property
     def num_points(self) -> int:
         """Number m of points that they are combinations of."""
-        return self.U.shape[-2]
+        return self._U.shape[-2]
 
     def operator(self, K: Kernels) -> LinearOperator:
         r"""Return :math:`U^\top K U`, the kernel among the distilled gradients, lazily.
@@ -183,9 +192,7 @@ class Distilled:
         """
         kernel = read_kernels(K_cross, "the cross kernel")
         self._check(kernel)
-        if self.indices is not None:
-            return kernel[..., :, self.indices]
-        return DistilledOperator(kernel, self.U, which="right")
+        return self._U.combined_columns(kernel)
 
     def fit(
         self,
@@ -252,7 +259,7 @@ class Distilled:
         if space.is_spread and self.indices is None:
             raise UnsupportedOperationError(_CHOSEN)
         space.together(lambda: self._check(kernel), "fitting a distilled set")
-        return DistilledRidge(self.U, self.indices, ridge, relative, fit).fit(kernel, Y)
+        return DistilledRidge(self._U, ridge, relative, fit).fit(kernel, Y)
 
     def orthonormalized(self) -> Distilled:
         r"""Return the same span with :math:`U^\top U = I`, so that the sketch's ridge is that of a basis.
@@ -264,8 +271,7 @@ class Distilled:
         """
         if self.indices is not None:
             return self
-        space = Space(self.num_points, self.U.dtype, self.U.device)
-        return Distilled(space.orthonormalize(self.U), info=self.info)
+        return Distilled(self._U.space.orthonormalize(self.U), info=self.info)
 
     def _check(self, kernel: LinearOperator) -> None:
         if kernel.shape[-1] != self.num_points:
@@ -273,20 +279,20 @@ class Distilled:
                 f"the kernel has {kernel.shape[-1]} columns, the distilled set is made of "
                 f"{self.num_points} points"
             )
-        if self.U.dim() == 3 and tuple(kernel.shape[:-2]) != (self.U.shape[0],):
+        shape = self._U.shape
+        if len(shape) == 3 and tuple(kernel.shape[:-2]) != (shape[0],):
             raise ShapeError(
-                f"U has coefficients for {self.U.shape[0]} classes, the kernel has shape "
-                f"{tuple(kernel.shape)}"
+                f"U has coefficients for {shape[0]} classes, the kernel has shape {tuple(kernel.shape)}"
             )
-        _require_match(self.U, kernel)
+        _require_match(self._U, kernel)
 
     def _repr_html_(self) -> str:
         """Show the same in a notebook."""
         facts = {
             "method": self.info.method,
             "made by": "selection" if self.indices is not None else "synthesis",
-            "U": " x ".join(map(str, self.U.shape)),
-            "dtype": self.U.dtype,
+            "U": " x ".join(map(str, self._U.shape)),
+            "dtype": self._U.dtype,
             "seconds": f"{self.info.seconds:.3g}",
         }
         return facts_html("Distilled", facts)
@@ -294,11 +300,11 @@ class Distilled:
     def __repr__(self) -> str:
         """Show the method, the sizes and what there is."""
         kind = "selection" if self.indices is not None else "synthesis"
-        shape = " x ".join(map(str, self.U.shape))
-        return f"Distilled({self.info.method!r}, {kind}, U: {shape}, {self.U.dtype})"
+        shape = " x ".join(map(str, self._U.shape))
+        return f"Distilled({self.info.method!r}, {kind}, U: {shape}, {self._U.dtype})"
 
 
-def _require_match(U: Tensor, kernel: LinearOperator) -> None:
+def _require_match(U: Tensor | Coefficients, kernel: LinearOperator) -> None:
     if U.dtype != kernel.dtype:
         raise DtypeError(f"U has dtype {U.dtype}, the kernel {kernel.dtype}; cast one of them")
     if kernel.device is not None and U.device != kernel.device:
@@ -312,7 +318,19 @@ def _grid(kernel: LinearOperator, indices: Tensor) -> LinearOperator:
     return kernel[..., indices, :][..., :, indices]
 
 
-def _read_coefficients(U: Any, kernel: LinearOperator, space: Space) -> tuple[Tensor, Tensor | None]:
+def _checked(U: Any) -> Coefficients:
+    """Return a matrix that was given, once it is one."""
+    if not isinstance(U, Tensor) or U.dim() not in (2, 3) or 0 in U.shape:
+        shape = tuple(U.shape) if isinstance(U, Tensor) else type(U).__name__
+        raise ShapeError(f"U needs shape (m, s) or (C, m, s) with entries, got {shape}")
+    if not U.dtype.is_floating_point:
+        raise DtypeError(f"U has dtype {U.dtype}; indices of points go to Distilled.of(K, indices)")
+    if not bool(torch.isfinite(U).all()):
+        raise NonFiniteError("U holds NaN or infinity")
+    return Coefficients(Space(U.shape[-2], U.dtype, U.device), U)
+
+
+def _read_coefficients(U: Any, kernel: LinearOperator, space: Space) -> Coefficients:
     values = U.detach() if isinstance(U, Tensor) else torch.as_tensor(U)
     size = space.size
     if space.is_spread and values.dtype.is_floating_point:
@@ -326,7 +344,7 @@ def _read_coefficients(U: Any, kernel: LinearOperator, space: Space) -> tuple[Te
                 f"{tuple(kernel.shape)}"
             )
         _require_match(values, kernel)
-        return values, None
+        return _checked(values)
     if values.dim() != 1 or not len(values):
         raise InputError(
             f"chosen points are a vector of at least one integer, got shape {tuple(values.shape)}"
@@ -340,17 +358,52 @@ def _read_coefficients(U: Any, kernel: LinearOperator, space: Space) -> tuple[Te
         raise InputError("a point is chosen twice: its gradient would count for two")
     if any(other != chosen.tolist() for other in space.share(chosen.tolist())):
         raise ShardingError("ranks choose different points: give all of them the same numbers")
-    chosen = chosen.to(kernel.device or "cpu")
-    return unit_columns(chosen, space), chosen
+    return Coefficients(space, indices=chosen.to(kernel.device or "cpu"))
 
 
-def _targets(kernel: LinearOperator, U: Tensor, Y: Tensor) -> Tensor:
+def _targets(kernel: LinearOperator, U: Coefficients, Y: Tensor) -> Tensor:
     space = capabilities(kernel).space
     layout, labels = read_labels(
         Y, kernel.shape, kernel.dtype, kernel.device, space if space.is_spread else None
     )
     columns = layout.columns(labels.double())  # (*batch, m, k)
-    found = space.inner(U, columns).to(kernel.dtype)
+    found = U.inside(columns).to(kernel.dtype)
     if layout.kind == "each":
         return found.squeeze(-1).mT
     return found.squeeze(-1) if layout.kind == "flat" else found.reshape(U.shape[-1], *layout.tail)
+
+
+# what a distillation took, noted while it runs
+
+
+class Record:
+    """Passes and time since it was opened; `info` closes it."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter, self._start = counter, time.perf_counter()
+
+    def info(
+        self,
+        method: str,
+        *,
+        class_mean: bool,
+        seed: int | None = None,
+        converged: bool = True,
+        details: Mapping[str, Any] | None = None,
+    ) -> DistillationInfo:
+        """Return the info of a method that has ended."""
+        seconds = time.perf_counter() - self._start
+        return DistillationInfo(
+            method, class_mean, converged, self._counter.total, seed, seconds, dict(details or {})
+        )
+
+
+@contextmanager
+def recording() -> Iterator[Record]:
+    """Count passes and time without recording a graph.
+
+    Yields:
+        The record.
+    """
+    with torch.no_grad(), count_passes() as counter:
+        yield Record(counter)

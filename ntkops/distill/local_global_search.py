@@ -20,13 +20,12 @@ from ..regression._operands import read_labels
 from ..regression.metrics import fidelity, mean_squared_error
 from ..results import DistillationInfo, LocalGlobalTrial
 from ..vectors import resolve_generator
-from ._columns import Columns
 from ._features import narrow_features
 from ._kernels import Kernels, dense_of, read_count, read_square
 from ._local_spectra import LocalSpectra, check_weight
 from .clusters import check_affinity
 from .distilled import Distilled
-from .local_global import ClassMean, Stages, check_thresholds, reduce_columns, run_stages
+from .local_global import ClassMean, Columns, Stages, check_thresholds, reduce_columns, run_stages
 
 __all__ = ["local_global_grid", "search_local_global"]
 

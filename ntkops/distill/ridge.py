@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..distributed.space import ShardedSpace
 from ..errors import DtypeError, InputError, ShapeError, SingularKernelError, UnsupportedOperationError
-from ..operators.capabilities import capabilities, multiply, taken_columns
+from ..operators.capabilities import capabilities, taken_columns
 from ..regression import KernelRidge
 from ..regression._operands import Layout, mean_diagonal, read_labels, read_ridges, require_finite
 from ..regression._parameter_space import ParameterChange
@@ -29,14 +29,13 @@ from ..regression.metrics import accuracy, r2_score
 from ..regression.predictor import Predictor
 from ..results import RidgePath, SolveInfo
 from ..vectors import Space
+from ._coefficients import Coefficients
 from ._kernels import Kernels, read_kernels
 
-__all__ = ["DistilledRidge", "unit_columns"]
+__all__ = ["DistilledRidge"]
 
-_WIDTH = 64  # columns of K U that are made at a time
 _ROWS = 2**13  # rows that are in float64 at a time
 _TALL = 2**24  # entries of K U above which there is one array of them: 0.13 GB in float64
-_ENTRIES = 2**23  # of columns of K U that are made at a time
 
 
 class DistilledRidge:
@@ -48,8 +47,7 @@ class DistilledRidge:
     network and the m points, for `weights`. What `predictor` returns holds no points either.
 
     Args:
-        U: ``(m, s)`` or ``(C, m, s)``.
-        indices: ``(s,)`` points that U selects, or None.
+        U: Coefficients of the distilled gradients.
         ridge: One, several, or "loo".
         relative: Whether they are multiples of the mean diagonal of K.
         fit: "nystrom" or "sketch".
@@ -75,14 +73,23 @@ class DistilledRidge:
 
     def __init__(
         self,
-        U: Tensor,
-        indices: Tensor | None,
+        U: Coefficients,
         ridge: float | Sequence[float] | Literal["loo"],
         relative: bool,
         fit: Literal["nystrom", "sketch"],
     ) -> None:
-        self.U, self.indices = U, indices
+        self._U = U
         self.ridge, self.relative, self.fit_method = ridge, relative, fit
+
+    @property
+    def U(self) -> Tensor:  # noqa: N802
+        """U, ``(m, s)`` or ``(C, m, s)``; of chosen points it is written down when it is asked for."""
+        return self._U.dense()
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Points that U selects, ``(s,)``, or None."""
+        return self._U.indices
 
     def fit(self, K: LinearOperator, Y: Tensor) -> Self:
         """Solve for β; see `Distilled.fit`.
@@ -108,17 +115,17 @@ class DistilledRidge:
             )
         self.scale_ = mean_diagonal(K) if self.relative else 1.0
         columns = layout.columns(labels.double())  # (*batch, m, k)
-        products = self._products(K)  # K U, (*batch, m, s)
-        small = self._inside(products)
+        products = self._U.products(K)  # K U, (*batch, m, s)
+        small = self._U.inside(products)
         small = (small + small.mT) / 2  # Uᵀ K U, (*batch, s, s)
         scaled = [ridge * self.scale_ for ridge in ridges]
         if self.fit_method == "nystrom":
             inner, self._span, beta = _nystrom(products, small, columns, layout, scaled, K.dtype, self._space)
         else:
-            inner, self._span, beta = _sketch(small, self._inside(columns), layout, scaled)
+            inner, self._span, beta = _sketch(small, self._U.inside(columns), layout, scaled)
         self._K, self._layout = K, layout
         self._beta = beta
-        self._dual = self._combined(beta)  # (*batch, m, k)
+        self._dual = self._U.combined(beta)  # (*batch, m, k)
         self.rank_ = self._span.root.shape[-1]
         self.ridge_, self.solve_info_ = inner.ridge_, inner.solve_info_
         path = inner.ridge_path_
@@ -132,49 +139,13 @@ class DistilledRidge:
         return self._layout.restore(self._dual)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out a stored kernel and the unit vectors of chosen points: of both the shape is kept."""
+        """Leave out a stored kernel, of which the shape is kept."""
         state = vars(self).copy()
-        # The clone is of its own entries: a view would be written with all that it is a view of.
-        state["U"] = self.U.clone() if self.indices is None else _shape_alone(self.U, self.U.shape)
         kernel = state.get("_K")
         if kernel is not None and is_stored(kernel):
-            state["_K"] = DenseLinearOperator(_shape_alone(self.U, kernel.shape))
+            empty = torch.zeros((), dtype=kernel.dtype, device=kernel.device)
+            state["_K"] = DenseLinearOperator(empty.expand(kernel.shape))
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Write the unit vectors down again."""
-        vars(self).update(state)
-        if self.indices is not None:
-            self.U = unit_columns(self.indices, Space(len(self.U), self.U.dtype))
-
-    def _products(self, K: LinearOperator) -> Tensor:
-        """Return K U, ``(*batch, m, s)``: the columns that U selects, or products."""
-        batch, size = K.shape[:-2], self.U.shape[-1]
-        found = torch.empty((*K.shape[:-1], size), dtype=K.dtype, device=K.device)
-        most = int(capabilities(K).space.largest(K.shape[:-1].numel()))  # all ranks take as many at a time
-        width = max(1, min(_WIDTH, _ENTRIES // max(1, most)))
-        for start in range(0, size, width):
-            some = slice(start, start + width)
-            if self.indices is not None:
-                found[..., some] = taken_columns(K, self.indices[some])
-            else:
-                part = self.U[..., some]
-                found[..., some] = multiply(K, part.expand(*batch, *part.shape[-2:]).contiguous())
-        return found
-
-    def _inside(self, block: Tensor) -> Tensor:
-        """Return Uᵀ V in float64, ``(*batch, s, k)``, some rows at a time."""
-        if self.indices is not None:
-            return self._space.take(block, self.indices).double()
-        parts = zip(self.U.split(_ROWS, dim=-2), block.split(_ROWS, dim=-2), strict=True)
-        return torch.stack([some.double().mT @ rows.double() for some, rows in parts]).sum(0)
-
-    def _combined(self, beta: Tensor) -> Tensor:
-        """Return U β in float64, ``(*batch, m, k)``."""
-        if self.indices is not None and not self._space.is_spread:
-            found = beta.new_zeros((*beta.shape[:-2], self.U.shape[-2], beta.shape[-1]))
-            return found.index_copy(-2, self.indices, beta)
-        return torch.cat([rows.double() @ beta for rows in self.U.split(_ROWS, dim=-2)], dim=-2)
 
     def predict(self, K_cross: Kernels) -> Tensor:
         """Return f(x*) = K_* U β.
@@ -268,7 +239,7 @@ class DistilledRidge:
             NonFiniteError: If a prior variance is NaN or infinite.
         """
         kernel = self._read_cross(K_cross)
-        rows = self._products(kernel).double()
+        rows = self._U.products(kernel).double()
 
         def work() -> Tensor:
             prior = require_finite(torch.as_tensor(K_diag).detach().double(), "K_diag")
@@ -333,27 +304,13 @@ class DistilledRidge:
 
     def __repr__(self) -> str:
         """Show the kind of the fit, its size and its ridge."""
-        shape = " x ".join(map(str, self.U.shape))
+        shape = " x ".join(map(str, self._U.shape))
         fitted = f", ridge_={self.ridge_:.3g}" if hasattr(self, "ridge_") else ""
         return f"DistilledRidge({self.fit_method!r}, U: {shape}{fitted})"
 
 
 def _no_offset(*_: Any) -> None:
     """Return None: what is distilled is the kernel's picture of the labels alone."""
-
-
-def _shape_alone(like: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor of that shape that holds one number, with the dtype and device of another."""
-    return like.new_zeros(()).expand(shape)
-
-
-def unit_columns(indices: Tensor, space: Space) -> Tensor:
-    """Return the U that selects points: the rows of a process, ``(length, s)``, of all of them."""
-    unit = torch.zeros(space.length, len(indices), dtype=space.dtype, device=indices.device)
-    own = indices - space.start
-    here = ((own >= 0) & (own < space.length)).nonzero().flatten()
-    unit[own[here], here] = 1
-    return unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,13 +17,12 @@ from ..estimators._request import checked_generator
 from ..operators.capabilities import capabilities
 from ..solvers import pivoted_cholesky, rpcholesky
 from ..vectors import Space
-from ._balance import class_members, class_quotas
 from ._features import COPIES, KernelFeatures, narrow_features
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
-from ._medoids import farthest_points, feature_medoids, medoids
-from ._record import recording
+from ._medoids import farthest_points, medoids, vector_medoids
 from .class_mean import mean_of
-from .distilled import Distilled
+from .distilled import Distilled, recording
+from .select_inputs import class_members, class_quotas
 
 __all__ = ["select"]
 
@@ -228,7 +227,7 @@ def _kmedoids(choice: _Choice) -> _Found:
     known = choice.features()
     if known is not None:
         _require_energy(known.diagonal())
-        found, cost = feature_medoids(known.rows, choice.count, choice.generator)
+        found, cost = vector_medoids(known.rows, choice.count, choice.generator)
         return torch.tensor(found), {"inertia": cost, **_described(known)}
     why = "method='kmedoids' compares all points ('fps' needs columns alone)"
     dense = dense_of(choice.kernel, why)

@@ -15,20 +15,17 @@ from ..model import linearize
 from ..results import SelectedInputs
 from ..solvers import rpcholesky
 from ..vectors import resolve_generator
-from ._balance import class_members, class_quotas
-from ._medoids import farthest_points, seed_points
+from ._medoids import farthest_points, nearest_points, seed_points, vector_medoids
 
 if TYPE_CHECKING:
     from ..model.accepted import InputsLike, ModelLike
 
-__all__ = ["select_inputs"]
+__all__ = ["class_members", "class_quotas", "select_inputs"]
 
 Method = Literal["kmedoids", "kmeans++", "fps", "rpcholesky", "random"]
 
 _BATCH = 256  # samples that go through the model at a time
 _STARTS = 4  # of k-medoids
-_ROUNDS = 100  # of alternations; none raises the cost
-_ENTRIES = 2**22  # of distances that are held at a time
 
 
 @checked
@@ -112,7 +109,7 @@ def select_inputs(
         if not bool(z.square().sum().isfinite()):
             raise NonFiniteError("squared distances overflow float64: scale the inputs")
         found = torch.tensor(_METHODS[method](z, size, generator))
-        owner, squares = _nearest(z, found)
+        owner, squares = nearest_points(z, found)
         chosen.append(own[found])
         shares.append(torch.bincount(owner, minlength=size))
         total += float(squares.sum())
@@ -126,6 +123,46 @@ def select_inputs(
         seed=seed,
         seconds=time.perf_counter() - started,
     )
+
+
+# as many of each class
+
+
+def class_members(labels: Any, count: int) -> list[Tensor]:
+    """Return the positions of the samples of each class that occurs, in the order of the class numbers.
+
+    Raises:
+        InputError: If labels are no integers.
+        ShapeError: If there is not one for each sample.
+    """
+    if labels is None:
+        return [torch.arange(count)]
+    numbers = torch.as_tensor(labels).detach().cpu()
+    if numbers.dtype.is_floating_point or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise InputError(f"labels are class numbers, integers; got {numbers.dtype}")
+    if tuple(numbers.shape) != (count,):
+        raise ShapeError(f"labels have shape {tuple(numbers.shape)}, due is ({count},): one for each sample")
+    return [(numbers == number).nonzero().flatten() for number in numbers.unique()]
+
+
+def class_quotas(sizes: list[int], m: int) -> list[int]:
+    """Return how many samples each class gives: as many as the others, larger classes first.
+
+    Raises:
+        InputError: If there are more classes than samples to choose.
+    """
+    if m < len(sizes):
+        raise InputError(f"m={m} is below the number of classes, {len(sizes)}: choose at least one of each")
+    found, left = [0] * len(sizes), m
+    while left:
+        open_ones = [number for number, size in enumerate(sizes) if found[number] < size]
+        if left < len(open_ones):
+            open_ones = sorted(open_ones, key=lambda number: -sizes[number])[:left]
+        step = max(1, min(left // len(open_ones), min(sizes[n] - found[n] for n in open_ones)))
+        for number in open_ones:
+            found[number] += step
+        left -= step * len(open_ones)
+    return found
 
 
 # vectors
@@ -175,24 +212,6 @@ def _finite(vectors: Tensor, what: str) -> Tensor:
 # methods: centred vectors (n, d) in float64, how many, and a source of draws
 
 
-def _nearest(z: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each vector which of the chosen ones is nearest, and the squared distance, ``(n,)``.
-
-    A chosen one is its own, also where it is a copy of another.
-    """
-    points = z[chosen]
-    lengths = points.square().sum(1)
-    owners, squares = [], []
-    for part in z.split(max(1, _ENTRIES // len(chosen))):
-        distances = (lengths - 2 * part @ points.mT).add_(part.square().sum(1, keepdim=True))
-        square, owner = distances.min(1)
-        owners.append(owner)
-        squares.append(square.clamp(min=0))
-    owner = torch.cat(owners)
-    owner[chosen] = torch.arange(len(chosen))
-    return owner, torch.cat(squares)
-
-
 def _columns(z: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda chosen: z @ z[chosen].mT
 
@@ -211,23 +230,7 @@ def _farthest(z: Tensor, size: int, generator: torch.Generator) -> list[int]:
 
 
 def _medoids(z: Tensor, size: int, generator: torch.Generator) -> list[int]:
-    starts = [torch.tensor(_seeds(z, size, generator)) for _ in range(_STARTS)]
-    chosen = min(starts, key=lambda start: float(_nearest(z, start)[1].sum()))
-    for _ in range(_ROUNDS):
-        moved = _central(z, _nearest(z, chosen)[0], size)
-        if torch.equal(moved, chosen):
-            break
-        chosen = moved
-    return chosen.tolist()
-
-
-def _central(z: Tensor, owner: Tensor, size: int) -> Tensor:
-    """Return for each cluster the member nearest to its mean: Σ |zᵢ - z|² = Σ |zᵢ - μ|² + n |z - μ|²."""
-    counts = torch.bincount(owner, minlength=size)  # a medoid is in its own cluster: none is empty
-    means = torch.zeros(size, z.shape[1], dtype=z.dtype).index_add_(0, owner, z) / counts.unsqueeze(1)
-    order = (z - means[owner]).square().sum(1).argsort(stable=True)
-    order = order[owner[order].argsort(stable=True)]  # cluster by cluster, the nearest first
-    return order[counts.cumsum(0) - counts]
+    return vector_medoids(z, size, generator, _STARTS)[0]
 
 
 def _rpcholesky(z: Tensor, size: int, generator: torch.Generator) -> list[int]:

@@ -21,9 +21,8 @@ from ..solvers import rpcholesky
 from ..vectors import Space
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
 from ._medoids import seed_points
-from ._record import recording
 from .class_mean import class_mean
-from .distilled import Distilled
+from .distilled import Distilled, recording
 
 __all__ = [
     "Alternation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..engines import tensor_bytes
 from ..errors import ShapeError
-from .capabilities import by_unit_columns, capabilities, dense_from_tiles
+from .capabilities import capabilities, dense_from_tiles, multiply
 from .dense import DenseOperator
 from .positions import require_index, resolve_index, same_index
 
@@ -78,9 +77,13 @@ class IndexedOperator(DenseOperator):
         # A column that is wanted twice is made once; a block of a kernel has no repeated rows.
         numbers, place = torch.unique(chosen.cpu(), return_inverse=True)
         block = self._grid(slice(None), numbers)
-        if math.isfinite(capabilities(block).exact_cost("tiles")):
+        source, width = capabilities(block), len(numbers)
+        # A product with the block pulls back a few samples alone, and pushes to all: half of one with K.
+        products = width * source.product_cost() * (1 + width / self.shape[-1]) / 2
+        if source.exact_cost("tiles") <= products:
             return dense_from_tiles(block)[..., place.to(self.device)]
-        return by_unit_columns(self, chosen)  # above the limit of backward passes
+        unit = torch.eye(width, dtype=self.dtype, device=self.device)
+        return multiply(block, unit.expand(*self.batch_shape, width, width))[..., place.to(self.device)]
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(row_index.shape, col_index.shape, *(b.shape for b in batch_indices))

@@ -397,14 +397,16 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
         if not self._core.symmetric or self._is_recorded():
             return self._get_diagonal()
         rows, columns = self._rows, self._columns
-        parts = []
+        # Written in place: small results kept between large blocks would split the heap, a block a step.
+        found = torch.empty(self.shape[:-1], dtype=self.dtype, device=self.device)
         for part in tile_slices(self.shape[-2], self.tile_size()):
             left = self._feature_rows(rows, part)
             right = left if self.symmetric else self._feature_rows(columns, part)
             step = max(1, _ENTRIES * left.shape[-2] // max(1, left.numel()))  # rows in float64 at a time
-            for one, other in zip(left.split(step, dim=-2), right.split(step, dim=-2), strict=True):
-                parts.append((one.double() * other.double()).sum(-1).to(self.dtype))
-        return torch.cat(parts, dim=-1)
+            for some in tile_slices(left.shape[-2], step):
+                products = left[..., some, :].double().mul_(right[..., some, :])
+                found[..., part.start + some.start : part.start + some.stop] = products.sum(-1)
+        return found
 
     def _get_diagonal(self) -> Tensor:
         """Return Σ_k Φ₁ Φ₂ row by row, with its graph."""

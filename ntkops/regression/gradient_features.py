@@ -42,7 +42,8 @@ class GradientFeatures:
 
     The folder holds one safetensors file for each tile of consecutive samples. In its header stands a JSON
     document with the sizes, and with fingerprints of the model, the parameters, the projection, the dtype and
-    the tile's samples in their order. Tiles are mapped into memory: nothing is copied, pages are read where
+    the tile's samples in their order; and one of all samples before it, so that tiles of two data sets do not
+    mix. Tiles are mapped into memory: nothing is copied, pages are read where
     they are used, and what is written to such a tensor never reaches the file.
 
     Args:
@@ -89,8 +90,15 @@ class GradientFeatures:
                 f"{self.path} holds {len(self._files) - len(missing)} of {len(self._files)} tiles; call "
                 "gradient_features with what it was started with, which goes on from them"
             )
-        for number in range(len(self._files)):  # headers alone
-            self._rows_of(number)
+        before = ""
+        for number, place in enumerate(self._files):  # headers alone
+            held = self._held(number)
+            if held.metadata.get("before") != before:
+                raise CheckpointError(
+                    f"{place} follows other samples than those of the tiles before it: it, or one of them, "
+                    "was moved here from the features of another data set"
+                )
+            before = _following(held)
 
     @property
     def k(self) -> int:
@@ -114,9 +122,17 @@ class GradientFeatures:
             yield self._rows_of(number)
 
     def _rows_of(self, number: int) -> tuple[int, int, Tensor]:
-        held = load(self._files[number], kind=KIND, mapped=True)
+        start, stop = self._samples_of(number)
+        return start * self.num_outputs, stop * self.num_outputs, self._held(number).tensors["features"]
+
+    def _samples_of(self, number: int) -> tuple[int, int]:
         start = number * self.tile_size
-        stop = min(start + self.tile_size, self.num_samples)
+        return start, min(start + self.tile_size, self.num_samples)
+
+    def _held(self, number: int) -> Checkpoint:
+        """Return a tile, whose sizes and network are those of the first."""
+        held = load(self._files[number], kind=KIND, mapped=True)
+        start, stop = self._samples_of(number)
         due = ((stop - start) * self.num_outputs, self.k)
         alike = all(held.fingerprint.get(name) == value for name, value in self.fingerprint.items())
         if not alike or tuple(held.tensors["features"].shape) != due:
@@ -128,7 +144,7 @@ class GradientFeatures:
             raise CheckpointError(
                 f"{self._files[number]} holds other samples than those from {start} on: it was renamed"
             )
-        return start * self.num_outputs, stop * self.num_outputs, held.tensors["features"]
+        return held
 
     def __getitem__(self, rows: int | slice) -> Tensor:
         """Return a row ``(k,)``, or consecutive rows ``(r, k)``: mapped where one tile holds them.
@@ -307,21 +323,24 @@ class _Writing:
         count, size = self.rows.num_samples, self.tile_size
         starts = range(0, count, size)
         between, looked = self.rows._rows.inputs.in_order(), False
-        missing = []
-        for number, start in enumerate(starts):
-            place = _file(self.folder, number)
-            if not place.exists():
-                missing.append((place, start))
+        places = [_file(self.folder, number) for number in range(len(starts))]
+        missing = {place for place in places if not place.exists()}
+        for place, start in zip(places, starts, strict=True):
+            if place in missing:
                 continue
             part = between(start, min(start + size, count))
             held = load(place, self._prints_of(part), kind=KIND, mapped=True)
             if not looked:
                 self._require_same_values(held.tensors["features"], part, place)
                 looked = True
-        between = self.rows._rows.inputs.in_order()
-        for place, start in tqdm(missing, desc="features", unit="tile", disable=not progress):
-            part = between(start, min(start + size, count))
-            self._write(place, part, start)
+        between, before = self.rows._rows.inputs.in_order(), ""
+        with tqdm(total=len(missing), desc="features", unit="tile", disable=not progress) as bar:
+            for place, start in zip(places, starts, strict=True):
+                if place in missing:
+                    part = between(start, min(start + size, count))
+                    self._write(place, part, start, before)
+                    bar.update()
+                before = _following(load(place, kind=KIND, mapped=True))
 
     def _prints_of(self, part: Inputs) -> dict[str, str]:
         (_, _, batch), *_ = part.batches(None)
@@ -352,7 +371,7 @@ class _Writing:
                 "parameters and samples are the same; the code of the model or of the output has changed"
             )
 
-    def _write(self, place: Path, part: Inputs, start: int) -> None:
+    def _write(self, place: Path, part: Inputs, start: int, before: str) -> None:
         features = self._features(part)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteError(
@@ -363,10 +382,16 @@ class _Writing:
             "num_outputs": self.rows.num_outputs,
             "tile_size": self.tile_size,
             "first_sample": start,
+            "before": before,
             "k": features.shape[-1],
             "projection": repr(self.rows.projection),
         }
         save(place, {"features": features}, record, self._prints_of(part), kind=KIND)
+
+
+def _following(held: Checkpoint) -> str:
+    """Return the digest of all samples up to those of a tile, which the next one holds as "before"."""
+    return fingerprint(all=[held.metadata["before"], held.fingerprint["samples"]])["all"]
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import InputError, RoundingWarning
+from ..errors import InputError, OutOfRangeError, RoundingWarning
 from ..operators.positions import resolve_index
 from ._fits import Fit
 from ._operands import Kernel, Layout
@@ -156,7 +156,10 @@ def _read_groups(groups: Any, count: int) -> tuple[Tensor, ...]:
                 f"{where} has shape {tuple(at.shape)} and dtype {at.dtype}: pass a list of groups, each a "
                 "vector of positions or a mask of samples; a single group is a list of one, [positions]"
             )
-        at = resolve_index(at, count)
+        try:
+            at = resolve_index(at, count)
+        except OutOfRangeError as error:
+            raise OutOfRangeError(f"{where}: {error}") from None
         if not len(at):
             raise InputError(f"{where} has no sample")
         if len(at.unique()) < len(at):

@@ -57,15 +57,15 @@ def test_the_command_measures_the_smallest_case(
 def test_the_page_shows_the_stored_result(distilled_ntk: ModuleType, stored: dict) -> None:
     assert not stored["options"]["quick"]
     page = (ROOT / "docs/distilled_ntk.md").read_text(encoding="utf-8")
-    claims = importlib.import_module("_distilled_claims")
+    claims = importlib.import_module("_distilled_page")
     assert claims.markdown(stored) in page
-    for number in ("headline", *(f"figure{i}" for i in (1, 2, 3, 4, 5, 6, 8, 9))):
+    for number in ("headline", *(f"figure{i}" for i in (1, 2, 3, 4, 5, 6, "7a", "7b", "7c", 8, 9))):
         name = f"images/distilled_{number}.png"
         assert name in page and (ROOT / "docs" / name).exists()
 
 
 def test_verdicts_are_those_of_the_numbers(distilled_ntk: ModuleType, stored: dict) -> None:
-    claims = importlib.import_module("_distilled_claims")
+    claims = importlib.import_module("_distilled_page")
     assert claims.judge(stored) == stored["targets"]
     assert claims.claims(stored) == stored["claims"]
 
@@ -74,14 +74,14 @@ def test_the_networks_are_the_papers(distilled_ntk: ModuleType) -> None:
     networks = importlib.import_module("_distilled_networks")
     assert sum(p.numel() for p in networks.convolutional().parameters()) == 6_018
     assert sum(p.numel() for p in networks.perceptron().parameters()) == 50_890
-    resnet = importlib.import_module("_distilled_resnet").ResNet18()
+    resnet = importlib.import_module("_distilled_networks").ResNet18()
     assert sum(p.numel() for p in resnet.parameters()) == 11_181_642
     with torch.no_grad():
         assert resnet.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
 def test_the_frontier_has_what_nothing_beats(distilled_ntk: ModuleType) -> None:
-    curves = importlib.import_module("_distilled_curves")
+    curves = importlib.import_module("_distilled_experiments")
     rows = [
         {"s": s, "fidelity": f, "mse": 0.0} for s, f in ((5, 0.6), (5, 0.7), (10, 0.65), (20, 0.9), (30, 0.9))
     ]
@@ -105,7 +105,7 @@ def test_data_are_read_from_a_file(distilled_ntk: ModuleType, tmp_path: Path) ->
 
 
 def test_nothing_is_said_to_save_that_saw_every_gradient(distilled_ntk: ModuleType, stored: dict) -> None:
-    tables = importlib.import_module("_distilled_tables")
+    tables = importlib.import_module("_distilled_page")
     rows = [line.split(" | ") for line in tables.markdown(stored).splitlines()]
     seen = [cells for cells in rows if len(cells) > 2 and cells[1] == "gradients of all"]
     assert len(seen) == 3 * 4 and all(cells[2].startswith("none") for cells in seen)
@@ -117,11 +117,11 @@ def test_images_are_read_when_they_are_asked_for(distilled_ntk: ModuleType, tmp_
         (tmp_path / name).mkdir()
         image.new("RGB", (20, 30), (255, 0, 0)).save(tmp_path / name / "one.png")
     (tmp_path / "b" / "two.png").write_bytes(b"no image")
-    images = importlib.import_module("_distilled_resnet").Folder(tmp_path, 16)
+    images = importlib.import_module("_distilled_networks").Folder(tmp_path, 16)
     assert images.names == ["a", "b"] and images.y.tolist() == [0, 1, 1] and len(images) == 3
     assert images[torch.tensor([1, 0])].shape == (2, 3, 16, 16)
     with pytest.raises(OSError, match="cannot identify"):
         images[torch.tensor([2])]
     (tmp_path / "b" / "two.png").unlink()
-    x, y = next(iter(importlib.import_module("_distilled_resnet").Folder(tmp_path, 16)))
+    x, y = next(iter(importlib.import_module("_distilled_networks").Folder(tmp_path, 16)))
     assert x.shape == (2, 3, 16, 16) and y.tolist() == [0, 1]

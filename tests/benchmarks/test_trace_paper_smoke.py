@@ -30,9 +30,8 @@ def kernel() -> torch.Tensor:
 def test_the_paper_s_estimators_are_unbiased_and_count_their_products(
     trace_paper: ModuleType, kernel: torch.Tensor
 ) -> None:
-    methods = importlib.import_module("_trace_methods")
     found = [
-        methods.hutch_pp(lambda v: v @ kernel, 20, 12, torch.Generator().manual_seed(seed))
+        trace_paper.hutch_pp(lambda v: v @ kernel, 20, 12, torch.Generator().manual_seed(seed))
         for seed in range(300)
     ]
     values = torch.tensor([value for value, _ in found], dtype=torch.float64)
@@ -41,7 +40,7 @@ def test_the_paper_s_estimators_are_unbiased_and_count_their_products(
     assert 12 // 6 + (12 - 5 * 12 // 6) == 4  # the budget of 12 as printed; q and m - q probes add up to it
     root = torch.linalg.cholesky(kernel.double() + 1e-6 * torch.eye(20)).float()
     sided = [
-        methods.one_sided(lambda v: v @ root, 20, 12, torch.Generator().manual_seed(seed))[0]
+        trace_paper.one_sided(lambda v: v @ root, 20, 12, torch.Generator().manual_seed(seed))[0]
         for seed in range(300)
     ]
     values = torch.tensor(sided, dtype=torch.float64)
@@ -70,7 +69,7 @@ def test_the_command_measures_the_smallest_case(
 
 
 def test_a_claim_is_judged_by_medians_that_stay_below(trace_paper: ModuleType) -> None:
-    tables = importlib.import_module("_trace_claims")
+    tables = importlib.import_module("_trace_page")
     points = [{"error": e, "passes": p, "m": p} for p, e in ((6, 1e-3), (12, 5e-2), (24, 9e-3), (48, 2e-3))]
     assert tables._first(points, 1e-2)["passes"] == 24  # the lucky first one does not count
     assert tables._first(points, 1e-4) is None
@@ -84,6 +83,11 @@ def test_an_interrupted_run_goes_on(trace_paper: ModuleType, tmp_path: Path) -> 
     both = json.loads(out.read_text(encoding="utf-8"))
     assert [p["name"] for p in both["problems"]] == ["mlp", "gru32"]
     assert both["problems"][1] == first["problems"][0]
+    assert trace_paper.main(["--quick", "--networks", "mlp", "--repetitions", "1", "--out", str(out)]) == 0
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert again["problems"][1] == first["problems"][0]  # what is not named is kept, what is named made again
+    assert again["problems"][0]["curves"][0]["points"][0]["repetitions"] == 2
+    assert again["problems"][0]["curves"][-1]["points"][0]["repetitions"] == 1
     with pytest.raises(ValueError, match="other options"):
         trace_paper.run(["mlp"], before=both)
 
@@ -93,8 +97,7 @@ def test_the_page_shows_the_stored_result(
 ) -> None:
     result = json.loads(STORED.read_text(encoding="utf-8"))
     assert result["options"]["quick"] is False
-    networks = importlib.import_module("_trace_networks")
-    assert [p["name"] for p in result["problems"]] == list(networks.NAMES)
+    assert [p["name"] for p in result["problems"]] == list(trace_paper.NAMES)
     assert trace_paper.main(["--markdown", str(STORED)]) == 0
     printed = capsys.readouterr().out.strip()
     page = (ROOT / "docs/trace_estimation.md").read_text(encoding="utf-8")

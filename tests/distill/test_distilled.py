@@ -335,6 +335,16 @@ def test_a_file_holds_what_prediction_needs(kind, chosen, fit):
             torch.testing.assert_close(again.predictor()(new), fitted.predictor()(new))
 
 
+def test_a_selection_holds_the_numbers_of_its_points_alone():
+    K = RootLinearOperator(DenseLinearOperator(torch.ones(50_000, 1)))
+    found = Distilled.of(K, torch.arange(300) * 7)
+    fitted = found.fit(K, torch.ones(50_000, 1), ridge=1e-2)
+    for U in (found._U, fitted._U):
+        assert U.matrix is None and len(pickle.dumps(U)) < 10_000  # as a matrix it takes 60 MB
+    assert (found.size, found.num_points) == (300, 50_000)
+    assert Distilled.of(torch.eye(3), [2, 0]).U.tolist() == [[0, 1], [0, 0], [1, 0]]
+
+
 def test_the_file_of_a_predictor_does_not_grow_with_the_points():
     model, sizes = network(), []
     for size in (40, 400):

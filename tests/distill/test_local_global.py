@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ntkops
 from ntkops import distill
-from ntkops.distill._columns import Columns, distinct, orthonormal
+from ntkops.distill.local_global import Columns, distinct, orthonormal
 from ntkops.errors import (
     DenseMemoryError,
     InputError,

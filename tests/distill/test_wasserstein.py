@@ -10,8 +10,7 @@ from torch import nn
 
 from ntkops import checkpoint
 from ntkops.distill import _descent
-from ntkops.distill._labelled import Labelled
-from ntkops.distill._survey import survey
+from ntkops.distill._survey import Labelled, survey
 from ntkops.distill._teacher import Teacher, class_moments
 from ntkops.distill.barycenter import wasserstein_barycenter
 from ntkops.distill.wasserstein import wasserstein

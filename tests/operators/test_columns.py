@@ -60,8 +60,9 @@ KINDS: dict[str, Callable[[nn.Module, Tensor], LinearOperator]] = {
 }
 
 
+@pytest.mark.parametrize("chosen", [CHOSEN, CHOSEN[:1]], ids=["four", "one"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_columns_are_those_of_a_reference_without_the_library(kind, problem) -> None:
+def test_columns_are_those_of_a_reference_without_the_library(kind, chosen, problem) -> None:
     model, x, rows = problem
     each = rows @ rows.mT
     expected = {
@@ -71,8 +72,8 @@ def test_columns_are_those_of_a_reference_without_the_library(kind, problem) -> 
         "sum": 2 * each.sum(0) + torch.eye(9, dtype=torch.float64),
         "ridge": each.sum(0) + 0.5 * torch.eye(9, dtype=torch.float64),
         "stacked": each.mean(0),
-    }.get(kind, each)[..., CHOSEN]
-    found = taken_columns(KINDS[kind](model, x), CHOSEN)
+    }.get(kind, each)[..., chosen]
+    found = taken_columns(KINDS[kind](model, x), chosen)
     assert found.shape == expected.shape
     assert not found.requires_grad
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(each.abs().max()))
@@ -96,6 +97,15 @@ def test_a_column_of_a_networks_kernel_makes_no_product(problem) -> None:
     with ntkops.count_passes() as passes:
         taken_columns(K, CHOSEN)
     assert passes.count.jvp == passes.count.vjp == 0
+
+
+@pytest.mark.parametrize("outputs", ["each", "trace"])
+def test_one_column_is_a_product_where_that_takes_fewer_passes(problem, outputs) -> None:
+    model, x, _ = problem
+    K = ntkops.ntk(model, x, outputs=outputs, max_dense_bytes=0)
+    with ntkops.count_passes() as passes:
+        taken_columns(K, CHOSEN[:1])
+    assert passes.count.jvp == passes.count.vjp == 2  # one for each output, as a product with K has
 
 
 def test_a_column_that_is_not_finite_is_named() -> None:

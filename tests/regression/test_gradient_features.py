@@ -261,6 +261,29 @@ def test_tiles_of_two_folders_do_not_mix(case, tmp_path):
         write(case, tmp_path / "a")
 
 
+@pytest.mark.parametrize("number", range(5))
+def test_tiles_of_two_data_sets_do_not_mix(case, tmp_path, number):
+    net, x, projection, _ = case
+    write(case, tmp_path / "a")
+    ntkops.gradient_features(net, samples(23, seed=2), projection, tmp_path / "b", tile_size=5)
+    name = f"tile-{number:06d}.safetensors"
+    os.replace(tmp_path / "b" / name, tmp_path / "a" / name)
+    with pytest.raises(errors.CheckpointError, match="another data set"):
+        ntkops.GradientFeatures(tmp_path / "a")
+    with pytest.raises(errors.CheckpointError, match="differs: .*samples"):
+        write(case, tmp_path / "a")
+
+
+def test_a_last_tile_of_a_set_that_begins_alike_makes_that_set(case, tmp_path):
+    net, x, projection, _ = case
+    write(case, tmp_path / "a")
+    other = torch.cat([x[:20], x[:3]])
+    due = ntkops.gradient_features(net, other, projection, tmp_path / "b", tile_size=5)[:].clone()
+    name = "tile-000004.safetensors"
+    os.replace(tmp_path / "b" / name, tmp_path / "a" / name)
+    assert torch.equal(ntkops.GradientFeatures(tmp_path / "a")[:], due)
+
+
 def test_tiles_that_were_renamed_are_refused(case, tmp_path):
     F = write(case, tmp_path)
     first, second = F._files[:2]

@@ -175,7 +175,7 @@ def test_one_precision_for_each_parameter(together):
     precision = dense.mT @ hessian(value, model(x).detach()) @ dense + torch.diag(0.8 / variances)
     truth = dense_new @ torch.linalg.solve(precision, dense_new.mT)
     torch.testing.assert_close(covariance.to_dense(), truth, rtol=0, atol=1e-11)
-    with pytest.raises(errors.UnsupportedOperationError, match="weights"):
+    with pytest.raises(errors.UnsupportedOperationError, match="precision for each weight: take prior_mean"):
         post.log_marginal_likelihood()
     post.set_params(prior_mean="network").fit(ntkops.sandwich(J, variances), Y)
     assert math.isfinite(float(post.log_marginal_likelihood(at="mode")))

@@ -196,8 +196,9 @@ def test_it_stays_as_it_is_when_the_regression_is_fitted_again():
         (torch.tensor([0, 1]), errors.InputError, "a list of one"),
         ("ab", errors.InputError, "a list of groups"),
         (3, errors.InputError, "a list of groups"),
-        ([[12]], errors.OutOfRangeError, "12"),
-        ([torch.ones(5, dtype=torch.bool)], errors.OutOfRangeError, "12 entries"),
+        ([[0], [12]], errors.OutOfRangeError, "group 1: index 12"),
+        ([[3], [1], [-13]], errors.OutOfRangeError, "group 2: index -13"),
+        ([torch.ones(5, dtype=torch.bool)], errors.OutOfRangeError, "group 0: .*12 entries"),
     ],
 )
 def test_bad_groups(groups, error, match):
