@@ -107,9 +107,9 @@ test-models: $(TEST) $(MODELS)
 
 bench: $(DEMO)
 	@mkdir -p benchmarks/results
-	set -e; for script in benchmarks/[!_]*.py; do \
-	  $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).json; \
-	done
+	missed=; for script in $(filter-out benchmarks/trips.py,$(wildcard benchmarks/[!_]*.py)); do \
+	  $(BIN)/python $$script --out benchmarks/results/$$(basename $$script .py).json || missed="$$missed $$script"; \
+	done; test -z "$$missed" || { echo "a claim is missed, or an error:$$missed"; false; }
 
 gpu: $(DEMO) $(TEST)
 	@mkdir -p benchmarks/results

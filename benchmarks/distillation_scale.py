@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _measure import environment
-from _scale_process import Clock, cores, memory_mb, settle, start
+from _measure import Clock, cores, environment, launch, memory_mb, settle
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -229,8 +228,7 @@ def _routes(path: str | None, count: int, epochs: int) -> list[Row]:
 
 
 def _alone(job: Callable[..., Any], *arguments: Any) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        return start(job, cores(1)[-1:], Path(folder), *arguments, group=False).join(_TIMEOUT)[0]
+    return launch(job, cores(1)[-1:], *arguments, group=False, timeout=_TIMEOUT)[0]
 
 
 def met(found: Row) -> dict[str, bool]:

@@ -1,68 +1,47 @@
-"""Jobs of the field against the plain way of doing them: CPU time, ratios within one run.
-
-Run it with ``python benchmarks/jobs.py --out benchmarks/results/jobs.json``; docs/jobs.md shows the result.
-"""
+"""Jobs of the field against the plain way of doing them: CPU time, ratios within one run (docs/jobs.md)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import environment, interleaved, one_thread, ratio
-from _tables import fill
+from _measure import agreement, interleaved, ratio, summaries
+from _models import cnn, mlp, normal, seeded
+from _tables import Benchmark, say, table, verdict
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import ntkops
-
-__all__ = ["JOBS", "Job", "main", "measure"]
 
 Work = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job in two ways that give the same numbers.
-
-    Attributes:
-        title: What is done, and against what.
-        most: Largest ratio of CPU times that is claimed.
-        make: From whether the size is small, the library's way and the plain one.
-        tolerance: Relative difference of the two that is allowed.
-    """
+    """A job in two ways that give the same numbers: what it is, the largest ratio claimed, both ways."""
 
     title: str
     most: float
-    make: Callable[[bool], tuple[Work, Work]]
-    tolerance: float
+    make: Callable[[bool], tuple[Work, Work]]  # of small size or not: the library's way, and the plain one
+    tolerance: float = 1e-10
 
 
 def nine_layers() -> nn.Module:
     """Return eight convolutions and a linear layer."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    inputs = 3
-    for number, width in enumerate((16, 16, 16, 32, 32, 32, 32, 32)):
-        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-        layers += [nn.AvgPool2d(2)] if number == 2 else []
-        inputs = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+    layers = list(cnn([3, 16, 16, 16, 32, 32, 32, 32, 32]))
+    return nn.Sequential(*layers[:6], nn.AvgPool2d(2), *layers[6:])
 
 
 def partition(quick: bool) -> tuple[Work, Work]:
     """Traces, norms and alignments of nine layers, against one sweep over the kernel for its norm."""
-    model = ntkops.linearize(nine_layers())
-    x = torch.randn((6 if quick else 64), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    model = ntkops.linearize(seeded(nine_layers))
     # Tiles alone: nothing dense is kept from one timing to the next.
-    made = ntkops.ntk(model, x, max_dense_bytes=0)
+    made = ntkops.ntk(model, normal(6 if quick else 64, 3, 16, 16), max_dense_bytes=0)
     return (
         lambda: ntkops.partition(made).whole_norm.value,
         lambda: ntkops.frobenius_norm(made, method="exact").value,
@@ -71,21 +50,13 @@ def partition(quick: bool) -> tuple[Work, Work]:
 
 def small_networks() -> list[nn.Module]:
     """Return twelve networks with three convolutions, new modules each time."""
-    found: list[nn.Module] = []
-    for seed in range(12):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        inputs = 3
-        for width in (16, 16, 32):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU() if seed % 2 else nn.Tanh()]
-            inputs = width
-        found.append(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10)))
-    return found
+    acts = (nn.Tanh, nn.ReLU)
+    return [seeded(partial(cnn, [3, 16, 16, 32], act=acts[seed % 2]), seed=seed) for seed in range(12)]
 
 
 def compare(quick: bool) -> tuple[Work, Work]:
     """Traces of networks that nothing is known of, by as many probes, which are not the same ones."""
-    x = torch.randn((4 if quick else 32), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    x = normal(4 if quick else 32, 3, 16, 16)
 
     def ours() -> Tensor:
         return ntkops.compare(small_networks(), x, generator=torch.Generator().manual_seed(2))["trace"]
@@ -110,11 +81,8 @@ def compare(quick: bool) -> tuple[Work, Work]:
 
 def predictor(quick: bool) -> tuple[Work, Work]:
     """Predictions of new samples by one jvp each, against a product with the kernel across them."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
-    ).double()
-    x, new = (torch.randn(count, 20).double() for count in ((40, 8) if quick else (3000, 100)))
+    network = seeded(mlp, 20, 64, 64, 10).double()
+    x, new = (normal(count, 20, seed=count).double() for count in ((40, 8) if quick else (3000, 100)))
     # Products alone: nothing dense is kept from one timing to the next.
     K = ntkops.ntk(network, x, max_dense_bytes=0)
     fitted = ntkops.KernelRidge(1e-2, tol=1e-2).fit(K, torch.sin(x[:, :10]))
@@ -135,13 +103,9 @@ def pinn(count: int) -> Callable[[bool], tuple[Work, Work]]:
 
     def make(quick: bool) -> tuple[Work, Work]:
         points = 8 if quick else count
-        torch.manual_seed(0)
-        layers: list[nn.Module] = [nn.Linear(2, 50), nn.Tanh()]
-        for _ in range(2):
-            layers += [nn.Linear(50, 50), nn.Tanh()]
-        net = nn.Sequential(*layers, nn.Linear(50, 1)).double()
+        net = seeded(mlp, 2, 50, 50, 50, 1).double()
         params = {name: value.detach() for name, value in net.named_parameters()}
-        ends, inside = torch.rand(points, 2).double(), torch.rand(points, 2).double()
+        ends, inside = torch.rand(2, points, 2, generator=torch.Generator().manual_seed(1)).double()
 
         def value(p: dict[str, Tensor], z: Tensor) -> Tensor:
             return functional_call(net, p, (z[None],))[0, 0]
@@ -192,7 +156,7 @@ def written_down(model: nn.Module, *x: Tensor) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts.values()], dim=1)
 
 
-class Convolutions(nn.Module):
+class _Graph(nn.Module):
     """Two graph convolutions, outputs (nodes, 4)."""
 
     def __init__(self) -> None:
@@ -206,7 +170,7 @@ class Convolutions(nn.Module):
 def graph(quick: bool) -> tuple[Work, Work]:
     """Return the kernel of all nodes and classes of one graph."""
     torch.manual_seed(0)
-    model, nodes = Convolutions().double(), 20 if quick else 250
+    model, nodes = _Graph().double(), 20 if quick else 250
     linked = (torch.rand(nodes, nodes) < 0.05) | torch.eye(nodes).bool()
     adjacency = linked.double() / linked.sum(1, keepdim=True)
     x = torch.randn(nodes, 32, dtype=torch.float64)
@@ -219,7 +183,7 @@ def graph(quick: bool) -> tuple[Work, Work]:
     return lambda: ntkops.ntk(point, (x, adjacency)).to_dense(), plain
 
 
-class Tagger(nn.Module):
+class _Tagger(nn.Module):
     """A small transformer, outputs (samples, positions, 3)."""
 
     def __init__(self) -> None:
@@ -240,7 +204,7 @@ def padded(sequences: list[Tensor]) -> dict[str, Tensor]:
 def unlike_lengths(quick: bool) -> tuple[Work, Work]:
     """Return the kernel of sequences of 4 to 24 tokens, padded in batches, against one after the other."""
     torch.manual_seed(0)
-    model = Tagger().double()
+    model = _Tagger().double()
     lengths = torch.randint(4, 25, (4 if quick else 48,)).tolist()
     sequences = [torch.randint(1, 50, (length,)) for length in lengths]
     point = ntkops.linearize(model)
@@ -256,95 +220,55 @@ def unlike_lengths(quick: bool) -> tuple[Work, Work]:
 JOBS = {
     "partition": Job("partition of a 9-layer CNN, against one kernel's sweep", 1.3, partition, 1e-6),
     "compare": Job("traces of 12 small CNNs, 4 jvps each, against torch.func", 2.0, compare, 0.5),
-    "pinn_400": Job(
-        "kernel of a PINN, second derivatives, N = 400, against torch.func", 1.5, pinn(400), 1e-10
-    ),
-    "pinn_60": Job("kernel of a PINN, second derivatives, N = 60, against torch.func", 3.0, pinn(60), 1e-10),
-    "graph": Job("node kernel of a GCN, 250 nodes, 4 classes, against torch.func", 2.0, graph, 1e-10),
+    "pinn_400": Job("kernel of a PINN, second derivatives, N = 400, against torch.func", 1.5, pinn(400)),
+    "pinn_60": Job("kernel of a PINN, second derivatives, N = 60, against torch.func", 3.0, pinn(60)),
+    "graph": Job("node kernel of a GCN, 250 nodes, 4 classes, against torch.func", 2.0, graph),
     "unlike_lengths": Job(
-        "kernel of 48 sequences of 4 to 24 tokens, against torch.func", 3.0, unlike_lengths, 1e-10
+        "kernel of 48 sequences of 4 to 24 tokens, against torch.func", 3.0, unlike_lengths
     ),
     "predictor": Job("100 predictions by jvps, N = 3000, against K.cross(x) @ α", 0.25, predictor, 1e-9),
 }
 
 
-def measure(name: str, *, quick: bool = False, repetitions: int = 5) -> dict[str, Any]:
-    """Compare and time both ways of a job.
-
-    Args:
-        name: Among `JOBS`.
-        quick: Take the small size.
-        repetitions: Times that each is timed.
-
-    Returns:
-        One entry of the JSON.
-
-    Raises:
-        ArithmeticError: If the two ways differ.
-    """
+def measure_job(name: str, *, quick: bool = False, repetitions: int = 5) -> dict[str, Any]:
+    """Compare both ways of a job, and time them."""
     job = JOBS[name]
     ours, plain = job.make(quick)
-    one, other = ours().double(), plain().double()
-    difference = float((one - other).norm() / other.norm())
-    if not difference <= job.tolerance:
-        raise ArithmeticError(f"{name}: the two ways differ by {difference:.2g}")
+    close = agreement(name, {"ours": ours()}, plain(), job.tolerance)
     series = interleaved({"ours": ours, "plain": plain}, repetitions)
-    found = ratio(series["ours"], series["plain"])
     return {
-        "job": name,
-        "title": job.title,
-        "difference": float(f"{difference:.2g}"),
-        "time": {key: times.summary() for key, times in series.items()},
-        "ratio": found,
-        "most": job.most,
-        "held": found["cpu"]["median"] <= job.most,
-    }
+        "job": name, "title": job.title, "difference": close["ours"], "time": summaries(series),
+        "ratio": ratio(series["ours"], series["plain"]),
+    }  # fmt: skip
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return the table that the page shows."""
-    lines = ["| job | CPU time, times the plain way | at most |", "|:--|--:|--:|"]
-    for entry in result["jobs"]:
-        cpu = entry["ratio"]["cpu"]
-        shown = f"{cpu['median']:.2f} ({cpu['min']:.2f} to {cpu['max']:.2f})"
-        lines.append(f"| {entry['title']} | {shown} | {entry['most']} |")
-    return "\n".join(lines) + "\n"
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure jobs."""
+    entries = []
+    for name in options.parts:
+        say(name)
+        entries.append(measure_job(name, quick=options.quick, repetitions=options.repetitions))
+    return {"jobs": entries}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the jobs, print the table, write the JSON; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
-    parser.add_argument("--repetitions", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument(
-        "--markdown", type=Path, default=None, help="print the table of a result, run nothing"
-    )
-    parser.add_argument("--page", type=Path, default=None, help="with --markdown: put it into a page")
-    options = parser.parse_args(arguments)
-    if options.markdown is not None:
-        table = markdown(json.loads(options.markdown.read_text(encoding="utf-8")))
-        if options.page is not None:
-            page = options.page.read_text(encoding="utf-8")
-            options.page.write_text(fill(page, "jobs", table), encoding="utf-8")
-        print(table, end="")
-        return 0
-    repetitions = options.repetitions or (2 if options.quick else 7)
-    with one_thread():
-        result = {
-            "benchmark": "jobs",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "environment": environment(),
-            "options": {"quick": options.quick, "repetitions": repetitions},
-            "jobs": [measure(name, quick=options.quick, repetitions=repetitions) for name in options.jobs],
-        }
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(markdown(result), end="")
-    return 0
+def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Say of each job whether it takes at most what is claimed."""
+    what = "CPU time, times the plain way"
+    return [
+        verdict(what, e["title"], e["ratio"]["cpu"]["median"], most=JOBS[e["job"]].most)
+        for e in result["jobs"]
+    ]
 
+
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """Return what each job takes."""
+    return table(result["jobs"], {"job": "title", "CPU time, times the plain way": "ratio.cpu"})
+
+
+BENCHMARK = Benchmark(
+    "jobs", __doc__, measure, tables, judge, parts=tuple(JOBS), key=("job",), repetitions=(7, 2)
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,36 +1,29 @@
 """K V for k columns: ntkops against what is written by hand with torch.
 
-Run it with ``python benchmarks/products.py``; see README.md beside it for what is measured and how.
+Run it with ``python benchmarks/products.py``; docs/performance.md explains and shows the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from _measure import Series, environment, interleaved, one_thread, peak_memory, ratio
-from _models import CASES, Case
+from _measure import agreement, interleaved, peak_memory, ratio, summaries
+from _models import CASES, Case, normal
 from _peers import PEERS, attention_with_derivatives
-from _tables import fill, markdown, show
+from _tables import Benchmark, say, table, verdict
 from torch import Tensor, nn
 
 import ntkops
 
-__all__ = ["measure_case", "prepare", "run"]
-
-RESULTS = Path(__file__).parent / "results" / "products.json"
 COLUMNS = (1, 8, 64)
 QUICK_COLUMNS = (1, 3)
 FIRST_BLOCK = 8
-TOLERANCE = 1e-5
 
 Product = Callable[[Tensor], Tensor]
 
@@ -42,17 +35,8 @@ VARIANTS = {
     "auto": "ntkops.ntk(model, x, max_dense_bytes=0) @ V once what its engine keeps has been made",
     "dense": "ntkops.ntk(model, x) @ V once its dense block has been built",
 }
-# What is claimed: (above, below, columns, least ratio of process CPU times).
-TARGETS = (
-    ("loop", "fused", 8, 1.5),
-    ("vmap", "fused", 1, 0.9),
-    ("vmap", "fused", 8, 0.9),
-    ("vmap", "fused", 64, 0.9),
-)
-
-
-class Disagreement(RuntimeError):
-    """Two ways of computing one product do not agree, so that their times say nothing."""
+# What is claimed: above, below, columns, least ratio of process CPU times.
+TARGETS = (("loop", "fused", 8, 1.5), *(("vmap", "fused", columns, 0.9) for columns in COLUMNS))
 
 
 def operator(variant: str, model: nn.Module, x: Tensor) -> ntkops.NTKOperator:
@@ -72,28 +56,20 @@ def product(variant: str, model: nn.Module, x: Tensor) -> Product:
     return lambda vectors: kernel @ vectors
 
 
-def vectors(rows: int, columns: int) -> Tensor:
-    """Return the columns that everybody multiplies."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
-
-
 def prepare(name: str, quick: bool, variant: str, columns: int) -> Callable[[], object]:
     """Return the work whose memory is measured, after the same on two samples has loaded the code."""
-    case = CASES[name]
-    model, few = case.make(quick, samples=2)
-    _, x = case.make(quick)
-    outputs = _num_outputs(model, few)
+    model, x = CASES[name].make(quick)
+    outputs = _num_outputs(model, x)
     calls = _until_settled(outputs, columns) if variant == "auto" else 1
 
     def work(multiply: Product, x: Tensor) -> object:
         with attention_with_derivatives():
-            return [multiply(vectors(len(x) * outputs, columns)) for _ in range(calls)]
+            return [multiply(normal(len(x) * outputs, columns, seed=2)) for _ in range(calls)]
 
-    work(product(variant, model, few), few)
+    work(product(variant, model, x[:2]), x[:2])
     if variant == "dense":  # building the block is part of what it costs
         return lambda: work(product(variant, model, x), x)
-    ready = product(variant, model, x)
-    return lambda: work(ready, x)
+    return partial(work, product(variant, model, x), x)
 
 
 def _until_settled(outputs: int, columns: int) -> int:
@@ -103,91 +79,47 @@ def _until_settled(outputs: int, columns: int) -> int:
 
 def _num_outputs(model: nn.Module, x: Tensor) -> int:
     with torch.no_grad():
-        return model(x)[0].numel()
+        return model(x[:2])[0].numel()
 
 
 def measure_case(
     case: Case, columns: int, *, quick: bool = False, repetitions: int = 9, memory: bool = True
 ) -> dict[str, Any]:
-    """Check that all variants agree, then time them in turn.
-
-    Args:
-        case: Network and inputs.
-        columns: Number k of columns.
-        quick: Take the small size.
-        repetitions: Times that each variant is timed.
-        memory: Whether to start a process for each variant's peak memory.
-
-    Returns:
-        One entry of the JSON.
-
-    Raises:
-        Disagreement: If a variant differs from the loop by more than a relative 1e-5.
-    """
+    """Check that all variants agree, then time them in turn."""
     model, x = case.make(quick)
     engines = {variant: operator(variant, model, x) for variant in ("fused", "auto")}
     variants = [v for v in VARIANTS if v != "auto" or engines[v].engine_info.engine != "autograd"]
-    rows = engines["fused"].shape[0]
+    block = normal(engines["fused"].shape[0], columns, seed=2)
     with attention_with_derivatives():
-        products = {variant: product(variant, model, x) for variant in variants}
-        block = vectors(rows, columns)
-        agreement = _agreement(case, products, block)
-        work = {name: _bound(multiply, block) for name, multiply in products.items()}
+        work = {variant: partial(product(variant, model, x), block) for variant in variants}
+        close = agreement(case.name, {name: make() for name, make in work.items()}, work["loop"]())
         for _ in range(_until_settled(_num_outputs(model, x), columns) if "auto" in work else 0):
             work["auto"]()
         series = interleaved(work, repetitions, shortest=0.002 if quick else 0.02)
-    peaks = {v: peak_memory(prepare, case.name, quick, v, columns) if memory else None for v in variants}
+    pairs = [(peer, ours) for ours in series if ours not in PEERS for peer in PEERS]
     return {
-        "model": case.name,
-        "title": f"{case.name}, small" if quick else case.title,
-        "samples": len(x),
-        "n": rows,
-        "parameters": engines["fused"].num_parameters,
-        "columns": columns,
-        "engines": {name: _described(kernel) for name, kernel in engines.items()},
-        "agreement": agreement,
-        "time": {name: found.summary() for name, found in series.items()},
-        "ratios": _ratios(series),
-        "memory_mb": peaks,
-    }
+        "model": case.name, "title": f"{case.name}, small" if quick else case.title, "samples": len(x),
+        "n": len(block), "parameters": engines["fused"].num_parameters, "columns": columns,
+        "engines": {name: _described(kernel) for name, kernel in engines.items()}, "agreement": close,
+        "time": summaries(series),
+        "ratios": {f"{above}/{below}": ratio(series[above], series[below]) for above, below in pairs},
+        "memory_mb": {
+            v: peak_memory(prepare, case.name, quick, v, columns) if memory else None for v in work
+        },
+    }  # fmt: skip
 
 
 def _described(kernel: ntkops.NTKOperator) -> dict[str, Any]:
     info = kernel.engine_info
-    return {
-        "engine": info.engine,
-        "rung": info.mode,
-        "chunk_size": info.chunk_size,
-        "reasons": list(info.reasons),
-    }
-
-
-def _bound(multiply: Product, block: Tensor) -> Callable[[], object]:
-    return lambda: multiply(block)
-
-
-def _agreement(case: Case, products: dict[str, Product], block: Tensor) -> dict[str, float]:
-    """Return the relative distance of each variant's result from the loop's."""
-    reference = products["loop"](block).double()
-    found = {}
-    for name, multiply in products.items():
-        distance = float((multiply(block).double() - reference).norm() / reference.norm())
-        if not distance <= TOLERANCE:
-            raise Disagreement(f"{case.name}: {name} differs from the loop by {distance:.1e}")
-        found[name] = float(f"{distance:.2g}")
-    return found
-
-
-def _ratios(series: dict[str, Series]) -> dict[str, dict[str, dict[str, float]]]:
-    pairs = [(peer, ours) for ours in series if ours not in PEERS for peer in PEERS]
-    return {f"{above}/{below}": ratio(series[above], series[below]) for above, below in pairs}
+    reasons = list(info.reasons)
+    return {"engine": info.engine, "rung": info.mode, "chunk_size": info.chunk_size, "reasons": reasons}
 
 
 def measure_setup(case: Case, *, quick: bool = False, repetitions: int = 5) -> dict[str, Any]:
     """Time what comes before the first product, and the first product of an operator that is cold."""
     model, x = case.make(quick)
     kernel = ntkops.ntk(model, x)
-    block = vectors(kernel.shape[0], FIRST_BLOCK)
+    block = normal(kernel.shape[0], FIRST_BLOCK, seed=2)
 
     def build() -> object:
         kernel.free()
@@ -198,115 +130,83 @@ def measure_setup(case: Case, *, quick: bool = False, repetitions: int = 5) -> d
         "operator_and_block": lambda: operator("auto", model, x) @ block,
         "dense_block": build,
     }
-    series = interleaved(work, repetitions, shortest=0.002 if quick else 0.02)
-    return {"model": case.name, **{name: found.summary() for name, found in series.items()}}
+    return {"model": case.name, **summaries(interleaved(work, repetitions, 0.002 if quick else 0.02))}
 
 
-def _judge(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say for each target and network whether the median ratio of process CPU times reaches it."""
-    verdicts = []
-    for above, below, columns, least in TARGETS:
-        for entry in cases:
-            if entry["columns"] == columns:
-                value = entry["ratios"][f"{above}/{below}"]["cpu"]["median"]
-                verdicts.append(
-                    {
-                        "ratio": f"{above}/{below}",
-                        "model": entry["model"],
-                        "columns": columns,
-                        "least": least,
-                        "median": value,
-                        "held": value >= least,
-                    }
-                )
-    return verdicts
-
-
-def run(
-    models: Sequence[str] = tuple(CASES),
-    *,
-    quick: bool = False,
-    repetitions: int | None = None,
-    memory: bool = True,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Measure networks and return what the JSON file holds.
-
-    Args:
-        models: Names among `CASES`.
-        quick: Small sizes, few repetitions.
-        repetitions: Times that each variant is timed; None for 9, and 2 if quick.
-        memory: Whether peak memory is measured; if quick, once.
-        say: Told what comes next.
-
-    Returns:
-        Environment, options, cases, set-up times and whether the targets are held.
-    """
-    count = repetitions or (2 if quick else 9)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure networks."""
+    quick, count = options.quick, options.repetitions
     cases, setup = [], []
-    started = time.perf_counter()
-    with one_thread():
-        surroundings = environment()
-        for name in models:
-            case = CASES[name]
-            for columns in QUICK_COLUMNS if quick else COLUMNS:
-                say(f"{name}, k = {columns}")
-                also_memory = memory and (not quick or (name == models[0] and columns == QUICK_COLUMNS[-1]))
-                cases.append(measure_case(case, columns, quick=quick, repetitions=count, memory=also_memory))
-            say(f"{name}, set-up")
-            setup.append(measure_setup(case, quick=quick, repetitions=min(count, 5)))
+    for name in options.parts:
+        for columns in QUICK_COLUMNS if quick else COLUMNS:
+            say(f"{name}, k = {columns}")
+            memory = options.memory and not (quick and cases)
+            cases.append(measure_case(CASES[name], columns, quick=quick, repetitions=count, memory=memory))
+        say(f"{name}, set-up")
+        setup.append(measure_setup(CASES[name], quick=quick, repetitions=min(count, 5)))
     return {
-        "benchmark": "products",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": surroundings,
-        "options": {"quick": quick, "repetitions": count, "dtype": "float32", "device": "cpu"},
-        "variants": VARIANTS,
-        "cases": cases,
-        "setup": setup,
-        "targets": [] if quick else _judge(cases),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+        "options": {"dtype": "float32", "device": "cpu"}, "variants": VARIANTS, "cases": cases, "setup": setup
+    }  # fmt: skip
 
 
-def _write(table: str, page: Path | None) -> int:
-    if page is None:
-        print(table)
-    else:
-        text = fill(page.read_text(encoding="utf-8"), "products", table)
-        page.write_text(text, encoding="utf-8")
-    return 0
+def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Say for each target and network whether the median ratio of process CPU times reaches it."""
+    return [
+        verdict(
+            f"CPU time, {above}/{below}, k = {columns}", entry["model"],
+            entry["ratios"][f"{above}/{below}"]["cpu"]["median"], least=least,
+        )
+        for above, below, columns, least in TARGETS
+        for entry in result["cases"]
+        if entry["columns"] == columns
+    ]  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--models", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="which networks"
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes: a smoke test, not a measurement")
-    parser.add_argument("--repetitions", type=int, help="times that each variant is timed")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--out", type=Path, help="JSON file to write (none by default)")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="JSON", help="print a result as Markdown, run nothing"
-    )
-    parser.add_argument("--page", type=Path, help="with --markdown: put it into this page instead")
-    options = parser.parse_args(arguments)
-    if options.markdown is not None:
-        return _write(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))), options.page)
-    result = run(
-        options.models,
-        quick=options.quick,
-        repetitions=options.repetitions,
-        memory=not options.no_memory,
-        say=lambda text: print(text, file=sys.stderr),
-    )
-    show(result)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """Return CPU times a column, peak memory, and what comes first."""
+    cases = result["cases"]
 
+    def each(variant: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda e: (
+            e["time"][variant]["cpu_ms"]["median"] / e["columns"] if variant in e["time"] else None
+        )
+
+    def paid_after(entry: Mapping[str, Any]) -> str:
+        measured = [case for case in cases if case["model"] == entry["model"]]
+        case = min(measured, key=lambda case: abs(case["columns"] - 8))
+        return f"{entry['dense_block']['cpu_ms']['median'] / each('fused')(case):.0f} columns"
+
+    titles = {case["model"]: case["title"] for case in cases}
+    return [
+        *table(
+            cases,
+            {"Network": "title", "n": "n", "P": "parameters", "k": "columns"}
+            | {variant: each(variant) for variant in VARIANTS}
+            | {pair: f"ratios.{pair}.cpu" for pair in ("loop/fused", "vmap/fused")},
+            title="CPU milliseconds a column (medians), and ratios with smallest and largest repetition:",
+        ),
+        *table(
+            cases,
+            {"Network": "title", "k": "columns", **{v: f"memory_mb.{v}:.0f" for v in VARIANTS}},
+            title="Peak memory of one call in MB, above what was resident before it:",
+        ),
+        *table(
+            result["setup"],
+            {
+                "Network": lambda entry: titles[entry["model"]], "operator": "operator.cpu_ms.median",
+                "operator and 8 columns": "operator_and_block.cpu_ms.median",
+                "dense block": "dense_block.cpu_ms.median", "pays after": paid_after,
+            },
+            title="What comes before the first product, in CPU milliseconds:",
+        ),
+    ]  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    "products", __doc__, measure, tables, judge,
+    parts=tuple(CASES), key=("model", "columns"), repetitions=(9, 2), memory=True,
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     sys.exit(main())

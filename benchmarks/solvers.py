@@ -1,32 +1,24 @@
-"""Product columns that solving (K + ridge) x = b takes, and the memory of a large lazy solve.
-
-Run it with ``python benchmarks/solvers.py``; docs/solvers.md explains and shows the result.
-"""
+"""Product columns that solving (K + ridge) x = b takes, and the memory of a large solve (docs/solvers.md)."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from _measure import environment, one_thread
-from _solver_tables import judge, markdown
-from _tables import fill
+from _measure import alone, memory_mb
+from _models import digit_images, mlp, normal, seeded
+from _tables import Benchmark, say, table, verdict
 from torch import Tensor, nn
 
 import ntkops
 from ntkops.operators import RidgeOperator
 
-__all__ = ["columns_of", "digits", "large_solve", "network", "problem", "run"]
-
 RIDGE = 1e-4  # times the mean diagonal
 TOLERANCE = 1e-6
-TARGETS = {"columns": 75, "precise": 8, "megabytes": 1000}
+COLUMNS, PRECISE, MEGABYTES = 75, 8, 1000  # what is claimed
 SEEDS = (0, 1, 2)
 INPUTS = {
     "plain": "pixels in [0, 1]",
@@ -37,37 +29,25 @@ INPUTS = {
 
 def digits(count: int, inputs: str) -> tuple[Tensor, Tensor]:
     """Return images of digits and labels ±1, whether the digit is odd."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(images)
+    x, labels = digit_images()
     if inputs == "standardised":
-        x = (x - x.mean(0)) / x.std(0).clamp(min=1e-8)
+        x = (x - x.mean(0)) / x.std(0).clamp(min=1e-8 / 16)
     elif inputs == "normalised":
         x = x / x.norm(dim=1, keepdim=True)
-    else:
-        x = x / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
-    return x[order], (torch.from_numpy(labels)[order] % 2 * 2 - 1).double()
+    return x[order], (labels[order] % 2 * 2 - 1).double()
 
 
-def network(seed: int, width: int = 128) -> nn.Sequential:
-    """Return ReLU 64-width-width-1 with torch's usual initial distribution."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
-        ).double()
+def network() -> nn.Module:
+    """Return ReLU 64-128-128-1 with torch's usual initial distribution."""
+    return mlp(64, 128, 128, 1, act=nn.ReLU).double()
 
 
 def problem(inputs: str, seed: int, dtype: torch.dtype, count: int) -> tuple[RidgeOperator, Tensor]:
-    """Return K + ridge and a right-hand side.
-
-    Products use the dense block once that has been built: what is counted here are columns.
-    """
+    """Return K + ridge and a right-hand side."""
     x, y = digits(count, inputs)
-    kernel = ntkops.ntk(network(seed).to(dtype), x.to(dtype))
-    kernel.to_dense()
+    kernel = ntkops.ntk(seeded(network, seed=seed).to(dtype), x.to(dtype))
+    kernel.to_dense()  # what is counted here are columns, whatever makes them
     ridge = RIDGE * float(kernel.diagonal().mean())
     return RidgeOperator(kernel, ridge), y.to(dtype)
 
@@ -85,113 +65,111 @@ def columns_of(inputs: str, seed: int, count: int = 1000, rank: int = 200) -> li
             _, info = solver.solve_with_info(y, raise_on_failure=False)
             rows.append(
                 {
-                    "inputs": inputs,
-                    "seed": seed,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "preconditioner": name,
-                    "converged": info.converged,
-                    "residual": float(info.residuals.max()),
-                    "columns": info.products,
-                    "precise": info.precise_products,
-                    "preconditioner_columns": info.preconditioner_products,
+                    "inputs": inputs, "seed": seed, "dtype": str(dtype).removeprefix("torch."),
+                    "preconditioner": name, "converged": info.converged,
+                    "residual": float(info.residuals.max()), "columns": info.products,
+                    "precise": info.precise_products, "preconditioner_columns": info.preconditioner_products,
                 }
-            )
-            print(json.dumps(rows[-1]))
+            )  # fmt: skip
     return rows
 
 
 def large_solve(count: int, width: int = 16, rank: int = 100) -> dict[str, Any]:
     """Solve once with nothing dense, in this process, and return what it took and the peak memory."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 64, generator=generator)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 1))
-    kernel = ntkops.ntk(model, x, max_dense_bytes=0)
+    x = normal(count, 64, seed=0)
+    kernel = ntkops.ntk(seeded(mlp, 64, width, 1), x, max_dense_bytes=0)
     ridge = 1e-2 * float(kernel.diagonal().mean())
     operator = RidgeOperator(kernel, ridge).with_solver(method="refinement", rank=rank)
     y = torch.sin(x.sum(1))
-    start = _peak_megabytes()
+    start = memory_mb()
     _, info = operator.solve_with_info(y, raise_on_failure=False)
     return {
-        "samples": count,
-        "width": width,
-        "converged": info.converged,
-        "residual": float(info.residuals.max()),
-        "columns": info.products,
-        "precise": info.precise_products,
-        "preconditioner_columns": info.preconditioner_products,
-        "start_megabytes": round(start),
-        "peak_megabytes": round(_peak_megabytes()),
-        "seconds": round(info.seconds, 1),
-    }
+        "samples": count, "width": width, "converged": info.converged,
+        "residual": float(info.residuals.max()), "columns": info.products, "precise": info.precise_products,
+        "preconditioner_columns": info.preconditioner_products, "start_megabytes": round(start or 0),
+        "peak_megabytes": round(memory_mb() or 0), "seconds": round(info.seconds, 1),
+    }  # fmt: skip
 
 
-def _peak_megabytes() -> float:
-    """Return the highest resident memory of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def in_a_process(count: int) -> dict[str, Any]:
-    """Run `large_solve` in a fresh process, whose peak memory is then its own."""
-    command = [sys.executable, __file__, "--large-only", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def run(quick: bool) -> dict[str, Any]:
-    """Measure everything."""
-    count, rank, seeds = (120, 24, SEEDS[:1]) if quick else (1000, 200, SEEDS)
-    rows = [row for inputs in INPUTS for seed in seeds for row in columns_of(inputs, seed, count, rank)]
-    large = in_a_process(400 if quick else 20_000)
-    print(json.dumps(large))
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure columns, and the large solve in a process of its own."""
+    count, rank, seeds = (120, 24, SEEDS[:1]) if options.quick else (1000, 200, SEEDS)
+    rows = []
+    for inputs in INPUTS:
+        for seed in seeds:
+            say(f"{inputs}, seed {seed}")
+            rows += columns_of(inputs, seed, count, rank)
     return {
-        "benchmark": "solvers",
-        "environment": environment(),
-        "quick": quick,
-        "inputs": INPUTS,
-        "samples": count,
-        "rank": rank,
-        "seeds": list(seeds),
-        "ridge": RIDGE,
-        "tolerance": TOLERANCE,
-        "rows": rows,
-        "large": large,
-        "targets": TARGETS,
-        "met": judge(rows, large, TARGETS),
-    }
+        "inputs": INPUTS, "samples": count, "rank": rank, "seeds": list(seeds), "ridge": RIDGE,
+        "tolerance": TOLERANCE, "rows": rows, "large": alone(large_solve, 400 if options.quick else 20_000),
+    }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, or print the tables of a stored result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--large-only", type=int, default=None, help="only the large solve, of this size")
-    parser.add_argument("--markdown", type=Path, default=None, help="print the tables of this JSON")
-    parser.add_argument("--page", type=Path, default=None, help="with --markdown: put them into this page")
-    options = parser.parse_args(arguments)
-    if options.markdown is not None:
-        text = markdown(json.loads(options.markdown.read_text(encoding="utf-8")))
-        if options.page is None:
-            print(text, end="")
-        else:
-            page = options.page.read_text(encoding="utf-8")
-            options.page.write_text(fill(page, "solvers", text), encoding="utf-8")
-        return 0
-    with one_thread():
-        if options.large_only is not None:
-            print(json.dumps(large_solve(options.large_only)))
-            return 0
-        result = run(options.quick)
-    print(markdown(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Say of each claim what was found, with the default preconditioner."""
+    rows, large = result["rows"], result["large"]
+    preconditioned = [row for row in rows if row["preconditioner"]]
+    ours = [row for row in rows if row["preconditioner"] == "nystrom"]
+    double = [row for row in ours if row["dtype"] == "float64"]
+    plain = [row["columns"] for row in double if row["inputs"] == "plain"]
+    others = [row["columns"] for row in double if row["inputs"] != "plain"]
+    unmet = sum(not row["converged"] for row in preconditioned) + (not large["converged"])
+    precise = max(row["precise"] for row in ours)
+    return [
+        verdict(
+            "solves that did not converge", "all that are preconditioned, and the large one", unmet, most=0
+        ),
+        verdict("product columns, float64", "first network, plain pixels", plain[0], most=COLUMNS),
+        verdict("product columns, float64, worst", "every network, plain pixels", max(plain), most=COLUMNS),
+        verdict("product columns, float64, worst of", "other scalings", max(others), most=COLUMNS),
+        verdict("float64 products of float32 systems, worst", "every network", precise, most=PRECISE),
+        verdict("peak memory, MB", "the large solve", large["peak_megabytes"], most=MEGABYTES),
+    ]
 
+
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """Return product columns, and what the large solve took."""
+    large, seeds = result["large"], ", ".join(map(str, result["seeds"]))
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["inputs"], row["dtype"], row["preconditioner"]), []).append(row)
+
+    def each(key: str, failed: str) -> Callable[[Mapping[str, Any]], str]:
+        def cell(entry: Mapping[str, Any]) -> str:
+            rows: Sequence[Mapping[str, Any]] = entry["rows"]
+            if key == "precise" and entry["dtype"] == "float64":
+                return "all"
+            return " / ".join(str(row[key]) if row["converged"] or not failed else failed for row in rows)
+
+        return cell
+
+    return [
+        *table(
+            (
+                {"inputs": inputs, "dtype": dtype, "name": name or "none", "rows": group}
+                for (inputs, dtype, name), group in groups.items()
+            ),
+            {
+                "inputs": "inputs", "products": "dtype", "preconditioner": "name",
+                "columns": each("columns", "not met"), "of these float64": each("precise", "-"),
+                "to make the preconditioner": each("preconditioner_columns", ""),
+            },
+            left=3,
+            title=f"Product columns to a relative residual of {result['tolerance']:g}, for the networks with "
+            f"seeds {seeds}; n = {result['samples']}, relative ridge {result['ridge']:g}, rank "
+            f"{result['rank']}. The columns that made the preconditioner are counted apart.",
+        ),
+        "",
+        f"n = {large['samples']:,} by float32 products with nothing dense (tanh 64-{large['width']}-1, "
+        f"{large['preconditioner_columns']} columns for the preconditioner): relative residual "
+        f"{large['residual']:.1e} after {large['columns']} product columns, {large['precise']} of them "
+        f"float64, in {large['seconds']:.0f} s; the process's peak was {large['peak_megabytes']} MB, "
+        f"{large['start_megabytes']} MB of them before the solve.",
+    ]  # fmt: skip
+
+
+BENCHMARK = Benchmark("solvers", __doc__, measure, tables, judge)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +16,8 @@ WAYS = {"make", "same_module", "same_linearization", "cross", "differentiate"}
 
 
 @pytest.fixture
-def construction(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("construction")
+def construction(load) -> ModuleType:
+    return load("construction")
 
 
 def require_shape(result: dict) -> None:
@@ -37,11 +35,10 @@ def require_shape(result: dict) -> None:
 
 
 @pytest.mark.long
-def test_the_command_measures_the_smallest_case(
-    construction: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_measures_the_smallest_case(construction: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "made" / "construction.json"
-    assert construction.main(["--quick", "--networks", "mlp", "--no-memory", "--out", str(out)]) == 0
+    arguments = ["--quick", "--parts", "mlp", "search", "rows", "--no-memory", "--out", str(out)]
+    assert construction.main(arguments) == 0
     text = out.read_text(encoding="utf-8")
     assert str(ROOT) not in text and str(Path.home()) not in text
     result = json.loads(text)
@@ -53,17 +50,10 @@ def test_the_command_measures_the_smallest_case(
     assert entry["steps"]["make"]["cpu"]["median"] == pytest.approx(expected, rel=2e-3)
     assert [(row["model"], row["outputs"]) for row in result["rows"]] == [("mlp", 2)]
     assert result["options"]["quick"] is True and result["targets"] == []
-    capsys.readouterr()
-
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- construction -->\n<!-- /construction -->\nafter\n", encoding="utf-8")
-    assert construction.main(["--markdown", str(out), "--page", str(page)]) == 0
-    shown = f"<!-- construction -->\n{capsys.readouterr().out}<!-- /construction -->"
-    assert page.read_text(encoding="utf-8") == f"before\n{shown}\nafter\n"
 
 
 def test_forward_passes_are_those_of_the_model_and_its_copies(construction: ModuleType) -> None:
-    model, x = construction.NETWORKS["mlp"].make(quick=True)
+    model, x = construction.CONSTRUCTION_CASES["mlp"].make(quick=True)
     counted = construction.Counted(model)
     before = construction.Counted.passes
     counted(x), copy.deepcopy(counted)(x), construction.fresh(counted)(x)
@@ -77,8 +67,8 @@ def test_passes_by_hand_are_as_many_as_outputs(
     wanted = []
     right = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda _, w, **k: wanted.append(len(w)) or right(_, w, **k))
-    model, x = construction.ROW_NETWORKS["transformer"].make(3, quick=True)
-    construction._passes(model, x, 3)
+    model, x = construction.ROW_CASES["transformer"].make(quick=True, outputs=3)
+    construction.backward_passes(model, x, 3)
     # Attention (its output map is no call of a module), two linear layers, two norms, the read-out.
     assert wanted == [6] * 3
     assert not any(module._forward_hooks for module in model.modules())
@@ -94,22 +84,11 @@ def test_random_networks_differ_and_are_always_the_same(construction: ModuleType
 
 def test_targets_are_judged_by_medians(construction: ModuleType) -> None:
     result = json.loads(STORED.read_text(encoding="utf-8"))
-    targets = construction.judge(result)
-    assert targets == result["targets"]
-    found = {(target["what"], target["of"]): target for target in targets}
+    require_shape(result)
+    assert [entry["model"] for entry in result["networks"]] == list(construction.CONSTRUCTION_CASES)
+    found = {(one["what"], one["of"]): one for one in construction.judge(result)}
     mlp = found["milliseconds, made", "mlp"]
     assert mlp["most"] == 3.0 and mlp["held"] == (mlp["found"] <= 3.0)
     result["score"]["ratio"]["cpu"]["median"] = 2.51
-    (search,) = [t for t in construction.judge(result) if "search" in t["what"]]
+    (search,) = [one for one in construction.judge(result) if "search" in one["what"]]
     assert search["most"] == 2.5 and search["found"] == 2.51 and not search["held"]
-
-
-def test_the_page_shows_the_stored_result(construction: ModuleType) -> None:
-    result = json.loads(STORED.read_text(encoding="utf-8"))
-    require_shape(result)
-    assert result["options"]["quick"] is False
-    assert [entry["model"] for entry in result["networks"]] == list(construction.NETWORKS)
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    _, _, rest = page.partition("<!-- construction -->\n")
-    shown, closed, _ = rest.partition("<!-- /construction -->")
-    assert closed and shown.strip() == construction.markdown(result).strip()

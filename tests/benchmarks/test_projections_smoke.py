@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("projections")
+def benchmark(load) -> ModuleType:
+    return load("projections")
 
 
 def test_times_adjoints_and_bits(benchmark: ModuleType) -> None:
@@ -51,21 +45,3 @@ def test_the_reference_is_a_projection_made_block_by_block(benchmark: ModuleType
 def test_shapes_hold_every_parameter(benchmark: ModuleType) -> None:
     for params in (20_000, 99_999, 11_000_000):
         assert benchmark.make("LayerKronecker", benchmark.layers(params), 512).shape == (512, params)
-
-
-def test_the_command_writes_json_and_fills_a_page(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stored = json.loads((ROOT / "benchmarks/results/projections.json").read_text(encoding="utf-8"))
-    assert stored["options"]["quick"] is False and stored["benchmark"] == "projections"
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- projections -->\n<!-- /projections -->\nafter\n", encoding="utf-8")
-    path = tmp_path / "made.json"
-    path.write_text(json.dumps(stored), encoding="utf-8")
-    assert benchmark.main(["--markdown", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert benchmark.main(["--markdown", str(path), "--page", str(page)]) == 0
-    assert page.read_text(encoding="utf-8") == (
-        f"before\n<!-- projections -->\n{printed}<!-- /projections -->\nafter\n"
-    )
-    assert printed in (ROOT / "docs/rooms/projections.md").read_text(encoding="utf-8")

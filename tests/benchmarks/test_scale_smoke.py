@@ -23,52 +23,49 @@ GUIDE = ROOT / "docs/beyond_one_machine.md"
 
 
 @pytest.fixture
-def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("scale")
+def scale(load) -> ModuleType:
+    return load("scale")
 
 
 def test_data_without_memory_are_the_same_for_any_slices(scale: ModuleType) -> None:
-    work = importlib.import_module("_scale_work")
-    whole = work.Images(600)[0:600]
+    whole = scale.Images(600)[0:600]
     assert whole.shape == (600, 3, 32, 32)
-    assert torch.equal(torch.cat([work.Images(600)[a : a + 70] for a in range(0, 600, 70)]), whole)
-    assert torch.equal(work.Images(600, 270)[10:300], whole[280:570])
+    assert torch.equal(torch.cat([scale.Images(600)[a : a + 70] for a in range(0, 600, 70)]), whole)
+    assert torch.equal(scale.Images(600, 270)[10:300], whole[280:570])
     assert whole.abs().max() <= 1 and whole.std() > 0.5
 
 
 def test_operations_are_counted(scale: ModuleType) -> None:
-    flops = importlib.import_module("_scale_flops")
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    counted = flops.count_operations(model, torch.empty(1, 5, device="meta"))
+    sample = torch.empty(1, 5, device="meta")
+    counted = scale.counted(model, sample, title="", samples=1, outputs=3)
     forward = 2 * (5 * 7 + 7 * 3)
-    assert counted["forward"] == forward and counted["parameters"] == 66
-    assert counted["pull"] == 2 * forward - 2 * 5 * 7  # nothing is asked of the inputs
-    assert counted["push"] == 2 * forward
-    assert counted["kept_bytes"] == 4 * (5 + 7)
+    assert counted.forward == forward and counted.parameters == 66
+    assert counted.pull == 2 * forward - 2 * 5 * 7  # nothing is asked of the inputs
+    assert counted.push == 2 * forward
+    assert counted.kept_bytes == 4 * (5 + 7)
 
 
 def test_resnet_50_has_its_parameters(scale: ModuleType) -> None:
-    flops = importlib.import_module("_scale_flops")
-    assert sum(p.numel() for p in flops.resnet50().parameters()) == 25_557_032
+    models = importlib.import_module("_models")
+    assert sum(p.numel() for p in models.resnet50().parameters()) == 25_557_032
 
 
 def test_the_cost_of_a_product_adds_up(scale: ModuleType) -> None:
-    costs = importlib.import_module("_scale_costs")
-    work = costs.Workload("w", 1000, 10, 500, forward=2.0, pull=3.0, push=4.0, kept_bytes=1, weight_bytes=1)
-    machine = costs.Machine("m", 1e3, 1e9, 1e9, wire=lambda ranks: 1e4, latency=0.0, drawing=1e-3)
-    one, four = (costs.product(work, machine, ranks, 16) for ranks in (1, 4))
+    work = scale.Workload("w", 1000, 10, 500, forward=2.0, pull=3.0, push=4.0, kept_bytes=1, weight_bytes=1)
+    machine = scale.Machine("m", 1e3, 1e9, 1e9, wire=lambda ranks: 1e4, latency=0.0, drawing=1e-3)
+    one, four = (scale.product(work, machine, ranks, 16) for ranks in (1, 4))
     assert one.compute == 1000 * (2 * 2 * 2.0 + 16 * 7.0) / 1e3 and one.wire == 0
     assert four.compute == one.compute / 4
     assert four.wire == pytest.approx(2 * 3 / 4 * 500 * 16 * 4 / 1e4)
     assert four.memory["state blocks"] == 250 * 10 * 2 * 16 * 4
     # Every rank draws the probes of all rows.
-    assert costs.sketch(16)(work, machine, 4).drawing == pytest.approx(1000 * 10 * 16 * 1e-3)
+    assert scale.sketch(work, machine, 4, 16).drawing == pytest.approx(1000 * 10 * 16 * 1e-3)
 
 
 def test_adapters_are_counted_by_formula(scale: ModuleType) -> None:
-    work = importlib.import_module("_scale_workloads").lora_1b()
+    work = scale.lora_1b()
     assert work.parameters == 11_272_192 and work.outputs == 1
     assert 1.1e9 < work.weight_bytes / 2 < 1.3e9
 
@@ -93,16 +90,18 @@ def test_the_command_measures_the_smallest_sizes(
     trace, sketch = result["streams"]
     assert trace["exact"] and not sketch["exact"] and sketch["passes"] == 64
     assert trace["peak_mb"] >= trace["start_mb"] > 0
-    work = importlib.import_module("_scale_work")
-    kernel = ntkops.ntk(work.network("cnn"), work.Images(250)[0:250])
+    kernel = ntkops.ntk(scale.network("cnn"), scale.Images(250)[0:250])
     assert trace["value"] == pytest.approx(float(ntkops.trace(kernel, method="exact")), rel=1e-5)
-    for key in ("products: the same numbers", "products: bytes given to sums, against P k numbers"):
-        assert result["met"][key]
+    held = {one["what"]: one["held"] for one in scale.judge(result)}
+    for what in ("products: difference from one rank", "bytes given to sums, against P k numbers"):
+        assert held[what]
     (killed,) = result["kill"]
     assert killed["victim_died"] and killed["raised"] == ["RankFailedError"] and killed["same_bits"]
     assert "### A rank that dies" in capsys.readouterr().out
-    again = scale.run(quick=True, parts=(), before=result)
-    assert [again[part] for part in scale.PARTS] == [result[part] for part in scale.PARTS]
+    assert scale.main(["--quick", "--parts", "kill", "--out", str(out)]) == 0
+    again = json.loads(out.read_text(encoding="utf-8"))
+    for part in ("streams", "ranks", "machine", "validation", "sheets"):
+        assert again[part] == result[part]
 
 
 @pytest.mark.dist
@@ -134,19 +133,11 @@ def test_the_script_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
     assert (tmp_path / "solve.safetensors.rank1of2.a").exists()
 
 
-def test_the_page_shows_the_stored_result(
-    scale: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stored_result_is_complete(scale: ModuleType) -> None:
     result = json.loads(STORED.read_text(encoding="utf-8"))
-    assert result["options"]["quick"] is False and result["benchmark"] == "scale"
-    assert result["met"] == importlib.import_module("_scale_tables").judge(result)
     sizes = {(run["what"], run["samples"]) for run in result["streams"]}
     assert sizes == {case[:2] for case in scale.PLAN["streams"]}
     assert all(run["same_value"] for run in result["streams"])
-    assert scale.main(["--markdown", str(STORED)]) == 0
-    printed = capsys.readouterr().out
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- scale -->\n<!-- /scale -->\nafter\n", encoding="utf-8")
-    assert scale.main(["--markdown", str(STORED), "--page", str(page)]) == 0
-    assert printed.strip() in page.read_text(encoding="utf-8")
-    assert printed.strip() in PAGE.read_text(encoding="utf-8")
+    made = scale.derive(result)
+    assert made["validation"] == result["validation"] and made["growth"] == result["growth"]
+    assert [sheet["rows"] for sheet in made["sheets"]] == [sheet["rows"] for sheet in result["sheets"]]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("_dynamics_bounds")
+    return importlib.import_module("dynamics")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
