@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
+from .vectors import Space
 
-__all__ = ["FORMAT", "Checkpoint", "fingerprint", "load", "only_writer", "save", "threads"]
+__all__ = [
+    "Checkpoint",
+    "FORMAT",
+    "PartFiles",
+    "fingerprint",
+    "load",
+    "only_writer",
+    "save",
+    "threads",
+]
 
 # In format 1 the padding row of an embedding had a gradient.
 FORMAT = 2
@@ -96,6 +106,7 @@ def _absorb(digest: Any, value: Any, where: str) -> None:
         _absorb_tensor(digest, value)
     elif isinstance(value, Mapping):
         _absorb_text(digest, f"mapping {len(value)}")
+        # by kind and text: keys of different kinds do not compare
         for key in sorted(value, key=lambda key: (type(key).__name__, repr(key))):
             _absorb(digest, key, where)
             _absorb(digest, value[key], f"{where}[{key!r}]")
@@ -117,6 +128,7 @@ def _absorb(digest: Any, value: Any, where: str) -> None:
 
 
 def _absorb_text(digest: Any, text: str) -> None:
+    # length first: "ab", "c" and "a", "bc" feed different bytes
     encoded = text.encode("utf-8", "surrogatepass")
     digest.update(len(encoded).to_bytes(8, "little"))
     digest.update(encoded)
@@ -174,6 +186,7 @@ def save(
     try:
         save_file(stored, temporary, metadata=header)
         _flush(temporary)
+        # the data are on the disk before the name is: a crash leaves the old file or the new one
         os.replace(temporary, place)
         _flush_directory(place.parent)
     except (OSError, SafetensorError) as error:
@@ -405,3 +418,120 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# -- checkpoints of a computation whose processes each hold a part, and write at the same steps
+
+
+_SLOTS = "ab"
+
+
+class PartFiles:
+    """The files of one computation.
+
+    One process writes the file that was asked for. Of several, each writes files of its own beside it, two in
+    turn: one that dies between two writes leaves a step that all of them have.
+
+    Args:
+        path: Where; with several processes the rank and a letter are added.
+        space: Says which process this is, and agrees with the others.
+        kind: What is written; see `ntkops.checkpoint.save`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ntkops.checkpoint import PartFiles
+        >>> from ntkops.vectors import Space
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = PartFiles(f"{folder}/sums", Space(3, torch.float64), "sums")
+        ...     files.write(5, {"sum": torch.ones(2)}, {}, {})
+        ...     found = PartFiles(
+        ...         f"{folder}/sums", Space(3, torch.float64), "sums"
+        ...     ).read()
+        >>> found.metadata["step"], found.tensors["sum"].tolist()
+        (5, [1.0, 1.0])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], space: Space, kind: str) -> None:
+        self._space, self._kind = space, kind
+        self._last: Path | None = None
+        self.path = Path(path)
+        rank, count = space.part
+        self._paths = [self.path]
+        if count > 1:
+            self._paths = [
+                self.path.with_name(f"{self.path.name}.rank{rank}of{count}.{slot}") for slot in _SLOTS
+            ]
+
+    def read(
+        self,
+        fingerprint: Mapping[str, str] | None = None,
+        check: Callable[[Checkpoint], None] = lambda held: None,
+    ) -> Checkpoint | None:
+        """Return the last step that all processes have; None where there is none.
+
+        Args:
+            fingerprint: What it has to be computed from; None takes any.
+            check: Raises `CheckpointError` for a file that belongs to another computation.
+
+        Raises:
+            CheckpointError: If a file of this process, or of another one, is damaged or foreign.
+        """
+        found, problem = self._held(fingerprint, check)
+        if self._space.any(problem is not None):
+            text = f"the part of {self.path} that another process holds cannot be gone on from"
+            raise problem or CheckpointError(text)
+        common = set.intersection(*(set(steps) for steps in self._space.share(sorted(found))))
+        if not common:
+            return None
+        self._last, held = found[max(common)]
+        return held
+
+    def _held(
+        self, fingerprint: Mapping[str, str] | None, check: Callable[[Checkpoint], None]
+    ) -> tuple[dict[int, tuple[Path, Checkpoint]], CheckpointError | None]:
+        """Return what this process has by step, and what is wrong with it."""
+        found = {}
+        for path in self._paths:
+            if not path.exists():
+                continue
+            try:
+                held = load(path, fingerprint, kind=self._kind)
+                check(held)
+            except CheckpointError as error:
+                return {}, error
+            found[int(held.metadata["step"])] = path, held
+        return found, None
+
+    def write(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        fingerprint: Mapping[str, str],
+    ) -> None:
+        """Write a step; all processes do so at the same one.
+
+        Args:
+            step: How far the computation is.
+            tensors: This process's part.
+            metadata: Anything that JSON holds.
+            fingerprint: What it is computed from.
+
+        Raises:
+            CheckpointError: If one of the processes cannot write.
+        """
+        path, problem = self._next(), None
+        try:
+            save(path, tensors, {**metadata, "step": step}, fingerprint, kind=self._kind)
+        except (OSError, CheckpointError) as error:
+            problem = error
+        if self._space.any(problem is not None):
+            raise CheckpointError(f"{path} could not be written by all processes: {problem}") from problem
+        self._last = path
+
+    def _next(self) -> Path:
+        """Return the file to replace: not the one that was written last, in this run or before it."""
+        there = [path for path in self._paths if path.exists()]
+        # the step that all processes have may be the last one written: the older slot is replaced
+        last = self._last or max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
+        return next((path for path in self._paths if path != last), self._paths[0])

@@ -172,6 +172,8 @@ def _per_sample_jacobian(function: Function, params: Any, inputs: Any) -> tuple[
         shape.append(output.shape)
         return output.reshape(-1)
 
+    # chunk_size=1: one output after the other. vmap inside vmap has wrong derivatives for some of torch's
+    # operations.
     jacobian = torch.func.vmap(torch.func.jacrev(single, chunk_size=1), in_dims=(None, 0))(params, inputs)
     return jacobian, shape[-1]
 

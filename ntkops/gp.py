@@ -265,6 +265,8 @@ class NTKKernel(Kernel):
 
     def _blocks(self, left: Tensor, right: Tensor | None) -> Tensor:
         """Return the same from one kernel over the distinct samples of all sets."""
+        # Sets of cross-validation, and of batched acquisition, share most samples: each is differentiated
+        # once.
         rows, row_numbers = torch.unique(left.flatten(0, 1), dim=0, return_inverse=True)
         cols, col_numbers = rows, row_numbers
         if right is not None:
@@ -454,11 +456,7 @@ def _holds_copies(x: Tensor) -> bool:
 
 
 def _broadcast(first: torch.Size, second: torch.Size) -> torch.Size:
-    """Return the shape of two batches together.
-
-    Raises:
-        ShapeError: If they do not broadcast.
-    """
+    """Return the shape of two batches together."""
     try:
         return torch.broadcast_shapes(first, second)
     except RuntimeError as error:

@@ -182,6 +182,8 @@ class Space:
         Returns:
             ``(*batch, j, k)``, float64. Memory: long blocks are turned to float64 some rows at a time.
         """
+        # In float64, because sums of n products lose about √n units: bases would not be orthogonal to what
+        # float32 vectors can hold. Some rows at a time, so that no whole block is there twice.
         rows = max(1, _WIDE // max(left.shape[-1] + right.shape[-1], 1))
         total: Tensor | None = None
         with self._memory("inner products of", left.shape[-1] + right.shape[-1]):
@@ -229,11 +231,15 @@ class Space:
     def _orthonormalized(self, block: Tensor) -> Tensor:
         if block.dim() > 2:
             scale = block.abs().amax(dim=(-2, -1), keepdim=True)
+            # QR keeps dependent columns, completed by arbitrary ones; a rank for each member would leave no
+            # tensor.
             scaled = (block / torch.where(scale > 0, scale, torch.ones_like(scale))).double()
             return torch.linalg.qr(scaled)[0].to(block.dtype)
         scale = block.abs().amax() if block.numel() else block.new_zeros(())
         if not bool(scale > 0):
             return block[:, :0]
+        # By the SVD, whose singular values tell the rank: R of a QR without pivoting does not. Divided by the
+        # largest entry, since squares of 1e-20 vanish in float32 and those of 1e20 overflow.
         basis, singular, _ = torch.linalg.svd((block / scale).double(), full_matrices=False)
         cutoff = singular[0] * max(block.shape) * torch.finfo(block.dtype).eps
         return basis[:, singular > cutoff].to(block.dtype)
@@ -256,6 +262,8 @@ class Space:
         """
         shape = (self.size, count)
         with self._memory("drawing", count):
+            # (n, k) rows in the order of the whole vector, so that a rank that holds some of them draws the
+            # same numbers
             if distribution == "rademacher":
                 drawn = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
             else:

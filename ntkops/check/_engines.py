@@ -30,20 +30,13 @@ def lazily(operator: Ours) -> Ours:
 
 
 def engine_checks(operator: Ours, products: Products) -> Iterator[Check]:
-    """Check that the way of computing does not matter, and that nothing of the model changes.
-
-    Args:
-        operator: One of ours.
-        products: Its test vectors and products.
-
-    Yields:
-        One entry for each property.
-    """
+    """Check that the way of computing does not matter, and that nothing of the model changes."""
     engine = operator._core.engine
     linearization = engine.linearization
     before = [tensor.detach().clone() for tensor in linearization.parameters]
     origins = [(label, tensor, tensor.detach().clone()) for label, tensor in linearization.origins()]
     count = state_inputs(operator).inputs.num_samples
+    # single samples, and a size that does not divide their number
     sizes = sorted({1, max(1, count // 2 + 1)})
     for size in sizes:
         yield _variant(

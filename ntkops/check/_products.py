@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..curvature import GGNOperator
 from ..engines import free_bytes
+from ..estimators._two_sided import draw_probes
 from ..model.rounding import lowest_dtype
 from ..operators import JacobianOperator, NTKOperator
 from ..operators.axes import StateAxis
@@ -48,8 +49,7 @@ class Products:
         operator = self.operator
         batch = operator.shape[:-2]
         space = Space(size, operator.dtype, operator.device)
-        wide = space.probes(columns * batch.numel(), self.generator, "gaussian")
-        return wide.unflatten(-1, (*batch, columns)).movedim(0, -2) if batch else wide
+        return draw_probes(space, batch, columns, self.generator, "gaussian")
 
     def _precision(self) -> torch.dtype:
         """The coarsest dtype that enters a product."""
@@ -88,6 +88,7 @@ class Products:
         """Return the entry of the adjoint identity."""
         left = (self.left.double() * self.forward.double()).sum(-2)
         right = (self.backward.double() * self.right.double()).sum(-2)
+        # relative to |u| |K v| and not to <u, K v>, which may vanish by chance
         scale = self.left.double().norm(dim=-2) * self.forward.double().norm(dim=-2)
         scale = scale + self.backward.double().norm(dim=-2) * self.right.double().norm(dim=-2)
         error = torch.where(scale > 0, (left - right).abs() / scale, 0.0)
@@ -107,14 +108,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def product_checks(products: Products) -> Iterator[Check]:
-    """Check what any operator has to satisfy.
-
-    Args:
-        products: Operator and test vectors.
-
-    Yields:
-        One entry for each property.
-    """
+    """Check what any operator has to satisfy."""
     K, V = products.operator, products.right
     forward, backward = products.forward, products.backward
     finite = bool(torch.isfinite(forward).all() and torch.isfinite(backward).all())
@@ -123,6 +117,7 @@ def product_checks(products: Products) -> Iterator[Check]:
         return
     yield _repeatability(products)
     yield products.adjoint("adjoint", "<u, K v> = <Kᵀ u, v>")
+    # unlike in size and sign, so that no error of scale cancels
     weights = torch.tensor([2.0, -3.0], dtype=K.dtype, device=K.device)
     combined = K @ (V[..., :2] @ weights.unsqueeze(-1))
     yield products.judge(
@@ -188,16 +183,7 @@ def _diagonal(products: Products) -> Check:
 
 
 def duality_checks(G: GGNOperator, products: Products) -> Iterator[Check]:
-    """Compare G = F Fᵀ with A = Fᵀ F, whose nonzero eigenvalues are the same.
-
-    Args:
-        G: The matrix over the parameters.
-        products: Test vectors and the bound.
-
-    Yields:
-        One entry for products, and one for traces, which take other ways: products go through J and Jᵀ,
-        traces through gradients of single samples and through the kernel.
-    """
+    """Compare G = F Fᵀ with A = Fᵀ F, whose nonzero eigenvalues are the same."""
     F, A = G.left_linear_op, G.function_space
     vectors = Space(A.shape[-1], A.dtype, A.device).probes(
         products.right.shape[-1], products.generator, "gaussian"

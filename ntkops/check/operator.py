@@ -71,6 +71,7 @@ def check_operator(
         raise InputError(f"columns={columns}: linearity needs two test vectors at least")
     started = time.perf_counter()
     generator, _ = resolve_generator(generator)
+    # A dense block that is kept would be symmetric, repeatable and its own adjoint whatever J is.
     checked = lazily(operator) if isinstance(operator, JacobianOperator | NTKOperator) else operator
     products = Products(checked, columns, generator)
     with torch.no_grad():

@@ -224,6 +224,7 @@ def ggn(
     found = loss_with_targets(loss, outputs, targets, needed=fisher == "empirical")
     scale = 1.0 / found.terms(outputs) if reduction == "mean" else 1.0
     S = _gradients(found, outputs, scale) if fisher == "empirical" else found.hessian_factor(outputs, scale)
+    # Jᵀ H J = (Jᵀ S)(Jᵀ S)ᵀ: symmetric and semidefinite whatever is rounded
     F = Sandwich(J.mT, S)
     return GGNOperator(F, F.mT, _NAMES[fisher])
 
@@ -244,6 +245,8 @@ def _outputs(J: JacobianOperator) -> Tensor:
 
 def _gradients(loss: Loss, outputs: Tensor, scale: float) -> DenseBlocks:
     """Return the gradients of single samples as columns, ``(n, N)``."""
+    # gradient of the mean times the number of terms is that of each sample: Σ_n g_n g_nᵀ = S Sᵀ, one column a
+    # sample
     each = loss.gradient(outputs) * (loss.terms(outputs) * math.sqrt(scale))
     return DenseBlocks(each.reshape(len(outputs), -1, 1).to(outputs.dtype))
 

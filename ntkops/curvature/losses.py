@@ -175,11 +175,7 @@ class PerSample:
         return self._gradients(outputs, self._targets) / len(outputs)
 
     def _blocks(self, outputs: Tensor) -> Tensor:
-        """Return the Hessian of each sample, ``(N, O, O)``.
-
-        Raises:
-            InputError: If the function has no second derivative in torch.
-        """
+        """Return the Hessian of each sample, ``(N, O, O)``."""
         size = outputs[0].numel()
         try:
             found = self._hessians(outputs, self._targets)
@@ -206,6 +202,8 @@ class PerSample:
                 f"the Hessian of the loss of sample {int(bad.nonzero()[0])} holds NaN or infinity; its "
                 f"outputs are {_shown(outputs[int(bad.nonzero()[0])])}"
             )
+        # H = V λ Vᵀ, S = V √λ: a Cholesky factor would stop at a zero eigenvalue, which a constant added to
+        # logits gives
         values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)  # ascending
         worst = int(values[:, 0].argmin())
         if not is_convex(float(values[worst, 0]), float(values.max()), _ROUNDING):

@@ -172,6 +172,7 @@ class _Basis:
         self._problem, self.width = problem, starts.shape[-1]
         self.lengths = problem.space.sum_squares(starts).sqrt()  # (p,)
         self._rules = Jacobi(self._multiply, problem.space.cast(torch.float64), starts)
+        # vectors of float64 that fit: (p, capacity, n)
         room = free_bytes(starts.device) // _SHARE // (8 * max(starts.numel(), 1))
         room = -int(problem.space.largest(-float(room)))  # the least of all processes
         allowed = problem.space.size if max_products is None else max_products // max(self.width, 1)
@@ -242,6 +243,7 @@ def _finite(problem: Problem, filters: Filter, tol: float, max_products: int | N
         left = None if max_products is None else max(max_products - products, 1)
         basis = _Basis(problem, starts, left)
         rest = filters.at((times[place:] - done).clamp(min=0))
+        # Of the error that is allowed each segment of time has a share in proportion to its length.
         share, final = _grow(problem, basis, rest, tol * total, float(times[-1]))
         products, basis_size = products + basis.products, max(basis_size, basis.steps)
         values, vectors, coupling, top = basis.ritz()
@@ -325,6 +327,8 @@ def _reach(
     """Return the longest time whose bound is within its share, by bisection."""
     low, high = 0.0, float(rest.times[-1])
     for _ in range(60):
+        # Bounds grow with a power of the time that is about the order of the space: the first guesses fall
+        # fast.
         middle = (low + high) / 2 if low else high / 4
         some = rest.at(rest.times.new_tensor([middle]))
         errors = some.defects(nodes, vectors[:, 0], vectors[:, -1])
@@ -384,6 +388,8 @@ def _least_norm(problem: Problem, tol: float, max_products: int | None) -> Solve
         tridiagonal = basis.tridiagonal()
         start = torch.zeros_like(tridiagonal[:, :, :1])
         start[:, 0, 0] = basis.lengths
+        # MINRES: min |(|r| e₁ - T₊ y)| over the Krylov space, T₊ (m + 1, m); the pseudo-inverse leaves
+        # directions of no curvature at zero, as the least-norm limit does.
         solution = torch.linalg.pinv(tridiagonal, rtol=torch.finfo(torch.float64).eps * basis.steps) @ start
         norms = torch.linalg.vector_norm(start - tridiagonal @ solution, dim=(-2, -1))
         if bool((norms <= target).all()) or basis.exhausted or basis.steps >= basis.limit:
@@ -419,6 +425,7 @@ def _automatic(problem: Problem, filters: Filter) -> str:
         return "krylov"
     # Whether an eigenvalue is zero is what decides the limit, and what a Krylov space does not know.
     limit = problem.shift == 0 and not bool(filters.times.isfinite().all())
+    # n³ of a few hundred rows is less than the products and looks of a Krylov space.
     return "eigh" if problem.space.size <= (_DIRECT if limit else _SMALL) else "krylov"
 
 

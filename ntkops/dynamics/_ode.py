@@ -133,6 +133,8 @@ def _largest(problem: Problem, system: _System) -> float:
 
     rules = Jacobi(multiply, space, starts)
     rules.extend(_POWER)
+    # An eigenvalue lies within β_m |s_m| of a Ritz value; from a random start twenty steps find the largest
+    # to some per cent, and a bound may be too large.
     values, vectors = rules.decompositions()
     system.products += rules.products
     return float((values[:, -1] + rules.betas[:, -1] * vectors[:, -1, -1].abs()).max().clamp(min=0))
@@ -203,6 +205,7 @@ def _defect(system: _System, dense: Any, low: float, high: float) -> float:
     moved = [system.split(part) for part in rates]
     defect = torch.stack([part for part, _ in moved]) - due
     image = torch.stack([part for _, part in moved]) - system.images(due)
+    # d = ã' - a'(ã): K d is the difference of the images, which are known without another product of d
     squares = (defect * image).flatten(1).sum(-1).clamp(min=0).sqrt().cpu().numpy()
     return float(width / 2 * (weights * squares).sum())
 

@@ -51,12 +51,7 @@ class Offset:
     values: Any = None
 
     def at(self, K: Kernel, layout: Layout, samples: int) -> Tensor | None:
-        """Return the offset at the rows of a kernel, ``(N, *tail)`` in float64; None for zero.
-
-        Raises:
-            ShapeError: If the network has other outputs than the labels.
-            NonFiniteError: If one of them is NaN or infinite.
-        """
+        """Return the offset at the rows of a kernel, ``(N, *tail)`` in float64; None for zero."""
         if self.kind == "zero":
             return None
         shape = (samples, *layout.tail)
@@ -111,12 +106,15 @@ class Problem:
 
     def output_bound(self, residual: Tensor, dual: Tensor) -> Tensor:
         """Return a bound of the errors of Y - p(A) r - shift q(A) r, from those of p(A) r and q(A) r."""
+        # f = Y - (r - K a) and r - K a = p(A) r + shift q(A) r, since 1 - x q = p for x = λ + shift
         return residual + self.shift * dual if self.shift > 0 else residual
 
     # products
 
     def multiply(self, block: Tensor) -> Tensor:
         """Return K V in float64 for ``(*batch, n, k)`` in float64: in float64 where entries are stored."""
+        # Stored entries can be read in any dtype, and their products then round in float64; a lazy product is
+        # made in the kernel's.
         if is_stored(self.K):
             return multiply(self._stored(), block)
         return multiply(self.K, block.to(self.dtype)).double()
@@ -134,6 +132,8 @@ class Problem:
         """Return K V for some of p columns ``(n, ·)`` that lie side by side as in `flat`."""
         if not self.rhs.shape[:-2]:
             return self.multiply(block)
+        # (n, p): a member of a batch has a kernel of its own, so that its column stays in its place, and idle
+        # ones are zero
         full = block.new_zeros((block.shape[0], len(used)))
         full[:, used] = block
         return self.flat(self.multiply(full.mT.unsqueeze(-1)))[:, used]
@@ -162,23 +162,7 @@ class Problem:
 
 
 def read_problem(K: Any, Y: Any, offset: Any, *, classes: bool = False) -> Problem:
-    """Check kernel, labels and offset.
-
-    Args:
-        K: Kernel as a user gives it.
-        Y: Labels; for ``classes`` also class numbers.
-        offset: None, "network", a number or tensor for one sample, or outputs of all samples.
-        classes: Whether labels are probabilities of classes.
-
-    Returns:
-        The problem, without weight decay.
-
-    Raises:
-        InputError: If one of them is not understood.
-        ShapeError: If they do not fit.
-        DtypeError: If their dtypes differ.
-        NonFiniteError: If one of them holds NaN or infinity.
-    """
+    """Check kernel, labels and offset."""
     K = read_kernel(K)
     space = capabilities(K).space
     if not space.matches(capabilities(K).domain):
@@ -197,14 +181,7 @@ def read_problem(K: Any, Y: Any, offset: Any, *, classes: bool = False) -> Probl
 
 
 def read_offset(offset: Any, shape: tuple[int, ...], K: Kernel) -> Offset:
-    """Return what training starts from.
-
-    Raises:
-        InputError: If it is another word than "network".
-        DtypeError: If its dtype is not the kernel's.
-        ShapeError: If it fits neither the labels nor one sample.
-        NonFiniteError: If it holds NaN or infinity.
-    """
+    """Return what training starts from."""
     if offset is None:
         return Offset("zero")
     if isinstance(offset, str):
@@ -233,12 +210,7 @@ def read_offset(offset: Any, shape: tuple[int, ...], K: Kernel) -> Offset:
 
 
 def one_hot(Y: Any, K: Kernel, offset: Any) -> Tensor:
-    """Return probabilities of classes from class numbers, or check the probabilities given.
-
-    Raises:
-        InputError: If they are no probabilities, or the number of classes is not known.
-        OutOfRangeError: If a class does not exist.
-    """
+    """Return probabilities of classes from class numbers, or check the probabilities given."""
     if not isinstance(Y, Tensor):
         raise InputError(f"Y: expected a tensor of class numbers or probabilities, got {type(Y).__name__}")
     if Y.dtype.is_floating_point:
@@ -271,11 +243,7 @@ def one_hot(Y: Any, K: Kernel, offset: Any) -> Tensor:
 
 
 def read_times(given: Any, what: str, *, whole: bool, device: Any) -> Tensor:
-    """Return times, or numbers of steps, as a float64 vector.
-
-    Raises:
-        InputError: If there is none, or they are negative, NaN, not ascending, or no whole numbers of steps.
-    """
+    """Return times, or numbers of steps, as a float64 vector."""
     single = isinstance(given, int | float) and not isinstance(given, bool)
     numbers = [given] if single else given
     if not isinstance(numbers, Sequence | Tensor) and not hasattr(numbers, "__array__"):
@@ -296,21 +264,13 @@ def read_times(given: Any, what: str, *, whole: bool, device: Any) -> Tensor:
 
 
 def check_positive(value: float, name: str, *, zero: bool = False) -> None:
-    """Raise unless a number is positive and finite, or zero where that is allowed.
-
-    Raises:
-        InputError: Naming it.
-    """
+    """Raise unless a number is positive and finite, or zero where that is allowed."""
     if not math.isfinite(value) or value < 0 or value == 0 and not zero:
         raise InputError(f"{name}={value!r}: pass a finite number, {'0 or more' if zero else 'more than 0'}")
 
 
 def check_tolerance(tol: float, max_products: int | None) -> None:
-    """Raise unless a tolerance and a limit of products mean something.
-
-    Raises:
-        InputError: If they do not.
-    """
+    """Raise unless a tolerance and a limit of products mean something."""
     if not 0 < tol < 1:
         raise InputError(f"tol={tol!r}: pass a relative error between 0 and 1")
     if max_products is not None and max_products < 1:

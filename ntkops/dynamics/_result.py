@@ -20,11 +20,7 @@ _BASES = 4.0  # rounding units times n that a basis may be off from being orthog
 
 
 def check_method(method: str, known: tuple[str, ...], problem: Problem) -> None:
-    """Raise unless a method exists, and may be used for a kernel.
-
-    Raises:
-        InputError: Naming those that may be used.
-    """
+    """Raise unless a method exists, and may be used for a kernel."""
     if method not in ("auto", *known):
         raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, known))}")
     if method == "eigh" and not problem.is_dense:
@@ -84,6 +80,7 @@ def _rounding(problem: Problem, filters: Filter, solved: Solved) -> tuple[Tensor
     eps = torch.finfo(torch.float64).eps  # of which bases are orthogonal
     lengths = problem.lengths(problem.rhs)
     shape = (-1, *(1 for _ in lengths.shape))
+    # span: q(0), which bounds q; reach: max √λ q(λ), what weights see of it
     span, reach = problem.span(filters), filters.reach()
     if problem.shift > 0:
         reach = reach.clamp(max=problem.shift**-0.5)

@@ -116,6 +116,8 @@ class Gaussian:
             unit = torch.zeros(rows, width, dtype=cross.dtype, device=cross.device)
             unit[torch.arange(first, first + width), torch.arange(width)] = 1
             unit = unit.expand(*cross.shape[:-2], rows, width)
+            # rows of [I, -B_t] by columns: q(K) is symmetric, so that B_tᵀ e = q(K) K_*ᵀ e trains one right-
+            # hand side
             trained = self._train(self._filters, multiply(cross.mT, unit).double())  # (T, *batch, n, w)
             starts = torch.cat([unit.expand(len(trained), *unit.shape), -trained.to(unit.dtype)], dim=-2)
             wide = starts.movedim(0, -1).flatten(-2)  # (*batch, M + n, w T)
@@ -192,12 +194,7 @@ def gaussian(
 
 
 def _root(prior: Kernel) -> Kernel:
-    """Return F with F Fᵀ the prior: its factors, or those of the dense matrix.
-
-    Raises:
-        DenseMemoryError: If it has none and may not be dense.
-        InputError: If it is not positive semidefinite.
-    """
+    """Return F with F Fᵀ the prior: its factors, or those of the dense matrix."""
     known = capabilities(prior)
     factors = known.factors() if known.symmetric else None
     if factors is not None:
@@ -205,6 +202,7 @@ def _root(prior: Kernel) -> Kernel:
     if not may_be_dense(prior):
         raise DenseMemoryError("the prior knows no factors, and may not be dense: nothing to draw with")
     dense = prior if isinstance(prior, Tensor) else dense_of(prior)
+    # F = V √λ: a Cholesky factor would need a positive definite prior
     values, vectors = torch.linalg.eigh(dense.double())
     least = values[..., 0] / values[..., -1].clamp(min=torch.finfo(torch.float64).tiny)
     if bool((least < -_INDEFINITE * torch.finfo(prior.dtype).eps).any()):

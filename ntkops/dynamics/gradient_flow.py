@@ -112,6 +112,8 @@ def gradient_flow(
     instants = read_times(times, "times", whole=False, device=problem.rhs.device)
     check_method(method, ("krylov", "eigh") if kind == "mse" else ("ode",), problem)
     if kind != "mse":
+        # The squared error has a least-norm limit in closed form; the cross-entropy of separable classes has
+        # none.
         if bool(instants.isinf().any()):
             name = "loss='cross_entropy'" if kind == "cross_entropy" else "a loss of your own"
             raise InputError(
@@ -128,6 +130,7 @@ def gradient_flow(
             tol=tol,
             max_products=max_products,
         )
+    # a' = -lr (2 (K a - r) / n + μ a) = -(2 lr / n) ((K + μ n / 2) a - r): shift μ n / 2, time τ = 2 lr t / n
     problem = dataclasses.replace(problem, shift=weight_decay * problem.count / 2)
     flow = Flow(2 * lr / problem.count * instants)
     return linear_trajectory(problem, flow, instants, method=method, tol=tol, max_products=max_products)

@@ -9,11 +9,10 @@ from .moments import alignment, effective_rank, frobenius_norm, inner, trace
 from .one_sided import one_sided_product_trace
 from .partial_trace import partial_trace
 from .partition import partition
-from .redundancy import data_redundancy, parameter_redundancy
 from .sketch import Sketch
 from .spectral_density import spectral_density
 from .spectral_sums import effective_dimension, logdet
-from .truncation_rank import truncation_rank
+from .truncation import data_redundancy, parameter_redundancy, truncation_rank
 
 __all__ = [
     # scalars

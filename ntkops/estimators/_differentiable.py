@@ -37,7 +37,7 @@ from ..results import Estimate
 from ._quantities import ALIGNMENT, FROBENIUS_NORM, Inner, Quantity, exact_cost, exact_moments
 from ._request import Operand, Request, operands
 from ._statistics import LEVEL, Combination, Mean, Summary, interval_of, summarize
-from ._two_sided import extend_basis, project_out
+from ._two_sided import draw_probes, extend_basis, project_out
 
 __all__ = [
     "differentiable_estimate",
@@ -101,12 +101,7 @@ def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 
 class Total:
-    """A sum of terms of operators, and how the operators are made from their tensors.
-
-    Args:
-        operators: The operators.
-        terms: What is summed.
-    """
+    """A sum of terms of operators, and how the operators are made from their tensors."""
 
     def __init__(self, operators: Operators, terms: Sequence[Term]) -> None:
         self.terms = terms
@@ -150,27 +145,7 @@ def differentiable_estimate(
     generator: torch.Generator | None,
     progress: bool,
 ) -> Estimate:
-    """Return an estimate whose value has a graph down to the operators' tensors.
-
-    Args:
-        quantity: What is estimated.
-        operators: Its operators, at least one of them live.
-        rtol: For exact values only, which meet every tolerance.
-        num_passes: Passes to spend; an estimate needs it.
-        method: "auto" (exact, or Hutch++ where ``num_passes`` does not pay for that) or one of `METHODS`.
-        generator: CPU generator of the probes.
-        progress: Accepted and without effect: the work is done in the backward pass.
-
-    Returns:
-        The estimate; ``value`` requires grad, error and interval do not.
-
-    Raises:
-        UnsupportedOperationError: If no operator has a graph, or the method or an operator has no
-            differentiable form.
-        InputError: If an option is not understood, gradients are switched off, or an estimate is asked for
-            without ``num_passes``.
-        ZeroKernelError: If the quantity has no derivative since a kernel is zero.
-    """
+    """Return an estimate whose value has a graph down to the operators' tensors."""
     _require_method(method)
     request = Request.check(
         METHODS, method=method, rtol=rtol, num_passes=num_passes, generator=generator, progress=progress
@@ -333,6 +308,7 @@ def _sampled(
         counted = [operand.multiply for operand in given]
         plain = torch.cat([_products(quantity, counted, part) for part in probes.split(_WIDTH, -1)], -1)
         weights = torch.ones(probes.shape[-1], dtype=torch.float64, device=plain.device)
+        # tr QᵀAQ sums its columns, the residual term is a mean over probes: one weight a column.
         weights[fixed:] = 1.0 / (probes.shape[-1] - fixed)
         value = plain @ weights  # (*batch, q)
 
@@ -357,8 +333,7 @@ def _probes(
     space, batch = given[0].columns, given[0].batch_shape
 
     def draw(where: Any, count: int) -> Tensor:
-        wide = where.probes(count * batch.numel(), generator)
-        return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
+        return draw_probes(where, batch, count, generator, "rademacher")
 
     if not sketched:
         return draw(space, columns), 0

@@ -26,12 +26,10 @@ from ._request import Request
 from ._statistics import LEVEL, Summary, interval_of
 from ._stratified import Stratified
 
-__all__ = [
-    "Plan",
-    "Sampler",
-    "run",
-]
+__all__ = ["run"]
 
+# At 24 samples the hardest spectrum takes 2.8 standard errors, at 4 it takes 9.8 (`_statistics`): an earlier
+# look would ask for more columns whatever it saw.
 _FIRST = 24  # columns before the error is looked at for the first time
 _PARTS_WORK = 2.0  # of a per-sample pass where the Gram matrix is made of pairs of parts
 _DOUBT = 4.0  # by how much what is ahead may be overestimated: the first looks do
@@ -45,21 +43,11 @@ _COLUMNS_FOR_RTOL = 1.96 * 3 / math.sqrt(2)
 
 
 def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate:
-    """Make the estimate that a request asks for.
-
-    With ``rtol`` the error is looked at again and again, and a rule that stops at the first good look
-    would stop at lucky ones. The k-th look, from the second on, therefore uses an interval that misses
-    with probability 0.05 / (k (k - 1)): together they miss with 0.05 at most, and the interval that
-    is reported is that of the last look.
-
-    Args:
-        plan: The quantity.
-        request: Tolerance, passes, method, generator.
-        work: How exact work is shown and kept; None for a bar where that is asked.
-
-    Returns:
-        The exact value where that was asked or pays, else an estimate.
-    """
+    """Make the estimate that a request asks for."""
+    # With ``rtol`` the error is looked at again and again, and a rule that stops at the first good look would
+    # stop at lucky ones. The k-th look, from the second on, therefore uses an interval that misses with
+    # probability 0.05 / (k (k - 1)): together they miss with 0.05 at most, and the interval that is reported
+    # is that of the last look.
     request = request.shared(plan.space)
     with torch.no_grad(), request.capped(), _Account(plan, request, work) as account:
         cost = plan.exact_cost()
@@ -84,21 +72,20 @@ def run(plan: Plan, request: Request, work: ExactWork | None = None) -> Estimate
 
 
 def _affordable(plan: Plan, request: Request) -> tuple[str, Sampler, int | None]:
-    """Return the method, its source of probes, and the columns that the cap pays for, if there is one.
-
-    Raises:
-        InputError: If it does not pay for the fewest columns of a method, or of any that there is.
-    """
+    """Return the method, its source of probes, and the columns that the cap pays for, if there is one."""
     least: dict[str, int] = {}
     for method in plan.choices() if request.method == "auto" else (request.method,):
         sampler = plan.sampler(method, request.generator)
         if request.num_passes is None:
             return method, sampler, None
+        # A price does not fall with columns, so that the most that the cap pays for is found by bisection.
         price = _price(sampler, sampler.least)
         left = request.num_passes
         highest = left // max(sampler.unit, 1)
         prices = range(min(highest, _enough(plan, sampler)) + 1)
         limit = bisect_right(prices, left, key=partial(_price, sampler)) - 1
+        # All that was priced is paid for: from there on a column costs its unit, or nothing is left to
+        # chance.
         if limit == prices[-1]:
             limit = highest
         if limit >= sampler.least:
@@ -118,16 +105,12 @@ def _price(sampler: Sampler, columns: int) -> int:
 
 
 def _require_within_reach(request: Request, sampler: Sampler, method: str) -> None:
-    """Raise where one direction would take passes without end.
-
-    The passes that global probes of one direction need grow with 1 / rtol² (Townsend, Halikias &
-    Hochstenbach, arXiv 2606.01335).
-
-    Raises:
-        InputError: Naming what there is instead.
-    """
+    """Raise where one direction would take passes without end."""
+    # The passes that global probes of one direction need grow with 1 / rtol² (Townsend, Halikias &
+    # Hochstenbach, arXiv 2606.01335).
     if request.rtol is None or request.num_passes is not None or not sampler.one_sided:
         return
+    # 1 / rtol² is 1e4 at this limit, which the cap of 20,000 passes still pays for.
     if request.rtol < _ONE_SIDED_RTOL:
         raise InputError(
             f"rtol={request.rtol:g} from one direction ({method!r}) takes of the order of 1 / rtol² = "
@@ -141,6 +124,8 @@ def _exact_pays(plan: Plan, request: Request, cost: float) -> bool:
         return False
     if request.rtol is None:
         return True
+    # How fast the spectrum falls is not known before the first probe. Exact work is begun at once where the
+    # worst spectrum would make sampling cost as much; where it would not, `_reach` may still come back to it.
     return cost <= min(_foreseen(plan, request, method) for method in _first_methods(plan))
 
 
@@ -155,8 +140,7 @@ def _foreseen(plan: Plan, request: Request, method: str) -> float:
     assert request.rtol is not None
     sampler = plan.sampler(method, request.generator)
     if isinstance(sampler, Stratified):
-        wanted = sampler.columns_for(request.rtol)
-        return sampler.unit * (wanted or _COLUMNS_FOR_RTOL / request.rtol)
+        return sampler.unit * sampler.columns_for(request.rtol)
     return getattr(plan, "product_work", 1.0) * sampler.unit * _COLUMNS_FOR_RTOL / request.rtol
 
 
@@ -177,7 +161,8 @@ def _spend(
     """Spend the passes that were given."""
     assert columns is not None
     if columns >= _enough(plan, sampler) and not sampler.one_sided and request.allows(cost):
-        # As many columns as directions: nothing is left to chance.
+        # As many columns as directions: nothing is left to chance, and the exact value is had. A method of
+        # one direction stays one, for the other may not exist.
         found = account.exact(cost, needed=request.method != "auto")
         if found is not None:
             return found
@@ -240,22 +225,15 @@ def _reach(
     cost: float,
     limit: int | None,
 ) -> Estimate:
-    """Go on until the tolerance is met, exactness is cheaper, or the passes are spent.
-
-    Of several methods the one goes on that its error so far says has least work ahead. All of them
-    together do not work more than the exact value would have taken: then that is computed.
-
-    Returns:
-        The estimate, or the exact value.
-
-    Raises:
-        AssertionError: Never: columns grow until nothing is left to chance.
-    """
+    """Go on until the tolerance is met, exactness is cheaper, or the passes are spent."""
+    # Of several methods the one goes on that its error so far says has least work ahead. All of them together
+    # do not work more than the exact value would have taken: then that is computed.
     assert request.rtol is not None
     auto, spent = request.method == "auto", 0.0
     if limit is None and courses[0].sampler.one_sided:
         limit = _ONE_SIDED_CAP // max(courses[0].sampler.unit, 1)
     for look in range(1, 1000):
+        # Ahead of a method lies what its error so far says; before its first look, that look.
         course = min(courses, key=lambda one: one.work(one.goal))
         sampler = course.sampler
         capped = limit is not None and course.columns >= limit
@@ -263,6 +241,9 @@ def _reach(
             course.columns = limit
         step = course.work(course.columns)
         full = course.columns >= _enough(plan, sampler)
+        # Rent or buy: as long as what was spent stays below the price of exactness, changing over costs at
+        # most twice the better of both in hindsight. It is also bought at once where what lies ahead exceeds
+        # it _DOUBT times over.
         costly = auto and cost <= max(course.work(course.goal) / _DOUBT, spent + step)
         possible = not sampler.one_sided and math.isfinite(cost) and request.allows(account.passes + cost)
         if possible and (full or costly):
@@ -274,6 +255,8 @@ def _reach(
         sampler.grow(course.columns)
         account.show()
         summary = plan.summary(sampler)
+        # Σ_{k≥2} 1 / (k (k - 1)) = 1: all looks that may end it miss together with LEVEL. The first may end
+        # it only at the cap, where it is the last as well, and has all of LEVEL.
         level = LEVEL / (look * (look - 1)) if look > 1 else LEVEL
         reached = _relative(account.reach(summary, level), summary.value, plan.vector)
         if reached <= request.rtol and (look > 1 or capped):
@@ -288,6 +271,8 @@ def _rate(before: tuple[int, float] | None, now: tuple[int, float], prior: float
     """Return the power of the columns with which the error falls: that of the last two looks, or a prior."""
     if before is None or not (0 < now[1] < before[1] < math.inf):
         return prior
+    # Two looks share most of their probes, and by chance may seem to gain little: no method falls more slowly
+    # than its variance does in theory.
     return max(math.log(before[1] / now[1]) / math.log(now[0] / before[0]), prior)
 
 
@@ -295,6 +280,7 @@ def _next_columns(columns: int, excess: float, rate: float) -> int:
     low, high = _GROWTH
     if not 0 < excess < math.inf:
         return math.ceil(columns * 2)
+    # A tenth more than the rate says: a look that just misses costs another one.
     return math.ceil(columns * min(max(1.1 * excess ** (1 / rate), low), high))
 
 
@@ -346,12 +332,7 @@ class _Account:
         return time.perf_counter() - self._start
 
     def exact(self, cost: float, *, needed: bool) -> Estimate | None:
-        """Return the exact value; None where it is not needed and an engine's limit forbids it.
-
-        Raises:
-            InputError: If it costs more than the passes that were given.
-            BackwardLimitError: If it is needed, and an engine refuses it.
-        """
+        """Return the exact value; None where it is not needed and an engine's limit forbids it."""
         if math.isfinite(cost) and not self._request.allows(cost):  # else the engine says why it refuses
             raise InputError(
                 f"the exact value of {self._plan.name} costs about {cost:.0f} passes, more than "

@@ -1,10 +1,11 @@
-"""Exact work: a sum of terms, one after the other, with a bar, and in a file that it goes on from."""
+"""Exact work: a sum of terms, with a bar, in a file that it goes on from; and what that file has to know."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,25 +13,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import fingerprint, threads
+from ..checkpoint import PartFiles, fingerprint, threads
 from ..distributed import ShardedKernelOperator
 from ..engines import Engine, EngineChoice, LayerwiseEngine
 from ..errors import CheckpointError, InputError
 from ..model.context import full_precision
+from ..operators.axes import ParameterAxis, StateAxis
+from ..operators.capabilities import capabilities
 from ..operators.kernel import NTKOperator
-from ..part_files import PartFiles
-from ._provenance import kernel_route, made_of, place_of
 from ._request import Operand
 
 __all__ = [
     "ExactWork",
     "Terms",
+    "kernel_route",
     "length_of",
+    "made_of",
+    "network_of",
+    "place_of",
 ]
-
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +58,6 @@ class Standing:
 
 class ExactFile:
     """A file of one exact quantity.
-
-    Args:
-        path: Where it is, or will be.
-        name: What is computed.
-        unit: What is counted.
-        operands: What it is computed from.
 
     Attributes:
         passes: Passes made before this run.
@@ -86,18 +85,11 @@ class ExactFile:
     def begin(
         self, zero: Tensor, size: Callable[[Sequence[Operand]], int]
     ) -> tuple[list[Operand], Standing, int]:
-        """Return operands that take the file's route, how far the sum is, and the size of a step.
-
-        The operands have engines of their own, in the first run too: what a kernel has kept from earlier work
-        would decide how it rounds.
-
-        Args:
-            zero: The sum of nothing.
-            size: Given operands, returns the size of a step.
-
-        Raises:
-            CheckpointError: If the file is unreadable, belongs to other work, or its route cannot be taken.
-        """
+        """Return operands that take the file's route, how far the sum is, and the size of a step."""
+        # The operands have engines of their own, in the first run too: what a kernel has kept from earlier
+        # work would decide how it rounds.
+        # The size of a step decides which numbers are added first, and so the last bits: a run that goes on
+        # takes it, chunk sizes and threads from the file, however much memory is free by now.
         found = self._files.read(self._fingerprint)
         if found is None:
             operands = [_following(operand, kernel_route(operand.operator)) for operand in self._operands]
@@ -194,12 +186,6 @@ class Terms:
 class ExactWork:
     """How exact work is shown and kept.
 
-    Args:
-        name: What is computed.
-        progress: Show a bar, with the time left.
-        checkpoint: A file that an interrupted run goes on from, or None.
-        every: Seconds from one writing of it to the next.
-
     Attributes:
         passes: Returns the passes that this run has made of it.
         passes_before: Passes that runs before it have made.
@@ -229,30 +215,16 @@ class ExactWork:
     def shown(
         self, items: Iterable[Item], total: int | None, unit: str, amount: Callable[[Item], int]
     ) -> Iterator[Item]:
-        """Yield items, and move a bar after the work on each.
-
-        Args:
-            items: The items.
-            total: Units in all of them.
-            unit: What is counted.
-            amount: Units of an item.
-        """
+        """Yield items, and move a bar after the work on each."""
         with tqdm(total=total, unit=unit, desc=self.name, disable=not self.progress) as bar:
             for item in items:
                 yield item
                 bar.update(amount(item))
 
     def add_up(self, operands: Sequence[Operand], zero: Tensor, terms: Terms) -> Tensor:
-        """Return the sum of all terms, ``(*batch, q)``; what a file holds is not made again.
-
-        Args:
-            operands: What the terms are made of.
-            zero: The sum of none.
-            terms: The terms.
-
-        Raises:
-            CheckpointError: If a file belongs to other work, or cannot be read or written.
-        """
+        """Return the sum of all terms, ``(*batch, q)``; what a file holds is not made again."""
+        # Without a file nothing has to be repeatable: the operand is used as it is, with all that it has
+        # kept.
         if self._path is None:
             size = terms.size(operands)
             return self._run(operands, Standing(0, zero), terms, size, None)
@@ -271,6 +243,7 @@ class ExactWork:
         def write() -> None:
             assert file is not None
             spent = time.perf_counter() - started
+            # counted from the first run on, whoever made them
             file.write(standing, self.passes_before + self.passes(), self.seconds_before + spent)
 
         count = terms.count(operands, size)
@@ -311,3 +284,74 @@ def _in_passing(write: Callable[[], Any]) -> None:
         write()
     except CheckpointError as error:
         logger.warning("what was done could not be written: %s", error)
+
+
+# -- what a kernel was made of, and how it is computed, as far as a file must know to go on bit for bit
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def made_of(operator: LinearOperator | Tensor, what: str) -> dict[str, Any]:
+    """Return model, parameters and data of an operator, for a fingerprint."""
+    if isinstance(operator, Tensor):
+        return {"operator": operator}
+    if isinstance(operator, DenseLinearOperator):
+        return {"operator": operator.tensor}
+    if type(operator) is RootLinearOperator and isinstance(operator.root, DenseLinearOperator):
+        return {"operator": ["root", operator.root.tensor]}
+    if type(operator) not in (NTKOperator, ShardedKernelOperator):
+        raise CheckpointError(
+            f"{what} of a {type(operator).__name__} cannot be recognised in a file: those of kernels "
+            "of ntkops.ntk and of dense tensors can"
+        )
+    assert isinstance(operator, NTKOperator | ShardedKernelOperator)
+    core = operator._core
+    axes = [_axis(core.rows)] if core.symmetric else [_axis(core.rows), _axis(core.columns)]
+    return {**network_of(operator), "data": [capabilities(operator).space.part, axes]}
+
+
+def network_of(operator: NTKOperator | ShardedKernelOperator) -> dict[str, Any]:
+    """Return what the model and its parameters are, for a fingerprint; what its code does is not seen."""
+    lin = operator._core.engine.linearization
+    root = getattr(lin.call, "root", None)
+    model = [lin.names, lin.batch_dim, _ADDRESS.sub("", repr(root)), _name_of(lin.selector.output)]
+    return {"model": model, "parameters": [list(operator._args), list(lin.constants)]}
+
+
+def _name_of(output: Any) -> Any:
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
+
+
+def _axis(axis: StateAxis | ParameterAxis) -> list[Any]:
+    assert isinstance(axis, StateAxis)
+    data = []
+    if axis.inputs.num_samples:
+        data = [fingerprint(x=batch.inputs)["x"] for _, _, batch in axis.inputs.batches(None)]
+    lengths = [] if axis.inputs.lengths is None else [axis.inputs.lengths]
+    return [data, axis.outputs, axis.pick, *lengths]
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """Return what last bits hang on and no file can change: the version of torch, and the kind of device."""
+    return {"torch": str(torch.__version__), "device": device.type}
+
+
+def kernel_route(operator: LinearOperator | Tensor) -> dict[str, Any]:
+    """Return what the sums of a kernel of ours are split by; nothing for other operators."""
+    if not isinstance(operator, NTKOperator | ShardedKernelOperator):
+        return {}
+    axis = operator._core.rows
+    assert isinstance(axis, StateAxis)
+    sharded = isinstance(operator, ShardedKernelOperator)
+    engine: Engine | None = operator._engine.local if sharded else operator._core.engine
+    if engine is None or not axis.inputs.num_samples:
+        return {}
+    options = repr(engine.options) if isinstance(engine, LayerwiseEngine) else None
+    return {
+        "engine": engine.name,
+        "options": options,
+        "batch_size": min(engine.batch_size(axis.inputs), axis.inputs.num_samples),
+        "chunk_size": engine.chunk_size(),
+        "workspace": engine.workspace_bytes(),
+    }

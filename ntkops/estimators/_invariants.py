@@ -62,22 +62,13 @@ class Invariants:
 
     @classmethod
     def of(cls, rows: Rows, count: int, size: int, group: int = 0) -> Invariants:
-        """Sum over W₁ and W₂, some rows at a time.
-
-        Args:
-            rows: From a slice of probes to their rows of W₁, W₂ and W₂ᵀ.
-            count: Number m of probes.
-            size: Number of entries of a probe.
-            group: Group of the probes.
-
-        Returns:
-            The moment. Memory: three slices of rows.
-        """
+        """Sum over W₁ and W₂, some rows at a time."""
         diagonals: tuple[list[Tensor], list[Tensor]] = ([], [])
         row_sums: tuple[list[Tensor], list[Tensor]] = ([], [])
         column_sums: list[Tensor | float] = [0.0, 0.0]
         squares: Tensor | float = 0.0
         for part in tile_slices(count, _ROWS):
+            # (*batch, r, m) each
             one, two, turned = rows(part)
             for kept, block in zip(diagonals, (one, two), strict=True):
                 kept.append(block[..., part].diagonal(dim1=-2, dim2=-1))
@@ -146,6 +137,11 @@ class Invariants:
     ) -> tuple[Tensor, Tensor]:
         """Return tr B₁ᵀB₂ and tr B₁ tr B₂ from m probes."""
         m, lengths = count, (self.size + 2) / self.size
+        # With S = tr W₁ᵀW₂ = own + straight, C = tr W₁W₂ = own + crossed and T = tr W₁ tr W₂ = own + others,
+        # the three expectations give
+        #   S + C - 2 T / m = (m² + m - 2) (a + b), and m² + m - 2 = (m - 1) (m + 2);
+        #   S - C = m (m - 1) (a - b), in which own cancels;   T = m² τ₁τ₂ + m (a + b).
+        # Only own has products of two entries of one probe, hence the fourth moment of a length.
         both = 2 * lengths * (1 - 1 / m) * own + straight + crossed - 2 * others / m
         both = both / ((m - 1) * (m + 2))  # a + b
         apart = (straight - crossed) / (m * (m - 1))  # a - b

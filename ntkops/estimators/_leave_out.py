@@ -85,27 +85,20 @@ def plain(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> Tensor:
 
 
 def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], fold: Sequence[int]) -> list[Mean]:
-    """Return moments whose samples are some of the probes, against the sketch of the others.
-
-    Given the others, the samples are independent and alike, so that the error of their mean is the usual
-    one whatever the spectrum. That is why intervals rest on them and not on `leave_one_out`, whose terms
-    share all but one of their probes.
-
-    Args:
-        numbers: The sketch.
-        moments: What is wanted.
-        fold: The numbers of the probes that are left out.
-
-    Returns:
-        One mean each, over the fold; that of a trace with the variance of each sample.
-    """
+    """Return moments whose samples are some of the probes, against the sketch of the others."""
+    # Given the others, the samples are independent and alike, so that the error of their mean is the usual
+    # one whatever the spectrum. That is why intervals rest on them and not on `leave_one_out`, whose terms
+    # share all but one of their probes.
     kept = numbers.columns - len(fold)
     outside = set(fold)
+    # the kept probes first: blocks of the small matrices are then slices
     order = [number for number in range(numbers.columns) if number not in outside] + list(fold)
     gram = numbers.gram[..., order, :][..., order]
     cross = gram[..., :kept, kept:]
     shares = torch.linalg.solve(gram[..., :kept, :kept], cross)  # of the others in each probe
     squares = gram[..., kept:, kept:].diagonal(dim1=-2, dim2=-1) - (cross * shares).sum(-2)
+    # v = ω - Ω_kept (Ω_keptᵀ Ω_kept)⁻¹ Ω_keptᵀ ω, whose |v|² is the Schur complement of the Gram matrix; a
+    # direction of that length is brought to √(n - kept).
     weights = sphere_weights(squares, numbers.size - kept, numbers.size)
     bases, insides, rests = [], [], []
     for coordinates in numbers.coordinates:
@@ -121,6 +114,7 @@ def held_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner], fold: Seq
         variances = None
         if isinstance(moment, Trace):
             basis, rest, M = bases[moment.of], rests[moment.of], numbers.products[moment.of, moment.of]
+            # tr F V Vᵀ Fᵀ, and vᵀ (K - K̂_S) v = |r|²
             fixed = quadratic_forms(M, basis).sum(-1)
             samples = rest.square().sum(-2)
             # (K - K̂) v = F r, brought to the sphere like v
@@ -146,6 +140,8 @@ def leave_one_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> T
     """Return each moment with each probe left out in turn, ``(q, *batch, m)``; each is unbiased."""
     inverse = torch.linalg.inv(numbers.gram)
     diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+    # For S = {i} the complement is known for all i at once: v_i = Ω G⁻¹ e_i / (G⁻¹)_ii, |v_i|² = 1 /
+    # (G⁻¹)_ii.
     turns = inverse / diagonal.unsqueeze(-2)  # columns: v in terms of the probes
     weights = sphere_weights(1 / diagonal, numbers.size - numbers.columns + 1, numbers.size)
     removed = [removed_directions(R, numbers.eps) for R in numbers.coordinates]
@@ -159,12 +155,14 @@ def leave_one_out(numbers: SketchNumbers, moments: Sequence[Trace | Inner]) -> T
     for moment in moments:
         if isinstance(moment, Trace):
             t, M = removed[moment.of], numbers.products[moment.of, moment.of]
+            # The span of R loses one direction t: V Vᵀ = I - t tᵀ, and tr F (I - t tᵀ) Fᵀ = tr M - tᵀ M t.
             fixed = M.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - quadratic_forms(M, t)
             samples = rests[moment.of].square().sum(-2)
         else:
             a, b = moment.first, moment.second
             C = numbers.products[a, b]
             left, right = removed[a], removed[b]
+            # |(I - t_a t_aᵀ) C (I - t_b t_bᵀ)|², multiplied out: m x m once, and three vectors a probe.
             image = C @ right
             fixed = C.square().sum((-2, -1)).unsqueeze(-1) - image.square().sum(-2)
             fixed = fixed - (C.mT @ left).square().sum(-2) + (left * image).sum(-2).square()
@@ -214,6 +212,8 @@ def removed_directions(R: Tensor, eps: float) -> Tensor:
     inverse = torch.where(kept, inverse * torch.where(scale.isfinite(), scale, 1.0), 0.0)
     directions = left @ (inverse.unsqueeze(-1) * right)
     lengths = directions.square().sum(-2, keepdim=True).sqrt()
+    # Column i of R depends on the others iff e_i has a part in the null space of R: then the i-th column of
+    # the kept rows of Vᵀ is shorter than 1.
     null_share = 1 - (right * kept.unsqueeze(-1)).square().sum(-2, keepdim=True)
     there = (lengths > 0) & (null_share <= _REMOVABLE)
     return torch.where(there, directions / torch.where(lengths > 0, lengths, 1.0), 0.0)

@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedOperationError
+from ..errors import InputError
 from ..vectors import Space
 from ._invariants import Invariants, RootOfSquare
 from ._quantities import Quantity, Trace
-from ._request import Operand
+from ._request import Operand, factors_of
 from ._statistics import Mean, Moment, Pairs
-from ._two_sided import column_dots, draw_probes, project_out, sphere_factor
+from ._two_sided import by_parts, column_dots, draw_probes, project_out, sphere_factor
 
-__all__ = ["OneSidedPairs", "OneSidedTrace", "factors_of"]
+__all__ = ["OneSidedPairs", "OneSidedTrace"]
 
 _WIDTH = 64  # probes passed at a time
-
-
-def factors_of(operand: Operand) -> tuple[Operand, Operand]:
-    """Return L and R with K = L Rᵀ; one and the same object where K is symmetric.
-
-    Raises:
-        UnsupportedOperationError: If the operator does not know its factors.
-    """
-    found = operand.capabilities.factors()
-    if found is None:
-        raise UnsupportedOperationError(
-            f"one-sided estimators need the factors of K = L Rᵀ, and {type(operand.operator).__name__} has "
-            "none; use method='hutch++' or 'hutchinson', or estimate the terms of a sum one by one"
-        )
-    left = Operand(found[0])
-    return left, left if operand.capabilities.symmetric or found[1] is found[0] else Operand(found[1])
 
 
 class OneSidedTrace:
     r"""The trace from vjps or from jvps alone (paper, Algorithm 2).
 
     .. math:: \mathrm{tr}(L R^\top) = E[(L^\top v)^\top (R^\top v)] = E[(R p)^\top (L p)]
-
-    Args:
-        operand: A square operator with factors.
-        generator: Draws the probes.
-        forward: Probe the parameters (jvps, FHutch) and not the states (vjps, RHutch).
-        orthogonalize: Give half of the probes to an orthonormal basis of random directions, on which the
-            trace is exact, and the others to its complement. The basis knows nothing of K, so that it
-            pays only where the probes are not few against the dimension.
     """
 
     one_sided = True
@@ -72,10 +49,13 @@ class OneSidedTrace:
 
     def grow(self, columns: int) -> None:
         """Go on to so many probes in all; an orthonormal basis cannot grow, so that it is drawn again."""
+        # The basis knows nothing of K: it pays only where the probes are not few against the dimension, and
+        # the other half of them alone decides the error elsewhere.
         if self._orthogonalize and columns > 1:
             half = min(columns // 2, self._space.size)
             drawn = draw_probes(self._space, self._batch, half, self._generator)
             basis = self._space.orthonormalize(drawn)
+            # tr K = Σ_j q_jᵀ K q_j on the basis, exactly, plus the trace on its complement, by the other half
             self._fixed = self._terms(basis).sum(-1)
             rest = draw_probes(self._space, self._batch, columns - half, self._generator)
             rest = project_out(self._space, basis, rest)
@@ -119,12 +99,6 @@ class OneSidedPairs:
     in a ratio does. Of m shared probes all pairs are used and each probe with itself, weighted for the least
     variance that is possible (`_invariants`), and the squared trace of a ratio is estimated without bias.
     Where rows and columns, or the two kernels, need probes of their own, all m² pairs are used.
-
-    Args:
-        quantity: What is estimated.
-        operands: Its operators, with factors.
-        generator: Draws the probes.
-        forward: Probe the parameters and not the states.
     """
 
     one_sided = True
@@ -148,11 +122,7 @@ class OneSidedPairs:
         return sum(factor.cost for factor, _ in self._side.jobs)
 
     def grow(self, columns: int) -> None:
-        """Go on to so many probes in all, keeping what the old ones gave.
-
-        Raises:
-            InputError: If there is no pair.
-        """
+        """Go on to so many probes in all, keeping what the old ones gave."""
         if columns < self.least:
             raise InputError(
                 f"{self._quantity.name} from one direction takes at least {self.least} probes, that is "
@@ -164,10 +134,7 @@ class OneSidedPairs:
         spaces = self._side.spaces
         probes = [draw_probes(space, self._batch, columns - old, self._generator) for space in spaces]
         fresh = [
-            torch.cat(
-                [self._side.apply(factor, part) for part in probes[number].split(_WIDTH, dim=-1)], dim=-1
-            )
-            for factor, number in self._side.jobs
+            by_parts(partial(self._side.apply, factor), probes[number]) for factor, number in self._side.jobs
         ]
         self._images = (
             [torch.cat(pair, dim=-1) for pair in zip(self._images, fresh, strict=True)] if old else fresh
@@ -226,6 +193,7 @@ class _ReverseSide(_Side):
         def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             one = forms(first, part)
             two = one if first == second else forms(second, part)
+            # W₂ᵀ, for tr W₁W₂; where K₂ = J Jᵀ it is W₂
             symmetric = self._jobs[second][0] == self._jobs[second][1]
             return one, two, two if symmetric else forms(second, part, turned=True)
 
@@ -262,6 +230,8 @@ class _ForwardSide(_Side):
         return factor.multiply(block)
 
     def inner(self, images: Sequence[Tensor], first: int, second: int) -> Moment:
+        # tr K₁ᵀK₂ = tr R₁L₁ᵀ L₂R₂ᵀ = <L₁ᵀL₂, R₁ᵀR₂>: an inner product of two P x P matrices, which probes of
+        # the parameters meet as those of the states meet K₁ and K₂.
         lefts = self._jobs[first][0], self._jobs[second][0]
         rights = self._jobs[first][1], self._jobs[second][1]
 

@@ -48,22 +48,7 @@ class StateAxes:
         axes: Sequence[str] | None,
         shape: Sequence[int] | None,
     ) -> StateAxes:
-        """Read the arguments of `ntkops.partial_trace`.
-
-        Args:
-            operator: The operator.
-            over: What is summed over.
-            axes: Names of the axes of one sample's output, or None.
-            shape: Sizes of all axes, or None where the operator knows them.
-
-        Returns:
-            The axes.
-
-        Raises:
-            InputError: If a name or a shape is not understood.
-            OutOfRangeError: If a position does not exist.
-            ShapeError: If the shape does not fit the operator.
-        """
+        """Read the arguments of `ntkops.partial_trace`."""
         sizes = _sizes(operator, shape)
         own: dict[str, int] = getattr(operator, "axes", {})
         if axes is None and own and sizes[1:] == tuple(own.values()):  # named when the kernel was made
@@ -199,11 +184,6 @@ class SharedProbes:
     The probes are columns of a uniformly distributed orthogonal matrix: all D of them leave no error.
     Where samples are kept and a kernel of ours gives per-sample gradients, a probe costs one per-sample pass
     for each output entry that is kept; else a product for each row of the result.
-
-    Args:
-        operand: The operator.
-        axes: Its axes.
-        generator: Draws the probes.
     """
 
     one_sided = False
@@ -254,6 +234,7 @@ class SharedProbes:
         inner = self._axes.of_outputs()
         rows = inner.rows() if inner.traced else torch.arange(inner.size)[None]  # (D, r)
         count, outputs = self._axes.sizes[0], rows.numel()
+        # One cotangent for each kept entry k: z at the traced places (s, k), zeros elsewhere, (r, O).
         cotangents = torch.zeros((rows.shape[1], outputs), dtype=torch.float64)
         cotangents.scatter_(1, rows.T, probe.expand(rows.shape[1], -1))
         cotangents = cotangents.to(dtype=self._operand.dtype, device=self._operand.device)
@@ -268,6 +249,7 @@ class SharedProbes:
         for part in tile_slices(self._axes.size, _WIDTH):
             width = part.stop - part.start
             block = weights.new_zeros((operand.size, width))
+            # columns z ⊗ e_k of the kept entries k of this part
             block[rows[:, part], torch.arange(width)] = weights.unsqueeze(-1)
             found = operand.multiply(block.expand(*operand.batch_shape, *block.shape)).double()
             parts.append(torch.einsum("t,...tkc->...kc", probe.to(found.device), found[..., rows, :]))
@@ -281,6 +263,7 @@ class SharedProbes:
             return Summary(value, torch.zeros_like(value), count, exact=True)
         if count < 2:
             return Summary(value, torch.full_like(value, torch.inf), 0)
+        # The probes are columns of an orthogonal matrix, drawn without replacement: Var = s² / m (1 - m / D).
         variance = self._spread / (count * (count - 1)) * (1 - count / self.size)
         return Summary(value, variance.clamp(min=0).sqrt().flatten(-2), count - 1)
 
@@ -291,11 +274,6 @@ class SampledBlocks:
     In a frame V of m columns, :math:`W = V^\top K_{ii} V` gives the unbiased estimate
     :math:`x\,V W V^\top - y\,\mathrm{tr}(W)\,I` of the block. The error is the spread over the samples: at
     least the variance in expectation.
-
-    Args:
-        operand: A kernel of ours over all outputs of its samples.
-        axes: Its axes, the samples among the traced ones.
-        generator: Draws the frames.
     """
 
     one_sided = False
@@ -359,6 +337,7 @@ class SampledBlocks:
         for frames, gram in zip(self._frames, self._grams, strict=True):
             whole += up * (frames[part] @ gram[part] @ frames[part].mT)
             trace += gram[part].diagonal(dim1=-2, dim2=-1).sum(-1)
+        # x V W Vᵀ - y tr(W) I, with x and y from the second moments of P (`FrameMoments.matrix`)
         whole.diagonal(dim1=-2, dim2=-1).sub_(down * trace.unsqueeze(-1))
         inner = self._axes.of_outputs()
         if not inner.traced:

@@ -12,14 +12,13 @@ from torch import Tensor
 from ..vectors import Space
 from ._exact import ExactWork
 from ._invariants import Invariants
-from ._ntk_aware import NtkAware
 from ._one_sided import OneSidedPairs, OneSidedTrace
 from ._quantities import INNER, TRACE, Quantity, exact_cost, exact_moments
 from ._request import Operand
 from ._sketch import SketchCore
 from ._statistics import Mean, Moment, Pairs, Summary, summarize, summarize_mean, summarize_product
 from ._stratified import Stratified, pays
-from ._two_sided import TwoSided
+from ._two_sided import NtkAware, TwoSided
 from ._xtrace import XTrace
 
 __all__ = ["Plan", "Sampler", "ScalarPlan"]
@@ -93,7 +92,9 @@ class ScalarPlan:
         self.size = min(operands[0].rows.size, operands[0].columns.size)
         self.eps = operands[0].rounding
         self.orthogonalize = orthogonalize
-        if quantity in (TRACE, INNER) and all(map(_is_gram, operands)):
+        self._grams = all(map(_is_gram, operands))
+        if quantity in (TRACE, INNER) and self._grams:
+            # tr J Jᵀ = |J|² and <J Jᵀ, L Lᵀ> = |Jᵀ L|² are never negative, and neither are their intervals.
             self.bounds = (0.0, torch.inf)
         if quantity.needs_square:
             operands[0].require_square(quantity.name)
@@ -115,10 +116,9 @@ class ScalarPlan:
 
     def choices(self) -> tuple[str, ...]:
         first = ("stratified",) if pays(self.operands) else ()
-        infos = [getattr(operand.operator, "engine_info", None) for operand in self.operands]
-        if any(info is not None and info.mode == "reverse" for info in infos):
+        if not all(operand.capabilities.pushes for operand in self.operands):
             return (*first, "reverse" if self.quantity.needs_pairs else "rhutch")
-        return (*first, "sketch" if all(map(_is_gram, self.operands)) else "hutch++", "hutchinson")
+        return (*first, "sketch" if self._grams else "hutch++", "hutchinson")
 
     def sampler(self, method: str, generator: torch.Generator) -> Sampler:
         return _SAMPLERS[method](self, generator)
@@ -132,14 +132,20 @@ class ScalarPlan:
         assert isinstance(sampler, TwoSided | OneSidedTrace | OneSidedPairs)
         moments: Sequence[Moment] = sampler.moments()
         self.quantity.require_defined(torch.stack([moment.value() for moment in moments], dim=-1))
+        # An inner product from one direction is quadratic in what the probes see: its root has the known
+        # quantile.
         if isinstance(sampler, OneSidedPairs) and self.quantity is INNER:
             (pairs,) = sampler.moments()
             assert isinstance(pairs, Pairs | Invariants)
             return summarize_product(pairs)
+        # Where the probes gave K v and not only vᵀ K v, each tells its variance: the interval takes 2.8
+        # standard errors at four probes, and not 9.8 (`norm_quantile`).
         if self.quantity is TRACE and isinstance(moments[0], Mean) and moments[0].variances is not None:
             return summarize_mean(moments[0])
         if self.quantity.free is None:
             return summarize(moments, self.quantity.combine)
+        # The jackknife sees the function without its bounds: replicates that are all cut off would show no
+        # error.
         free = summarize(moments, self.quantity.free)
         return replace(free, value=free.value.clamp(*self.bounds), centre=free.value)
 

@@ -80,14 +80,7 @@ class Quantity:
         return any(isinstance(moment, Inner) for moment in self.moments)
 
     def require_defined(self, moments: Tensor) -> None:
-        """Raise where a divisor vanishes.
-
-        Args:
-            moments: ``(*batch, q)``.
-
-        Raises:
-            ZeroKernelError: If the quantity is a ratio that is not defined.
-        """
+        """Raise where a divisor vanishes."""
         for position in self.divisors:
             zero = moments[..., position] <= 0
             if bool(zero.any()):
@@ -116,6 +109,7 @@ def _free_cosine(moments: Tensor) -> Tensor:
 
 
 def _participation(moments: Tensor) -> Tensor:
+    # t (t / f) and not t² / f: the square of a trace leaves the range of float64 long before the ratio does.
     return moments[..., 0] * (moments[..., 0] / moments[..., 1])
 
 
@@ -142,27 +136,16 @@ EFFECTIVE_RANK = Quantity(
 
 def exact_cost(quantity: Quantity, operands: Sequence[Operand]) -> float:
     """Return the passes that the exact moments take."""
+    # tr K needs the diagonal alone; |K|² = Σ K_ij² needs every entry once.
     what = "tiles" if quantity.needs_pairs else "diagonal"
     return float(sum(operand.capabilities.exact_cost(what) for operand in operands))
 
 
 def exact_moments(quantity: Quantity, operands: Sequence[Operand], work: ExactWork | None = None) -> Tensor:
-    """Return the moments ``(*batch, q)``, summed in float64 over the diagonal, or tile by tile.
-
-    Args:
-        quantity: What they are for.
-        operands: One or two operators.
-        work: How the work is shown and kept; None for neither.
-
-    Returns:
-        The moments. A re-iterable is read once for the diagonal, once a row of tiles for tiles.
-
-    Raises:
-        NonFiniteError: If the operator has entries that are not finite.
-        CheckpointError: If a file belongs to other work.
-    """
+    """Return the moments ``(*batch, q)``, summed in float64 over the diagonal, or tile by tile."""
     work = work or ExactWork(quantity.name)
     first = operands[0]
+    # (*batch, q); float64, as millions of squares are added
     zero = torch.zeros((*first.batch_shape, len(quantity.moments)), dtype=torch.float64, device=first.device)
     terms = _tile_terms(quantity) if quantity.needs_pairs else _DIAGONAL_TERMS
     sums = work.add_up(operands, zero, terms)
@@ -205,6 +188,8 @@ def _tile_terms(quantity: Quantity) -> Terms:
     def after(operands: Sequence[Operand], size: int, done: int) -> Generator[tuple[int, Tensor]]:
         for blocks, on_diagonal, mirrored in _tiles(operands, size, done):
             done += 1
+            # A tile above the diagonal of a symmetric kernel stands for its mirror image, too; it has no part
+            # of a trace, whose zero may be doubled.
             yield done, _tile_sums(quantity, blocks, on_diagonal) * (2 if mirrored else 1)
 
     return Terms("tile", size, count, after)
@@ -216,6 +201,7 @@ def _tiles(
     """Yield blocks in float64, whether they lie on the diagonal, and whether they stand for two."""
     first, last = operands[0].capabilities, operands[-1].capabilities
     if len(operands) > 1:
+        # tiles of two operators side by side: (*batch, r, c) each, at the same place
         for one, other, mirrored in paired_tiles(first, last, size, done):
             blocks = one.block.double(), other.block.double()
             yield blocks, one.rows.start == one.cols.start, mirrored

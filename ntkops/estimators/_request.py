@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,12 +14,19 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..engines import spare_passes
-from ..errors import DeviceError, DtypeError, InputError, NonFiniteError, ShapeError
+from ..errors import (
+    DeviceError,
+    DtypeError,
+    InputError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedOperationError,
+)
 from ..operators.capabilities import capabilities, multiply
 from ..operators.sandwich import smaller_side
 from ..vectors import Space, resolve_generator
 
-__all__ = ["Operand", "Request", "operands", "require_finite", "spectral_operand"]
+__all__ = ["Operand", "Request", "factors_of", "operands", "require_finite", "spectral_operand"]
 
 DEFAULT_RTOL = 1e-2
 
@@ -54,22 +62,7 @@ class Request:
         generator: torch.Generator | None,
         progress: bool,
     ) -> Request:
-        """Check the arguments that all estimators take.
-
-        Args:
-            methods: Names of the methods there are, beside "auto".
-            method: The one that is asked for.
-            rtol: Relative tolerance, or None.
-            num_passes: Most passes, or None.
-            generator: CPU generator, or None.
-            progress: Whether to show a bar.
-
-        Returns:
-            The request, with the default tolerance where neither tolerance nor passes are given.
-
-        Raises:
-            InputError: If one of them is not understood.
-        """
+        """Check the arguments that all estimators take."""
         if method not in ("auto", *methods):
             raise InputError(f"method={method!r}: choose 'auto' or one of {', '.join(map(repr, methods))}")
         if rtol is not None and not (_is_number(rtol) and 0 < rtol < 1):
@@ -99,18 +92,7 @@ class Request:
 def checked_generator(
     generator: torch.Generator | None, space: Space | None = None
 ) -> tuple[torch.Generator, int]:
-    """Return a CPU generator and its seed.
-
-    Args:
-        generator: The user's, or None.
-        space: The space that is drawn from, where it is known: processes that share it draw alike.
-
-    Returns:
-        Generator and seed, the same on all processes.
-
-    Raises:
-        InputError: If it is no generator.
-    """
+    """Return a CPU generator and its seed."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise InputError(
             f"generator={generator!r}: pass None or a torch.Generator, such as "
@@ -165,8 +147,16 @@ class Operand:
         # Sums of n terms of one sign, added in about √n blocks, are off by a walk of √n steps: n^(1/4) units.
         # Some 5 of them were seen at n = 200, for batched products with one column.
         self.rounding: float = torch.finfo(self.dtype).eps * max(1.0, self.size**0.25)
-        self.cost: int = self.capabilities.product_cost()
-        self.cache_cost: float = self.capabilities.cache_cost()
+
+    @cached_property
+    def cost(self) -> int:
+        """Passes of a product with one column."""
+        return int(self.capabilities.product_cost())
+
+    @cached_property
+    def cache_cost(self) -> float:
+        """The most passes that caches may take once."""
+        return float(self.capabilities.cache_cost())
 
     def multiply(self, block: Tensor) -> Tensor:
         """Return K V for ``(*batch, m, k)``, counted and finite."""
@@ -182,23 +172,13 @@ class Operand:
         return self.rows.matches(self.columns)
 
     def require_square(self, quantity: str) -> None:
-        """Raise if the operator is not square.
-
-        Raises:
-            ShapeError: Naming the quantity that needs it.
-        """
+        """Raise if the operator is not square."""
         if not self.is_square:
             raise ShapeError(f"{quantity} needs a square operator, this one is {tuple(self.shape)}")
 
 
 def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
-    """Return the operands of a quantity, which must be comparable entry by entry.
-
-    Raises:
-        ShapeError: If their shapes differ.
-        DtypeError: If their dtypes differ.
-        DeviceError: If they live on different devices.
-    """
+    """Return the operands of a quantity, which must be comparable entry by entry."""
     found = [Operand(operator) for operator in operators]
     first = found[0]
     for other in found[1:]:
@@ -219,6 +199,18 @@ def operands(*operators: LinearOperator | Tensor) -> list[Operand]:
     return found
 
 
+def factors_of(operand: Operand) -> tuple[Operand, Operand]:
+    """Return L and R with K = L Rᵀ; one and the same object where K is symmetric."""
+    found = operand.capabilities.factors()
+    if found is None:
+        raise UnsupportedOperationError(
+            f"one-sided estimators need the factors of K = L Rᵀ, and {type(operand.operator).__name__} has "
+            "none; use method='hutch++' or 'hutchinson', or estimate the terms of a sum one by one"
+        )
+    left = Operand(found[0])
+    return left, left if operand.capabilities.symmetric or found[1] is found[0] else Operand(found[1])
+
+
 def spectral_operand(operator: LinearOperator | Tensor, method: str) -> list[Operand]:
     """Return the operand of a quantity that zero eigenvalues do not change: LᵀL where L Lᵀ is larger.
 
@@ -232,11 +224,7 @@ def spectral_operand(operator: LinearOperator | Tensor, method: str) -> list[Ope
 
 
 def require_finite(values: Tensor, what: str) -> Tensor:
-    """Return the values.
-
-    Raises:
-        NonFiniteError: If one of them is NaN or infinite.
-    """
+    """Return the values."""
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"{what} is not finite: the operator has entries that are NaN or infinite")
     return values

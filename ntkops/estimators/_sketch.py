@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,11 +14,10 @@ from ._leave_out import SketchNumbers, held_out, leave_one_out, plain
 from ._quantities import Inner, Trace
 from ._request import Operand
 from ._statistics import Combination, Mean, Summary, summarize_folds
-from ._two_sided import project_out
+from ._two_sided import by_parts, draw_probes, project_out
 
-__all__ = ["SketchCore", "by_parts", "new_directions"]
+__all__ = ["SketchCore", "new_directions"]
 
-_WIDTH = 64  # columns passed at a time
 _NEGATIVE = 1e3  # rounding units of the largest Ritz value below which a negative one is not rounding
 
 
@@ -28,11 +28,6 @@ class SketchCore:
     that is only multiplied takes a product, Y = K Ω: with :math:`\Omega^\top Y = R^\top R` and
     :math:`F = Y R^{-1}` the numbers are the same, save that of what is small in R a
     square root leaves half the digits.
-
-    Args:
-        operands: One or two positive semidefinite kernels of the same shape.
-        generator: Draws the probes, one column after another, so that growing draws the same as a start.
-        distribution: "sphere" or "gaussian".
     """
 
     one_sided = False
@@ -51,9 +46,17 @@ class SketchCore:
         first = operands[0]
         empty = torch.empty((*self._batch, self._space.length, 0), dtype=first.dtype, device=first.device)
         self._probes = empty
-        self._sides = [_side(operand, empty) for operand in operands]
         self._numbers: SketchNumbers | None = None
-        self.limit = min(self._space.size, *(side.limit for side in self._sides))
+
+    @cached_property
+    def _sides(self) -> list[_Factored | _Multiplied]:
+        """What each kernel makes of the probes; not asked of a sketch that is only priced."""
+        return [_side(operand, self._probes[..., :0]) for operand in self._operands]
+
+    @cached_property
+    def limit(self) -> int:
+        """Columns that can be independent."""
+        return min(self._space.size, *(side.limit for side in self._sides))
 
     @classmethod
     def joined(cls, first: SketchCore, second: SketchCore) -> SketchCore:
@@ -86,11 +89,7 @@ class SketchCore:
         return self.columns >= self.limit
 
     def grow(self, columns: int) -> None:
-        """Go on to so many columns in all, or to the rank that is possible.
-
-        Raises:
-            InputError: If there are too few, or a kernel is not positive semidefinite.
-        """
+        """Go on to so many columns in all, or to the rank that is possible."""
         if columns < min(self.least, self.limit):
             raise InputError(
                 f"a sketch with an error takes at least {self.least} columns, that is "
@@ -101,15 +100,13 @@ class SketchCore:
             return
         fresh = self._probes.new_empty((*self._probes.shape[:-1], count))
         for column in range(count):  # one by one, so that growing draws the same as a start
-            fresh[..., column : column + 1] = self._draw()
+            fresh[..., column : column + 1] = draw_probes(
+                self._space, self._batch, 1, self._generator, self._distribution
+            )
         self._probes = beside(self._probes, fresh)
         for side in self._sides:
             side.extend(fresh)
         self._numbers = None
-
-    def _draw(self) -> Tensor:
-        wide = self._space.probes(self._batch.numel(), self._generator, self._distribution)
-        return wide.unflatten(-1, (*self._batch, 1)).movedim(0, -2) if self._batch else wide
 
     @property
     def numbers(self) -> SketchNumbers:
@@ -121,6 +118,7 @@ class SketchCore:
             for a, one in enumerate(self._sides):
                 for b, other in enumerate(self._sides):
                     C = self._operands[0].rows.inner(one.images, other.images)
+                    # C = F_aᵀ F_b: the large blocks Y_aᵀ Y_b meet once, and the small turns act on the result
                     if one.turn is not None:
                         C = one.turn.mT @ C
                     products[a, b] = (C if other.turn is None else C @ other.turn).cpu()
@@ -136,12 +134,15 @@ class SketchCore:
         """Return a function of moments: the value from leaving out each probe, the error from folds."""
         if self.full:
             value = combine(self.approximate(moments))
+            # as many directions as there are: K̂ = K
             return Summary(value, torch.zeros_like(value), freedom=2**30, exact=True)
         value = combine(leave_one_out(self.numbers, moments).mean(-1).movedim(0, -1))
 
         def means(fold: Sequence[int]) -> list[Mean]:
             return held_out(self.numbers, moments, fold)
 
+        # A trace alone knows the variance of each of its samples; of functions of several the jackknife
+        # tells.
         alone = len(moments) == 1 and isinstance(moments[0], Trace)
         return summarize_folds(value, self.columns, means, None if alone else combine)
 
@@ -205,6 +206,8 @@ class _Multiplied:
 
     def coordinates(self, probes: Tensor) -> Tensor:
         gram = self._operand.columns.inner(probes, self.images)
+        # Ωᵀ K Ω = V Λ Vᵀ gives R = Λ^{1/2} Vᵀ, so that RᵀR = Ωᵀ K Ω as with factors, and F = Y R⁺ = Y V
+        # Λ^{-1/2}.
         values, vectors = _spectrum_of(gram, torch.finfo(probes.dtype).eps)
         roots = values.sqrt()
         self.turn = vectors * torch.where(roots > 0, 1 / roots.clamp(min=1e-300), 0.0).unsqueeze(-2)
@@ -212,11 +215,7 @@ class _Multiplied:
 
 
 def _spectrum_of(gram: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of Ωᵀ K Ω, with those that are rounding set to zero.
-
-    Raises:
-        InputError: If it shows that K is not symmetric and positive semidefinite.
-    """
+    """Return eigenvalues and eigenvectors of Ωᵀ K Ω, with those that are rounding set to zero."""
     scale = gram.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True).unsqueeze(-1)
     lopsided = (gram - gram.mT).abs() > _NEGATIVE * eps * scale * gram.shape[-1]
     values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
@@ -226,6 +225,7 @@ def _spectrum_of(gram: Tensor, eps: float) -> tuple[Tensor, Tensor]:
             "a sketch needs a symmetric positive semidefinite operator, and the products with this one show "
             "that it is not; use method='hutch++' or 'hutchinson'"
         )
+    # What is below rounding of the products has no digits: its root would enter F by 1 / √rounding.
     kept = values > largest * (eps * gram.shape[-1])
     return torch.where(kept, values, 0.0), vectors
 
@@ -253,9 +253,3 @@ def new_directions(space: Space, basis: Tensor, block: Tensor) -> Tensor:
 def beside(left: Tensor, right: Tensor) -> Tensor:
     """Return two blocks side by side; a long one is not copied for the sake of an empty one."""
     return torch.cat([left, right], dim=-1) if left.shape[-1] else right.contiguous()
-
-
-def by_parts(apply: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-    """Return the image of a block, some columns at a time."""
-    parts = [apply(part) for part in block.split(_WIDTH, dim=-1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

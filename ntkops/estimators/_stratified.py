@@ -56,11 +56,6 @@ class Stratified:
 
     Columns that are drawn later are orthogonal to those before, and meet only each other: nothing is
     multiplied twice.
-
-    Args:
-        quantity: What is estimated.
-        operands: Kernels over the same samples.
-        generator: Draws the frames.
     """
 
     one_sided = False
@@ -107,11 +102,7 @@ class Stratified:
         return 2 * (1.96 / rtol) ** 2 / self._strata.samples
 
     def grow(self, columns: int) -> None:
-        """Go on to so many columns in all, at most one for each output.
-
-        Raises:
-            InputError: If there are too few columns.
-        """
+        """Go on to so many columns in all, at most one for each output."""
         if columns < self.least:
             raise InputError(
                 f"method='stratified' needs at least {self.least} columns for {self._quantity.name}, that is "
@@ -225,6 +216,7 @@ class _Sampled:
             if isinstance(moment, Trace):
                 linear = linear + weight * block.own[moment.of]
             else:
+                # Σ_{i≠j} <W¹_ij, W²_ij> has V_i in its row and in its column of pairs, hence the 2.
                 linear = linear + 2 * weight * self._factor(block) * block.others[position]
                 position += 1
         return linear
@@ -242,6 +234,8 @@ class _Sampled:
             return spread if self._carrying >= _FEWEST else torch.full_like(spread, torch.inf)
         sizes = [sum(own.shape[-1] for own in part) for part in parts]
         difference = weights @ (self._own_products_of(parts[0]) - self._own_products_of(parts[1]))
+        # Parts of s₁ and s₂ columns have variances σ² / s₁ and σ² / s₂, their difference the sum of both, σ²
+        # (s₁ + s₂) / (s₁ s₂); all columns together have σ² / (s₁ + s₂).
         return sizes[0] * sizes[1] / sum(sizes) ** 2 * difference.square().sum()
 
     def _two_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -290,16 +284,8 @@ def _trace(blocks: Tensor) -> Tensor:
 
 
 def extend_frames(frames: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    """Draw more columns for every frame, uniform on what is orthogonal to those that it has.
-
-    Args:
-        frames: ``(N, O, m)`` orthonormal columns, float64, on the CPU.
-        columns: Number k of columns to draw, at most O - m.
-        generator: CPU generator, advanced by the draw.
-
-    Returns:
-        ``(N, O, k)``, orthonormal, float64.
-    """
+    """Draw more columns for every frame, uniform on what is orthogonal to those that it has."""
+    # frames (N, O, m), orthonormal columns, float64 on the CPU; the new ones are (N, O, k)
     count, outputs = frames.shape[:2]
     fresh = torch.randn((count, outputs, columns), generator=generator, dtype=torch.float64)
     if frames.shape[-1]:
@@ -369,26 +355,15 @@ class FrameMoments:
         """Share of the directions that the frame leaves out."""
         return 1 - self.columns / self.outputs
 
-    @property
-    def can_square(self) -> bool:
-        """Whether tr B² can be told from (tr B)²."""
-        return self.columns > 1 or self.outputs == 1
-
     def _of_blocks(self) -> tuple[float, float]:
         pairs = [projection_moments(self.outputs, size) for size in self.blocks]
         return sum(a + b for a, b in pairs), sum(b for _, b in pairs)
 
     def inner(self, products: Tensor, traces: Tensor) -> Tensor:
-        """Return the unbiased estimate of tr(B₁ B₂), an inner product of the blocks of W₁ and W₂.
-
-        Args:
-            products: Sum over the blocks of the Frobenius inner products of W₁ and W₂.
-            traces: tr W₁ · tr W₂.
-
-        Returns:
-            The estimate, in the shape of the arguments.
-        """
+        """Return the unbiased estimate of tr(B₁ B₂), an inner product of the blocks of W₁ and W₂."""
         alpha, beta = self._of_blocks()
+        # E a = α x + β y and E t² = γ x + δ y with x = tr B₁B₂ and y = tr B₁ tr B₂: x = (δ a - β t²) / (α δ -
+        # β γ).
         delta, half_gamma = projection_moments(self.outputs, self.columns)
         return (delta * products - beta * traces) / (alpha * delta - 2 * beta * half_gamma)
 
@@ -398,22 +373,16 @@ class FrameMoments:
         return 1 / alpha, beta * self.scale / alpha
 
     def variance(self, spread: Tensor, least_rest: float = 0.0) -> Tensor:
-        """Return the unbiased estimate of the variance of tr W.
-
-        It hangs on the part of B without trace alone, and vanishes for the full frame.
-
-        Args:
-            spread: Sum over the blocks of |W_bb - tr(W) / m I|².
-            least_rest: What the share of directions left out is counted as at least.
-
-        Returns:
-            The estimate, never negative.
-        """
+        """Return the unbiased estimate of the variance of tr W."""
+        # It hangs on the part of B without trace alone, and vanishes for the full frame.
         if self.outputs == 1:
             return torch.zeros_like(spread)
         alpha, _ = self._of_blocks()
+        # Var t = γ (|B|² - (tr B)² / O), as δ = (m / O)² - γ / O: the part of B without trace, B₀. Of that
+        # the spread sees E[a - t² / m] = (α - γ / m) |B₀|², for which β and δ do not count.
         gamma = 2 * projection_moments(self.outputs, self.columns)[1]
         counted = gamma
         if self.rest < least_rest:
             counted = 2 * self.columns * least_rest / ((self.outputs + 2) * (self.outputs - 1))
+        # spread: Σ_b |W_bb - tr(W) / m I|² over the blocks
         return spread * (counted / (alpha - gamma / self.columns))

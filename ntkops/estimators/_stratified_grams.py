@@ -45,12 +45,10 @@ class Strata:
 
     @classmethod
     def require(cls, operands: Sequence[Operand], what: str) -> Strata:
-        """Return the strata of some operands.
-
-        Raises:
-            InputError: If the kernels have other numbers of samples or outputs.
-            UnsupportedOperationError: If an operand is not a kernel over all outputs of its samples.
-        """
+        """Return the strata of some operands."""
+        found = cls.of(operands)
+        if found is not None:
+            return found
         for operand in operands:
             if operand.capabilities.sample_shape is None:
                 raise UnsupportedOperationError(
@@ -59,42 +57,22 @@ class Strata:
                     f"or a multiple of one; this is a {type(operand.operator).__name__} of shape "
                     f"{tuple(operand.shape)}: use method='auto' or 'hutch++'"
                 )
-        found = cls.of(operands)
-        if found is None:
-            shapes = [operand.capabilities.sample_shape for operand in operands]
-            raise InputError(
-                f"the kernels have {shapes[0]} and {shapes[1]} samples and outputs: shared probes need the "
-                "same of both"
-            )
-        return found
+        shapes = [operand.capabilities.sample_shape for operand in operands]
+        raise InputError(
+            f"the kernels have {shapes[0]} and {shapes[1]} samples and outputs: shared probes need the same "
+            "of both"
+        )
 
     @property
     def layered(self) -> bool:
         """Whether layer structure makes a per-sample pass as cheap as a backward pass."""
-        for operand in self.operands:
-            agreed = operand.capabilities.layered
-            if agreed is not None:
-                if not agreed:
-                    return False
-                continue
-            info: Any = getattr(operand.operator, "engine_info", None)
-            if info is None or info.engine != "layerwise" or len(info.covered) < len(info.layers):
-                return False
-        return True
+        return all(operand.capabilities.layered for operand in self.operands)
 
     def gram(self, position: int, frames: Tensor, kernel: Any = None) -> Tensor:
-        """Return the Gram matrix of the gradients of some samples.
-
-        Args:
-            position: Which kernel.
-            frames: ``(n, O, m)`` output combinations of these samples.
-            kernel: The kernel over these samples, None for all.
-
-        Returns:
-            ``(n, m, n, m)``, float64, on the kernel's device.
-        """
+        """Return the Gram matrix of the gradients of some samples."""
         operand = self.operands[position]
         operator: Any = operand.operator if kernel is None else kernel
+        # frames (n, O, m) as cotangents (n, m, O); the Gram matrix is (n, m, n, m)
         probes = frames.mT.to(dtype=operand.dtype, device=operand.device)
         found = capabilities(operator).sample_gram(probes.contiguous())
         return require_finite(found, "the Gram matrix of per-sample gradients").double()
@@ -105,6 +83,8 @@ class Strata:
         The samples are taken in parts that keep the work on pairs of different samples small; a re-iterable
         is read once.
         """
+        # A Gram matrix (n, m, n, m) of which the diagonal n blocks are used: small n wastes little, an eighth
+        # of what may be held at a time.
         size = max(1, math.isqrt(_ENTRIES // 8) // frames.shape[-1])
         source: Any = self.operands[position].capabilities
         space = self.operands[position].rows
@@ -140,18 +120,7 @@ class SampleGrams:
 
 
 def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]]) -> SampleGrams:
-    """Make the Gram matrices of all kernels in shared frames, and reduce them.
-
-    Args:
-        strata: Samples and kernels.
-        frames: ``(N, O, m)``.
-        pairs: Positions of the kernels whose inner products are wanted.
-
-    Returns:
-        The reduced Gram matrices, float64, on the CPU. Cost: m per-sample passes for each kernel; where the
-        N·m x N·m Gram matrix of gradients is too large, T - 1 times as many for T parts of the samples.
-        Memory: one tile.
-    """
+    """Make the Gram matrices of all kernels in shared frames, and reduce them."""
     space = strata.operands[0].rows
     count, columns = strata.samples, frames.shape[-1]
     own = torch.zeros((len(strata.operands), count, columns, columns), dtype=torch.float64)
@@ -161,6 +130,8 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
             for part, block in strata.own(position, frames):
                 own[position, part] = block.cpu()
         return SampleGrams(space.total(own), others)
+    # m per-sample passes for each kernel, T - 1 times as many where its N·m rows need T parts; one tile is
+    # held
     tiles = _spread_tiles if space.is_spread else _tiles
     for row, column, blocks in tiles(strata, frames):
         if row == column:
@@ -168,6 +139,7 @@ def sample_grams(strata: Strata, frames: Tensor, pairs: Sequence[tuple[int, int]
             for block in blocks:
                 block.diagonal(dim1=0, dim2=2).zero_()
         for position, (first, second) in enumerate(pairs):
+            # Σ_j W¹_ij W²_ijᵀ; a tile off the diagonal also stands for its mirror image, (i, j) for (j, i)
             others[position, row] += _row_products(blocks[first], blocks[second]).cpu()
             if row != column:
                 flipped = [blocks[k].permute(2, 3, 0, 1) for k in (first, second)]
@@ -179,6 +151,7 @@ def gram_passes(samples: int, columns: int, pairs: bool) -> int:
     """Return the per-sample passes of one kernel that `sample_grams` makes for a block of columns."""
     if not pairs or (samples * columns) ** 2 <= _ENTRIES:
         return columns
+    # T parts meet in T (T - 1) / 2 pairs, each over 2 / T of the samples: T - 1 passes over all of them.
     return columns * max(1, -(-samples // _part(columns)) - 1)
 
 
@@ -207,6 +180,7 @@ def _tiles(strata: Strata, frames: Tensor) -> Iterator[tuple[slice, slice, list[
             split = one.stop - one.start
             inside = {i: slice(0, split), j: slice(split, None)}
             yield one, other, [block[inside[i]][:, :, inside[j]] for block in blocks]
+            # Blocks within a part come with the first pair that it is in, at no further pass.
             for number in {i, j} - seen:
                 seen.add(number)
                 own = inside[number]

@@ -1,19 +1,28 @@
-"""Estimators from products with K: Hutchinson's, and Hutch++ on a sketched range."""
+"""Estimators from products with K, Hutchinson's and Hutch++, and Hutch++ from the factors of K."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..vectors import Space
+from ..errors import InputError, UnsupportedOperationError
+from ..vectors import Distribution, Space
 from ._quantities import Inner, Quantity, Trace
-from ._request import Operand
+from ._request import Operand, factors_of
 from ._statistics import Mean
 
-__all__ = ["TwoSided", "column_dots", "draw_probes", "extend_basis", "project_out", "sphere_factor"]
+__all__ = [
+    "NtkAware",
+    "TwoSided",
+    "by_parts",
+    "column_dots",
+    "draw_probes",
+    "extend_basis",
+    "project_out",
+    "sphere_factor",
+]
 
 _WIDTH = 64  # columns multiplied at a time
 
@@ -31,12 +40,6 @@ class TwoSided:
     :math:`v^\top K_1^\top K_2 v = (K_1 v)^\top (K_2 v)` takes one product with each operator and not two. Q
     spans the products of all operators with one random sketch. All products are kept, so that growing
     repeats none: the sketch is widened, and old probes are projected on from the products that exist.
-
-    Args:
-        quantity: What is estimated.
-        operands: Its operators.
-        generator: Draws sketch and probes.
-        sketched: Hutch++, else Hutchinson.
     """
 
     name = "hutch++"
@@ -67,6 +70,7 @@ class TwoSided:
     @property
     def least(self) -> int:
         """Fewest columns."""
+        # one column of the sketch, which is one of Q for each operator, and as many residual probes as those
         return 1 + 2 * len(self._operands) if self._sketched else 1
 
     @property
@@ -86,15 +90,12 @@ class TwoSided:
         """
         if not self._sketched:
             return 0, columns
+        # No more columns of Q than dimensions: then the residual is empty and the first term exact.
         width = min(columns // self.least, self._space.size // len(self._operands))
         return width, columns - width - width * len(self._operands)
 
     def grow(self, columns: int) -> None:
-        """Go on to so many columns for each operator in all.
-
-        Raises:
-            InputError: If there are too few columns for the three stages.
-        """
+        """Go on to so many columns for each operator in all."""
         if columns < self.least:
             raise InputError(
                 f"{self.name} needs at least {self.least} product columns for {self._quantity.name}, that is "
@@ -116,6 +117,8 @@ class TwoSided:
         self._fixed = self._fixed + self._terms(basis, products).sum(-1)
         if self._probes.shape[-1]:  # K (I - QQᵀ) v from K v and K Q, with no new product
             coefficients = self._space.inner(basis, self._probes).to(basis.dtype)
+            # Kept probes are projected on, not drawn again: v - Q (Qᵀ v) is uniform on the smaller sphere
+            # once its length is set, and K of it is K v - (K Q) (Qᵀ v).
             projected = self._probes - basis @ coefficients
             rank = self._basis.shape[-1] + basis.shape[-1]
             factor = sphere_factor(self._space, projected, self._space.size - rank)
@@ -175,19 +178,30 @@ class TwoSided:
         return torch.stack(parts).cpu()
 
     def _multiply(self, operand: Operand, block: Tensor) -> Tensor:
-        parts = [operand.multiply(part) for part in block.split(_WIDTH, dim=-1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return by_parts(operand.multiply, block)
 
     def _empty(self, length: int) -> Tensor:
         first = self._operands[0]
         return torch.empty((*first.batch_shape, length, 0), dtype=first.dtype, device=first.device)
 
 
-def draw_probes(space: Space, batch: torch.Size, count: int, generator: torch.Generator) -> Tensor:
-    """Draw independent probes on the sphere for every batch entry, ``(*batch, n, count)``."""
+def by_parts(apply: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+    """Return the image of a block, some columns at a time."""
+    parts = [apply(part) for part in block.split(_WIDTH, dim=-1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def draw_probes(
+    space: Space,
+    batch: torch.Size,
+    count: int,
+    generator: torch.Generator,
+    distribution: Distribution = "sphere",
+) -> Tensor:
+    """Draw independent probes for every batch entry, ``(*batch, n, count)``, by default on the sphere."""
     # Signs would do for the variance, but their samples can agree by chance: of v₁v₂ they are ±1. Uniform
     # directions make the error depend on the spectrum alone, and the hardest spectrum is known.
-    wide = space.probes(count * batch.numel(), generator, "sphere")
+    wide = space.probes(count * batch.numel(), generator, distribution)
     return wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
 
 
@@ -224,3 +238,77 @@ def extend_basis(space: Space, basis: Tensor, block: Tensor) -> Tensor:
     if not basis.shape[-1] or not fresh.shape[-1]:
         return space.orthonormalize(fresh)
     return space.orthonormalize(project_out(space, basis, space.orthonormalize(fresh)))
+
+
+# -- Hutch++ for K = J Jᵀ from its factors: a range from jvps alone, quadratic forms from vjps alone
+
+
+class NtkAware(TwoSided):
+    r"""Hutch++ with one pass where a product takes two.
+
+    K and J have the same range, so that J p with random parameters p (one jvp) sketches it, if with less
+    weight on large eigenvalues than K v has. The trace then takes quadratic forms alone,
+    :math:`q^\top K q = |J^\top q|^2` (one vjp), on Q as on the residual probes. Norms and inner products need
+    K q itself, two passes a column, and save only in the sketch.
+
+    Raises:
+        UnsupportedOperationError: If an operator is not symmetric, or does not know its factors.
+    """
+
+    name = "ntk-hutch++"
+
+    def __init__(self, quantity: Quantity, operands: Sequence[Operand], generator: torch.Generator) -> None:
+        self._factors = [factors_of(operand)[0] for operand in operands]
+        if not all(operand.capabilities.symmetric for operand in operands):
+            raise UnsupportedOperationError(
+                "method='ntk-hutch++' needs a symmetric kernel J Jᵀ; use method='hutch++'"
+            )
+        # qᵀ K q = |Jᵀ q|² needs no K q; (K q)ᵀ (K q) does
+        self._vjps_only = not quantity.needs_pairs
+        super().__init__(quantity, operands, generator, sketched=True)
+
+    @property
+    def unit(self) -> int:
+        """Passes of one column of Q or one residual probe through every operator."""
+        return sum(factor.cost for factor in self._factors) * (1 if self._vjps_only else 2)
+
+    def _lengths(self) -> list[int]:
+        if self._vjps_only:
+            return [factor.columns.length for factor in self._factors]
+        return super()._lengths()
+
+    def _split(self, columns: int) -> tuple[int, int]:
+        """Return the widths; a sketch column costs one unit, or half of one beside products."""
+        if self._vjps_only:
+            return super()._split(columns)
+        kernels = len(self._operands)
+        # A column of the sketch is half a unit, one of Q or a probe a whole one, and as many probes as
+        # columns of Q are wanted: width (1/2 + 2 kernels) = columns.
+        width = min(2 * columns // (1 + 4 * kernels), self._space.size // kernels)
+        return width, columns - -(-width // 2) - width * kernels
+
+    def _sketch(self, width: int) -> Tensor:
+        drawn: dict[int, Tensor] = {}
+        parts = []
+        for factor in self._factors:  # kernels over equally many parameters share the sketch
+            space = factor.columns
+            if space.size not in drawn:
+                drawn[space.size] = draw_probes(space, self._batch, width, self._generator)
+            parts.append(by_parts(factor.multiply, drawn[space.size]))
+        return torch.cat(parts, dim=-1)
+
+    def _multiply(self, operand: Operand, block: Tensor) -> Tensor:
+        if not self._vjps_only:
+            return super()._multiply(operand, block)
+        return by_parts(self._factors[self._operands.index(operand)].pull, block)
+
+    def _terms(self, probes: Tensor, products: Sequence[Tensor]) -> Tensor:
+        if not self._vjps_only:
+            return super()._terms(probes, products)
+        spaces = [factor.columns for factor in self._factors]
+        return torch.stack(
+            [column_dots(space, image, image) for space, image in zip(spaces, products, strict=True)]
+        ).cpu()
+
+    def _variances(self, moment: Trace | Inner, samples: Tensor) -> Tensor | None:
+        return None if self._vjps_only else super()._variances(moment, samples)  # K v is not made

@@ -27,9 +27,9 @@ from ._leave_out import (
 )
 from ._quantities import Inner, Trace
 from ._request import Operand
-from ._sketch import by_parts, new_directions
+from ._sketch import new_directions
 from ._statistics import Combination, Mean, Summary, summarize_folds
-from ._two_sided import draw_probes
+from ._two_sided import by_parts, draw_probes
 
 __all__ = ["XTrace"]
 
@@ -50,7 +50,9 @@ class _Numbers:
     def samples(self, moment: Trace | Inner, R: Tensor, X: Tensor, B: Tensor, inside: Tensor) -> Tensor:
         """Return vᵀ A v for v = ω - Q a and K v = Q R - Z a, by columns."""
         if isinstance(moment, Trace):
+            # (ω - Q a)ᵀ (Q R - Z a) = (X - a)ᵀ R - (Ωᵀ Z) a + aᵀ (Qᵀ Z) a; Qᵀ Z = H
             return ((X - inside) * R).sum(-2) - (B.mT * inside).sum(-2) + quadratic_forms(self.H, inside)
+        # |Q R - Z a|² = |R|² - 2 Rᵀ H a + aᵀ M a: the same a, no further product
         return R.square().sum(-2) - 2 * (R * (self.H @ inside)).sum(-2) + quadratic_forms(self.M, inside)
 
     def whole(self, moment: Trace | Inner) -> Tensor:
@@ -58,12 +60,7 @@ class _Numbers:
 
 
 class XTrace:
-    """The trace and the norm of one square operator from two products a column.
-
-    Args:
-        operand: Square; it need be neither symmetric nor positive.
-        generator: Draws the probes.
-    """
+    """Trace and norm of a square operator, symmetric or not, from two products a column."""
 
     one_sided = False
     order = 2.0
@@ -93,11 +90,7 @@ class XTrace:
         return self.columns >= self.limit
 
     def grow(self, columns: int) -> None:
-        """Go on to so many probes in all.
-
-        Raises:
-            InputError: If there are too few for an error.
-        """
+        """Go on to so many probes in all."""
         if columns < min(self.least, self.limit):
             raise InputError(
                 f"xtrace takes at least {self.least} columns, that is num_passes={self.least * self.unit}; "
@@ -154,6 +147,7 @@ def _leave_one_out(numbers: _Numbers, moments: Sequence[Trace | Inner]) -> Tenso
     t = removed_directions(R, numbers.eps)
     removed = (t * X).sum(-2)
     inside = X - t * removed.unsqueeze(-2)
+    # 1 where the range loses a direction without the probe, 0 where the probe was superfluous
     rank = (t.square().sum(-2) > 0.5).double()
     squares = numbers.squares - inside.square().sum(-2)
     weights = sphere_weights(squares, numbers.size - R.shape[-2] + rank, numbers.size)

@@ -94,6 +94,8 @@ def compare(
     if num_probes < 2:
         raise InputError(f"num_probes={num_probes}: an error needs two probes at least")
     drawn, _ = checked_generator(generator)
+    # One seed for all networks: those with as many parameters meet the same probes, whose noise then does not
+    # change their order.
     seed = int(torch.randint(_SEEDS, (), generator=drawn))
     # Where jvps are all that is needed, no rule is tried.
     engine: EngineChoice = "autograd" if wanted == ("trace",) else "auto"

@@ -88,6 +88,7 @@ def condition_number(
             f"the operator has the eigenvalue {float(smallest.min()):.3g}, negative beyond rounding: a "
             "condition number is that of a positive semidefinite operator"
         )
+    # Ends of κ from the ends of both eigenvalues; where λ_min may be zero there is no upper one.
     told = smallest > below
     value = largest / torch.where(told, smallest, below)
     low = (largest - above).clamp(min=0) / (smallest.clamp(min=0) + below)

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..arguments import checked
 from ..results import Estimate
 from ..vectors import Space
-from ._driver import Sampler, run
+from ._driver import run
 from ._exact import ExactWork, length_of
-from ._one_sided import factors_of
-from ._request import Operand, Request, require_finite
+from ._plans import Sampler
+from ._request import Operand, Request, factors_of, require_finite
 from ._statistics import Summary
+from ._two_sided import draw_probes
 
 __all__ = ["diagonal"]
 
@@ -136,12 +137,13 @@ class _Entries:
         batch = self._operand.batch_shape
         for start in range(self._count, columns, _WIDTH):
             count = min(_WIDTH, columns - start)
-            wide = self._space.probes(count * batch.numel(), self._generator)
-            probes = wide.unflatten(-1, (*batch, count)).movedim(0, -2) if batch else wide
+            probes = draw_probes(self._space, batch, count, self._generator, "rademacher")
             self._add(self._entries(probes), count)
 
     def _entries(self, probes: Tensor) -> Tensor:
         if self._left is None or self._right is None:
+            # E v_i v_j = δ_ij, so that the mean of v_i (K v)_i = Σ_j v_i K_ij v_j is K_ii. Signs: v_i² = 1,
+            # and K_ii itself has no noise.
             return probes.double() * self._operand.multiply(probes).double()
         left = self._left.multiply(probes).double()
         return left * (left if self._right is self._left else self._right.multiply(probes).double())
@@ -157,6 +159,7 @@ class _Entries:
 
     def summary(self) -> Summary:
         """Return the entries as they stand."""
+        # The standard error of a mean, entry by entry: entries share probes, but no entry mixes two.
         m = self._count
         if m < 2:
             return Summary(self._mean.cpu(), torch.full_like(self._mean, torch.inf).cpu(), 0)

@@ -107,6 +107,7 @@ def hessian_norm(
     squares = []
     with count_passes() as counter:
         for _ in tqdm(range(num_probes), desc="the norm of the Hessian", disable=not progress):
+            # E u uᵀ = I and E z zᵀ = I: E |Σ u_i H_i z|² = Σ_i E |H_i z|² = Σ_i |H_i|².
             signs = torch.randint(2, (inputs.num_samples, inputs.num_outputs), generator=drawn) * 2 - 1
             direction = tuple(
                 torch.randn(shape, generator=drawn, dtype=torch.float64).to(linearization.parameters[0])

@@ -477,6 +477,8 @@ def _estimate(
                 f"checkpoint= keeps exact work, not method={method!r}: leave the method out, or keep probes "
                 "with ntkops.Sketch.save"
             )
+        # "auto" might sample in one run and be exact in the next: a file holds exact sums alone
         request = replace(request, method="exact")
+    # Norm and effective rank of L Lᵀ are those of LᵀL: the smaller side, where no method of a side was named.
     found = spectral_operand(operators[0], method) if quantity.spectral else operands(*operators)
     return run(ScalarPlan(quantity, found, orthogonalize=orthogonalize), request, work)

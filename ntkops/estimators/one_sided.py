@@ -114,6 +114,7 @@ class _Plan:
         self.operands = list(dict.fromkeys(factors))
         self.space = factors[0].rows
         self.size = 2**62  # no number of probes makes it exact
+        # four factors may have four dtypes: the coarsest decides the digits
         self.eps = max(torch.finfo(factor.dtype).eps for factor in factors)
 
     def _space(self, kind: int) -> Space:
@@ -158,6 +159,8 @@ class _FourFactors:
     ) -> None:
         one, two, three, four = factors
         # (factor, kind of its probe); what is multiplied with what follows in `pairs`
+        # tr J₁J₂ᵀJ₃J₄ᵀ = E tr J₁ (q qᵀ) J₂ᵀ J₃ (p pᵀ) J₄ᵀ = E (J₄p · J₁q)(J₃p · J₂q): q between J₁ and J₂, p
+        # between J₃ and J₄; and with u uᵀ before J₁, v vᵀ between J₂ and J₃ for the other direction.
         kinds = ((one, 0), (two, 0), (three, 1), (four, 1))
         if not forward:
             kinds = ((one, 0), (two, 1), (three, 1), (four, 0))
@@ -173,11 +176,7 @@ class _FourFactors:
         return sum(factor.cost for factor, _ in self._jobs)
 
     def grow(self, columns: int) -> None:
-        """Go on to so many probes of each kind.
-
-        Raises:
-            InputError: If there are too few for an error.
-        """
+        """Go on to so many probes of each kind."""
         if columns < self.least:
             raise InputError(
                 f"an error takes two probes of each kind, that is num_passes={self.least * self.unit}; "

@@ -15,9 +15,10 @@ from ..engines.passes import SharedPasses
 from ..errors import UnsupportedOperationError
 from ..operators.capabilities import capabilities, dense_from_tiles, tile_count
 from ..results import Estimate
-from ._driver import Sampler, run
+from ._driver import run
 from ._exact import ExactWork, length_of
 from ._partial import Over, SampledBlocks, SharedProbes, StateAxes
+from ._plans import Sampler
 from ._request import Operand, Request, require_finite
 from ._statistics import Summary
 from ._stratified_grams import Strata
@@ -210,6 +211,8 @@ class _Plan:
         count = tile_count(source, source, side)
         for tile in work.shown(source.tiles(side), count, "tile", lambda _: 1):
             block = tile.block.double().cpu().movedim((-2, -1), (0, 1))  # (r, c, *batch)
+            # An entry (i, j) counts iff both rows have the same traced index, and is added at their kept
+            # indices.
             row, column = (term[tile.rows][:, None] == term[tile.cols]).nonzero(as_tuple=True)
             one, other = kept[tile.rows][row], kept[tile.cols][column]
             total.index_add_(0, one * axes.size + other, block[row, column])

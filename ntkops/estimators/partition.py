@@ -89,6 +89,7 @@ def partition(
     symmetric, start = operator._core.symmetric, time.perf_counter()
     with count_passes() as counter:
         for tile in operator.part_tiles(owners, count):
+            # G from the upper triangle alone: a tile off the diagonal counts for both
             twice = symmetric and tile.cols.start != tile.rows.start
             inner += (2 if twice else 1) * _inner(tile.block)
             if square:

@@ -12,17 +12,16 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
-from ..checkpoint import Checkpoint, fingerprint
+from ..checkpoint import Checkpoint, PartFiles, fingerprint
 from ..distributed import ShardedKernelOperator
 from ..engines import LayerwiseEngine, count_passes
 from ..errors import CheckpointError, InputError, ShapeError
 from ..operators.axes import StateAxis
 from ..operators.kernel import NTKOperator
-from ..part_files import PartFiles
 from ..results import Estimate
 from ..vectors import Distribution
+from ._exact import kernel_route, made_of
 from ._leave_out import ritz_values
-from ._provenance import kernel_route, made_of
 from ._quantities import ALIGNMENT, EFFECTIVE_RANK, FROBENIUS_NORM, TRACE, Quantity
 from ._request import Operand, checked_generator, operands
 from ._sketch import SketchCore, _Factored, _Multiplied
@@ -190,6 +189,8 @@ class Sketch:
         return Estimate(
             value=values,
             stderr=unknown,
+            # F Fᵀ ≤ K, so that its eigenvalues are below those of K in order; 8 units of rounding are allowed
+            # for.
             interval=(values * (1 - 8 * self._eps), unknown),
             method="sketch",
             exact=False,
@@ -344,6 +345,8 @@ def _spent(operator: LinearOperator | Tensor) -> dict[str, float]:
     if not isinstance(operator, NTKOperator):
         return {}
     core = operator._core
+    # Products change over to a dense block, or to factors, once enough passes are spent; a sketch that goes
+    # on has to change over where the first run would have.
     spent = {"products": float(core.spending.passes)}
     if isinstance(core.engine, LayerwiseEngine) and isinstance(core.rows, StateAxis):
         spent["factors"] = core.engine._cache._spent.get(core.rows.inputs, 0.0)

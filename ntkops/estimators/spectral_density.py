@@ -212,11 +212,7 @@ class _Target:
     def of(
         cls, operand: Operand, steps: int, num_probes: int | None, rtol: float | None, passes: int | None
     ) -> _Target:
-        """Return the target; ``probes`` is the cap where there is a tolerance.
-
-        Raises:
-            InputError: If the passes do not pay for one probe.
-        """
+        """Return the target; ``probes`` is the cap where there is a tolerance."""
         if passes is None:
             most = max(_CAP // steps, 1) if rtol is not None else _PROBES
         else:
@@ -244,6 +240,7 @@ class _Sampler:
         probes = _FIRST
         for look in range(1, 200):
             probes = min(probes, target.probes)
+            # Σ_{k≥1} 1 / (k (k + 1)) = 1: all looks together miss with _LEVEL.
             level = _LEVEL / (look * (look + 1))
             rules = self._rules(probes, True, level)
             found = frame.summary(rules, level, bounds=False)
@@ -253,6 +250,7 @@ class _Sampler:
             if excess <= 1 or probes >= target.probes:
                 return _Rules(rules.nodes, rules.weights, rules.jacobis, excess <= 1, level)
             least, most = _GROWTH
+            # the band narrows with 1 / √probes
             probes = math.ceil(probes * min(max(1.1 * excess**2, least), most))
         raise AssertionError("unreachable: the number of probes grows geometrically")
 
@@ -303,11 +301,7 @@ class _Frame:
         return max((high - low) / 50, least)
 
     def _ends(self, nodes: Tensor) -> tuple[float, float]:
-        """Return the ends of the spectrum, in decades on the logarithmic scale.
-
-        Raises:
-            ZeroKernelError: If nothing is left on the logarithmic scale.
-        """
+        """Return the ends of the spectrum, in decades on the logarithmic scale."""
         if self.scale == "linear":
             return float(nodes.min()), float(nodes.max())
         positive = nodes[nodes > self.cutoff(nodes)]
@@ -339,6 +333,8 @@ class _Frame:
             sure = {"band": (values, values), "cumulative_band": (share, share)}
             return fields | sure | {"quadrature_error": zero, "cumulative_error": zero}
         probes, factor = len(nodes), 2 / (self.size + 2)
+        # For z uniform on the unit sphere Var zᵀ g(K) z = 2 / (n + 2) (mean of g² - (mean of g)²) over the
+        # spectrum.
         variances = factor * (second.mean(0) - values.square()).clamp(min=0)
         fields["band"] = scaled_chi_squares(values, variances / probes, probes, level)
         fields["cumulative_band"] = _share_band(share, factor, probes, level)
@@ -349,6 +345,7 @@ class _Frame:
 
     def _density_error(self, rules: _Rules, grid: Tensor, width: float) -> Tensor:
         """Return the integral of the distribution function's error against the slope of the Gaussian."""
+        # ∫ g dμ - ∫ g dμ_m = -∫ g' (F - F_m) by parts, so that |g'| times the bound of |F - F_m| bounds it.
         places = grid.log10() if self.scale == "log" else grid
         low, high = float(places[0]) - 5 * width, float(places[-1]) + 5 * width
         count = min(max(_POINTS, math.ceil(_FINE * (high - low) / width)), 8192)
@@ -366,6 +363,8 @@ def _largest_mass(rules: _Rules, points: Tensor) -> Tensor:
 
 def _share_band(share: Tensor, factor: float, probes: int, level: float) -> tuple[Tensor, Tensor]:
     """Return the interval of a share: that of the smaller one of it and its complement."""
+    # g is 0 or 1, so that its mean square is its mean. The matched χ² is close for forms far below their
+    # greatest value: of a share near 1 that is the complement.
     variances = factor * share * (1 - share) / probes
     low, high = scaled_chi_squares(share, variances, probes, level)
     rest_low, rest_high = scaled_chi_squares(1 - share, variances, probes, level)

@@ -193,6 +193,7 @@ def spectral_sum(operand: Operand, quantity: SpectralSum, options: Options) -> E
     # f(0) = 0, so that the eigenvalues that one side has more count for nothing but the constant.
     other = smaller_side(operand.operator) if quantity.ridge > 0 and not quantity.floor else None
     if other is not None:
+        # n c = r (c n / r) for the r eigenvalues of the other side
         ratio = operand.size / other.shape[-1]
         operand, quantity = Operand(other), replace(quantity, constant=quantity.constant * ratio)
     options = replace(options, request=options.request.shared(operand.rows))
@@ -253,11 +254,7 @@ def _cap(operand: Operand, request: Request, exact_passes: float, fits: bool) ->
 def _by_quadrature(
     operand: Operand, quantity: SpectralSum, options: Options, cap: int, bar: tqdm
 ) -> list[FunctionTrace]:
-    """Return the estimate for each member.
-
-    Raises:
-        SingularKernelError: If nothing bounds the eigenvalues from below.
-    """
+    """Return the estimate for each member."""
     request, eps = options.request, torch.finfo(operand.dtype).eps
     if not quantity.ridge > 0:
         raise SingularKernelError(
@@ -278,11 +275,12 @@ def _by_quadrature(
                 offset=space.size * quantity.constant,
                 deflation=options.deflation,
                 max_products=cap,
-                report=lambda done: bar.update(done),
+                report=bar.update,
             )
         )
         largest = found[-1].scale + quantity.floor
         quantity.require_semidefinite(found[-1].least, largest, space.size, eps)
+        # The least eigenvalue is not known, and may be 0: the ridge alone has to stand out of the rounding.
         quantity.require_regular(0.0, found[-1].scale, eps)
     return found
 

@@ -56,6 +56,11 @@ class EngineOperator(IndexedOperator):
             layers=layers,
         )
 
+    @property
+    def pushes(self) -> bool:
+        """Whether products with J exist. Asking finds the mode of differentiation, once for a model."""
+        return self._core.engine.differentiation.mode != "reverse"
+
     def _state_axes(self) -> tuple[StateAxis, StateAxis]:
         """Rows and columns of the kernel in question; for J and Jᵀ that of their own samples."""
         axes = [axis for axis in (self._core.rows, self._core.columns) if isinstance(axis, StateAxis)]

@@ -75,7 +75,7 @@ class Capabilities:
         is_coupled: Whether its samples are coupled, so that a pass is one over all of them.
         of_samples: Whether its rows are states of samples, for which estimators have ways of their own.
         sample_shape: Samples and outputs, where the rows are all outputs of all samples; else None.
-        layered: Whether layer structure covers all parameters, where several ranks have agreed on that.
+        layered: Whether layer structure covers all parameters: a per-sample pass costs a backward pass then.
         holds_ours: Whether an operator of ours, which counts its own passes, is inside.
         is_recordable: Whether dense parts can be made with their graph.
     """
@@ -86,7 +86,12 @@ class Capabilities:
     is_coupled: bool = False
     of_samples: bool = False
     sample_shape: tuple[int, int] | None = None
-    layered: bool | None = None
+    layered: bool = False
+
+    @property
+    def pushes(self) -> bool:
+        """Whether products with J exist; not so where a model has no mode of differentiation but Jᵀ."""
+        return True
 
     @property
     def space(self) -> Space:

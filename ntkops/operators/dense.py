@@ -159,8 +159,17 @@ class DenseFallbacks(Expression):
         return quadratic.to(self.dtype), determinant.to(self.dtype)
 
     def logdet(self) -> Tensor:
-        """Return log det K, exact."""
-        return self.inv_quad_logdet(logdet=True)[1]
+        """Return log det K, exact; `ntkops.logdet` estimates it where the dense matrix has no room.
+
+        Raises:
+            DenseMemoryError: If the dense matrix exceeds ``max_dense_bytes``.
+        """
+        try:  # by this class's factor, whatever a subclass solves with
+            return DenseFallbacks.inv_quad_logdet(self, logdet=True)[1]
+        except DenseMemoryError as error:
+            raise DenseMemoryError(
+                f"logdet() is exact and needs every entry: {error}; ntkops.logdet estimates it with its error"
+            ) from error
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return K^{-1/2} R, or L K^{-1/2} R with the diagonal of L K⁻¹ Lᵀ, by an eigendecomposition."""

@@ -134,7 +134,7 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
         if not self._core.engine.allows(distinct):
             return math.inf
         columns, block = self._column_cost(), self._block_cost(distinct)
-        return columns if columns < block and self._pushes() else block
+        return columns if columns < block and self.pushes else block
 
     def _block_cost(self, distinct: int) -> float:
         """Return the passes of a dense kernel by rows of J or factors, some samples at a time."""
@@ -158,11 +158,13 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     def _by_columns(self) -> bool:
         """Whether products are the cheaper way to a dense kernel; where J p does not exist they are none."""
         # In this order: which mode a model allows is found with the first product that needs one.
-        return self._column_cost() < self._block_cost(self._num_distinct()) and self._pushes()
+        return self._column_cost() < self._block_cost(self._num_distinct()) and self.pushes
 
-    def _pushes(self) -> bool:
-        """Whether J p exists, in forward mode or by two backward passes."""
-        return self._core.engine.differentiation.mode != "reverse"
+    @property
+    def layered(self) -> bool:  # type: ignore[override]
+        """Whether layer structure covers all parameters, as far as the trial and the batches so far say."""
+        engine = self._core.engine
+        return len(engine.covered) == len(engine.linearization.names)
 
     def _dense_instead(self) -> Tensor | None:
         fits = tensor_bytes(self.shape, self.dtype) <= self._core.max_dense_bytes
@@ -266,8 +268,9 @@ class NTKOperator(KernelAlgebra, EngineOperator, Capabilities):
     # tiles
 
     def factors(self) -> tuple[JacobianOperator, JacobianOperator]:
-        """Return J(x₁) and J(x₂) with K = left @ right.mT."""
-        return self.left, self.right
+        """Return J(x₁) and J(x₂) with K = left @ right.mT: one and the same where K is symmetric."""
+        left = self.left
+        return left, left if self.symmetric else self.right
 
     @property
     def sample_shape(self) -> tuple[int, int] | None:  # type: ignore[override]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NoReturn
+import warnings
+from typing import Any
 
 import torch
 from linear_operator.operators import (
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from ..engines import count_passes
 from ..errors import (
+    DenseMemoryError,
     DeviceError,
     DtypeError,
     InputError,
     NotConvergedError,
+    NtkopsWarning,
     ShapeError,
-    UnsupportedOperationError,
 )
 from ..results import Estimate, Solution
 from ._diagonal_part import DiagonalPart
@@ -259,8 +261,8 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
             not asked.
 
         Raises:
-            NotConvergedError: If a solve, or the determinant, misses its tolerance.
-            UnsupportedOperationError: If a determinant that does not fit densely is to be differentiated.
+            NotConvergedError: If a solve misses its tolerance.
+            DenseMemoryError: If a determinant is wanted whose dense matrix exceeds ``max_dense_bytes``.
         """
         if inv_quad_rhs is not None:
             self._check_right(inv_quad_rhs)
@@ -271,29 +273,23 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
             right = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
             quadratic = (right * self._solve(right)).sum(-2)  # b · A⁻¹ b, through the implicit derivative
             quadratic = quadratic.sum(-1) if reduce_inv_quad else quadratic
-        if not logdet:
-            return quadratic, torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
-        return quadratic, self._estimated_logdet()
+        return quadratic, self.logdet() if logdet else quadratic.new_zeros(self.batch_shape)
 
-    def _estimated_logdet(self) -> Tensor:
-        """Return log det by quadrature; raise where it has to be differentiated, or is too coarse."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            self._refuse_gradient()
-        estimate = self.logdet_estimate()
-        if not estimate.converged:
-            raise NotConvergedError(f"log det has not met its tolerance: {estimate}", estimate)
-        return estimate.value.to(self.dtype)
+    def logdet(self) -> Tensor:
+        """Return log det (K + D), exact; `ntkops.logdet` estimates it where the dense matrix has no room.
 
-    def _refuse_gradient(self) -> NoReturn:
-        """Raise: an estimate of log det has no gradient."""
-        raise UnsupportedOperationError(
-            f"log det of the {self.shape[-1]} x {self.shape[-1]} matrix does not fit max_dense_bytes="
-            f"{self.max_dense_bytes}, and its estimate has no gradient: raise max_dense_bytes, or "
-            "differentiate inv_quad alone"
-        )
+        Raises:
+            DenseMemoryError: If the dense matrix exceeds ``max_dense_bytes``: a tensor has no error bar.
+        """
+        if not fits_dense(self):
+            raise DenseMemoryError(
+                f"logdet() is exact, and the {self.shape[-1]} x {self.shape[-1]} matrix exceeds "
+                f"max_dense_bytes={self.max_dense_bytes}: ntkops.logdet(A) estimates it; or raise the limit"
+            )
+        return super().logdet()
 
     def logdet_estimate(self, *, rtol: float = 1e-2, generator: torch.Generator | None = None) -> Estimate:
-        r"""Estimate log det (K + D) by stochastic Lanczos quadrature, with its error.
+        r"""Estimate log det (K + D): the former name of `ntkops.logdet` for an operator with a ridge.
 
         .. math:: \log\det(K + D) = \sum_i \log d_i + \mathrm{tr} \log(1 + D^{-1/2} K D^{-1/2})
 
@@ -306,7 +302,15 @@ class RidgeOperator(DenseFallbacks, AddedDiagLinearOperator):
 
         Raises:
             InputError: If an entry of D is not positive.
+
+        Warns:
+            NtkopsWarning: Always; the method goes after two releases.
         """
+        warnings.warn(
+            "logdet_estimate(rtol) is ntkops.logdet(A, rtol=rtol) now; the method goes after two releases",
+            NtkopsWarning,
+            stacklevel=2,
+        )
         start = time.perf_counter()
         entries = self.ridge.detach().expand(self.shape[:-1]).double()
         if not bool((entries > 0).all()):

@@ -7,24 +7,21 @@ prop_cycle=plt.cycler(color=plotting.COLOURS))`` gives them to drawings of your 
 """
 
 from ._axes import COLOURS
-from .calibration import plot_calibration
 from .distillation import (
     plot_by_size,
     plot_chain,
     plot_cluster_variance,
     plot_coverage_gap,
+    plot_images,
     plot_local_containment,
     plot_local_global_grid,
     plot_properties,
 )
 from .estimates import plot_error_against_passes, plot_estimates
-from .history import plot_history
-from .images import plot_images
-from .kernels import plot_kernel
-from .partition import plot_partition
-from .regression import plot_label_energy, plot_ridge_path
+from .kernels import plot_kernel, plot_partition
+from .regression import plot_calibration, plot_label_energy, plot_ridge_path
 from .spectra import plot_class_spectra, plot_spectral_density, plot_spectrum, plot_truncation_ranks
-from .trajectory import plot_losses, plot_outputs
+from .training import plot_history, plot_losses, plot_outputs
 
 __all__ = [
     # the palette

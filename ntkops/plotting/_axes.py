@@ -49,6 +49,7 @@ def finite_array(x: Any, what: str) -> np.ndarray:
     """Return finite float64 numbers of a tensor, array or nested list."""
     numbers = x.detach().to("cpu", torch.float64).numpy() if isinstance(x, Tensor) else np.asarray(x, float)
     if not np.isfinite(numbers).all():
+        # the first of them, so that it can be found in the data
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(numbers))[0])
         raise NonFiniteError(f"{what} is not finite at position {place}; only finite numbers can be drawn")
     return numbers

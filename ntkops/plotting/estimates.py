@@ -87,6 +87,7 @@ def plot_error_against_passes(
     for position, (name, repeated) in enumerate(estimates.items()):
         passes = np.array([e.passes for e in repeated])
         errors = np.array([abs(float(e) - exact) for e in repeated]) / abs(exact)
+        # √(mean of squares) of repetitions estimates the standard deviation that a standard error speaks of
         groups, means = _root_mean_squares(passes, errors)
         drawn = (means > 0) & (groups > 0)  # neither no error nor no pass has a place on a logarithmic axis
         label = name if (means > 0).all() else f"{name} (exact with {groups[means == 0][0]} passes)"

@@ -73,6 +73,8 @@ class Projection(ABC):
         self._check(block)
         self._check_range(offset, offset + block.shape[-1])
         if torch.is_grad_enabled() and block.requires_grad:
+            # The map is linear: its derivative is its adjoint, and nothing of the map is kept for the
+            # backward pass.
             result: Tensor = _Apply.apply(block, self, offset)
             return result
         return self._image(block, offset)
@@ -209,6 +211,7 @@ def _frozen(value: Any) -> object:
 
 def _working(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums: float32 for the half precisions."""
+    # bfloat16 has eight bits: a sum of ones would stop at 256
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
@@ -216,6 +219,7 @@ def _resolve_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and generator is not None:
         raise InputError("pass seed or generator, not both")
     if seed is None:
+        # the seed is drawn, not the map: a pickle, a file and another process make the same one of it
         source, _ = resolve_generator(generator)
         return int(torch.randint(2**62, (), generator=source))
     if not isinstance(seed, int) or isinstance(seed, bool):

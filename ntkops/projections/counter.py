@@ -46,6 +46,7 @@ def stream_key(seed: int, *labels: str | int) -> int:
     Returns:
         A key in [0, 2**64).
     """
+    # Seeds and labels that differ by one bit have keys that differ in half of theirs: the mix of SplitMix64.
     key = _mix(seed + _GAMMA)
     for label in labels:
         number = zlib.crc32(label.encode()) if isinstance(label, str) else label
@@ -108,6 +109,7 @@ def signs(key: int, start: int, stop: int, dtype: torch.dtype, device: torch.dev
     Returns:
         ``(stop - start,)`` of +1 and -1.
     """
+    # 64 signs a word: a range that begins within a word looks at all of it
     first = start // 64
     found = _expand(words(key, first, -(-stop // 64), device), dtype)
     return found[start - 64 * first : stop - 64 * first]
@@ -171,6 +173,8 @@ def normal_rows(
     Returns:
         ``(stop - start, width)``, mean 0 and variance 1, none beyond 5.8.
     """
+    # Two variates a word: 24 bits for the radius √(-2 log u), of which the least u is 2⁻²⁴, hence 5.8 at
+    # most; 24 for the angle.
     each = -(-width // 2)
     bits = words(key, start * each, stop * each, device)
     radius = (bits >> 40).bitwise_and_(2**24 - 1).add_(1).float().mul_(2.0**-24)  # in (0, 1]

@@ -85,6 +85,7 @@ class _Cyclic(Projection):
                 total.narrow(1, place, width).addcmul_(part, flip)
 
     def _read(self, state: Tensor) -> Tensor:
+        # places k to 2 k - 1 are 0 to k - 1 once around
         folded = state[..., : self.k] + state[..., self.k :]
         result = folded[:, 0].clone()
         for copy in folded.unbind(1)[1:]:  # in order: the same bits on every device

@@ -162,6 +162,7 @@ class Haar(Gaussian):
         return self._factor.to(device)
 
     def _read(self, state: Tensor) -> Tensor:
+        # y = Gᵀ x is what was summed; Qᵀ x = R⁻ᵀ Gᵀ x = L⁻¹ y with L = Rᵀ
         solved = torch.linalg.solve_triangular(self.factor(state.device), state.double().mT, upper=False)
         return solved.mT.mul(math.sqrt(self.dim / self.k)).to(state.dtype)
 

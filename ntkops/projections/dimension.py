@@ -17,6 +17,8 @@ _SAFE_RIDGE = 1e-2
 def _rate(epsilon: float) -> float:
     """Return r with P(| |Px|² - 1 | > ε) ≤ 2 exp(-k r) for a unit vector x."""
     if epsilon < 1:
+        # (ε - log(1 + ε)) / 2 ≥ ε² / 4 - ε³ / 6, Chernoff's bound for the upper tail of χ²_k / k; the lower
+        # one is thinner.
         return epsilon**2 / 4 - epsilon**3 / 6
     return (epsilon - math.log1p(epsilon)) / 2  # only the upper tail is left
 
@@ -24,6 +26,7 @@ def _rate(epsilon: float) -> float:
 def _needed_rate(n: int, failure: float) -> float:
     """Return k r for which all inner products of n vectors hold at once."""
     # |u + v| and |u - v| for each pair of unit vectors, and |u| for each: n² lengths in all.
+    # <u, v> = (|u + v|² - |u - v|²) / 4 is off by ε (|u + v|² + |u - v|²) / 4 = ε at most.
     return math.log(2) + 2 * math.log(n) - math.log(failure)
 
 
@@ -72,6 +75,7 @@ def jl_distortion(k: int, n: int, failure: float = 0.05) -> float:
         raise InputError(f"k={k!r}: pass a positive integer")
     _check(n, failure)
     needed = _needed_rate(n, failure) / k
+    # the rate grows with ε: bisection
     low, high = 0.0, 1.0
     while _rate(high) < needed:
         high *= 2

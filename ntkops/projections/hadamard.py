@@ -32,6 +32,8 @@ def _transform(block: Tensor) -> Tensor:
     power = block.shape[-1].bit_length() - 1
     left = _hadamard(2 ** (power // 2), block.dtype, block.device)
     right = _hadamard(2 ** (power - power // 2), block.dtype, block.device)
+    # H_ab = H_a ⊗ H_b, and (H_a ⊗ H_b) vec X = vec (H_a X H_b) for symmetric H: two matrix products of 2 √L
+    # multiplications an entry, where butterflies take log₂ L passes over memory.
     square = block.reshape(-1, len(left), len(right))
     return (left @ square @ right).reshape(block.shape)
 
@@ -84,6 +86,7 @@ class SRHT(Projection):
     def _chosen(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return ``(last - first, k)`` different rows of H for each block."""
         length = self.length
+        # the order of L random words is a uniform permutation: its first k are k rows without replacement
         order = words(self._key("row"), first * length, last * length, device).view(-1, length)
         return order.argsort(dim=1)[:, : self.k]
 

@@ -156,6 +156,7 @@ class LayerKronecker(Projection):
 
 def _sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """Return left M rightᵀ for each M of ``(B, d_out, d_in)``, the more expensive axis first."""
+    # the longer side is contracted first: the second product is then over the shorter one
     if matrix.shape[1] > matrix.shape[2]:
         return (left @ matrix) @ right.mT
     return left @ (matrix @ right.mT)

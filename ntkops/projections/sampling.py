@@ -42,6 +42,7 @@ class RowSample(Projection):
 
     @cached_property
     def _strata(self) -> tuple[Tensor, Tensor]:
+        # one entry of m, each with probability 1 / m, times √m: E[P^T P] = I within a stratum and across them
         edges = torch.arange(self.k + 1, dtype=torch.int64) * self.dim // self.k
         sizes = edges.diff()
         key = stream_key(self.seed, type(self).__name__, self.dim, self.k)

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint, fingerprint, load, only_writer, save
 from ..constructors import ntk, projected_ntk
 from ..engines import EngineChoice, tensor_bytes
 from ..errors import CheckpointError, InputError, NonFiniteError, OutOfRangeError
-from ..estimators._provenance import network_of
+from ..estimators._exact import network_of
 from ..model import BatchDim, Inputs
 from ..operators._projected_features import feature_rows
 from ..operators.axes import StateAxis

@@ -235,6 +235,7 @@ def _own_warnings() -> Iterator[list[str]]:
     """Collect the warnings of this library, for the notes; those of others go where they always go."""
     issued: list[str] = []
     with warnings.catch_warnings():
+        # each once: `issued` drops repetitions, and the registry of earlier calls must not
         warnings.simplefilter("always", NtkopsWarning)
         show = warnings.showwarning
 

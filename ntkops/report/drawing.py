@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .. import plotting
 from ..errors import MissingDependencyError
 from ..results import Eigenpairs, Estimate, TruncationRank
-from ..results.estimate import format_with_interval
+from ..results.estimate import format_estimate
 from .measures import KernelReport, Report
 from .record import write_whole
 
@@ -29,32 +29,6 @@ __all__ = [
 
 
 _LEADING = 5
-
-
-def format_estimate(estimate: Estimate) -> str:
-    """Return value and 95 % interval to the digits that the interval leaves meaningful.
-
-    Args:
-        estimate: A scalar estimate.
-
-    Returns:
-        One line, six digits if exact; half of the interval's width has two.
-
-    Example:
-        >>> import torch
-        >>> from ntkops.report import format_estimate
-        >>> from ntkops.results import Estimate
-        >>> value, error = torch.tensor(1234.5678), torch.tensor(0.25)
-        >>> noisy = Estimate(
-        ...     value, error, (value - 2 * error, value + 2 * error), "hutchinson", False, 20
-        ... )
-        >>> format_estimate(noisy), format_estimate(Estimate.of_exact(value, passes=3))
-        ('1234.57 (1234.07 to 1235.07)', '1234.57')
-    """
-    if estimate.exact:
-        return f"{float(estimate):.6g}"
-    value, low, high = format_with_interval(float(estimate), *(float(end) for end in estimate.interval))
-    return f"{value} ({low} to {high})"
 
 
 def format_with_error(value: float, error: float) -> str:

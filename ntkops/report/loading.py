@@ -61,6 +61,7 @@ def _find_factory(module_name: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        # the module itself, or a package of its path, is missing; else something that it imports
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise InputError(
                 f"--model: there is no module {error.name!r}; start in the directory that holds it, or put "
@@ -171,6 +172,7 @@ def parse_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
+        # a device may have a name and no driver: only a tensor on it tells
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(f"--device {name!r} cannot be used here: {brief(error)}") from error

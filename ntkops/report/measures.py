@@ -142,6 +142,7 @@ class _Builder:
     def generator(self) -> torch.Generator:
         """Return a generator of its own for the next quantity, so that errors are independent."""
         self._drawn += 1
+        # a prime apart, so that reports of neighbouring seeds share no generator in the first million draws
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self._drawn)
 
     def kernel(self, name: str, **choice: Any) -> NTKOperator:

@@ -130,6 +130,7 @@ def peak_memory_bytes() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    # kibibytes on Linux, bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -200,6 +200,7 @@ def accuracy(linearization: Linearization, x: Tensor, labels: Tensor, name: str)
             hits += int((guess.cpu() == labels[start:stop]).sum())
     count, z = len(labels), 1.96
     share = hits / count
+    # Wilson: all p with |share - p| ≤ z √(p (1 - p) / n), a quadratic inequality
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     spread = (share * (1 - share) / count) ** 0.5

@@ -1,10 +1,11 @@
 """The small frozen results that users read: estimates, spectra, and what an engine did."""
 
-from .chain import ChainReport, ChainRun, ChainStep
 from .check import Check, CheckReport
-from .comparison import Comparison
 from .distillation import (
     Barycenter,
+    ChainReport,
+    ChainRun,
+    ChainStep,
     Containment,
     DistillationInfo,
     InducingPoints,
@@ -16,7 +17,7 @@ from .distillation import (
 )
 from .engine import EngineInfo, LayerInfo
 from .estimate import Estimate, PassCount
-from .history import History
+from .history import Comparison, History
 from .partition import Partition
 from .regression import (
     ErrorTerms,
@@ -26,9 +27,8 @@ from .regression import (
     RidgePath,
     TruncationError,
 )
-from .solve import Solution, SolveInfo
+from .solve import Solution, SolveInfo, TrajectoryInfo
 from .spectra import Eigenpairs, EnergyGap, Redundancy, SpectralDensity, TruncationRank
-from .trajectory import TrajectoryInfo
 
 __all__ = [
     # estimates

@@ -19,7 +19,9 @@ from .html import facts_html
 __all__ = [
     "Estimate",
     "PassCount",
+    "format_estimate",
     "format_with_interval",
+    "value_with_interval",
 ]
 
 
@@ -178,19 +180,7 @@ class Estimate:
         return self * -1.0
 
     def _combined(self, other: Any, function: _Arithmetic, symbol: str, *, affine: bool) -> Estimate:
-        """Return a function of this estimate and another number.
-
-        Args:
-            other: A number or an estimate.
-            function: Of both values.
-            symbol: How messages call it.
-            affine: Whether it is affine and increasing or decreasing in either of them, the other held, so
-                that the ends of an interval become those of the result.
-
-        Raises:
-            EstimateError: If errors would have to be combined.
-            ShapeError: If the shapes do not fit together.
-        """
+        """Return a function of this estimate and another number."""
         if isinstance(other, Estimate):
             if not other.exact and self.exact and symbol in ("+", "*"):
                 return other._combined(self, function, symbol, affine=affine)
@@ -219,7 +209,9 @@ class Estimate:
         }
         if self.exact:
             return Estimate.of_exact(value, method=self.method, **made)
+        # affine in the estimate: ends become ends, in the other order where it falls
         one, two = (function(end, number) for end in self.interval)
+        # the standard error scales by |df / dx|, 1 for + and -, the number or its inverse for * and /
         slope = torch.ones_like(value) if symbol in ("+", "-") else function(torch.ones_like(value), number)
         interval = torch.minimum(one, two), torch.maximum(one, two)
         return dataclasses.replace(
@@ -263,6 +255,7 @@ class Estimate:
         else:
             return NotImplemented
         here = self._ends()
+        # monotone in both: decided iff all four pairs of ends agree
         found = {holds(one, two) for one in here for two in there}
         if len(found) == 2:
             raise EstimateError(
@@ -372,9 +365,43 @@ def format_with_interval(value: float, low: float, high: float) -> tuple[str, st
     if not 0 < half < math.inf or not size:
         return f"{value:.6g}", f"{low:.6g}", f"{high:.6g}"
     leading = math.floor(math.log10(size))
+    # two digits of the half width, seven in all at most
     places = min(1 - math.floor(math.log10(half)), 6 - leading)
     if 1e-4 < size < 1e7:
         shown = [f"{round(number, places):.{max(places, 0)}f}" for number in (value, low, high)]
     else:
         shown = [f"{number:.{max(0, places + leading)}e}" for number in (value, low, high)]
     return shown[0], shown[1], shown[2]
+
+
+def value_with_interval(value: float, low: float, high: float) -> str:
+    """Return ``value (low to high)``, the value alone where the interval has no width."""
+    if not low < high:
+        return f"{value:.6g}"
+    shown = format_with_interval(value, low, high)
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Return value and 95 % interval to the digits that the interval leaves meaningful.
+
+    Args:
+        estimate: A scalar estimate.
+
+    Returns:
+        One line, six digits if exact; half of the interval's width has two.
+
+    Example:
+        >>> import torch
+        >>> from ntkops.results.estimate import format_estimate
+        >>> from ntkops.results import Estimate
+        >>> value, error = torch.tensor(1234.5678), torch.tensor(0.25)
+        >>> noisy = Estimate(
+        ...     value, error, (value - 2 * error, value + 2 * error), "hutchinson", False, 20
+        ... )
+        >>> format_estimate(noisy), format_estimate(Estimate.of_exact(value, passes=3))
+        ('1234.57 (1234.07 to 1235.07)', '1234.57')
+    """
+    if estimate.exact:
+        return f"{float(estimate):.6g}"
+    return value_with_interval(float(estimate), *(float(end) for end in estimate.interval))

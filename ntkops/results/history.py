@@ -1,4 +1,4 @@
-"""Quantities along training, one row a checkpoint."""
+"""Tables of estimates: along training, one row a checkpoint, and of several networks side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .estimate import Estimate, format_with_interval
-from .html import table_html
+from .estimate import Estimate, format_estimate, value_with_interval
+from .html import table_html, table_text
 
-__all__ = ["History"]
+__all__ = [
+    "Comparison",
+    "History",
+]
 
 Step = int | float
 
@@ -182,30 +185,26 @@ class History:
             if values.dim() == 1:
                 found[name] = columns
                 continue
+            # a quantity with a shape has a column for each of its numbers
             wide = [column.flatten(1) for column in columns]
             for position in range(wide[0].shape[1]):
                 found[f"{name}[{position}]"] = tuple(column[:, position] for column in wide)
         return found
 
-    def _columns(self) -> list[list[str]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         columns = [["step", *(f"{step:g}" for step in self.steps)]]
         for name, (values, _, lows, highs) in self._flat().items():
             cells = zip(values.tolist(), lows.tolist(), highs.tolist(), strict=True)
-            columns.append([name, *(_cell(*cell) for cell in cells)])
-        return columns
+            columns.append([name, *(value_with_interval(*cell) for cell in cells)])
+        return list(zip(*columns, strict=True))
 
     def __str__(self) -> str:
         """Show a line for each row; a value that is not exact shows its 95 % interval."""
-        columns = self._columns()
-        widths = [max(map(len, column)) for column in columns]
-        lines = zip(*columns, strict=True)
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        )
+        return table_text(self._rows())
 
     def _repr_html_(self) -> str:
         """Show the same table in a notebook."""
-        header, *rows = zip(*self._columns(), strict=True)
+        header, *rows = self._rows()
         return table_html(header, rows, repr(self))
 
     def __repr__(self) -> str:
@@ -220,8 +219,63 @@ def _grow(known: Tensor | None, fresh: Tensor) -> Tensor:
     return fresh[None].clone() if known is None else torch.cat([known, fresh[None]])
 
 
-def _cell(value: float, low: float, high: float) -> str:
-    if not low < high:
-        return f"{value:.6g}"
-    shown = format_with_interval(value, low, high)
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+# -- scores of several networks
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """A table of scores: a row for each network, a column for each score; see `ntkops.compare`.
+
+    ``table["trace"]`` are the values of a column, ``print(table)`` shows all of it with the 95 % intervals.
+
+    Attributes:
+        names: Names of the R networks.
+        estimates: Score to the R scalar estimates.
+    """
+
+    names: tuple[str, ...]
+    estimates: dict[str, tuple[Estimate, ...]]
+
+    def __getitem__(self, score: str) -> Tensor:
+        """Return the values ``(R,)`` of a score, float64.
+
+        Raises:
+            InputError: If there is no such column.
+        """
+        if score not in self.estimates:
+            known = ", ".join(map(repr, self.estimates))
+            raise InputError(f"there is no score {score!r} in this table: choose among {known}")
+        return torch.stack([estimate.value for estimate in self.estimates[score]])
+
+    def order(self, score: str) -> list[str]:
+        """Return the names from the largest value of a score to the smallest.
+
+        Neighbours whose intervals overlap may stand in either order.
+        """
+        return [self.names[i] for i in self[score].argsort(descending=True).tolist()]
+
+    def __len__(self) -> int:
+        """Number of networks."""
+        return len(self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for JSON."""
+        columns = {score: [e.to_dict() for e in column] for score, column in self.estimates.items()}
+        return {"names": list(self.names), "estimates": columns}
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["", *self.estimates]]
+        for number, name in enumerate(self.names):
+            rows.append([name, *(format_estimate(column[number]) for column in self.estimates.values())])
+        return rows
+
+    def _repr_html_(self) -> str:
+        """Show the same table in a notebook."""
+        header, *rows = self._rows()
+        return table_html(header, rows)
+
+    def __str__(self) -> str:
+        """Show a line for each network."""
+        return table_text(self._rows())
+
+    __repr__ = __str__

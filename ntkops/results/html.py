@@ -1,10 +1,19 @@
-"""How results show themselves in a notebook: small tables, every text escaped."""
+"""How results show themselves: as aligned text, and in a notebook as small tables, every text escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["facts_html", "table_html"]
+__all__ = ["facts_html", "table_html", "table_text"]
+
+
+def table_text(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows as lines whose columns are aligned on the right."""
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
 
 
 def table_html(header: Sequence[object], rows: Iterable[Sequence[object]], title: str = "") -> str:

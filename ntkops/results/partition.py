@@ -75,6 +75,8 @@ class Partition:
             ZeroKernelError: If the kernel of a part is zero.
         """
         root = self._nonzero(self._squares()).sqrt()
+        # G_ab / (|K_a| |K_b|), divided twice: the product of two norms may leave the range where the ratio
+        # does not
         return self._of(self.inner.value / root.unsqueeze(-1) / root.unsqueeze(-2))
 
     @property
@@ -85,6 +87,7 @@ class Partition:
             ZeroKernelError: If the kernel of a part is zero.
         """
         root = self._nonzero(self._squares()).sqrt()
+        # <K_a, K> = Σ_b G_ab and |K|² = 1ᵀ G 1
         return self._of(self.inner.value.sum(-1) / root / self._whole_square().sqrt().unsqueeze(-1))
 
     def _squares(self) -> Tensor:

@@ -96,6 +96,7 @@ class ErrorTerms:
     @property
     def root_mean_square_bound(self) -> Tensor:
         """Sum of the three roots, which bounds the root mean square error."""
+        # Minkowski: the error is a sum of three functions, and its norm at most the sum of theirs
         return self.approximation.sqrt() + self.bias.sqrt() + self.variance.sqrt()
 
 

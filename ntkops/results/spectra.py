@@ -209,6 +209,7 @@ def smoothed(
         weights = torch.where(nodes > cutoff, weights, 0.0)
         nodes = nodes.clamp(min=cutoff if cutoff > 0 else torch.finfo(torch.float64).tiny).log10()
         grid = grid.log10()
+    # (p, g, m) Gaussians at a time; the square is what the variance of the probes needs
     height = 1 / (bandwidth * math.sqrt(2 * math.pi))
     first, second = [], []
     for points in grid.split(max(1, _BLOCK // nodes.numel())):
@@ -224,6 +225,7 @@ def shares(nodes: Tensor, weights: Tensor, grid: Tensor) -> Tensor:
     order = nodes.argsort(dim=-1)
     sums = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
     points = grid.to(nodes).expand(len(nodes), -1).contiguous()
+    # right=True counts nodes at the point: F(x) is the mass up to and with x
     places = torch.searchsorted(nodes.gather(-1, order).contiguous(), points, right=True)
     return (sums / sums[:, -1:]).gather(-1, places)
 

@@ -60,16 +60,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def column_products(space: Space, left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner product of each column of one block with the same column of another.
-
-    Args:
-        space: The space of the columns.
-        left: ``(*batch, n, k)``.
-        right: ``(*batch, n, k)``.
-
-    Returns:
-        ``(*batch, k)``, float64.
-    """
+    """Return the inner product of each column of one block with the same column of another."""
     # Columns become members of the batch, so that the space gives k numbers and no k x k matrix.
     pairs = space.inner(left.mT.unsqueeze(-1), right.mT.unsqueeze(-1))  # (*batch, k, 1, 1)
     return pairs[..., 0, 0]
@@ -88,21 +79,8 @@ def power_of_two(values: Tensor) -> Tensor:
 
 
 def as_block(rhs: Tensor, space: Space, what: str = "the right-hand side") -> Tensor:
-    """Return right-hand sides as a block ``(*batch, n, k)``, checked.
-
-    Args:
-        rhs: ``(n,)`` or ``(*batch, n, k)``.
-        space: The space of the columns.
-        what: Name for messages.
-
-    Returns:
-        ``(*batch, n, k)``.
-
-    Raises:
-        ShapeError: If it is no vector or block of the space.
-        DtypeError: If it has another dtype than the space.
-        NonFiniteError: If it holds NaN or infinity.
-    """
+    """Return right-hand sides as a block ``(*batch, n, k)``, checked."""
+    # (n,) or (*batch, n, k)
     block = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
     if block.dim() < 2 or block.shape[-2] != space.length:
         raise ShapeError(
@@ -114,11 +92,7 @@ def as_block(rhs: Tensor, space: Space, what: str = "the right-hand side") -> Te
 
 
 def require_finite(block: Tensor, space: Space, what: str) -> Tensor:
-    """Return a block.
-
-    Raises:
-        NonFiniteError: If it holds NaN or infinity, naming the first such column.
-    """
+    """Return a block."""
     finite = torch.isfinite(block)
     if space.any(not bool(finite.all())):
         bad = (~finite).flatten(0, -2).any(0).nonzero()
@@ -145,11 +119,7 @@ _ADVICE = {
 
 
 def check_options(tolerance: float, max_iterations: int | None) -> None:
-    """Check what all iterative solvers are asked.
-
-    Raises:
-        InputError: If the tolerance is not in (0, 1), or the number of iterations is not positive.
-    """
+    """Check what all iterative solvers are asked."""
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if not number or not math.isfinite(tolerance) or not 0 < tolerance < 1:
         raise InputError(f"tolerance={tolerance!r}: a relative residual is a number between 0 and 1")
@@ -171,11 +141,7 @@ def described(preconditioner: Any) -> dict[str, Any]:
 
 
 def finished(solution: Solution, raise_on_failure: bool) -> Solution:
-    """Return a solution, or raise with it where a column has failed.
-
-    Raises:
-        NotConvergedError: If a column misses its tolerance and that is to be raised.
-    """
+    """Return a solution, or raise with it where a column has failed."""
     info = solution.info
     if info.converged or not raise_on_failure:
         return solution

@@ -97,6 +97,8 @@ class ConjugateGradient:
         self._verified = verified
         norms = column_norms(space, rhs)
         self._tolerance = torch.full_like(norms, tolerance)
+        # Columns of length 1 to 2: squares of 1e-30 or 1e30 would leave the range of float32, and a power of
+        # two changes no digit.
         self._scale = power_of_two(norms)  # (*batch, k)
         self._norms = torch.where(norms > 0, norms / self._scale, torch.ones_like(norms))
         self._rhs = (rhs.double() / self._scale.unsqueeze(-2)).to(rhs.dtype)
@@ -160,7 +162,10 @@ class ConjugateGradient:
         live = self._status[..., columns] == _RUNNING
         directions = self._p[..., columns]
         images = self._product(directions)
+        # x ← x + α p and r ← r - α A p with α = r·z / p·A p, z = M⁻¹ r; each column has its own α.
         curvature = column_products(self._space, directions, images)
+        # p·A p ≤ 0 shows that A is not positive definite in its rounding: the column is looked at, and does
+        # not move.
         sound = live & (curvature > 0)
         ratio = torch.where(sound, self._rz[..., columns] / torch.where(sound, curvature, 1.0), 0.0)
         length = ratio.unsqueeze(-2).to(directions.dtype)
@@ -222,6 +227,7 @@ class ConjugateGradient:
         residual, last = self._r[..., columns], self._p[..., columns]
         image = self._preconditioned(residual)
         rz, before = column_products(self._space, residual, image), self._rz[..., columns]
+        # β = r·z / (r·z before), p ← z + β p: conjugate to all directions before, in exact arithmetic
         ratio = torch.where(before > 0, rz / torch.where(before > 0, before, 1.0), 0.0)
         turned = image + last * ratio.unsqueeze(-2).to(image.dtype)
         self._p[..., columns] = torch.where(chosen.unsqueeze(-2), turned, last)
@@ -233,6 +239,7 @@ class ConjugateGradient:
 
     def _require_positive(self, columns: Tensor, rz: Tensor) -> None:
         status, moving = self._status[..., columns], self._relative(self._r[..., columns], columns) > 0
+        # r·M⁻¹ r ≤ 0 for r ≠ 0
         bad = (status == _RUNNING) & moving & ~(rz > 0)
         self._status[..., columns] = torch.where(bad, _PRECONDITIONER, status)
 
@@ -254,6 +261,8 @@ class ConjugateGradient:
         columns, due, broken = columns[some], due[..., some], broken[..., some]
         residual = self._rhs[..., columns] - self._product(self._x[..., columns])
         true = self._relative(residual, columns)
+        # What the recursion calls r drifts away from b - A x by the rounding of each step. A restart puts the
+        # true one in its place; where that no longer falls, rounding is all that is left in it.
         last = self._true[..., columns]
         self._keep_best(columns, true, due)
         met = due & (true <= self._tolerance[..., columns])

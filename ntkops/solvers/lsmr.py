@@ -124,6 +124,8 @@ def _iterate(work: _Bidiagonal, wanted: Tensor, tolerance: float, most: int) -> 
             return best, residuals, "max_iterations"
         if worst > _PROGRESS * last:
             return best, residuals, "stagnated"
+        # The bound is one of the normal equations and the residual one of the system: their ratio is that of
+        # this look, and half of it is asked for next.
         last, target = worst, target * min(0.5, 0.5 * tolerance / worst)
     return best, residuals, "converged"
 
@@ -158,17 +160,24 @@ class _Bidiagonal:
     def step(self) -> None:
         """Make one step: a product with J and one with Jᵀ."""
         dtype = self._u.dtype
+        # β u = J v - α u and α v = Jᵀ u - β v: the next column of the lower bidiagonal B_k, and the next
+        # basis vectors.
         self._u, beta = _unit(self._pushed(self._v) - self._u * self._alpha.to(dtype), self._rows)
         self._v, self._alpha = _unit(self._pulled(self._u) - self._v * beta.to(dtype), self._columns)
+        # rotation 1: the row √ridge of the damped problem goes into the diagonal
         alphahat = (self._alphabar.square() + self._ridge).sqrt()
+        # rotation 2: β below the diagonal goes, which leaves R_k with ρ on its diagonal and θ above it
         rho_old, rhobar_old = self._rho, self._rhobar
         self._rho = (alphahat.square() + beta.square()).sqrt()
         theta = beta / self._rho * self._alpha
         self._alphabar = alphahat / self._rho * self._alpha
+        # rotation 3: R_kᵀ, whose least-squares problem LSMR minimises, becomes upper bidiagonal with ρ̄ and
+        # θ̄
         thetabar, rhotemp = self._sbar * self._rho, self._cbar * self._rho
         self._rhobar = (rhotemp.square() + theta.square()).sqrt()
         self._cbar, self._sbar = rhotemp / self._rhobar, theta / self._rhobar
         zeta, self._zetabar = self._cbar * self._zetabar, -self._sbar * self._zetabar
+        # h, h̄ and w along: w minimises |Jᵀ (b - J w) - ridge w| over the Krylov space, which is |ζ̄|
         self._hbar = self._h - self._hbar * (thetabar * self._rho / (rho_old * rhobar_old)).to(dtype)
         self._w = self._w + self._hbar * (zeta / (self._rho * self._rhobar)).to(dtype)
         self._h = self._v - self._h * (theta / self._rho).to(dtype)
@@ -177,6 +186,7 @@ class _Bidiagonal:
 
     def look(self) -> tuple[Tensor, Tensor]:
         """Return x = (b - J w) / ridge and the true relative residual of each of its columns."""
+        # (J Jᵀ + ridge) x = b with w = Jᵀ x: ridge x = b - J w
         x = (self.rhs - self._pushed(self._w)) / self._ridge
         rest = self.rhs - self._pushed(self._pulled(x)) - self._ridge * x
         self.products += 2 * self.rhs.shape[-1]

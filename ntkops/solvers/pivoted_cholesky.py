@@ -186,6 +186,7 @@ class _Growing:
         self._trace = float(self._diagonal.sum())
         self._dtype = diagonal.dtype
         rounding = torch.finfo(diagonal.dtype).eps * len(self._diagonal)
+        # n units of rounding of the trace, and of the largest entry: what is below is no remainder any more
         self._floor = max(tolerance, rounding) * self._trace
         self._cutoff = rounding * float(self._diagonal.max()) if len(self._diagonal) else 0.0
         self._factor = diagonal.new_empty((len(diagonal), rank))
@@ -247,6 +248,8 @@ class _Growing:
         accepted: list[int] = []
         for i in range(len(proposed)):
             left = float(rest[i, i])
+            # Proposed with probability d_i / Σ d of before the block; d_i now ≤ d_i then, so that accepting
+            # with their ratio leaves the law of pivots that are taken one after the other.
             if left > self._cutoff and float(chances[i]) * float(before[i]) < left:
                 column = rest[:, i] / left**0.5
                 rest = rest - torch.outer(column, column)
@@ -261,6 +264,7 @@ class _Growing:
         row, rest = self._space.take(known, number)[0].double(), column.clone()
         for start in range(0, len(rest), _ROWS):  # a float64 copy of the whole factor would double it
             rest[start : start + _ROWS] -= known[start : start + _ROWS].double() @ row
+        # column k of F = (K e_p - F F_pᵀ) / √(what is left of K_pp)
         left = float(self._space.take(rest.unsqueeze(-1), number))
         if left <= self._cutoff:
             self.residual[pivot] = 0.0
@@ -269,6 +273,7 @@ class _Growing:
         self._pivots.append(pivot)
         explained = self._whole(self._factor[:, size].double().square())
         self.residual = (self.residual - explained).clamp(min=0)
+        # exactly, in the rows of pivots: rounding would let a pivot be drawn again
         self.residual[self._pivots] = 0.0
 
     def result(self, method: str, seed: int | None) -> PivotedFactor:

@@ -53,6 +53,7 @@ class FactorPreconditioner:
         self._basis, self._scaling, self._space = basis, scaling, space
         self.values, self.name, self.products, self.seed = values, name, products, seed
         self.rank = values.shape[-1]
+        # U (λ_r + μ) (Λ + μ)⁻¹ Uᵀ + I - U Uᵀ = I + U w Uᵀ with w = (λ_r + μ) / (Λ + μ) - 1 in (-1, 0].
         smallest = values[..., -1:] if self.rank else torch.zeros_like(ridge)
         self._weights = ((smallest + ridge) / (values + ridge) - 1).unsqueeze(-1)  # (*batch, r, 1)
         self._known = None
@@ -86,6 +87,8 @@ class _KnownSpace:
         self._sketch, self._basis, self._space = sketch, basis, space
         self._ridge, self._level = ridge.unsqueeze(-1), level.unsqueeze(-1)
         self._weighted = values.unsqueeze(-1) * space.inner(basis, sketch)  # Λ Uᵀ W, (*batch, r, s)
+        # E = Wᵀ (K + μ) W = (Λ Uᵀ W)ᵀ Λ⁻¹ (Λ Uᵀ W) + μ Wᵀ W: a sum of two squares, where Wᵀ (K W) would be
+        # symmetric up to rounding alone.
         core = space.inner(sketch, sketch) * self._ridge
         core = core + (self._weighted.mT / values.clamp(min=_TINY).unsqueeze(-2)) @ self._weighted
         self._core = torch.linalg.cholesky((core + core.mT) / 2)
@@ -224,6 +227,8 @@ def _checked_diagonal(diagonal: float | Tensor, factor: Tensor, space: Space) ->
 
 def _eigenpairs(factor: Tensor, dtype: torch.dtype, space: Space) -> tuple[Tensor, Tensor]:
     """Return U and Λ with F Fᵀ = U Λ Uᵀ, largest first."""
+    # F = Q T = Q (U' S V'ᵀ): eigenvectors Q U' and eigenvalues S² without F Fᵀ, whose condition number is
+    # squared
     basis = space.orthonormalize(factor)  # (*batch, n, r)
     triangle = space.inner(basis, factor)  # (*batch, r, r'), float64
     rotation, singular, _ = torch.linalg.svd(triangle, full_matrices=False)
@@ -293,6 +298,8 @@ def _nystrom(
         image = require_finite(multiply(sketch), space, "a product of the operator")
         scale = space.sum_squares(image).sum(-1).sqrt()[..., None, None]  # |Y|_F, (*batch, 1, 1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        # K + ν has no eigenvalue below ν, so that the core can be inverted in this rounding; ν is taken off
+        # the eigenvalues of F Fᵀ again (Tropp et al. 2017, Algorithm 3).
         shift = torch.finfo(image.dtype).eps
         shifted = image.double() / scale + shift * sketch.double()
         core = space.inner(sketch, shifted)  # (*batch, r, r)

@@ -182,6 +182,7 @@ class _Refinement:
 
     def correct(self, most: int) -> None:
         """Find corrections of the running columns, and keep those that help."""
+        # No further below what is left than coarse products can go, and no further than the tolerance asks.
         target = torch.maximum(self.residuals * self._inner, torch.tensor(_SAFETY * self._tolerance))
         if self.corrections:
             residual = self._residual.to(self._narrow)
@@ -191,6 +192,7 @@ class _Refinement:
         iterate(self.iteration, most)
         k = self._running.shape[-1]
         columns = self._running.reshape(-1, k).any(0).nonzero().flatten()
+        # Corrections are summed in float64: each may be coarse, as the next residual sees what it has left.
         trial = self._x[..., columns] + self.iteration.found()[..., columns].double()
         rest = self._rhs[..., columns] - self._product(trial)
         after = column_norms(self._space, rest) / self._norms[..., columns]
@@ -212,6 +214,8 @@ class _Refinement:
         self._residual[..., columns] = torch.where(wide, rest, self._residual[..., columns])
         self.residuals[..., columns] = torch.where(better, after, before)
         met = self.residuals[..., columns] <= self._tolerance
+        # Directions from before a replacement may have lost conjugacy: once they are forgotten, then the
+        # column ends.
         idle = live & ~met & (after > _PROGRESS * before)
         failed = idle & self._fresh[..., columns]
         self._fresh[..., columns] = idle

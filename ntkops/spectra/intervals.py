@@ -38,6 +38,7 @@ def guarded_freedom(mean: float, variance: float, probes: int) -> float:
     """
     if variance <= 0:
         return math.inf
+    # s χ²_ν has mean s ν and variance 2 s² ν: ν = 2 mean² / variance
     freedom = 2 * (mean / math.sqrt(variance)) ** 2
     return max(freedom / (1 + 2 / math.sqrt(probes)), min(freedom, float(probes)), 1.0)
 
@@ -60,6 +61,8 @@ def scaled_chi_square(freedom: float, level: float) -> tuple[float, float]:
     if freedom > _NORMAL:
         width = float(scipy.stats.norm.ppf(1 - level / 2)) * math.sqrt(2 / freedom)
         return 1 / (1 + width), 1 / (1 - width)
+    # mean / true ~ χ²_ν / ν, so that the ends are ν / quantile: inverted, the upper quantile gives the low
+    # end.
     low, high = scipy.stats.chi2.ppf([level / 2, 1 - level / 2], freedom)
     return freedom / float(high), freedom / float(low)
 

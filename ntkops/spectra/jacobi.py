@@ -137,6 +137,8 @@ class Jacobi:
         # A Ritz value at the end itself, or below it by rounding, takes the node with it.
         slack = 4 * torch.finfo(torch.float64).eps * self.scale
         fixed = torch.minimum(torch.full_like(nodes[:, 0], end), nodes[:, 0] - slack)  # (p,)
+        # T bordered by β and ω has the eigenvalue θ iff ω - θ = β² e_mᵀ (T - θ)⁻¹ e_m = Σ_i (β s_mi)² / (θ_i
+        # - θ), with s the eigenvectors of T.
         coupling = torch.where(self.alive, self.betas[:, -1], 0.0)
         gaps = nodes - fixed.unsqueeze(-1)
         inner = ((vectors[:, -1] * coupling.unsqueeze(-1)).square() / gaps.clamp(min=slack or 1.0)).sum(-1)
@@ -168,6 +170,8 @@ class Jacobi:
             alpha, beta = self.alphas[:, step, None], self.betas[:, step, None]
             before = self.betas[:, step - 1, None] if step else torch.zeros_like(beta)
             following = ((points - alpha) * current - before * previous) / torch.where(beta > 0, beta, 1.0)
+            # far outside the spectrum polynomials grow by powers of m: 1e150 squared is still a number, and 1
+            # / it is 0
             previous, current = current, following.clamp(-1e150, 1e150)
             total = total + current.square()
         return torch.where(self.alive[:, None], 1 / total, 0.0)
@@ -192,6 +196,8 @@ class Jacobi:
             alpha = torch.where(alive, alpha, self.alphas[:, 0])
         self.alphas = torch.cat([self.alphas, alpha.unsqueeze(-1)], dim=-1)
         self.betas = torch.cat([self.betas, torch.where(alive, beta, 0.0).unsqueeze(-1)], dim=-1)
+        # |K v| is rounded to some eps of the largest eigenvalue: a rest of that length has a random
+        # direction.
         cutoff = _EXHAUSTED * torch.finfo(rest.dtype).eps * self.scale
         self.alive = alive & (beta > cutoff)
         if self.steps >= self._space.size:

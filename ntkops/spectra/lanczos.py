@@ -58,9 +58,11 @@ def choose_deflation(
         rest = float(kept.sum())
         mean = float((kept * values).sum()) / rest
         spread = float((kept * (values - mean).square()).sum()) / rest
+        # a direction of length √d, d = rest: d² 2 / (d + 2) times the variance of f over the spectrum
         variance = 2 * rest**2 / (rest + 2) * spread  # of one direction
         price = _AT_ALL + _PER_VECTOR * size if size else 0.0
         if error is not None:
+            # 1.96² = 3.84 variances in the square of a 95 % half width
             wanted = max(3.84 * variance / error**2, 8.0) if error else math.inf
             costs[size] = price + steps * max(wanted - (drawn if not size else 0), 0.0)
         else:
@@ -106,7 +108,7 @@ class Lanczos:
         space: The space of its vectors.
         generator: Draws the directions that no product gives.
         block_size: Columns multiplied at a time.
-        report: Called with the number of products after each block.
+        report: Called with the number of columns multiplied after each block.
 
     Example:
         >>> import torch
@@ -228,14 +230,10 @@ class Lanczos:
         self._project(images)
         self._next = self._orthogonal(images)
         if self._report is not None:
-            self._report(self.products)
+            self._report(fresh.shape[-1])
 
     def _project(self, images: Tensor) -> None:
-        """Add rows and columns of Vᵀ K V; its two triangles tell whether K is symmetric.
-
-        Raises:
-            UnsupportedOperationError: If K is not symmetric.
-        """
+        """Add rows and columns of Vᵀ K V; its two triangles tell whether K is symmetric."""
         block = images.shape[-1]
         columns = self._space.inner(self._vectors, images)  # (m, b)
         rows = self._space.inner(self._vectors[:, -block:], self._images)  # (b, m)
@@ -300,8 +298,11 @@ class Lanczos:
 
     def _restart(self, count: int) -> None:
         """Keep the best Ritz vectors alone; their products follow, and the next direction still fits."""
+        # Ritz vectors beyond the wanted ones keep what is known next to them, on which convergence of the
+        # last of them hangs.
         kept = min(self._size, count + max(8, count // 2))
         values, rotation = self._ritz(kept)
+        # K (V S) = (K V) S: products turn along with the basis, and none is repeated.
         self._vectors, self._images = self._vectors @ rotation, self._images @ rotation
         self._projected = torch.diag(values)
 

@@ -163,6 +163,8 @@ def function_trace(
         low, high = _GROWTH
         factor = min(max(1.1 * excess**2, low), high) if math.isfinite(excess) and tolerant else high
         probes = math.ceil(work.count * factor)
+        # Rounding shifts the spectrum by the same amount for every probe: no mean over probes makes that
+        # smaller.
         if tolerant and work.hopeless():
             return work.result(level, met=False)
 
@@ -283,6 +285,8 @@ class _Work:
         """
         shift = self._shift()
         nodes, weights = rules.gauss()
+        # Bernstein functions have f^(2m) ≤ 0 and f^(2m+1) ≥ 0: the Gauss rule errs upwards, the Radau rule
+        # with a node at 0 downwards, at every m.
         self.least = min(self.least, float(nodes.min()))
         radau_nodes, radau_weights = rules.radau(0.0)
         values = self._at(nodes)
@@ -309,6 +313,8 @@ class _Work:
             # Without a tolerance: of the error that the probes will leave when the products are spent.
             assert self.limit is not None
             expected = max(1.0, self.limit / max(self.steps, 1))
+            # Twice the standard error of the mean over the probes that the products will pay for, times d for
+            # the trace.
             target = 2 * _SHARE * d * math.sqrt(2 / (d + 2) * max(square - best**2, 0.0) / expected)
         floor = 64 * torch.finfo(torch.float64).eps * d * abs(upper)  # what more steps cannot narrow
         return d * (upper - lower) <= max(2 * target, floor)

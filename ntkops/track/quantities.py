@@ -208,11 +208,14 @@ def _target_alignment(point: Point, first: Point, options: Options) -> Estimate:
     with torch.no_grad(), count_passes() as counter:
         products = (point.kernel @ columns).double()
     wide = columns.double()
+    # <K, Y Yᵀ> = tr Yᵀ K Y: c products, and no n x n matrix of labels
     top = (wide * products).sum((-2, -1)).cpu()  # <K, Y Yᵀ>, exact
+    # |Y Yᵀ|_F = |Yᵀ Y|_F, c x c
     size = torch.linalg.matrix_norm(wide.mT @ wide).cpu()  # |Y Yᵀ|_F
     norm = _norm(point, first, options)
     low, high = norm.interval
     value = top / (norm.value * size)
+    # only the norm is estimated, in which the cosine is monotone: ends of one give ends of the other
     ends = torch.stack([top / (high * size), top / (low.clamp(min=0) * size)]).clamp(-1, 1).sort(dim=0).values
     return dataclasses.replace(
         norm,

@@ -157,6 +157,7 @@ def track(  # type: ignore[misc]  # the overloads do not repeat the options
     if checkpoints is None and steps is not None:
         raise InputError("steps= belongs to checkpoints=; inside a training loop pass record(step)")
     generator_, _ = checked_generator(generator)
+    # drawn once: every checkpoint meets the same probes, so that differences between rows are not theirs
     seed = int(torch.randint(_SEEDS, (), generator=generator_))
     tracker = Tracker(
         model,

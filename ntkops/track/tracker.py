@@ -199,6 +199,7 @@ class Tracker:
             NtkopsError: What estimators and kernels raise; the rows before are kept.
         """
         number = self._calls if step is None else step
+        # x - x is 0 for finite numbers alone
         if not isinstance(number, int | float) or isinstance(number, bool) or number - number != 0:
             raise InputError(f"step={step!r}: pass a finite number, or None to count")
         values = self._values_now() if weights is None else read_weights(weights)
@@ -210,6 +211,7 @@ class Tracker:
         start = time.perf_counter()
         point, first = self._points(linearization)
         try:
+            # sums are split over threads: a table has rows of one split
             with checkpoint.threads(self._ledger.route["threads"]):
                 row = {
                     name: quantity(point, first, self._options) for name, quantity in self._quantities.items()

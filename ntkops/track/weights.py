@@ -72,6 +72,7 @@ def _read_file(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read ({error.strerror or error})") from error
     try:
+        # a zip archive, or the pickle of older files: both are read with weights_only, which executes nothing
         if start.startswith(_TORCH_FILES):
             return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path, device="cpu")
@@ -184,6 +185,7 @@ class Places:
                 raise DtypeError(
                     f"{what}, {name!r}: it has dtype {value.dtype}, the model {own.dtype}; cast one of them"
                 )
+            # state dicts name tied tensors twice; the same values twice are no contradiction
             known = given.get(first)
             if known is not None and known is not value and not torch.equal(known, value):
                 raise InputError(
@@ -196,6 +198,7 @@ class Places:
     def _stripped(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return values without a prefix that a wrapper of the model put before every name."""
         for prefix in _PREFIXES:
+            # all or none: a module of the model may be called "module" itself
             if all(name.startswith(prefix) and name not in self._canonical for name in values):
                 values = {name.removeprefix(prefix): value for name, value in values.items()}
         return values
@@ -227,5 +230,6 @@ def stored_values(places: Places, linearization: Linearization) -> dict[str, Ten
     base = places.base
     kept = dict(zip(linearization.names, linearization.parameters, strict=True))
     for own, values in ((base.frozen, linearization.frozen), (base.buffers, linearization.buffers)):
+        # what training leaves alone is in the base already
         kept |= {name: value for name, value in values.items() if not torch.equal(value, own[name])}
     return kept

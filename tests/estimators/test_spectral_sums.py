@@ -7,7 +7,14 @@ import torch
 from linear_operator.operators import DenseLinearOperator
 
 import ntkops
-from ntkops.errors import InputError, NotConvergedWarning, ShapeError, SingularKernelError, ZeroKernelError
+from ntkops.errors import (
+    InputError,
+    NotConvergedWarning,
+    NtkopsWarning,
+    ShapeError,
+    SingularKernelError,
+    ZeroKernelError,
+)
 from ntkops.estimators import effective_dimension, logdet
 from ntkops.operators import RidgeOperator
 from tests.cases import BY_NAME
@@ -158,7 +165,10 @@ def test_indefinite_operators_are_refused_by_quadrature_as_by_the_exact_way(leas
             with pytest.raises(InputError, match="not positive semidefinite"):
                 quantity(A, ridge, method=method, generator=torch.Generator().manual_seed(0))
     kernel = DenseLinearOperator(A)
-    with pytest.raises(InputError, match="positive semidefinite"):
+    with (
+        pytest.warns(NtkopsWarning, match="logdet"),
+        pytest.raises(InputError, match="positive semidefinite"),
+    ):
         RidgeOperator(kernel, ridge).logdet_estimate(generator=torch.Generator().manual_seed(0))
 
 

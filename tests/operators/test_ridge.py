@@ -8,12 +8,13 @@ from linear_operator.operators import DenseLinearOperator, DiagLinearOperator, I
 
 import ntkops
 from ntkops.errors import (
+    DenseMemoryError,
     DtypeError,
     InputError,
     NotConvergedError,
+    NtkopsWarning,
     ShapeError,
     SingularKernelError,
-    UnsupportedOperationError,
 )
 from ntkops.operators import RidgeOperator
 from tests.cases import BY_NAME
@@ -136,13 +137,36 @@ def test_log_determinants_are_exact_where_they_fit_and_have_an_error_elsewhere(o
     dense = dense_of(outputs)
     exact = torch.logdet(dense + RIDGE * identity_like(dense))
     torch.testing.assert_close(kernel(outputs, lazy=False).add_jitter(RIDGE).logdet(), exact)
+    fits = kernel(outputs, lazy=False).add_jitter(RIDGE).with_solver(method="cg")
+    b = columns(fits.shape[-1], 1).expand(*fits.batch_shape, -1, -1)
+    quadratic, determinant = fits.inv_quad_logdet(b, True)  # a determinant is exact beside any solver
+    torch.testing.assert_close(determinant, exact)
     A = kernel(outputs).add_jitter(RIDGE)
-    found = A.logdet_estimate(rtol=0.05)
-    assert found.converged and found.value.shape == exact.shape
-    assert bool(((found.value - exact).abs() <= 0.05 * exact.abs()).all())
-    quadratic, determinant = A.inv_quad_logdet(columns(A.shape[-1], 1).expand(*A.batch_shape, -1, -1), True)
-    torch.testing.assert_close(determinant, A.logdet())
-    assert quadratic.shape == exact.shape
+    generator = torch.Generator().manual_seed(0)
+    found = ntkops.logdet(A, num_passes=2000, method="slq", generator=generator)
+    assert found.converged and found.value.shape == exact.shape and not found.exact
+    assert bool(((found.interval[0] <= exact) & (exact <= found.interval[1])).all())
+    for ask in (A.logdet, lambda: torch.logdet(A), lambda: A.inv_quad_logdet(b, True)):
+        with pytest.raises(DenseMemoryError, match=r"ntkops\.logdet"):
+            ask()
+    torch.testing.assert_close(A.inv_quad(b), quadratic, rtol=1e-5, atol=1e-6)
+    with pytest.warns(NtkopsWarning, match=r"ntkops\.logdet"):
+        former = A.logdet_estimate(rtol=0.05)
+    assert bool(((former.value - exact).abs() <= 0.05 * exact.abs()).all())
+
+
+@pytest.mark.parametrize("limit", ["auto", 0])
+def test_a_kernel_without_a_ridge_follows_the_same_rule(limit):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1)).double()
+    K = ntkops.ntk(model, columns(6, 3), max_dense_bytes=limit)
+    if limit == "auto":
+        dense = K.to_dense()
+        torch.testing.assert_close(K.logdet(), torch.logdet(dense))
+        torch.testing.assert_close(ntkops.logdet(K).value, torch.logdet(dense))
+        return
+    for ask in (K.logdet, lambda: torch.logdet(K)):
+        with pytest.raises(DenseMemoryError, match=r"ntkops\.logdet"):
+            ask()
 
 
 def gradients(lazy, quantity):
@@ -168,9 +192,9 @@ def test_gradients_of_iterated_solves_are_those_of_exact_ones_twice(quantity):
             torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_gradient_that_is_not_there_is_refused():
+def test_a_determinant_that_has_no_room_is_refused_with_its_gradient():
     K = kernel(differentiable=True).requires_grad_(True)
-    with pytest.raises(UnsupportedOperationError, match="no gradient"):
+    with pytest.raises(DenseMemoryError, match=r"ntkops\.logdet"):
         RidgeOperator(K, RIDGE).logdet()
 
 

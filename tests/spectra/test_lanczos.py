@@ -26,6 +26,20 @@ def test_a_crowded_spectrum_takes_restarts_and_is_right(block_size):
     assert found._vectors.shape[-1] <= 3 * 4 + 8 * block_size + 60
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_what_is_reported_adds_up_to_the_products(block_size):
+    matrix, seen = torch.diag(torch.arange(20.0, dtype=torch.float64)), []
+    found = Lanczos(
+        lambda block: matrix @ block,
+        Space(20, torch.float64),
+        generator(0),
+        block_size=block_size,
+        report=seen.append,
+    )
+    assert found.solve(2, tolerance=1e-9).products == sum(seen)
+    assert max(seen) == block_size
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("where", [0, 3])
 def test_copies_are_found_wherever_they_are(where, seed):

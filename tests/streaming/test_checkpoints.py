@@ -106,7 +106,7 @@ def test_the_file_is_written_as_often_as_asked(every, tmp_path, monkeypatch):
     written = []
     save = checkpoint.save
     monkeypatch.setattr(
-        "ntkops.part_files.save", lambda *a, **k: (written.append(a[2]["done"]), save(*a, **k))
+        "ntkops.checkpoint.save", lambda *a, **k: (written.append(a[2]["done"]), save(*a, **k))
     )
     ntkops.frobenius_norm(_kernel(), checkpoint=tmp_path / "file", checkpoint_every=every)
     tiles = 5 * 6 // 2  # of 12 of 57 rows
