@@ -14,15 +14,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_model_of_the_table_passes(case, dtype):
-    model, x = case.make().to(dtype), case.data(4)
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        x = x.to(dtype)
-    elif isinstance(x, dict):
-        x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in x.items()}
-    K = ntkops.ntk(model, x, **case.options) if hasattr(case, "options") else ntkops.ntk(model, x)
+# In turn: what is checked of a model hardly depends on its dtype, and each dtype meets half of the models.
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: CASES[number].name)
+def test_every_model_of_the_table_passes(number):
+    case, dtype = CASES[number], (torch.float32, torch.float64)[number % 2]
+    K = ntkops.ntk(case.make(dtype), case.data(4, dtype), **case.options)
     report = check_operator(K, generator=seeded())
     assert report.passed, str(report)
     assert report["true derivative"].passed is not False

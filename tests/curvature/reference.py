@@ -1,6 +1,7 @@
 """Networks and the dense Gauss-Newton matrix of a loss, by torch alone."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -23,7 +24,13 @@ class Tokens(nn.Module):
 
 
 def network(name, dtype=torch.float64):
-    """Return a network, its samples, and class numbers."""
+    """Return a network and its samples, the same for all tests, and class numbers of one's own."""
+    model, x, y = _network(name, dtype)
+    return model, x, y.clone()
+
+
+@functools.cache
+def _network(name, dtype):
     generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng():
         torch.manual_seed(2)

@@ -5,16 +5,17 @@ import torch
 
 import ntkops
 from ntkops.errors import InputError, ZeroKernelError
+from tests.pairs import pairs
 
 from .reference import descent, spectrum
 
 STEPS = [0, 1, 7, 150]
 
 
-@pytest.mark.parametrize("method", ["eigh", "krylov"])
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("share", [0.3, 0.98])  # below and above the rate where factors change their sign
+# Shares of the largest rate below and above the one where factors change their sign.
+@pytest.mark.parametrize(
+    "method, momentum, decay, share", pairs(["eigh", "krylov"], [0.0, 0.5, 0.9], [0.0, 0.01], [0.3, 0.98])
+)
 def test_steps_are_those_of_the_optimizer(method, momentum, decay, share):
     generator = torch.Generator().manual_seed(2)
     J = torch.randn(30, 40, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 40)

@@ -50,17 +50,17 @@ def test_what_does_not_batch_goes_one_after_the_other(function):
     weights = list(model.parameters())
     rows = [torch.autograd.grad(y, weights, retain_graph=True) for y in model(x).flatten()]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    K = ntkops.ntk(model, x)
+    linearization = ntkops.linearize(model)
+    K = ntkops.ntk(linearization, x)
     torch.testing.assert_close(K.to_dense(), J @ J.T)
-    found = K._core.engine.linearization.verdict.batched
-    assert set(found.values()) == {function is None}
-    assert set(K._core.engine.covered) == set(dict(model.named_parameters()))
+    assert set(linearization.verdict.batched.values()) == {function is None}
+    assert set(K.engine_info.covered) == set(dict(model.named_parameters()))
     K.free()
     torch.testing.assert_close(K.to_dense(), J @ J.T)
 
 
 def test_nothing_is_tried_where_one_direction_is_wanted():
     model, x = nn.Linear(3, 1), torch.randn(5, 3)
-    K = ntkops.ntk(model, x)
-    K.to_dense()
-    assert not K._core.engine.linearization.verdict.batched
+    linearization = ntkops.linearize(model)
+    ntkops.ntk(linearization, x).to_dense()
+    assert not linearization.verdict.batched

@@ -11,6 +11,7 @@ import ntkops
 from ntkops.engines.differentiation import linearize_batch, sample_gradients
 from ntkops.errors import DifferentiationError, InputError, NonFiniteError
 from tests.cases import BY_NAME, CASES, REVERSE_ONLY, Case, reference_jacobian
+from tests.pairs import pairs
 
 
 class HiddenNoGrad(nn.Module):
@@ -37,9 +38,10 @@ class RootAtZero(nn.Module):
         return (x * self.weight).abs().sum(1, keepdim=True).sqrt()
 
 
-@pytest.mark.parametrize("name", ["mlp", "gru-time", "attention", "tied"])
-@pytest.mark.parametrize("mode", ["forward", "double", "classic"])
-@pytest.mark.parametrize("columns", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    "name, mode, columns",
+    pairs(["mlp", "gru-time", "attention", "tied"], ["forward", "double", "classic"], ["vmap", "loop"]),
+)
 def test_every_mode_gives_the_same_products(name, mode, columns):
     case = BY_NAME[name]
     model, x = case.make(), case.data()
@@ -164,9 +166,15 @@ class Difference(nn.Module):
         return self.one(x) - self.other(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
-@pytest.mark.parametrize("name", ["key.bias", "before.bias", "shift", "one.key.bias"])
+@pytest.mark.parametrize(
+    "name, engine, dtype",
+    pairs(
+        ["key.bias", "before.bias", "shift", "one.key.bias"],
+        ["auto", "autograd"],
+        [torch.float64, torch.float32, torch.bfloat16],
+    ),
+    ids=str,
+)
 def test_a_parameter_that_does_not_move_the_output_has_a_kernel_of_zeros(name, engine, dtype):
     torch.manual_seed(0)
     model = (Difference() if name.startswith("one") else Unmoved()).to(dtype)

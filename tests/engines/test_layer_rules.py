@@ -10,6 +10,7 @@ from ntkops.engines.layer_rules.attention import multi_head_attention
 from ntkops.engines.layerwise import LayerwiseEngine
 from ntkops.model import linearize
 from ntkops.model.record import _CATALOGUE, _EXPANSIONS, record
+from tests.pairs import pairs
 
 
 class Call(nn.Module):
@@ -286,10 +287,16 @@ def test_unrolled_recurrent_layers_give_the_fused_result(
         torch.testing.assert_close(end, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("mask", [None, "bool", "float", "per head", "padding", "both"])
-@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+@pytest.mark.parametrize(
+    "kind, mask, average, need_weights",
+    pairs(
+        ["self", "cross", "separate"],
+        [None, "bool", "float", "per head", "padding", "both"],
+        [False, True],
+        [False, True],
+    ),
+    ids=str,
+)
 def test_attention_by_matrix_products_gives_the_fused_result(kind, mask, average, need_weights):
     with torch.random.fork_rng():
         torch.manual_seed(6)

@@ -192,6 +192,8 @@ UNCOVERED = {
 }
 ALL = [*CASES, REVERSE_ONLY, *ODD.values()]
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+# Every model in one dtype, in turn, and in the other one for its products.
+TURNS = [(case, (torch.float64, torch.float32)[number % 2]) for number, case in enumerate(ALL)]
 
 
 def build(case, dtype=torch.float64, count=3):
@@ -263,8 +265,7 @@ def contractions(J, count):
     }
 
 
-@BOTH
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), TURNS, ids=lambda value: getattr(value, "name", str(value)))
 def test_blocks(case, dtype):
     engine, linearization, inputs = build(case, dtype)
     names = set(linearization.names)
@@ -294,9 +295,9 @@ def test_blocks(case, dtype):
     reference.check(engine.sample_gram(params, inputs, cotangents), gram, "sample Gram")
 
 
-@BOTH
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), TURNS, ids=lambda value: getattr(value, "name", str(value)))
 def test_products_from_the_cache(case, dtype):
+    dtype = torch.float32 if dtype == torch.float64 else torch.float64
     engine, linearization, inputs = build(case, dtype)
     reference = reference_of(case.name, dtype)
     rows, size = reference.exact[0].shape

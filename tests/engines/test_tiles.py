@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from ntkops.engines import AutogradEngine, LayerwiseEngine
 from ntkops.errors import NonFiniteError
 from ntkops.model import linearize
+from tests.pairs import pairs
 
 KINDS = {
     "all": torch.arange(3).view(1, 1, 3),
@@ -50,9 +51,11 @@ def _expected(one, other, numbers):
     return found.flatten(3).flatten(1, 2)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("engine", [AutogradEngine, LayerwiseEngine])
-@pytest.mark.parametrize("outputs", KINDS)
+@pytest.mark.parametrize(
+    "outputs, engine, rows",
+    pairs(KINDS, [AutogradEngine, LayerwiseEngine], ROWS),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_kernels_and_diagonals(engine, outputs, rows):
     numbers = KINDS[outputs]
     model, engine, (left, right), (x, y) = _setting(engine, rows)

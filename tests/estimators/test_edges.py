@@ -6,9 +6,9 @@ import torch
 import ntkops
 from ntkops.errors import ZeroKernelError
 from ntkops.estimators.moments import NORM_METHODS, PAIR_METHODS, TRACE_METHODS
-from tests.estimators.problems import Factored, generator
+from tests.estimators.problems import Factored, generator, repeated
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+DTYPES = (torch.float64, torch.float32)
 
 
 def ratio(K):
@@ -44,39 +44,41 @@ FACTORS = {
 }
 
 
-@DTYPES
+RUNS = 8
+
+
 @pytest.mark.parametrize("case", FACTORS)
 @pytest.mark.parametrize("name, method", CASES)
-def test_edges_are_finite_and_right(name, method, case, dtype):
+def test_edges_are_finite_and_right(name, method, case):
+    """A batch of estimates; of eight intervals of .95 fewer than six hold the truth in one of 170 cases."""
     estimate, truth, _ = QUANTITIES[name]
-    factor = FACTORS[case]().to(dtype)
-    pair = name in ("inner", "alignment")
-    factors = [factor, factor.flip(0)] if pair else [factor]
-    exact = float(truth(*((F.double() @ F.double().mT) for F in factors)))
-    options = {} if method == "exact" else {"num_passes": 26 * len(factors)}  # not a multiple of three
-    slack = 60 * torch.finfo(dtype).eps * abs(exact)
-    covered = 0
-    for seed in (5, 6, 7):  # an interval of .95 may miss
-        result = estimate(*map(Factored, factors), method=method, generator=generator(seed), **options)
-        low, high = (float(end) for end in result.interval)
-        assert torch.isfinite(result.value).all() and low <= float(result) <= high
-        covered += low - slack <= exact <= high + slack
-        if result.exact or covered == 2:
-            break
-    assert covered >= (1 if result.exact else 2), (exact, low, high)
-    if method in ("exact", "sketch") and case != "multiple of the identity":  # the sketch has all of them
-        assert abs(float(result) - exact) <= 1e-4 * abs(exact)
+    for dtype in DTYPES:
+        factor = FACTORS[case]().to(dtype)
+        factors = [factor, factor.flip(0)] if name in ("inner", "alignment") else [factor]
+        exact = float(truth(*((F.double() @ F.double().mT) for F in factors)))
+        passes = 26 * len(factors) * RUNS  # for each not a multiple of three
+        options = {} if method == "exact" else {"num_passes": passes}
+        many = [Factored(repeated(F, RUNS)) for F in factors]
+        result = estimate(*many, method=method, generator=generator(5), **options)
+        low, high = (end.double() for end in result.interval)
+        value, slack = result.value.double(), 60 * torch.finfo(dtype).eps * abs(exact)
+        assert value.isfinite().all() and bool(((low <= value) & (value <= high)).all())
+        covered = int(((low - slack <= exact) & (exact <= high + slack)).sum())
+        assert covered >= (RUNS if result.exact else 6), (dtype, exact, low, high)
+        if method in ("exact", "sketch") and case != "multiple of the identity":  # the sketch has all of them
+            assert float((value - exact).abs().max()) <= 1e-4 * abs(exact)
 
 
-@DTYPES
 @pytest.mark.parametrize("name, method", CASES)
-def test_zero_is_zero_or_an_undefined_ratio(name, method, dtype):
+def test_zero_is_zero_or_an_undefined_ratio(name, method):
     estimate, _, _ = QUANTITIES[name]
-    zeros = [Factored(torch.zeros(12, 5, dtype=dtype))] * (2 if name in ("inner", "alignment") else 1)
-    options = {} if method == "exact" else {"num_passes": 26 * len(zeros)}
-    if name in ("effective_rank", "alignment"):
-        with pytest.raises(ZeroKernelError, match="zero"):
-            estimate(*zeros, method=method, generator=generator(0), **options)
-        return
-    result = estimate(*zeros, method=method, generator=generator(0), **options)
-    assert float(result) == 0 and all(float(end) == 0 for end in result.interval)
+    count = 2 if name in ("inner", "alignment") else 1
+    options = {} if method == "exact" else {"num_passes": 26 * count}
+    for dtype in DTYPES:
+        zeros = [Factored(torch.zeros(12, 5, dtype=dtype))] * count
+        if name in ("effective_rank", "alignment"):
+            with pytest.raises(ZeroKernelError, match="zero"):
+                estimate(*zeros, method=method, generator=generator(0), **options)
+            continue
+        result = estimate(*zeros, method=method, generator=generator(0), **options)
+        assert float(result) == 0 and all(float(end) == 0 for end in result.interval)

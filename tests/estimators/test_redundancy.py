@@ -8,13 +8,16 @@ from ntkops.errors import InputError, NotConvergedWarning, ZeroKernelError
 from ntkops.estimators import data_redundancy, parameter_redundancy
 from tests.cases import BY_NAME
 from tests.estimators.problems import SPECTRA, OnlyProducts, generator, with_spectrum
+from tests.pairs import pairs
 
 METHODS = pytest.mark.parametrize("method", ["dense", "lanczos"])
 
 
-@METHODS
-@pytest.mark.parametrize("epsilon", [0.3, 0.05])
-@pytest.mark.parametrize("spectrum", ["power law", "exponential", "step"])
+@pytest.mark.parametrize(
+    "spectrum, epsilon, method",
+    pairs(["power law", "exponential", "step"], [0.3, 0.05], ["dense", "lanczos"]),
+    ids=str,
+)
 def test_data_redundancy_is_size_over_rank(spectrum, epsilon, method):
     K = OnlyProducts(with_spectrum(SPECTRA[spectrum](120)))
     rank = int(ntkops.truncation_rank(K, epsilon, method="dense"))
@@ -23,10 +26,11 @@ def test_data_redundancy_is_size_over_rank(spectrum, epsilon, method):
     assert found.interval[0] <= found.factor <= found.interval[1]
 
 
-@METHODS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e18])
-@pytest.mark.parametrize("spectrum", ["power law", "exponential", "step", "cluster"])
+@pytest.mark.parametrize(
+    "spectrum, scale, dtype, method",
+    pairs(SPECTRA, [1e-20, 1.0, 1e18], [torch.float64, torch.float32], ["dense", "lanczos"]),
+    ids=str,
+)
 def test_parameter_redundancy_matches_the_definition(spectrum, scale, dtype, method):
     values = SPECTRA[spectrum](120).sort(descending=True).values
     epsilon = 0.1

@@ -7,13 +7,14 @@ import ntkops
 from ntkops.errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
 from tests.cases import BY_NAME
 from tests.estimators.problems import SPECTRA, OnlyProducts, generator, with_spectrum
+from tests.pairs import pairs
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
-@DTYPES
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed, spectrum, dtype", pairs([1, 2, 3], SPECTRA, [torch.float64, torch.float32]), ids=str
+)
 def test_lanczos_finds_the_leading_pairs(spectrum, seed, dtype):
     values = SPECTRA[spectrum](200).sort(descending=True).values
     K = with_spectrum(values, seed).to(dtype)
@@ -133,9 +134,11 @@ def test_bad_options_are_named(options):
         ntkops.eigsh(torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("method", ["dense", "lanczos"])
-@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.01])
-@pytest.mark.parametrize("spectrum", ["power law", "exponential", "step"])
+@pytest.mark.parametrize(
+    "spectrum, epsilon, method",
+    pairs(["power law", "exponential", "step"], [0.5, 0.1, 0.01], ["dense", "lanczos"]),
+    ids=str,
+)
 def test_truncation_ranks_match_the_definition(spectrum, epsilon, method):
     values = SPECTRA[spectrum](160).sort(descending=True).values
     share = values.cumsum(0) / values.sum()

@@ -14,6 +14,7 @@ from ntkops.estimators._stratified import FrameMoments, extend_frames, projectio
 from tests.cases import BY_NAME
 from tests.estimators.problems import OnlyProducts, generator
 from tests.estimators.sampled import SampledDense
+from tests.pairs import pairs
 
 QUANTITIES = {
     "trace": (lambda A, B, **k: ntkops.trace(A, **k), lambda A, B: A.trace(), 1),
@@ -335,9 +336,9 @@ def test_too_few_passes_and_operators_without_samples_are_refused():
 # kernels of ours, tiles and passes
 
 
-@EACH
-@pytest.mark.parametrize("case", ["conv", "gru-time", "attention"])
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize(
+    "engine, case, name", pairs(["auto", "autograd"], ["conv", "gru-time", "attention"], QUANTITIES), ids=str
+)
 def test_kernels_of_ours_lazily_and_with_counted_passes(name, case, engine):
     case = BY_NAME[case]
     model, other, x = case.make(), case.make(), case.data(7)

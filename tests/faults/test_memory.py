@@ -7,14 +7,15 @@ import torch
 from linear_operator.operators import DiagLinearOperator
 
 import ntkops
-from ntkops.engines import LayerwiseEngine
+from ntkops.engines import AutogradEngine
 from ntkops.engines.differentiation import _TorchFunc
 from ntkops.engines.memory import Share, parts, retry
 from ntkops.errors import OutOfMemoryError
 from ntkops.shortage import is_out_of_memory
 from ntkops.vectors import Space
-from tests.cases import BY_NAME
+from tests.cases import BY_NAME, reference_jacobian
 from tests.faults.memory import CPU_TEXT, CUDA_TEXT, short_of_memory
+from tests.pairs import pairs
 
 ENGINES = ["autograd", "layerwise"]
 MODELS = ["mlp", "conv", "tied", "adapter", "gru-time"]
@@ -29,9 +30,7 @@ def _expected(name, count=7, **options):
     return _kernel(name, count, engine="autograd", **options).to_dense()
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, engine, kind", pairs(MODELS, ENGINES, ["cpu", "cuda"]))
 def test_results_are_those_without_the_fault(monkeypatch, name, engine, kind):
     reference = _expected(name)
     K = _kernel(name, engine=engine)
@@ -150,7 +149,7 @@ def test_factors_that_do_not_fit_are_left_for_automatic_differentiation(monkeypa
     with caplog.at_level(logging.WARNING, logger="ntkops"):
         torch.testing.assert_close(K @ v, expected)
     assert "going on by automatic differentiation" in caplog.text
-    assert isinstance(K._core.engine, LayerwiseEngine) and K.engine_info.batch_size == 6
+    assert (K.engine_info.engine, K.engine_info.batch_size) == ("layerwise", 6)
 
 
 def test_streams_are_not_read_again_for_smaller_batches(monkeypatch):
@@ -234,29 +233,19 @@ def test_even_parts_stay_even_and_change_only_with_the_fault():
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 5])
 def test_symmetric_kernels_of_small_tiles(monkeypatch, tile):
-    K = _kernel("mlp", 7, engine="autograd")
-    engine, every = K._core.engine, torch.arange(2).view(1, 1, 2)
-    inputs, params = K._core.rows.inputs, engine.linearization.parameters
-    gradients = type(engine).of
+    case = BY_NAME["mlp"]
+    J = reference_jacobian(case, case.make(), case.data(7))
+    gradients = AutogradEngine.of
 
     def limited(self, params, inputs, cotangents):
         if inputs.num_samples > tile:
             raise MemoryError
         return gradients(self, params, inputs, cotangents)
 
-    monkeypatch.setattr(type(engine), "of", limited)
-    found = engine.kernel(params, inputs, inputs, every, every)[0]
-    torch.testing.assert_close(found, _expected_of(K))
+    monkeypatch.setattr(AutogradEngine, "of", limited)
+    found = _kernel("mlp", 7, engine="autograd").to_dense()
+    torch.testing.assert_close(found, J @ J.mT)
     assert torch.equal(found, found.mT)
-
-
-def _expected_of(K):
-    J = torch.func.jacrev(
-        lambda *p: K._core.engine.linearization.function(p, next(K._core.rows.inputs.batches(None))[2]),
-        argnums=tuple(range(len(K._args))),
-    )(*K._args)
-    J = torch.cat([block.flatten(2).flatten(0, 1) for block in J], dim=1)
-    return J @ J.mT
 
 
 def test_sketches_and_orthonormalising_say_what_memory_was_for(monkeypatch):

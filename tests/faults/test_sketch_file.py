@@ -7,6 +7,7 @@ import ntkops
 from ntkops.errors import CheckpointError
 from ntkops.estimators import Sketch
 from tests.cases import BY_NAME
+from tests.pairs import pairs
 
 CASE = BY_NAME["mlp"]
 
@@ -19,9 +20,11 @@ def _generator():
     return torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize("distribution", ["sphere", "gaussian"])
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-@pytest.mark.parametrize("outputs", ["all", "trace", "each"])
+@pytest.mark.parametrize(
+    "outputs, engine, distribution",
+    pairs(["all", "trace", "each"], ["autograd", "layerwise"], ["sphere", "gaussian"]),
+    ids=str,
+)
 def test_an_interrupted_sketch_goes_on_bit_for_bit(tmp_path, engine, outputs, distribution):
     path = tmp_path / "sketch.safetensors"
     whole = Sketch(_kernel(engine, outputs=outputs), 3, generator=_generator(), distribution=distribution)

@@ -77,16 +77,19 @@ class Problem:
         """Outputs of a sample."""
         return len(_dense(self.name, self.dtype, N, 1)) // N
 
+    def point(self, batch_dim: int | None = 0) -> ntkops.Linearization:
+        """Return the network linearised: one for all laws, so that what is known of it must hold for all."""
+        return _point(self.name, self.dtype, self.part, batch_dim)
+
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `ntkops.ntk` beside the model, the samples and the outputs."""
-        selected = {} if self.part is None else {"params": _names(self.name)[self.part :: 2]}
-        return {**ZOO[self.name].options, **selected, **dict(self.knobs), "engine": self.engine}
+        """Return the arguments of `ntkops.ntk` beside the linearisation, the samples and the outputs."""
+        return {**dict(self.knobs), "engine": self.engine}
 
     def ntk(self, outputs: Any = "all") -> ntkops.NTKOperator:
         """Return the kernel of the problem's samples."""
         if outputs == -1:
             outputs = self.width - 1
-        return ntkops.ntk(self.model, self.data(), outputs=outputs, **self.options())
+        return ntkops.ntk(self.point(), self.data(), outputs=outputs, **self.options())
 
     def expected(self, outputs: Any = "all") -> Tensor:
         """Return what `ntk` must be."""
@@ -98,6 +101,12 @@ def _dense(name: str, dtype: torch.dtype, count: int, seed: int) -> Tensor:
     case = ZOO[name]
     x = _cast(case.data(count, dtype, seed))
     return jacobian(case.make(dtype).double(), x, case.state)
+
+
+@functools.cache
+def _point(name: str, dtype: torch.dtype, part: int | None, batch_dim: int | None) -> ntkops.Linearization:
+    params = None if part is None else _names(name)[part::2]
+    return ntkops.linearize(ZOO[name].make(dtype), params=params, batch_dim=batch_dim, **ZOO[name].options)
 
 
 def _names(name: str) -> list[str]:
@@ -166,8 +175,8 @@ def stacked(problem: Problem) -> Subject:
     """Two sets of samples one below the other, the second weighted."""
     options = problem.options()
     parts = {
-        "a": ntkops.jacobian(problem.model, problem.data(), **options),
-        "b": ntkops.jacobian(problem.model, problem.data(3, seed=2), **options),
+        "a": ntkops.jacobian(problem.point(), problem.data(), **options),
+        "b": ntkops.jacobian(problem.point(), problem.data(3, seed=2), **options),
     }
     J = ntkops.stack(parts, {"a": 1.0, "b": 4.0})
     rows = torch.cat([problem.J(), 2 * problem.J(3, 2)])
@@ -177,15 +186,14 @@ def stacked(problem: Problem) -> Subject:
 @kind
 def coupled(problem: Problem) -> Subject:
     """All samples as one whole, whose rows they are."""
-    options = {**problem.options(), "batch_dim": None}
-    return Subject(ntkops.ntk(problem.model, problem.data(), **options), problem.expected())
+    K = ntkops.ntk(problem.point(None), problem.data(), **problem.options())
+    return Subject(K, problem.expected())
 
 
 @kind
 def cross_of_coupled_samples(problem: Problem) -> Subject:
     """A whole of other samples, and of another number of them."""
-    options = {**problem.options(), "batch_dim": None}
-    K = ntkops.ntk(problem.model, problem.data(), outputs="each", **options)
+    K = ntkops.ntk(problem.point(None), problem.data(), outputs="each", **problem.options())
     expected = kernel(problem.J(3, 2), problem.J(), problem.width, "each")
     return Subject(K.cross(problem.data(3, seed=2)), expected, False)
 
@@ -209,7 +217,7 @@ def traced_cross_of_equally_many(problem: Problem) -> Subject:
 def second_samples(problem: Problem) -> Subject:
     """Both sets of samples given at once, the second as its own batch."""
     x2 = problem.data(N, seed=2)
-    K = ntkops.ntk(problem.model, problem.data(), x2, outputs="each", **problem.options())
+    K = ntkops.ntk(problem.point(), problem.data(), x2, outputs="each", **problem.options())
     return Subject(K, kernel(problem.J(), problem.J(N, 2), problem.width, "each"), False)
 
 
@@ -261,7 +269,7 @@ def block_diagonal(problem: Problem) -> Subject:
 
 @kind
 def gram_of_a_jacobian(problem: Problem) -> Subject:
-    J = ntkops.jacobian(problem.model, problem.data(), **problem.options())
+    J = ntkops.jacobian(problem.point(), problem.data(), **problem.options())
     return Subject(J @ J.mT, problem.expected())
 
 
@@ -286,7 +294,7 @@ def in_batches(problem: Problem) -> Subject:
     """The samples as a user's batches of unequal length, read again in every pass."""
     x = problem.data()
     batches = [_take(x, range(3)), _take(x, range(3, N))]
-    K = ntkops.ntk(problem.model, batches, **problem.options())
+    K = ntkops.ntk(problem.point(), batches, **problem.options())
     return Subject(K, problem.expected())
 
 
@@ -305,7 +313,7 @@ def _gauss_newton(problem: Problem) -> tuple[ntkops.GGNOperator, Tensor]:
         states = case.state(call(case.make(problem.dtype).double(), _cast(problem.data())))
     shares = states.flatten(0, -2).softmax(-1)
     S = torch.block_diag(*(torch.diag(p.sqrt()) - torch.outer(p, p.sqrt()) for p in shares))
-    return ntkops.ggn(problem.model, problem.data(), **problem.options()), S
+    return ntkops.ggn(problem.point(), problem.data(), **problem.options()), S
 
 
 @kind

@@ -13,6 +13,7 @@ import torch
 
 import ntkops
 from ntkops.errors import StaleOperatorError
+from tests.pairs import pairs
 
 from .kinds import KINDS, N, Problem, Subject
 from .reference import close, jacobian, kernel, normal
@@ -229,13 +230,19 @@ def test_law(name, kind, engine, dtype):
 # -- every network of the zoo, and what belongs to kernels alone
 
 EVERY_ENGINE = pytest.mark.parametrize("engine", ENGINES)
-BOTH = pytest.mark.parametrize("engine", ["autograd", "auto"])
 
 
-@EVERY_ENGINE
-@pytest.mark.parametrize("name", ZOO)
+# By automatic differentiation, by rules, and by one of the routes of rules in turn.
+NETWORKS = [
+    (name, engine)
+    for number, name in enumerate(ZOO)
+    for engine in ("autograd", "auto", ("gram", "gradient")[number % 2])
+]
+
+
+@pytest.mark.parametrize(("name", "engine"), NETWORKS)
 def test_every_network(name, engine):
-    """K of all outputs, each, the trace, a diagonal, an exact trace, a cross kernel and its transpose."""
+    """K of all outputs, each, the trace, a diagonal, an exact trace, a cross kernel and its transpose, J."""
     problem = Problem(name, engine=ENGINES[engine])
     K = problem.ntk()
     if engine != "autograd":  # a rule given up for automatic differentiation was wrong all the same
@@ -250,9 +257,12 @@ def test_every_network(name, engine):
     holds(crossed, 1e-10, "cross kernel")
     holds(Subject(crossed.operator.mT, crossed.expected.mT), 1e-10, "transposed cross kernel")
     close(crossed.operator.to_dense(), crossed.expected, 1e-10, "dense cross kernel")
-    J = K.left
-    p = normal(problem.J().shape[1], 2, seed=8)
-    close(J @ p, problem.J() @ p, 1e-10, "J p")
+    for outputs in ("each", "trace"):
+        close(problem.ntk(outputs).to_dense(), problem.expected(outputs), 1e-10, outputs)
+    J, v = problem.J(), vectors(Subject(K, whole))
+    p = normal(J.shape[1], 2, seed=8)
+    close(K.left @ p, J @ p, 1e-10, "J p")
+    close(K.left.mT @ v, J.T @ v, 1e-10, "Jᵀ v")
 
 
 @EVERY_ENGINE
@@ -265,9 +275,11 @@ def test_per_sample_gram_matrices(engine, dtype):
     close(K.sample_gram(v), torch.einsum("nrp,msp->nrms", g, g), TOLERANCES[dtype])
 
 
-@BOTH
-@pytest.mark.parametrize("kind", ["all", "trace", "cross"])
-@pytest.mark.parametrize("name", ["mlp", "conv", "mixed"])
+@pytest.mark.parametrize(
+    "name, kind, engine",
+    pairs(["mlp", "conv", "mixed"], ["all", "trace", "cross"], ["autograd", "auto"]),
+    ids=str,
+)
 def test_derivatives(name, kind, engine):
     """Those of a nonlinear function of K v by the parameters, against the dense Jacobian's."""
     model, case = Problem(name).model, ZOO[name]

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ntkops
 from ntkops.errors import DifferentiationError, InputError
+from tests.pairs import pairs
 
 
 class Patches(nn.Module):
@@ -57,10 +58,13 @@ def forward_mode(model, x):
     return torch.cat([b.flatten(1) for b in blocks.values()], 1)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 3), (2, 3, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "name, engine, dtype, shape",
+    pairs(
+        NORMS, ["autograd", "layerwise"], [torch.float32, torch.float64], [(2, 2, 2), (2, 1, 3), (2, 3, 1)]
+    ),
+    ids=str,
+)
 def test_every_number_of_samples_in_a_pass(name, engine, dtype, shape):
     model, x = built(name, dtype, shape)
     J = forward_mode(model, x)
@@ -120,9 +124,13 @@ class Slopes(nn.Module):
         return F.prelu(hidden.unflatten(1, (2, 2)).unsqueeze(-1), weight[:2]).flatten(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-@pytest.mark.parametrize("form", ["module", "function", "method", "images"])
+@pytest.mark.parametrize(
+    "form, engine, dtype",
+    pairs(
+        ["module", "function", "method", "images"], ["autograd", "layerwise"], [torch.float32, torch.float64]
+    ),
+    ids=str,
+)
 def test_prelu_has_one_slope_at_zero(form, engine, dtype):
     torch.manual_seed(0)
     model, x = Slopes(form).to(dtype), torch.randn(4, 3, dtype=dtype)

@@ -21,6 +21,7 @@ from ntkops.errors import (
 )
 from ntkops.model import linearize
 from tests.model.zoo import LastStep, untouched
+from tests.pairs import pairs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -283,9 +284,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("kind", PLACES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("count, dtype, kind", pairs([2, 6], DTYPES, PLACES), ids=str)
 def test_outputs_that_depend_on_the_place_in_the_batch_are_found(kind, dtype, count):
     model, x = Apply(PLACES[kind]).to(dtype), _data(count, 3, dtype=dtype)
     with (

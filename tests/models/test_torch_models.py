@@ -8,6 +8,7 @@ from torch import nn
 
 import ntkops
 from ntkops.errors import DifferentiationError
+from tests.pairs import pairs
 
 from .agreement import check_row, check_row_on_a_device
 from .rows import Row
@@ -43,9 +44,9 @@ class Sharpened(nn.Module):
         return self.head(hidden) * (1 + self.share * gain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [1.0, 0.1])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed, share, dtype", pairs(range(3), [1.0, 0.1], [torch.float32, torch.float64]), ids=str
+)
 def test_no_grad_inside_is_found_however_large_the_model(dtype: torch.dtype, share: float, seed: int) -> None:
     torch.manual_seed(seed)
     model = Sharpened(share).to(dtype)

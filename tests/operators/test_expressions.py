@@ -1,5 +1,7 @@
 """Operators in expressions: what they meet is looked at first, and the result is that of dense matrices."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -36,10 +38,16 @@ SAMPLES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=to
 ONLY_SYMMETRIC = ("kernel", "projected", "Nyström", "multiple", "ridge")
 
 
-def kernel(dtype=torch.float64, **options):
+@functools.cache
+def point(dtype):
+    """Return a network linearised, once for all tests: what is found out about it is kept there."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).to(dtype)
-    return ntkops.ntk(model, SAMPLES.to(dtype), **options)
+    return ntkops.linearize(model)
+
+
+def kernel(dtype=torch.float64, **options):
+    return ntkops.ntk(point(dtype), SAMPLES.to(dtype), **options)
 
 
 @pytest.fixture(params=KINDS)

@@ -19,6 +19,7 @@ from ntkops.operators import RidgeOperator, energy_gap, nystrom_ntk
 from ntkops.operators.capabilities import capabilities, dense_from_tiles
 from tests.cases import BY_NAME
 from tests.operators.test_contract import SAMPLES, _concrete, _Square, dense_jacobian, make_model
+from tests.pairs import pairs
 
 CASE = BY_NAME["mlp"]
 N = 9
@@ -140,9 +141,7 @@ def test_with_a_ridge_it_is_solved_by_its_own_factor():
     )
 
 
-@pytest.mark.parametrize("outputs", ["all", "each"])
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("lazy, seed, outputs", pairs([True, False], range(3), ["all", "each"]), ids=str)
 def test_the_energy_gap_splits_and_bounds_the_error(outputs, seed, lazy):
     samples = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:3].tolist()
     dense, approximation = dense_reference(outputs, samples)

@@ -34,6 +34,7 @@ from ntkops.projections import (
     compose,
 )
 from tests.cases import BY_NAME, CASES, Case, from_all_tiles, reference_jacobian
+from tests.pairs import pairs
 
 K = 6
 ENGINES = ("autograd", "layerwise")
@@ -107,9 +108,9 @@ def expected_features(problem: Problem, outputs: object) -> Tensor:
     return single[chosen].transpose(0, 1).flatten(0, 1)
 
 
-@pytest.mark.parametrize("limit", [0, "auto"])
-@pytest.mark.parametrize("kind", ["SJLT", "LayerKronecker"])
-@pytest.mark.parametrize("outputs", OUTPUTS, ids=str)
+@pytest.mark.parametrize(
+    "outputs, kind, limit", pairs(OUTPUTS, ["SJLT", "LayerKronecker"], [0, "auto"]), ids=str
+)
 def test_every_choice_of_outputs(outputs: object, kind: str, limit: object) -> None:
     problem = Problem(kind=kind, outputs=outputs, max_dense_bytes=limit)
     features = expected_features(problem, outputs)

@@ -1,5 +1,6 @@
 """K plus a ridge: solves that meet their tolerance or raise, lazily and differentiably."""
 
+import functools
 import pickle
 
 import pytest
@@ -24,10 +25,17 @@ CASE = BY_NAME["mlp"]
 RIDGE = 0.1
 
 
+@functools.cache
+def point(dtype):
+    """Return the network linearised, once for all tests: what is found out about it is kept there."""
+    return ntkops.linearize(CASE.make().to(dtype))
+
+
 def kernel(outputs="all", *, lazy=True, dtype=torch.float64, differentiable=False, count=6):
-    model, x = CASE.make().to(dtype), CASE.data(count).to(dtype)
-    limit = 0 if lazy else "auto"
-    return ntkops.ntk(model, x, outputs=outputs, max_dense_bytes=limit, differentiable=differentiable)
+    x, options = CASE.data(count).to(dtype), {"outputs": outputs, "max_dense_bytes": 0 if lazy else "auto"}
+    if differentiable:  # of tensors that the test may change
+        return ntkops.ntk(CASE.make().to(dtype), x, differentiable=True, **options)
+    return ntkops.ntk(point(dtype), x, **options)
 
 
 def dense_of(outputs="all", dtype=torch.float64):

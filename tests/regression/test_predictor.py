@@ -12,6 +12,7 @@ from ntkops import distill, errors, projected_ntk
 from ntkops.operators import nystrom_ntk
 from ntkops.projections import SJLT
 from ntkops.regression import KernelRidge
+from tests.pairs import pairs
 from tests.regression.problems import labels, network, reference_jacobian, samples
 
 RIDGE = 1e-3
@@ -201,10 +202,11 @@ def test_several_functions_have_weights_and_no_prediction(case):
 # distilled
 
 
-@pytest.mark.parametrize("outputs", ["all", "each"])
-@pytest.mark.parametrize("how", ["nystrom", "sketch"])
-@pytest.mark.parametrize("kind", ["selection", "synthesis"])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(
+    "projected, kind, how, outputs",
+    pairs([False, True], ["selection", "synthesis"], ["nystrom", "sketch"], ["all", "each"]),
+    ids=str,
+)
 def test_distilled_sets(case, outputs, how, kind, projected):
     net, x, new, J, J_new = case
     K = ntkops.ntk(net, x, outputs=outputs)

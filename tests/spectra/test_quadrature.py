@@ -10,6 +10,7 @@ from ntkops.errors import InputError
 from ntkops.spectra import function_trace, guarded_freedom, scaled_chi_square
 from ntkops.vectors import Space
 from tests.estimators.problems import SPECTRA, generator, with_spectrum
+from tests.pairs import pairs
 
 FUNCTIONS = {
     "logarithm": lambda ridge: lambda x: torch.log1p(x / ridge),
@@ -71,9 +72,11 @@ def test_matched_squares_cover(rank, probes):
     assert hits >= least_hits(2000)
 
 
-@pytest.mark.parametrize("deflation", [0, 3, None])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e18])
+@pytest.mark.parametrize(
+    "scale, dtype, deflation",
+    pairs([1e-20, 1.0, 1e18], [torch.float64, torch.float32], [0, 3, None]),
+    ids=str,
+)
 def test_scales_and_deflation(scale, dtype, deflation):
     values = SPECTRA["exponential"](100) * scale
     function = FUNCTIONS["logarithm"](1e-3 * scale)

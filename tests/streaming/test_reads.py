@@ -10,6 +10,7 @@ from ntkops.estimators import _stratified_grams
 from ntkops.model import linearize
 from ntkops.model.inputs import joined
 from ntkops.operators.capabilities import capabilities
+from tests.pairs import pairs
 from tests.streaming.sources import MODELS, Counted, Reused, made, samples, uneven
 
 N = 23
@@ -48,10 +49,11 @@ QUANTITIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("engine", ["layerwise", "autograd"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize(
+    "quantity, name, engine, dtype",
+    pairs(QUANTITIES, MODELS, ["layerwise", "autograd"], [torch.float64, torch.float32]),
+    ids=str,
+)
 def test_one_pass_is_enough(quantity, name, engine, dtype, small_parts):
     streamed, source, held = _pair(name, dtype, engine)
     found = QUANTITIES[quantity](streamed)
@@ -100,9 +102,7 @@ def test_projected_features_and_rows_take_one_pass(part, small_parts):
 # tiles
 
 
-@pytest.mark.parametrize("engine", ["layerwise", "autograd"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [8, 30, 1000])
+@pytest.mark.parametrize("name, engine, size", pairs(MODELS, ["layerwise", "autograd"], [8, 30, 1000]))
 def test_tiles_read_once_a_row(name, engine, size, small_parts):
     streamed, source, held = _pair(name, engine=engine)
     tiles, wanted = list(capabilities(streamed).tiles(size)), held.to_dense()
@@ -184,14 +184,13 @@ def test_alignment_and_inner_agree_with_a_target_in_memory():
 
 
 def test_products_hold_no_more_than_a_batch_of_the_source():
-    streamed, source, held = _pair("mlp")
-    core = streamed._core
-    assert core.engine.batch_size(core.rows.inputs) == max(source.sizes)
+    streamed, source, held = _pair("mlp", max_dense_bytes=0)
+    assert streamed.engine_info.batch_size == max(source.sizes)
     V = samples(3 * N, 4, seed=2)
     for _ in range(6):  # enough to pay for factors, which are not kept of a stream
         found = streamed @ V
     _close(found, held @ V)
-    assert not core.engine._cache._held
+    assert streamed.free() == 0
 
 
 def test_a_sketch_of_a_stream_agrees():
