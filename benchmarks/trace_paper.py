@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _kernel_peers import vmapped_route
 from _measure import environment, one_thread
 from _models import PAPER_CASES, Size
+from _peers import vmapped_route
 from _tables import fill
 from _trace_page import claims, draw, judge, markdown
 from torch import Tensor, nn

@@ -415,7 +415,8 @@ class LinearizedLaplace(Parameters):
             raise UnsupportedOperationError(
                 f"a prior around zero needs the weights, and a {type(K).__name__} does not name those of one "
                 "network, nor does J D Jᵀ, a precision for each weight: take prior_mean='network' and "
-                "at='mode', or fit the kernel that ntkops.ntk(model, x) returns, with one precision for all weights"
+                "at='mode', or fit the kernel that ntkops.ntk(model, x) returns, with one precision for all "
+                "weights"
             )
         weights = torch.cat([part.detach().flatten() for part in K._args])
         return K.left, weights
