@@ -88,17 +88,21 @@ doctest: $(TEST)
 notebooks: $(TEST)
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
 
+# Every process begins with its part of the tests in their order, so that what the tests of one file share is made
+# once; who is done takes from the end of another's.
+SPREAD = -n $(WORKERS) --dist worksteal
+
 unit: $(TEST) $(OTHERS)
-	$(PYTEST) -n $(WORKERS) --ignore=tests/docs
+	$(PYTEST) $(SPREAD) --ignore=tests/docs
 
 long: $(TEST) $(OTHERS)
-	$(PYTEST) -n $(WORKERS) -m '(dist or long) and not slow and not models' --ignore=tests/docs
+	$(PYTEST) $(SPREAD) -m '(dist or long) and not slow and not models' --ignore=tests/docs
 
 # Two grammars, four tests of random networks and three of random programs; and laws of small networks.
 fuzz: export FUZZ_EXAMPLES ?= 2500
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(TEST)
-	$(PYTEST) -n $(WORKERS) -m long --timeout 0 --hypothesis-show-statistics \
+	$(PYTEST) $(SPREAD) -m long --timeout 0 --hypothesis-show-statistics \
 	  tests/architectures/test_random_networks.py tests/architectures/test_random_programs.py tests/operators/test_random_indices.py
 
 # The whole table of models; unit runs what torch alone can build, and a dozen of the others.

@@ -477,6 +477,31 @@ def test_routing_that_is_learnt(shared):
         close(K.to_dense(), J @ J.T, 1e-9, "dense")
 
 
+class CoupledByParameter(Two):
+    """Samples read one another's mean as soon as a parameter is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        return self.head(hidden + self.share.clamp(min=0) * hidden.mean(0))
+
+
+def test_coupling_that_an_update_brings():
+    """A kernel of live parameters looks again once they have changed: others were looked at."""
+    torch.manual_seed(0)
+    model, x = CoupledByParameter().double(), normal(N, 3, seed=1)
+    K = ntkops.ntk(model, x, differentiable=True, max_dense_bytes=0, batch_size=3)
+    close(K.diagonal().detach(), jacobian(model, x).square().sum(1), 1e-9)
+    K.diagonal()
+    with torch.no_grad():
+        model.share.fill_(1.0)
+    with pytest.raises(CoupledSamplesError):
+        K.diagonal()
+
+
 WORK = {
     "dense": lambda K: K.to_dense(),
     "diagonal": lambda K: K.diagonal(),
