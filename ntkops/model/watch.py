@@ -30,7 +30,8 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: a finite sum says so in one pass, but it may overflow."""
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+    values = tensor.detach()
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
 def tracked(tensor: Tensor) -> Tensor:
