@@ -79,7 +79,7 @@ QUICK = Plan(
     networks=1, epochs=1, tests=60, per_class=3, samples=(1, 3), ranks=(2, 10), sizes=(5, 10), fewer=(5,),
     printed=(5,),
     features=(30, 70), ridges=(1e-6, 1e-2), pairs=((3,), (0.5, 0.9)), grid=((2, 3), (0.3, 0.9), (0.0, 0.9)),
-    clusters=3, random_partitions=1, synthesis=2, inducing=1, descent=2, chain=(3, 70, 4), costs=(20, 40),
+    clusters=3, random_partitions=1, synthesis=2, inducing=1, descent=2, chain=(3, 70, 4), costs=(20, 100),
     headline=experiments.Sizes(
         n=200, tests=60, ratios=(10,), k=40, k_all=40, s=4, epochs=1, synthesis=2,
         descent=(1, 20), clusters=(2, 3),
