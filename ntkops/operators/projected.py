@@ -404,7 +404,7 @@ class ProjectedNTKOperator(_ProjectedOperator, NTKOperator):
             right = left if self.symmetric else self._feature_rows(columns, part)
             step = max(1, _ENTRIES * left.shape[-2] // max(1, left.numel()))  # rows in float64 at a time
             for some in tile_slices(left.shape[-2], step):
-                products = left[..., some, :].double().mul_(right[..., some, :])
+                products = left[..., some, :].double() * right[..., some, :].double()
                 found[..., part.start + some.start : part.start + some.stop] = products.sum(-1)
         return found
 

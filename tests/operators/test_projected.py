@@ -252,6 +252,14 @@ def test_nothing_is_kept_when_nothing_may_be(engine: str) -> None:
     assert sketch._held(sketch._rows) is None
 
 
+def test_the_diagonal_writes_to_no_feature_that_is_kept() -> None:
+    sketch = Problem(engine="autograd").sketch  # float64, in which a copy would be none
+    features = sketch.features()
+    before = features.clone()
+    torch.testing.assert_close(sketch.diagonal(), before.square().sum(-1))
+    assert torch.equal(features, before)
+
+
 def test_features_are_made_once_and_dropped_by_free() -> None:
     problem = Problem(engine="autograd")
     sketch = problem.sketch
