@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from statistics import fmean, stdev
 from typing import Any
 
@@ -86,6 +87,8 @@ def differences(result: Result, ratio: int, key: str = "fidelity") -> tuple[floa
         for m, b in (CHOSEN, CHANCE)
     )
     found = [a - b for a, b in zip(own, chance, strict=True)]
+    if len(found) < 2:  # one seed shows no spread
+        return fmean(found), -inf, inf
     half = float(student.ppf(0.975, len(found) - 1)) * stdev(found) / len(found) ** 0.5
     return fmean(found), fmean(found) - half, fmean(found) + half
 
@@ -631,7 +634,7 @@ def _networks(result: Result) -> list[str]:
 
 def _methods(result: Result) -> list[str]:
     lines, whole = [], whole_of(result)
-    groups = [(_over(whole), whole)]
+    groups = [(_over(whole), whole)] if whole else []
     groups += [
         (f"{p['name']} on {p['data']}, m = {p['m']}", [p]) for p in problems_of(result) if p not in whole
     ]

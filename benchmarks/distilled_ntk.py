@@ -254,10 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             before=json.loads(options.out.read_text(encoding="utf-8")) if known else None,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
-        print(markdown(result))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.imagenette is None and options.markdown is None:
+        print(markdown(result))  # last: what was measured is stored by now
     if options.figures is not None:
         from _distilled_figures import draw
 
