@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -80,7 +81,9 @@ class IndexedOperator(DenseOperator):
         source, width = capabilities(block), len(numbers)
         # A product with the block pulls back a few samples alone, and pushes to all: half of one with K.
         products = width * source.product_cost() * (1 + width / self.shape[-1]) / 2
-        if source.exact_cost("tiles") <= products:
+        tiles = source.exact_cost("tiles")
+        # Asked last, as it finds the mode of differentiation: where J p does not exist tiles are the way.
+        if tiles <= products or (math.isfinite(tiles) and not source.pushes):
             return dense_from_tiles(block)[..., place.to(self.device)]
         unit = torch.eye(width, dtype=self.dtype, device=self.device)
         return multiply(block, unit.expand(*self.batch_shape, width, width))[..., place.to(self.device)]

@@ -14,6 +14,7 @@ from ntkops.distill import class_mean
 from ntkops.errors import InputError, NonFiniteError, OutOfRangeError
 from ntkops.operators import nystrom_ntk
 from ntkops.operators.capabilities import taken_columns
+from tests.cases import REVERSE_ONLY
 
 CHOSEN = torch.tensor([7, 0, 7, 3])
 
@@ -106,6 +107,17 @@ def test_one_column_is_a_product_where_that_takes_fewer_passes(problem, outputs)
     with ntkops.count_passes() as passes:
         taken_columns(K, CHOSEN[:1])
     assert passes.count.jvp == passes.count.vjp == 2  # one for each output, as a product with K has
+
+
+@pytest.mark.parametrize("outputs", ["all", "each", "trace"])
+@pytest.mark.parametrize("chosen", [[5], [3, 7, 9]])
+def test_columns_of_a_model_without_j_come_from_tiles(chosen, outputs) -> None:
+    torch.manual_seed(0)
+    model, x = REVERSE_ONLY.make(), REVERSE_ONLY.data(20)
+    wanted = ntkops.ntk(model, x, outputs=outputs).to_dense()[..., chosen]
+    K = ntkops.ntk(model, x, outputs=outputs, max_dense_bytes=0)  # where a column is cheaper as a product
+    found = taken_columns(K, torch.tensor(chosen))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_column_that_is_not_finite_is_named() -> None:
