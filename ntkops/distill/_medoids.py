@@ -120,7 +120,7 @@ def vector_medoids(
         starts = [min(starts, key=lambda chosen: float(nearest_points(rows, chosen)[1].sum()))]
     (chosen,) = starts
     for _ in range(_ROUNDS):
-        owner, squares = nearest_points(rows, chosen)
+        owner, _ = nearest_points(rows, chosen)
         moved = _central(rows, owner, count)
         if torch.equal(moved, chosen):
             break

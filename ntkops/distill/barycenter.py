@@ -107,7 +107,7 @@ def _kmeans(vectors: Any, num_points: int, seed: int) -> Any:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise MissingDependencyError(
-            "barycentres are found by scikit-learn, which is not installed: pip install 'ntkops[demo]'"
+            "barycentres are found by scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     found = KMeans(num_points, n_init=_STARTS, random_state=seed, tol=0).fit(vectors)
     return found.cluster_centers_.astype(np.float64)

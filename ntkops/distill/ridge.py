@@ -169,9 +169,8 @@ class DistilledRidge:
         """
         kernel = self._read_cross(K_cross)
         dual = self._dual
-        if (
-            self.indices is not None and self._space.is_spread
-        ):  # rows of chosen columns are a matrix of its own
+        if self.indices is not None and self._space.is_spread:
+            # Rows of the chosen columns are on this rank, and are a matrix of its own.
             kernel, dual = DenseLinearOperator(taken_columns(kernel, self.indices)), self._beta
         elif self.indices is not None:
             kernel, dual = kernel[..., :, self.indices], dual[..., self.indices, :]

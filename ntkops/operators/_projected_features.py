@@ -41,9 +41,8 @@ def feature_rows(
         tile[:, index.to(tile.device)].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (M, B·r, R·k)
         for tile in tiles
     )
-    if (
-        torch.is_grad_enabled()
-    ):  # writing in place would break it: a graph may be recorded, or a transform at work
+    # A graph may be recorded, or a transform at work, which writing in place would break.
+    if torch.is_grad_enabled():
         rows = torch.cat(list(arranged), dim=1)
     else:
         rows = _put_together(arranged, index, axis.inputs.num_samples, projection, make)
