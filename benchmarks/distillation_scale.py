@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from _measure import Clock, cores, environment, launch, memory_mb, settle
+from _tables import fill
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,7 +31,6 @@ __all__ = ["chain_at", "main", "routes_at"]
 
 FEATURES, GRADIENTS, TEST = 240, 60, 2000
 LIMIT_MB, LIMIT_CPU = 2000.0, 900.0
-BEGIN, END = "<!-- distillation_scale -->", "<!-- /distillation_scale -->"
 _TIMEOUT = 7200  # seconds after which a process is given up
 
 Row = dict[str, Any]
@@ -277,13 +277,6 @@ def _anonymous(row: Row) -> str:
     return "-" if known is None else f"{known:.0f} MB"
 
 
-def into_page(text: str, page: Path) -> None:
-    """Put the tables between the marks of a page."""
-    whole = page.read_text(encoding="utf-8")
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -297,7 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.markdown is not None:
         text = tables(json.loads(options.markdown.read_text(encoding="utf-8")))
-        print(text) if options.page is None else into_page(text, options.page)
+        print(text)
+        if options.page is not None:
+            page = fill(options.page.read_text(encoding="utf-8"), "distillation_scale", f"{text}\n")
+            options.page.write_text(page, encoding="utf-8")
         return 0
     found = run(options.data, options.sizes, options.epochs, options.parts)
     if options.out is not None and options.out.exists():

@@ -39,7 +39,7 @@ Gradients = Callable[[LinearOperator, Tensor], Distilled]
 def chain(
     model: ModelLike,
     inputs: InputsLike,
-    test_inputs: Any,
+    test_inputs: InputsLike,
     test_labels: Tensor | None = None,
     *,
     data: InputsLike | None = None,
@@ -213,7 +213,7 @@ class _Clock:
 class _Points:
     """Distilled points and what they took."""
 
-    inputs: Any
+    inputs: InputsLike
     step: ChainStep
 
 
@@ -249,9 +249,9 @@ class _Made:
 class _Task:
     """What every run of a chain has in common."""
 
-    model: Any
-    inputs: Any
-    test_inputs: Any
+    model: ModelLike
+    inputs: InputsLike
+    test_inputs: InputsLike
     test_labels: Tensor | None
     projection: _Projection
     gradients: Gradients | None
@@ -260,7 +260,7 @@ class _Task:
     options: dict[str, Any]
     projected: dict[bool, _Made] = field(default_factory=dict)
 
-    def distil(self, data: Any) -> _Points:
+    def distil(self, data: InputsLike | None) -> _Points:
         """Return the distilled points, made here if they come as a function."""
         clock = _Clock()
         with clock.step("data"):
@@ -285,7 +285,7 @@ class _Task:
         logits = network_outputs(across).mT
         return _summary(K, size, stages, predictions, logits, self.test_labels, tuple(clock.steps))
 
-    def _made(self, inputs: Any, projected: bool, distilled: bool) -> _Made:
+    def _made(self, inputs: InputsLike, projected: bool, distilled: bool) -> _Made:
         """Return the kernels of a run, evaluated where they may be kept; features are kept for other runs."""
         if projected and distilled in self.projected:
             return self.projected[distilled]

@@ -7,12 +7,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import ArrayLike, checked
 from ..errors import InputError, ShapeError, UnsupportedOperationError, ZeroKernelError
 from ..operators import NTKOperator
 from ..operators._inducing import induce
@@ -22,6 +22,9 @@ from ..results import InducingPoints
 from ._descent import Options, Record, descend, resolve_run
 from ._frames import Scene, moving_tensor
 from ._objectives import EnergyObjective, RegressionObjective
+
+if TYPE_CHECKING:
+    from ..model.accepted import InputsLike
 
 __all__ = ["kernel_inducing"]
 
@@ -37,9 +40,9 @@ def kernel_inducing(
     kernel: NTKOperator,
     num_points: int | None = None,
     *,
-    start: Any = "rpcholesky",
+    start: InputsLike = "rpcholesky",
     objective: Literal["energy", "regression"] = "energy",
-    targets: Any = None,
+    targets: ArrayLike | None = None,
     ridge: float = 1e-4,
     learn_targets: bool = False,
     iterations: int = 100,
@@ -187,7 +190,7 @@ class _Choice:
     """What is minimised, as it was asked for."""
 
     objective: str
-    targets: Any
+    targets: ArrayLike | None
     ridge: float
     learn_targets: bool
     batch_size: int | None
@@ -236,7 +239,7 @@ def _check_kernel(kernel: Any) -> None:
 
 
 def _starting_points(
-    kernel: NTKOperator, start: Any, num_points: int | None, generator: torch.Generator
+    kernel: NTKOperator, start: InputsLike, num_points: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
     """Return the first inducing inputs, and which real samples they are."""
     rule = isinstance(start, str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ _BETAS = (0.5, 0.9)  # of Adam, as in the authors' code
 @checked
 def wasserstein(
     model: nn.Module,
-    data: Any,
+    data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
     points_per_class: int,
     *,
     features: str | Callable[..., Tensor] | None = None,

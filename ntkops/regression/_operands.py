@@ -21,7 +21,7 @@ from ..errors import (
     ZeroKernelError,
 )
 from ..estimators import diagonal
-from ..operators.capabilities import capabilities, dense_bytes_allowed, fits_dense, multiply
+from ..operators.capabilities import capabilities, dense_bytes_allowed, fits_dense, taken_columns
 from ..vectors import Space
 
 __all__ = [
@@ -239,7 +239,7 @@ def dense_of(K: LinearOperator) -> Tensor:
 def dense_rows(K: Kernel, start: int, stop: int) -> Tensor:
     """Return rows of a cross kernel, ``(*batch, stop - start, n)``, in float64.
 
-    Where a dense block is forbidden they come from products with columns of the identity.
+    Where a dense block is forbidden they are made as columns of the transpose.
     """
     if isinstance(K, Tensor):
         return K[..., start:stop, :].double()
@@ -247,9 +247,7 @@ def dense_rows(K: Kernel, start: int, stop: int) -> Tensor:
         if may_be_dense(K):
             block = K[..., start:stop, :].to_dense()
         else:
-            unit = torch.zeros(K.shape[-2], stop - start, dtype=K.dtype, device=K.device)
-            unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
-            block = multiply(K.mT, unit.expand(*K.shape[:-2], *unit.shape)).mT
+            block = taken_columns(K.mT, torch.arange(start, stop)).mT
     return require_finite(block, "the cross kernel").double()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, NotConvergedError, OutOfRangeError, SingularKernelError
 from ..operators._ridge_system import RidgeSystem, SolverOptions
-from ..operators.capabilities import capabilities, multiply
+from ..operators.capabilities import capabilities, multiply, taken_columns
 from ..operators.rounding import require_resolved, require_semidefinite, symmetric
 from ..results import Solution, SolveInfo
 from ..solvers import lsmr
@@ -468,7 +468,7 @@ def _no_inverse(width: int, size: int) -> str:
 def _nystrom(problem: Problem) -> Solved:
     started = time.perf_counter()
     chosen, seed = _inducing(problem)
-    columns = _dense_columns(problem.K, chosen)  # (*batch, n, m)
+    columns = taken_columns(problem.K, chosen).double()  # (*batch, n, m)
     block = columns[..., chosen, :]
     values, vectors = torch.linalg.eigh((block + block.mT) / 2)
     noise = len(chosen) * torch.finfo(problem.K.dtype).eps * values.amax(-1, keepdim=True)
@@ -529,19 +529,6 @@ def _named(wanted: Any, count: int) -> Tensor:
     if len(samples.unique()) < len(samples):
         raise InputError("an inducing sample is named twice: pass each position once")
     return samples.long()
-
-
-def _dense_columns(K: Kernel, chosen: Tensor) -> Tensor:
-    """Return some columns of a kernel, ``(*batch, n, m)``, in float64."""
-    if isinstance(K, Tensor):
-        return K[..., chosen].double()
-    with torch.no_grad():
-        columns = K[..., :, chosen]
-        if may_be_dense(columns):
-            return require_finite(columns.to_dense(), "the kernel").double()
-        identity = torch.zeros(K.shape[-1], len(chosen), dtype=K.dtype, device=K.device)
-        identity[chosen, torch.arange(len(chosen), device=K.device)] = 1
-        return multiply(K, identity.expand(*K.shape[:-2], *identity.shape)).double()
 
 
 def _select(

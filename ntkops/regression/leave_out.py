@@ -11,6 +11,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ..arguments import ArrayLike
 from ..errors import InputError, OutOfRangeError, RoundingWarning
 from ..operators.positions import resolve_index
 from ._fits import Fit
@@ -86,7 +87,7 @@ class GroupLeaveOut:
 def leave_out(
     fit: Fit,
     layout: Layout,
-    groups: Any,
+    groups: Iterable[ArrayLike],
     dtype: torch.dtype,
     read: Callable[[Any], Kernel],
     offset: Offset,

@@ -85,6 +85,25 @@ def test_it_stops_at_the_numerical_rank_or_the_tolerance():
     assert found.rank < 40 and float(found.residual.sum()) <= 1e-3 * found.trace
 
 
+def test_many_rows_are_no_rounding():
+    """Rounding of what remains does not grow with n: a rank stops no earlier with many rows in float32."""
+    features = torch.randn(30_000, 25, generator=generator()) * torch.logspace(0, -2, 25)
+    diagonal = features.square().sum(-1)
+    for found in (
+        pivoted_cholesky(lambda i: features @ features[i].mT, diagonal, 20),
+        rpcholesky(lambda i: features @ features[i].mT, diagonal, 20, block_size=5, generator=generator()),
+    ):
+        assert found.rank == 20
+
+
+def test_rows_below_rounding_are_not_proposed():
+    diagonal = torch.full((400,), 4e-5)  # below 400 units of rounding of the largest, together far above
+    diagonal[0], diagonal[1] = 1.0, 1e-4
+    kernel = torch.diag(diagonal)
+    found = rpcholesky(lambda i: kernel[:, i], diagonal, 10, block_size=5, generator=generator())
+    assert sorted(found.pivots.tolist()) == [0, 1] and found.products <= 10
+
+
 def test_one_outlier_draws_one_pivot():
     kernel = torch.eye(N, dtype=torch.float64)
     kernel[0, 0] = 1e6
