@@ -120,12 +120,15 @@ def _leading_sums(
     """Return the sums of as many leading eigenvalues as the ranks say."""
     batch, sums, converged = kernel.shape[:-2], [], True
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    needed = kernel.shape[-1] ** 2 * kernel.dtype.itemsize
+    needed, allowed = kernel.shape[-1] ** 2 * kernel.dtype.itemsize, dense_bytes_allowed(kernel)
+    # Kernels of classes share the passes of their samples: together where they fit, else one by one.
+    whole = dense_by_tiles(kernel) if needed * batch.numel() <= allowed else None
     for number in range(batch.numel()):
         place = batch_position(number, batch)
         member, rank = (kernel[place] if batch else kernel), int(ranks[place])
-        if needed <= dense_bytes_allowed(member):
-            values = torch.linalg.eigvalsh(dense_by_tiles(member).double()).flip(0)[:rank]
+        if needed <= allowed:
+            dense = dense_by_tiles(member) if whole is None else whole[place]
+            values = torch.linalg.eigvalsh(dense.double()).flip(0)[:rank]
         else:
             pairs = _leading_pairs(member, rank, generator)
             values, converged = pairs.values, converged and pairs.converged
