@@ -18,7 +18,7 @@ from ..operators.capabilities import capabilities, dense_bytes_allowed, multiply
 from ..regression import KernelRidge
 from ..regression._operands import Layout, read_labels, read_ridges
 from ..solvers import rpcholesky
-from ..vectors import Space
+from ..vectors import Space, rank_cutoff
 from ._kernels import Kernels, columns_of, dense_of, diagonal_of, read_count, read_square
 from ._medoids import seed_points
 from .class_mean import class_mean
@@ -292,7 +292,7 @@ def _preconditioner(
         generator=generator,
     )
     values, vectors = torch.linalg.eigh(space.inner(found.factor, found.factor))
-    used = values > 10 * torch.finfo(dtype).eps * len(diagonal) * values[-1]
+    used = values > 10 * rank_cutoff(len(diagonal), dtype) * values[-1]
     values, vectors = values[used], vectors[:, used]
     basis = (found.factor.double() @ (vectors * values.rsqrt())).to(dtype)  # (m, r)
     rest = float(values[0] * (values[0] + ridge))

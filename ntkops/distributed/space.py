@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..vectors import Distribution, Space
+from ..vectors import Distribution, Space, rank_cutoff
 from .group import Ranks
 
 __all__ = ["ShardedSpace"]
@@ -134,8 +134,8 @@ class ShardedSpace(Space):
         if block.dim() > 2:
             return (own @ torch.linalg.qr(stacked)[0][..., rows, :]).to(block.dtype)
         basis, singular, _ = torch.linalg.svd(stacked, full_matrices=False)
-        # The singular values of R are those of the whole block: below n eps of the largest they are rounding.
-        cutoff = singular[0] * max(self.size, columns) * torch.finfo(block.dtype).eps
+        # The singular values of R are those of the whole block.
+        cutoff = singular[0] * rank_cutoff(max(self.size, columns), block.dtype)
         return (own @ basis[rows, singular > cutoff]).to(block.dtype)
 
     def probes(

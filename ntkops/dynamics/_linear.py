@@ -14,6 +14,7 @@ from ..operators.rounding import eigenvalue_rounding, symmetric
 from ..regression._operands import to_float64
 from ..regression._routes import kernel_solver
 from ..spectra import Jacobi
+from ..vectors import rank_cutoff
 from ._filters import Filter, Flow
 from ._problem import Problem
 
@@ -122,8 +123,7 @@ def _limit(nodes: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Ten
         return torch.zeros_like(full), full, torch.zeros_like(nodes[:, 0]), torch.zeros_like(nodes[:, 0])
     # Eigenvalues that rounding decides count as zero: the least-norm limit leaves them alone.
     largest = nodes.amax(-1, keepdim=True)
-    eps = torch.finfo(problem.dtype).eps
-    kept = nodes > problem.space.size * eps * largest
+    kept = nodes > rank_cutoff(problem.space.size, problem.dtype) * largest
     inverse = torch.where(kept, 1 / torch.where(kept, nodes, 1.0), 0.0)
     # The invariant subspaces turn by what moves the eigenvalues over the gap between them, here the least
     # kept.

@@ -13,6 +13,7 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..errors import NotConvergedWarning, UnsupportedOperationError, ZeroKernelError
 from ..results import Estimate
+from ..vectors import rank_cutoff
 from ._request import Operand
 from .eigenvalues import eigsh
 
@@ -81,7 +82,7 @@ def condition_number(
     largest, smallest = top.values[..., 0].cpu(), bottom.values[..., 0].cpu()
     if bool((largest <= 0).any()):
         raise ZeroKernelError("the condition number of a kernel that is zero, or negative, is not defined")
-    rounding = operand.size * torch.finfo(operand.dtype).eps * largest
+    rounding = rank_cutoff(operand.size, operand.dtype) * largest
     above, below = (pairs.residuals[..., 0].cpu().double() + rounding for pairs in (top, bottom))
     if bool((smallest < -below).any()):
         raise UnsupportedOperationError(

@@ -20,6 +20,7 @@ from ..operators.capabilities import fits_dense
 from ..results import SpectralDensity
 from ..results.spectra import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
+from ..vectors import rank_cutoff
 from ._request import Operand, Request
 from .eigenvalues import eigenvalues_by_tiles
 
@@ -120,7 +121,7 @@ def spectral_density(
             f"a spectral density is that of one operator, this is a batch {tuple(operand.batch_shape)}: "
             "index it first, as in K[0]"
         )
-    frame = _Frame(grid, bandwidth, scale, torch.finfo(operand.dtype).eps, operand.rows.size)
+    frame = _Frame(grid, bandwidth, scale, operand.dtype, operand.rows.size)
     with torch.no_grad(), count_passes() as counter:
         if method == "exact" or method == "auto" and _dense_pays(operand):
             nodes = eigenvalues_by_tiles(operand.capabilities).cpu().flip(-1).unsqueeze(0)
@@ -284,12 +285,12 @@ class _Frame:
     grid: Tensor | None
     bandwidth: float | None
     scale: str
-    eps: float
+    dtype: torch.dtype
     size: int
 
     def cutoff(self, nodes: Tensor) -> float:
         """Return the largest eigenvalue that may be rounding."""
-        return float(nodes.abs().max()) * self.eps * self.size
+        return float(nodes.abs().max()) * rank_cutoff(self.size, self.dtype)
 
     def width(self, nodes: Tensor) -> float:
         """Return the bandwidth."""
@@ -297,7 +298,8 @@ class _Frame:
             return float(self.bandwidth)
         low, high = self._ends(nodes)
         largest = float(nodes.abs().max())
-        least = 0.02 if self.scale == "log" else 100 * self.eps * largest or 1.0  # no spectrum is sharper
+        # No spectrum is sharper.
+        least = 0.02 if self.scale == "log" else 100 * torch.finfo(self.dtype).eps * largest or 1.0
         return max((high - low) / 50, least)
 
     def _ends(self, nodes: Tensor) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from ..errors import (
     UnsupportedOperationError,
 )
 from ..model.context import full_precision
-from ..vectors import Space
+from ..vectors import Space, rank_cutoff
 from ._inducing import induce, induce_over_ranks
 from .algebra import KernelAlgebra
 from .axes import StateAxis
@@ -402,8 +402,8 @@ def _pseudo_root(square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raise SingularKernelError("the kernel of the inducing points is zero: choose others")
     scaled = square.double() / largest
     values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
-    # m ε λmax, the convention for a numerical rank, with the ε of the dtype in which K was computed.
-    cutoff = values[..., -1:] * square.shape[-1] * torch.finfo(dtype).eps
+    # With the ε of the dtype in which K was computed.
+    cutoff = values[..., -1:] * rank_cutoff(square.shape[-1], dtype)
     kept = values > cutoff
     ranks = kept.sum(-1)
     if bool((ranks < square.shape[-1]).any()):

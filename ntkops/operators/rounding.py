@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, SingularKernelError
+from ..vectors import rank_cutoff
 
 __all__ = [
     "asymmetry",
@@ -41,10 +42,8 @@ def eigenvalue_rounding(largest: Tensor, dtype: torch.dtype, size: int) -> Tenso
 
 def resolved(least: Tensor, largest: Tensor, ridge: float, dtype: torch.dtype, size: int) -> bool:
     """Whether the smallest eigenvalue of K + ridge is above what rounding does; see `require_resolved`."""
-    # Without a ridge it is the rank that is decided, for which n eps is the convention.
-    limit = (
-        eigenvalue_rounding(largest, dtype, size) if ridge > 0 else size * torch.finfo(dtype).eps * largest
-    )
+    # Without a ridge it is the rank that is decided.
+    limit = eigenvalue_rounding(largest, dtype, size) if ridge > 0 else rank_cutoff(size, dtype) * largest
     return bool((least + ridge > limit).all())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import SingularKernelError
 from ..operators.rounding import ends, require_resolved, resolved
+from ..vectors import rank_cutoff
 
 __all__ = ["CholeskyFactor", "Factorization", "SpectralFactor", "require_regular", "truncate"]
 
@@ -212,7 +213,7 @@ def require_regular(
     """
     size, largest = values.shape[-1], values.amax(-1)
     used = values if kept is None else torch.where(kept, values, torch.inf)
-    rank = (values > size * torch.finfo(dtype).eps * largest.unsqueeze(-1)).sum(-1)
+    rank = (values > rank_cutoff(size, dtype) * largest.unsqueeze(-1)).sum(-1)
     require_resolved(
         used.amin(-1),
         largest,

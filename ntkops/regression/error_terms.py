@@ -11,6 +11,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..errors import InputError, ShapeError, ZeroKernelError
 from ..results import ErrorTerms, TruncationError
+from ..vectors import rank_cutoff
 from ._operands import Layout, read_kernel, read_labels, to_float64
 
 __all__ = ["error_terms", "truncation_error"]
@@ -140,7 +141,7 @@ def _spectrum(kernel: LinearOperator | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = values[..., :1]
     if not bool((largest > 0).all()):
         raise ZeroKernelError("the kernel is zero: it has no features")
-    return values, vectors, values > kernel.shape[-1] * torch.finfo(kernel.dtype).eps * largest
+    return values, vectors, values > rank_cutoff(kernel.shape[-1], kernel.dtype) * largest
 
 
 @checked

@@ -14,6 +14,7 @@ from ..errors import DenseMemoryError, DtypeError, InputError, NonFiniteError, S
 from ..operators import JacobianOperator
 from ..operators.capabilities import capabilities, multiply
 from ..operators.products import dense_limit
+from ..vectors import rank_cutoff
 from ._operands import require_finite, to_float64
 
 __all__ = ["TangentProjector", "optimal_residual", "projection_residual", "tangent_projector"]
@@ -143,7 +144,7 @@ def tangent_projector(x: LinearOperator | Tensor, *, rtol: float | None = None) 
     largest = values.amax(-1, keepdim=True)
     if not bool((largest > 0).all()):
         raise ZeroKernelError("all gradients vanish: they span no subspace")
-    tolerance = kernel.shape[-1] * torch.finfo(jacobian.dtype).eps if rtol is None else rtol
+    tolerance = rank_cutoff(kernel.shape[-1], jacobian.dtype) if rtol is None else rtol
     kept = values > tolerance * largest
     rank = int(kept.sum(-1).max())
     scale = torch.where(kept, values.clamp(min=0).rsqrt(), torch.zeros_like(values))

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..errors import InputError, NonFiniteError, ShapeError
-from ..vectors import Space, resolve_generator
+from ..vectors import Space, rank_cutoff, resolve_generator
 
 __all__ = ["PivotedFactor", "pivoted_cholesky", "rpcholesky"]
 
 _ROWS = 2**16  # of the factor that are in float64 at a time
-_ROUNDINGS = 1000  # units of rounding of what remains, at most: one and a half times what was seen
 
 Columns = Callable[[Tensor], Tensor]
 Entries = Callable[[Tensor], Tensor]
@@ -186,9 +185,8 @@ class _Growing:
         self._columns, self._rank = columns, rank
         self._trace = float(self._diagonal.sum())
         self._dtype = diagonal.dtype
-        # What is below is no remainder any more. Rounding of what remains does not grow with n: kernels of an
-        # exact rank left up to 625 units of the largest entry, 93 of the trace (ranks 3 to 100, n to 20,000).
-        rounding = torch.finfo(diagonal.dtype).eps * min(len(self._diagonal), _ROUNDINGS)
+        # of the trace, and of the largest entry: what is below is no remainder any more
+        rounding = rank_cutoff(len(self._diagonal), diagonal.dtype)
         self._floor = max(tolerance, rounding) * self._trace
         self._cutoff = rounding * float(self._diagonal.max()) if len(self._diagonal) else 0.0
         self._factor = diagonal.new_empty((len(diagonal), rank))
