@@ -17,7 +17,7 @@ def test_directions_of_many_rows_are_kept(dtype: torch.dtype, least: float, rank
     assert basis.shape == (size, rank)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(rank).double(), rtol=0, atol=1e-7)
     rest = columns[:, :rank] - basis @ (basis.mT @ columns[:, :rank])
-    assert float(rest.norm(dim=0).max()) < 10 * torch.finfo(dtype).eps  # of the largest, which is 1
+    assert float(rest.norm(dim=0).max()) < 100 * torch.finfo(dtype).eps  # of the largest, which is 1
 
 
 def test_a_cutoff_is_that_of_few_rows_for_many() -> None:

@@ -260,7 +260,7 @@ class _Task:
     options: dict[str, Any]
     projected: dict[bool, _Made] = field(default_factory=dict)
 
-    def distil(self, data: InputsLike | None) -> _Points:
+    def distil(self, data: InputsLike | Callable[[], Any]) -> _Points:
         """Return the distilled points, made here if they come as a function."""
         clock = _Clock()
         with clock.step("data"):
