@@ -10,6 +10,7 @@ from ntkops import errors, projected_ntk
 from ntkops.operators import nystrom_ntk
 from ntkops.projections import SJLT
 from ntkops.regression import KernelRidge
+from tests.cases import REVERSE_ONLY
 from tests.regression.problems import gram, labels, network, reference_jacobian, samples
 
 DIRECT = ["cholesky", "eigh"]
@@ -466,3 +467,17 @@ def test_nothing_of_the_callers_changes():
     KernelRidge(inducing=4).fit(K, Y)
     assert torch.equal(K, before[0]) and torch.equal(Y, before[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("outputs", ["each", "trace"])
+def test_a_nystrom_regression_is_fitted_without_j(outputs):
+    """Above the limit of dense blocks its columns come from tiles: a bag of embeddings has Jᵀv alone."""
+    torch.manual_seed(0)
+    model, x, new = REVERSE_ONLY.make(), REVERSE_ONLY.data(20), REVERSE_ONLY.data(7)
+    wanted, found = (ntkops.ntk(model, x, outputs=outputs, max_dense_bytes=limit) for limit in ("auto", 0))
+    Y = torch.randn(20, wanted.shape[0] if outputs == "each" else 1, dtype=wanted.dtype)
+    ridge = KernelRidge(1e-2, inducing=torch.tensor([1, 4, 6, 11]))
+    duals = [ridge.fit(K, Y).dual_coef_ for K in (wanted, found)]
+    torch.testing.assert_close(duals[1], duals[0], rtol=1e-9, atol=1e-9)
+    across = wanted.cross(new).to_dense()
+    torch.testing.assert_close(ridge.fit(found, Y).predict(across), ridge.fit(wanted, Y).predict(across))
