@@ -17,6 +17,7 @@ from ..arguments import checked
 from ..engines import count_passes
 from ..errors import InputError, NotConvergedWarning, ShapeError, ZeroKernelError
 from ..operators.capabilities import fits_dense
+from ..operators.sandwich import smaller_side
 from ..results import SpectralDensity
 from ..results.spectra import shares, smoothed
 from ..spectra import Jacobi, scaled_chi_squares
@@ -59,7 +60,8 @@ def spectral_density(
     :math:`E[z^\top g_\sigma(x - K) z] = \varphi(x)`; the Gauss rules of m Lanczos steps with full
     reorthogonalisation give each form. The probes' error falls with the square root of their number times
     that of the eigenvalues within σ; the quadrature's falls exponentially with m. Both are reported, apart.
-    An operator whose dense matrix is small and cheap is decomposed instead, without any error.
+    An operator whose dense matrix is small and cheap, or that is L Lᵀ with such an LᵀL, is decomposed
+    instead, without any error.
 
     Args:
         operator: Symmetric ``(n, n)`` operator or tensor.
@@ -123,9 +125,16 @@ def spectral_density(
         )
     frame = _Frame(grid, bandwidth, scale, operand.dtype, operand.rows.size)
     with torch.no_grad(), count_passes() as counter:
-        if method == "exact" or method == "auto" and _dense_pays(operand):
-            nodes = eigenvalues_by_tiles(operand.capabilities).cpu().flip(-1).unsqueeze(0)
-            weights = torch.full_like(nodes, 1 / nodes.shape[-1])
+        # L Lᵀ has the eigenvalues of LᵀL, and zeros.
+        other = None if method == "slq" else smaller_side(operator)
+        side = operand if other is None else Operand(other)
+        if method == "exact" or method == "auto" and _dense_pays(side, asked):
+            nodes = eigenvalues_by_tiles(side.capabilities).cpu().flip(-1)
+            zeros = operand.rows.size - len(nodes)
+            nodes = torch.cat([nodes, nodes.new_zeros(min(zeros, 1))]).unsqueeze(0)
+            weights = torch.full_like(nodes, 1 / operand.rows.size)
+            if zeros:
+                weights[:, -1] *= zeros
             sampled = _Rules(nodes, weights, [], True)
         else:
             steps = min(num_steps or _STEPS, operand.size)
@@ -185,8 +194,10 @@ def _check(
         raise InputError("grid: pass ascending numbers, and positive ones on the logarithmic scale")
 
 
-def _dense_pays(operand: Operand) -> bool:
+def _dense_pays(operand: Operand, request: Request) -> bool:
     tiles = operand.capabilities.exact_cost("tiles")
+    if not request.allows(tiles):
+        return False
     usual = _STEPS * _PROBES * max(operand.cost, 1)
     return operand.size <= _DENSE and fits_dense(operand.operator) and tiles <= 2 * usual
 

@@ -151,3 +151,16 @@ def test_drawings(cumulative):
         plot_spectral_density(spectral_density(K), ax)
     with pytest.raises(ShapeError):
         plot_spectral_density(K, ax)
+
+
+def test_the_smaller_side_gives_all_eigenvalues():
+    """A kernel of more rows than parameters, too large to be dense, has the spectrum of JᵀJ, and zeros."""
+    model, x = torch.nn.Linear(3, 2).double(), torch.randn(40, 3, dtype=torch.float64)
+    K = ntkops.ntk(model, x, max_dense_bytes=10_000)  # 80 rows take 51,200, 8 parameters 512
+    found = spectral_density(K)
+    values = torch.linalg.eigvalsh(ntkops.ntk(model, x).to_dense())
+    wanted = spectral_density(torch.diag(values), grid=found.grid, bandwidth=found.bandwidth)
+    assert found.exact and found.size == 80 and found.nodes.shape == (1, 9)
+    torch.testing.assert_close(found.values, wanted.values, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.cumulative, wanted.cumulative, rtol=0, atol=1e-12)
+    assert not spectral_density(K, method="slq", num_probes=2).exact
