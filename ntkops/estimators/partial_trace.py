@@ -11,9 +11,10 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ..arguments import checked
+from ..engines.memory import format_bytes
 from ..engines.passes import SharedPasses
-from ..errors import UnsupportedOperationError
-from ..operators.capabilities import capabilities, dense_from_tiles, tile_count
+from ..errors import DenseMemoryError, UnsupportedOperationError
+from ..operators.capabilities import capabilities, dense_bytes_allowed, dense_from_tiles, tile_count
 from ..results import Estimate
 from ._driver import run
 from ._exact import ExactWork, length_of
@@ -26,6 +27,7 @@ from ._stratified_grams import Strata
 __all__ = ["partial_trace"]
 
 _METHODS = ("exact", "hutchinson", "stratified")
+_SMALL = 2**27  # bytes of a result that no limit forbids
 _BLOCK_ROWS = 512  # rows of several samples' blocks that are made at once
 
 
@@ -90,6 +92,7 @@ def partial_trace(
         InputError: If an axis, a shape or an option is not understood, or the passes do not pay.
         OutOfRangeError: If a position does not exist.
         ShapeError: If the operator is not square, or the shape does not fit.
+        DenseMemoryError: If the result is above ``max_dense_bytes``, and 128 MiB.
         UnsupportedOperationError: If "stratified" is asked where samples are kept, or of an operator that is
             no kernel over all outputs of its samples.
         DtypeError: If the operator is not of a real floating dtype.
@@ -132,6 +135,7 @@ def partial_trace(
             f"method='stratified' is for partial traces over samples; over={over!r} keeps them: use "
             "'hutchinson', which takes one per-sample pass a probe there"
         )
+    _require_room(operand, chosen)
     found = run(_Plan(operand, chosen), request)
     square = (chosen.size, chosen.size)
     low, high = found.interval
@@ -141,6 +145,18 @@ def partial_trace(
         stderr=found.stderr.unflatten(-1, square),
         interval=(low.unflatten(-1, square), high.unflatten(-1, square)),
     )
+
+
+def _require_room(operand: Operand, axes: StateAxes) -> None:
+    """Raise where the result itself is larger than what may be dense."""
+    needed = operand.batch_shape.numel() * axes.size**2 * 8
+    allowed = max(dense_bytes_allowed(operand.operator), _SMALL)
+    if needed > allowed:
+        raise DenseMemoryError(
+            f"the partial trace has {axes.size} x {axes.size} entries, {format_bytes(needed)} in float64, "
+            f"above max_dense_bytes={format_bytes(allowed)}; trace the samples, too, or raise it: what is "
+            "traced over outputs alone is the lazy kernel of ntkops.ntk(model, x, outputs='trace')"
+        )
 
 
 class _Plan:

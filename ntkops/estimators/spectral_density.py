@@ -27,7 +27,7 @@ from .eigenvalues import eigenvalues_by_tiles
 
 __all__ = ["spectral_density"]
 
-_DENSE = 1024  # rows up to which all eigenvalues are computed where tiles are cheap
+_DENSE = 2048  # rows up to which all eigenvalues are computed where tiles are cheap
 _STEPS, _PROBES = 64, 10
 _FIRST = 8  # probes before the error is looked at for the first time
 _GROWTH = (1.3, 4.0)

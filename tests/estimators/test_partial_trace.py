@@ -10,6 +10,7 @@ from linear_operator.operators import DenseLinearOperator
 
 import ntkops
 from ntkops.errors import (
+    DenseMemoryError,
     InputError,
     NotConvergedWarning,
     OutOfRangeError,
@@ -226,3 +227,15 @@ def test_bad_arguments(options, error, message):
     options = {"shape": SHAPE, **options}
     with pytest.raises(error, match=message):
         partial_trace(psd(24), **options)
+
+
+def test_a_result_above_the_limit_is_refused_before_any_work():
+    model = torch.nn.Linear(2, 3)
+    K = ntkops.ntk(model, torch.randn(5000, 2), max_dense_bytes=0)
+    with (
+        ntkops.count_passes() as passes,
+        pytest.raises(DenseMemoryError, match="5000 x 5000 entries"),
+    ):
+        partial_trace(K)  # over the outputs: the kernel between samples
+    assert passes.count.total == 0
+    assert partial_trace(K, "samples").value.shape == (3, 3)
