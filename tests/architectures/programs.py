@@ -566,15 +566,17 @@ class Program:
         """The kinds of its steps."""
         return {name for name, _, _ in self.steps}
 
-    def is_coupled(self, seed: int = 1) -> bool:
-        """Whether a sample has another output among the samples of a seed than alone."""
+    def is_coupled(self, seed: int = 1, size: int | None = None) -> bool:
+        """Whether a sample has another output in its batch of the samples of a seed than alone."""
         if not self.kinds & set(COUPLED):
             return False
         model, batch = self.build(), self.data(seed=seed)
         singles = [[tensor[n : n + 1] for tensor in batch] for n in range(self.samples)]
         with torch.no_grad():
             alone = torch.cat([model(*sample) for sample in singles])
-            return not torch.allclose(model(*batch), alone, rtol=0, atol=1e-9)
+            parts = zip(*(tensor.split(size or self.samples) for tensor in batch), strict=True)
+            together = torch.cat([model(*part) for part in parts])
+            return not torch.allclose(together, alone, rtol=0, atol=1e-9)
 
 
 def draw_program(random: random.Random) -> Program:
