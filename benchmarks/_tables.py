@@ -186,7 +186,7 @@ class Benchmark:
         options, before = self.options(arguments), None
         if self.parts and options.out is not None and options.out.exists():
             before = _read(options.out) if set(options.parts) < set(self.parts) else None
-        if before is not None and before.get("options", before)["quick"] != options.quick:
+        if before is not None and before.get("options", before).get("quick", False) != options.quick:
             raise SystemExit(f"{options.out} was measured at other sizes (--quick)")
         noted: dict[str, Any] = {"quick": options.quick}
         if self.repetitions:
