@@ -165,14 +165,15 @@ def interleaved(
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep the collector out of the timings, and its own passes small enough to leave the cache warm."""
-    collecting = gc.isenabled()
+    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if collecting:
             gc.enable()
 
@@ -233,6 +234,7 @@ def settle() -> float | None:
 def once(work: Callable[[], Any], device: str = "cpu") -> tuple[Any, dict[str, float | None]]:
     """Return the result of one call, its seconds (CPU time, or the clock of a device) and its peak in MB."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before: float | None = torch.cuda.memory_allocated() / 1e6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -54,7 +53,6 @@ def measure_case(case: Case, *, quick: bool, device: str = "cpu", dtype: str = "
     _warm_up(device, kind)
 
     def note(name: str, work: Callable[[], Any]) -> Any:
-        gc.collect()
         found, entry[name] = once(work, device)
         return found
 

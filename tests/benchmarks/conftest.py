@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -19,7 +20,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
     def module(name: str) -> ModuleType:
         if name != "coverage":  # of which a package may be loaded
-            return importlib.import_module(name)
+            imported = importlib.import_module(name)
+            gc.freeze()  # benchmarks collect before every timing: not what earlier tests have left
+            return imported
         spec = importlib.util.spec_from_file_location("interval_coverage", BENCHMARKS / "coverage.py")
         assert spec is not None and spec.loader is not None
         found = importlib.util.module_from_spec(spec)

@@ -12,13 +12,13 @@ import ntkops
 from ntkops.engines import count_passes
 from tests.cases import Case
 from tests.engines.test_layerwise import (
-    BOTH,
     Reference,
     block,
     build,
     contractions,
     distance,
     jacobian,
+    named,
     outputs_of,
 )
 
@@ -116,11 +116,11 @@ TAILS = [
     (Case("addmm", lambda: Functional("addmm"), vectors), 2),
     (Case("transposed", lambda: Functional("linear"), vectors), 2),
 ]
-IDS = [case.name for case, _ in TAILS]
+# Each in one dtype, in turn, and in the other one for its products.
+TURNS = [(*tail, (torch.float64, torch.float32)[number % 2]) for number, tail in enumerate(TAILS)]
 
 
-@BOTH
-@pytest.mark.parametrize("case, rank", TAILS, ids=IDS)
+@pytest.mark.parametrize(("case", "rank", "dtype"), TURNS, ids=named)
 def test_kernels_and_diagonals(case, rank, dtype):
     engine, linearization, inputs = build(case, dtype)
     reference = Reference(case, dtype, (3, 1), (2, 9))
@@ -140,9 +140,9 @@ def test_kernels_and_diagonals(case, rank, dtype):
     reference.check(crossed, lambda J, J2: J2 @ J.T, "cross")
 
 
-@BOTH
-@pytest.mark.parametrize("case, rank", TAILS, ids=IDS)
+@pytest.mark.parametrize(("case", "rank", "dtype"), TURNS, ids=named)
 def test_products(case, rank, dtype):
+    dtype = torch.float32 if dtype == torch.float64 else torch.float64
     engine, linearization, inputs = build(case, dtype)
     reference = Reference(case, dtype, (3, 1), (2, 9))
     rows, size = reference.exact[0].shape

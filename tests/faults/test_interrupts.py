@@ -22,6 +22,9 @@ from tests.cases import BY_NAME
 
 NAMES = ["mlp", "shared", "conv", "gru-time", "attention", "weight-norm", "old-style"]
 ENGINES = ["autograd", "layerwise"]
+IN_TURN = pytest.mark.parametrize(
+    ("name", "engine"), list(zip(NAMES, itertools.cycle(ENGINES), strict=False))
+)
 CALLS = {
     "product": lambda K, v: K @ v,
     "transposed product": lambda K, v: K.left.mT @ v,
@@ -87,8 +90,7 @@ def interrupt_in_pass(monkeypatch, number, inside):
         yield passes
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", NAMES)
+@IN_TURN
 def test_an_interrupt_leaves_everything_as_it_was(monkeypatch, name, engine):
     case = BY_NAME[name]
     model, x = case.make(), case.data(4)
@@ -104,8 +106,8 @@ def test_an_interrupt_leaves_everything_as_it_was(monkeypatch, name, engine):
         "cross": dense[: len(dense) // 2] @ v,
     }
     before, modes, drawn = _model_state(model), _modes(), _randomness()
-    first = NAMES.index(name) + ENGINES.index(engine)
-    for turn, (what, call) in enumerate(CALLS.items(), first):  # every call meets every moment, in turn
+    # Every call of either engine meets every moment in turn: of its names, three numbers differ modulo 3.
+    for turn, (what, call) in enumerate(CALLS.items(), NAMES.index(name)):
         number, inside = [(1, False), (1, True), (2, False)][turn % 3]
         K = ntkops.ntk(model, x, engine=engine, batch_size=2, **case.options)
         with (
@@ -145,8 +147,7 @@ def test_an_interrupt_inside_the_model_itself():
 # threads
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", NAMES)
+@IN_TURN
 def test_threads_on_one_operator(name, engine):
     case = BY_NAME[name]
     K = ntkops.ntk(case.make(), case.data(4), engine=engine, **case.options)
@@ -199,7 +200,7 @@ def test_estimates_in_threads_are_those_of_their_seeds():
 # copies
 
 
-@pytest.mark.parametrize(("name", "engine"), list(zip(NAMES, itertools.cycle(ENGINES), strict=False)))
+@IN_TURN
 def test_copies_of_operators_and_of_what_is_made_of_them(name, engine):
     case = BY_NAME[name]
     K = ntkops.ntk(case.make(), case.data(4), engine=engine, **case.options)

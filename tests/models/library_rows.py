@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .rows import Row
 
-VOCABULARY, LENGTH = 11, 4
+VOCABULARY, LENGTH = 7, 3
 
 
 def library(name: str) -> Any:
@@ -46,13 +46,13 @@ def words(count: int) -> dict[str, Tensor]:
 
 def padded(count: int) -> dict[str, Tensor]:
     """Make sequences of several lengths with their mask."""
-    mask = (torch.arange(LENGTH) < torch.tensor([LENGTH, 2, 3])[torch.arange(count) % 3, None]).long()
+    mask = (torch.arange(LENGTH) < torch.tensor([LENGTH, 1, 2])[torch.arange(count) % 3, None]).long()
     return {"input_ids": torch.randint(1, VOCABULARY, (count, LENGTH)) * mask, "attention_mask": mask}
 
 
 def pairs(count: int) -> dict[str, Tensor]:
     """Make sequences for an encoder and a decoder."""
-    return {**words(count), "decoder_input_ids": torch.randint(0, VOCABULARY, (count, 3))}
+    return {**words(count), "decoder_input_ids": torch.randint(0, VOCABULARY, (count, 2))}
 
 
 def labelled(count: int) -> dict[str, Tensor]:
@@ -105,10 +105,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "ViT": dict(
         image_size=4,
         patch_size=2,
-        hidden_size=8,
+        hidden_size=4,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=8,
+        intermediate_size=4,
     ),
     "ResNet": dict(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2),
     "T5": dict(
