@@ -128,23 +128,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-@pytest.mark.parametrize("engine", ["autograd", "layerwise"])
-def test_networks_that_were_found(name, engine):
+def test_networks_that_were_found(name):
     network = FOUND[name]
     model, x = network.build(), network.data()
     reference = Reference(model, x)
-    with rules_hold(reference):
-        K = ntkops.ntk(model, x, engine=engine)
-    reference.check(name, K.to_dense(), reference.J @ reference.J.T)
-    if engine == "layerwise":
-        assert bool(K.engine_info.covered) is (name != "nothing to cover")
-        selected = [p for p in model.parameters() if p.requires_grad]
-        whole = len(K.engine_info.covered) == len(selected)
-        # In the last two a gradient is rounding alone: no row of it can be told from another's.
-        left = ("checkpointed", "nothing", "prelu", "two norms of one", "rounding behind a damping")
-        assert whole is not name.startswith(left)
-    v = torch.ones(K.shape[0], dtype=torch.float64)
-    reference.check(name, K @ v, reference.J @ (reference.J.T @ v))
+    v = torch.ones(len(reference.J), dtype=torch.float64)
+    for engine in ("autograd", "layerwise"):
+        with rules_hold(reference):
+            K = ntkops.ntk(model, x, engine=engine)
+        reference.check(f"{name}, {engine}", K.to_dense(), reference.J @ reference.J.T)
+        reference.check(f"{name}, {engine}", K @ v, reference.J @ (reference.J.T @ v))
+    assert bool(K.engine_info.covered) is (name != "nothing to cover")
+    selected = [p for p in model.parameters() if p.requires_grad]
+    # In the last two a gradient is rounding alone: no row of it can be told from another's.
+    left = ("checkpointed", "nothing", "prelu", "two norms of one", "rounding behind a damping")
+    assert (len(K.engine_info.covered) == len(selected)) is not name.startswith(left)
 
 
 @pytest.mark.parametrize("engine", ["autograd", "layerwise"])

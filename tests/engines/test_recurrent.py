@@ -1,6 +1,7 @@
 """Hidden states of recurrent layers over time, against dense float64 Jacobians."""
 
 import copy
+import functools
 import logging
 import pickle
 
@@ -41,15 +42,28 @@ def sequences(count=4, length=6, dtype=torch.float64, seed=1):
     return torch.randn(count, length, 3, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def jacobian(model, x, state=lambda raw: raw[0], names=None):
+def jacobian(model, x, state=lambda raw: raw[0]):
     """Return J of the hidden states in float64, one backward pass for each row."""
     model = copy.deepcopy(model).double()
-    leaves = [p for n, p in model.named_parameters() if names is None or n in names]
-    rows = []
+    leaves, rows = list(model.parameters()), []
     for entry in state(model(x.double())).flatten():
-        gradients = torch.autograd.grad(entry, leaves, retain_graph=True)
+        gradients = torch.autograd.grad(entry, leaves, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+@functools.cache
+def _reference(name, dtype):
+    return jacobian(make(name, dtype), sequences(dtype=dtype))
+
+
+def reference(name, dtype=torch.float64, names=None):
+    """Return J of `make` at `sequences`, made once for all tests, or its columns of some parameters."""
+    J, sizes = _reference(name, dtype), {n: p.numel() for n, p in make(name).named_parameters()}
+    chosen = sizes if names is None else names
+    return torch.cat(
+        [part for n, part in zip(sizes, J.split(list(sizes.values()), 1), strict=True) if n in chosen], 1
+    )
 
 
 def assert_near(found, wanted, dtype):
@@ -65,7 +79,7 @@ def linearized(name, dtype, selected=None):
     state = tuple(x.new_zeros(len(x), 5) for _ in range(parts))
     weights = [p.detach() for p in model.parameters()]
     selected = [True] * len(weights) if selected is None else selected
-    return model, x, linearize_steps(step, x, state, weights, selected)
+    return x, linearize_steps(step, x, state, weights, selected)
 
 
 # pure functions
@@ -73,18 +87,29 @@ def linearized(name, dtype, selected=None):
 
 @every_layer
 @both_dtypes
-def test_diagonal_and_kernel_of_linearised_steps(name, dtype):
-    model, x, steps = linearized(name, dtype)
-    J = jacobian(model, x)
+def test_diagonal_kernel_and_pulled_signals_of_linearised_steps(name, dtype):
+    x, steps = linearized(name, dtype)
+    J = reference(name, dtype)
     K = J @ J.T
     assert_near(same_time_diagonal(steps).flatten(), K.diagonal(), dtype)
     columns = [state_kernel(steps, steps.take(number, number + 1)) for number in range(len(x))]
     assert_near(torch.stack(columns, dim=3).reshape(K.shape), K, dtype)
+    # pulled back, they give the gradients of single samples
+    generator = torch.Generator().manual_seed(2)
+    cotangents = torch.randn(4, 2, 6, 5, generator=generator, dtype=torch.float64).to(dtype)
+    weights = []
+    for signal, activations, width in zip(
+        pulled_signals(steps, cotangents), steps.activations, (3, 5), strict=True
+    ):
+        weights.append((signal.mT @ activations[..., :width].unsqueeze(1)).flatten(2))
+    found = torch.cat(weights, dim=2)
+    wanted = cotangents.double().flatten(2) @ J.unflatten(0, (4, 30))
+    assert_near(found, wanted[..., : found.shape[-1]], dtype)
 
 
 @every_layer
 def test_kernel_in_chunks_of_time_and_into_given_memory(name):
-    _, _, steps = linearized(name, torch.float64)
+    _, steps = linearized(name, torch.float64)
     one = steps.take(1, 2)
     wanted = state_kernel(steps, one)
     torch.testing.assert_close(state_kernel(steps, one, entries=1), wanted, rtol=0, atol=1e-14)
@@ -94,29 +119,12 @@ def test_kernel_in_chunks_of_time_and_into_given_memory(name):
     assert bool(memory[:, :, :, 0].isnan().all())
 
 
-@every_layer
-@both_dtypes
-def test_pulled_signals_give_the_gradients_of_single_samples(name, dtype):
-    model, x, steps = linearized(name, dtype)
-    J = jacobian(model, x).unflatten(0, (4, 30))
-    generator = torch.Generator().manual_seed(2)
-    cotangents = torch.randn(4, 2, 6, 5, generator=generator, dtype=torch.float64).to(dtype)
-    weights = []
-    for signal, activations, width in zip(
-        pulled_signals(steps, cotangents), steps.activations, (3, 5), strict=True
-    ):
-        weights.append((signal.mT @ activations[..., :width].unsqueeze(1)).flatten(2))
-    found = torch.cat(weights, dim=2)
-    wanted = cotangents.double().flatten(2) @ J
-    assert_near(found, wanted[..., : found.shape[-1]], dtype)
-
-
 @pytest.mark.parametrize("selected", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1)])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_some_of_the_weights(name, selected):
-    model, x, steps = linearized(name, torch.float64, [bool(flag) for flag in selected])
-    chosen = [n for (n, _), flag in zip(model.named_parameters(), selected, strict=True) if flag]
-    J = jacobian(model, x, names=chosen)
+    _, steps = linearized(name, torch.float64, [bool(flag) for flag in selected])
+    chosen = [n for (n, _), flag in zip(make(name).named_parameters(), selected, strict=True) if flag]
+    J = reference(name, names=chosen)
     assert_near(same_time_diagonal(steps).flatten(), (J * J).sum(1), torch.float64)
 
 
@@ -148,9 +156,7 @@ class Started(nn.Module):
 @pytest.mark.parametrize(("dtype", "batch_first"), [(torch.float64, False), (torch.float32, True)])
 def test_everything_exact_of_the_kernel(name, dtype, batch_first):
     model, x = make(name, dtype, batch_first), sequences(dtype=dtype)
-    other = make(name, dtype)
-    other.load_state_dict(model.state_dict())
-    J = jacobian(other, x)
+    J = reference(name, dtype)
     K = J @ J.T
     f = ntkops.linearize(model, output=0, batch_dim=0 if batch_first else 1)
     given = x if batch_first else x.transpose(0, 1)
@@ -170,7 +176,7 @@ def test_everything_exact_of_the_kernel(name, dtype, batch_first):
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_parts_and_sums_of_the_kernel(name):
     model, x, new = make(name), sequences(), sequences(3, seed=5)
-    J, J_new = jacobian(model, x), jacobian(model, new)
+    J, J_new = reference(name), jacobian(model, new)
     K = ntkops.ntk(model, x, output=0)
     assert_near(K.cross(new).to_dense(), J_new @ J.T, torch.float64)
     assert_near(K[30:60, 30:60].to_dense(), J[30:60] @ J[30:60].T, torch.float64)  # one sample's own block
@@ -187,8 +193,7 @@ def test_parts_and_sums_of_the_kernel(name):
 
 
 def test_samples_in_batches_of_one_and_in_small_tiles(monkeypatch):
-    model, x = make("gru"), sequences()
-    J = jacobian(model, x)
+    model, x, J = make("gru"), sequences(), reference("gru")
     K = ntkops.ntk(model, x, output=0, batch_size=1, max_dense_bytes=0)
     assert K._core.engine.over_time
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
@@ -206,7 +211,7 @@ def test_samples_in_batches_of_one_and_in_small_tiles(monkeypatch):
 def test_selected_parameters(names):
     model, x = make("gru"), sequences()
     chosen = [n for n, _ in model.named_parameters() if n in names or (names == ["bias_*"] and "bias" in n)]
-    J = jacobian(model, x, names=chosen)
+    J = reference("gru", names=chosen)
     K = ntkops.ntk(model, x, output=0, params=names)
     assert K._core.engine.over_time
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
@@ -225,8 +230,7 @@ def test_passes_do_not_grow_with_the_number_of_states():
 
 
 def test_after_a_cast_and_after_pickling():
-    model, x = make("gru"), sequences()
-    J = jacobian(model, x)
+    model, x, J = make("gru"), sequences(), reference("gru")
     K = ntkops.ntk(model, x, output=0, max_dense_bytes=0)
     assert_near(pickle.loads(pickle.dumps(K)).diagonal(), J.square().sum(1), torch.float64)
     single = K.to(torch.float32)
@@ -239,7 +243,7 @@ def test_routes_of_ones_own_choice_are_kept():
     model, x = make("gru"), sequences()
     own = Layerwise(kernel_route="gradient", diagonal_route="gradient")
     K = ntkops.ntk(model, x, output=0, engine=own)
-    J = jacobian(model, x)
+    J = reference("gru")
     with count_passes() as tally:
         assert_near(K.diagonal(), J.square().sum(1), torch.float64)
     assert tally.total == 30
@@ -293,14 +297,8 @@ def test_anything_else_goes_the_ordinary_way(kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Wrapped(kind)
-    x = sequences()
-    rows = []
-    for entry in model(x).flatten():
-        gradients = torch.autograd.grad(
-            entry, tuple(model.parameters()), retain_graph=True, materialize_grads=True
-        )
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    J = torch.stack(rows)
+    x = sequences(2)
+    J = jacobian(model, x, state=lambda raw: raw)
     K = ntkops.ntk(model, x)
     assert not K._core.engine.over_time
     assert_near(K.diagonal(), J.square().sum(1), torch.float64)
@@ -310,7 +308,7 @@ def test_anything_else_goes_the_ordinary_way(kind):
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_several_layers_and_both_directions_go_the_ordinary_way(name, options):
-    model, x = make(name, **options), sequences()
+    model, x = make(name, **options), sequences(2, 4)
     J = jacobian(model, x)
     K = ntkops.ntk(model, x, output=0)
     assert not K._core.engine.over_time

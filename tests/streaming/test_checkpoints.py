@@ -8,6 +8,7 @@ from ntkops import NTKOperator, checkpoint
 from ntkops.engines import tiles
 from ntkops.errors import CheckpointError, InputError
 from ntkops.estimators import _quantities
+from tests.pairs import pairs
 from tests.streaming.sources import Counted, made, samples, uneven
 
 N = 19
@@ -69,22 +70,19 @@ class Interrupter:
         monkeypatch.setattr(NTKOperator, "diagonal_parts", parts)
 
 
-@pytest.mark.parametrize("engine", ["layerwise", "autograd"])
-@pytest.mark.parametrize("quantity", WORK)
-def test_an_interrupted_run_goes_on_with_the_same_bits(quantity, engine, tmp_path, monkeypatch):
+@pytest.mark.parametrize("quantity, engine, stop", pairs(WORK, ["layerwise", "autograd"], [1, 3]))
+def test_an_interrupted_run_goes_on_with_the_same_bits(quantity, engine, stop, tmp_path, monkeypatch):
     work, interrupter = WORK[quantity], Interrupter(monkeypatch)
     whole = work(_kernel(engine=engine), checkpoint=tmp_path / "whole")
-    for stop in (1, 3):
-        path = tmp_path / f"cut{stop}"
-        for after in (stop, 2):  # interrupted twice
-            interrupter.left = after
-            with pytest.raises(KeyboardInterrupt):
-                work(_kernel(engine=engine), checkpoint=path)
-        interrupter.left = -1
-        found = work(_kernel(engine=engine), checkpoint=path)
-        assert torch.equal(found.value, whole.value)
-        assert found.exact
-        assert found.passes >= whole.passes  # what was interrupted is made again
+    for after in (stop, 2):  # interrupted twice
+        interrupter.left = after
+        with pytest.raises(KeyboardInterrupt):
+            work(_kernel(engine=engine), checkpoint=tmp_path / "cut")
+    interrupter.left = -1
+    found = work(_kernel(engine=engine), checkpoint=tmp_path / "cut")
+    assert torch.equal(found.value, whole.value)
+    assert found.exact
+    assert found.passes >= whole.passes  # what was interrupted is made again
     torch.testing.assert_close(
         whole.value, work(_kernel(engine=engine), method="exact").value, rtol=1e-6, atol=0
     )
