@@ -1,6 +1,7 @@
 """Inducing points moved by gradient descent: gradients, losses, resuming, and what is refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ntkops.errors import (
     ZeroKernelError,
 )
 from ntkops.operators import energy_gap
+from tests.pairs import pairs
 
 OUTPUTS = ["trace", "each", "all", 1, [0, 2]]
 CHOICES = {
@@ -33,6 +35,16 @@ CHOICES = {
 def network(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+@functools.cache
+def point(dtype=torch.float64):
+    """Return the network linearised, once for all tests: what is found out about it is kept there."""
+    return ntkops.linearize(network().to(dtype))
+
+
+def kernel(outputs="trace", **options):
+    return ntkops.ntk(point(), samples(), outputs=outputs, **options)
 
 
 def convolutional(seed=0):
@@ -73,11 +85,9 @@ def given_targets(outputs):
     return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("outputs", OUTPUTS, ids=str)
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name, outputs, kept", pairs(CHOICES, OUTPUTS, [True, False]), ids=str)
 def test_gradients_match_finite_differences(name, outputs, kept):
-    K = ntkops.ntk(network(), samples(), outputs=outputs)
+    K = kernel(outputs)
     wanted = dict(CHOICES[name])
     if wanted.pop("targets", None):
         wanted["targets"] = given_targets(outputs)
@@ -102,7 +112,7 @@ def test_gradients_match_finite_differences(name, outputs, kept):
 
 
 def test_the_loss_is_the_energy_gap_up_to_the_jitter():
-    K = ntkops.ntk(network(), samples(), outputs="each")
+    K = kernel("each")
     found = kernel_inducing(K, start=range(5), iterations=5, jitter=1e-10)
     gap = energy_gap(K, found.inputs)
     share = float(gap.gap.sum() / gap.total.sum())
@@ -111,14 +121,12 @@ def test_the_loss_is_the_energy_gap_up_to_the_jitter():
 
 
 def test_solved_targets_give_the_predictions_of_all_targets():
-    x = samples()
-    K = ntkops.ntk(network(), x, outputs="trace")
-    Y = torch.sin(x[:, :2])
+    K, Y = kernel(), torch.sin(samples()[:, :2])
     found = kernel_inducing(
         K, start=range(5), objective="regression", targets=Y, learn_targets=True, iterations=3, jitter=1e-12
     )
     cross = K.cross(found.inputs).to_dense().mT  # K_XZ
-    inner = ntkops.ntk(network(), found.inputs, outputs="trace").to_dense()
+    inner = ntkops.ntk(point(), found.inputs, outputs="trace").to_dense()
     eye = torch.eye(5, dtype=torch.float64)
     ours = cross @ torch.linalg.solve(inner + found.ridge * eye, found.targets)
     weights = torch.linalg.solve(cross.mT @ cross + found.ridge * inner, cross.mT @ Y)
@@ -126,7 +134,7 @@ def test_solved_targets_give_the_predictions_of_all_targets():
 
 
 def test_given_targets_are_those_of_the_start():
-    K = ntkops.ntk(network(), samples(), outputs="trace")
+    K = kernel()
     Y = torch.sin(samples())
     found = kernel_inducing(K, start=[3, 7], objective="regression", targets=Y, iterations=2)
     torch.testing.assert_close(found.targets, Y[[3, 7]])
@@ -161,7 +169,7 @@ def test_a_convolutional_network_is_served_below_start_and_random_points(objecti
 
 
 def test_batches_compare_iterates_on_all_samples():
-    K = ntkops.ntk(network(), samples(), outputs="trace")
+    K = kernel()
     found = kernel_inducing(
         K, start=range(4), batch_size=6, iterations=20, generator=torch.Generator().manual_seed(0)
     )
@@ -172,19 +180,15 @@ def test_batches_compare_iterates_on_all_samples():
 
 
 def test_nothing_as_wide_as_the_data_is_built_where_that_is_forbidden():
-    model, x = network(), samples()
-    K = ntkops.ntk(model, x, outputs="trace", max_dense_bytes=0)
-    found = kernel_inducing(K, start=[0, 4], iterations=4)
-    kept = kernel_inducing(ntkops.ntk(model, x, outputs="trace"), start=[0, 4], iterations=4)
+    found, kept = (
+        kernel_inducing(K, start=[0, 4], iterations=4) for K in (kernel(max_dense_bytes=0), kernel())
+    )
     torch.testing.assert_close(found.inputs, kept.inputs, rtol=1e-8, atol=1e-10)
 
 
 def test_both_ways_give_the_same_run():
-    model, x = network(), samples()
     runs = [
-        kernel_inducing(
-            ntkops.ntk(model, x, outputs="each", max_dense_bytes=size), start=[0, 4], iterations=4
-        )
+        kernel_inducing(kernel("each", max_dense_bytes=size), start=[0, 4], iterations=4)
         for size in ("auto", 20 * 3 * 20 * 8)  # the second holds K, and no gradients
     ]
     torch.testing.assert_close(runs[0].inputs, runs[1].inputs, rtol=1e-8, atol=1e-10)
@@ -196,7 +200,7 @@ def test_losses_do_not_depend_on_the_scale_of_the_kernel(dtype, scale):
     # K = s² K₀ exactly, for s a power of two
     power = 2.0 ** round(torch.log2(torch.tensor(scale)).item())
     model, x = network().to(dtype), samples().to(dtype)
-    plain = kernel_inducing(ntkops.ntk(model, x, outputs="trace"), start=[0, 4, 9], iterations=3)
+    plain = kernel_inducing(ntkops.ntk(point(dtype), x, outputs="trace"), start=[0, 4, 9], iterations=3)
     K = ntkops.ntk(model, x, outputs="trace", output=lambda y: power * y)
     scaled = kernel_inducing(K, start=[0, 4, 9], iterations=3)
     assert scaled.loss == pytest.approx(plain.loss, rel=1e-9)
@@ -216,7 +220,7 @@ class Interrupt(Exception):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, given):
-    K = ntkops.ntk(network(), samples(), outputs="trace")
+    K = kernel()
 
     def run(path):
         generator = torch.Generator().manual_seed(5) if given else None
@@ -224,10 +228,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, given
             K,
             4,
             start="random",
-            iterations=12,
+            iterations=6,
             batch_size=7,
             path=path,
-            checkpoint_every=4,
+            checkpoint_every=2,
             generator=generator,
         )
 
@@ -251,7 +255,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, given
             K,
             4,
             start="random",
-            iterations=12,
+            iterations=6,
             batch_size=7,
             generator=torch.Generator().manual_seed(resumed.seed),
         )
@@ -262,13 +266,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, given
     assert torch.equal(again.inputs, resumed.inputs)
     with pytest.raises(CheckpointError, match="objective"):
         kernel_inducing(
-            K, 4, start="random", iterations=12, jitter=1e-3, path=tmp_path / "cut", generator=None
+            K, 4, start="random", iterations=6, jitter=1e-3, path=tmp_path / "cut", generator=None
         )
 
 
 def test_what_is_refused():
-    model, x = network(), samples()
-    K = ntkops.ntk(model, x, outputs="trace")
+    K, x = kernel(), samples()
     cases = [
         (InputError, {"objective": "gap"}, "'energy' or 'regression'"),
         (InputError, {"targets": x}, "no targets"),
@@ -307,6 +310,6 @@ def test_samples_that_are_no_floats_are_refused():
 
 
 def test_too_fast_a_descent_goes_back_and_slows_down():
-    K = ntkops.ntk(network(), samples(), outputs="trace")
+    K = kernel()
     found = kernel_inducing(K, start=range(4), iterations=60, learning_rate=20.0)
     assert float(found.losses[1]) > found.start_loss > found.loss

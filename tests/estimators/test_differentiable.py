@@ -49,13 +49,6 @@ def tiny() -> nn.Module:
         return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
-def functional_kernel(model, names, values, x):
-    def call(params, batch):
-        return torch.func.functional_call(model, params, (batch,))
-
-    return ntkops.ntk(call, x, params=dict(zip(names, values, strict=True)), differentiable=True)
-
-
 def dense_kernel(model, x, outputs="all"):
     names = [name for name, _ in model.named_parameters()]
 
@@ -119,23 +112,27 @@ def test_many_tiles_give_what_one_gives(setting, name, monkeypatch):
         torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-12)
 
 
-SAMPLED = {"method": "hutch++", "num_passes": 40}
-GRADCHECKS = [*((name, {}) for name in QUANTITIES), ("effective_rank", SAMPLED)]
-GRADCHECKS += [("alignment", {"method": "hutchinson", "num_passes": 12})]
-
-
-@pytest.mark.parametrize(("name", "options"), GRADCHECKS)
-def test_gradcheck_twice(name, options):
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        # Finite differences would move the sketch of Hutch++, which the derivative holds fixed: with so many
+        # passes it spans the whole space, and nothing depends on it.
+        ("effective_rank", {"method": "hutch++", "num_passes": 40}),
+        ("alignment", {"method": "hutchinson", "num_passes": 12}),
+    ],
+)
+def test_estimates_of_fixed_probes_are_differentiated_twice(name, options):
     model = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
     x = torch.randn(3, 1, dtype=torch.float64)
-    other = ntkops.ntk(model, x + 0.5).to_dense()
-    names = [name for name, _ in model.named_parameters()]
-    # Finite differences would move the sketch of Hutch++, which the derivative holds fixed: with so many
-    # passes it spans the whole space, and nothing depends on it.
+    other, names = ntkops.ntk(model, x + 0.5).to_dense(), [name for name, _ in model.named_parameters()]
+
+    def call(params, batch):
+        return torch.func.functional_call(model, params, (batch,))
 
     def quantity(*values):
-        extra = {"generator": seeded()} if options else {}
-        return QUANTITIES[name](functional_kernel(model, names, values, x), other, **options, **extra).value
+        params = dict(zip(names, values, strict=True))
+        K = ntkops.ntk(call, x, params=params, differentiable=True)
+        return QUANTITIES[name](K, other, generator=seeded(), **options).value
 
     values = tuple(p.detach().clone().requires_grad_() for p in model.parameters())
     assert gradcheck(quantity, values)
@@ -145,20 +142,28 @@ def test_gradcheck_twice(name, options):
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
 @pytest.mark.parametrize("name", ["trace", "inner"])
 def test_gradients_of_estimates_are_unbiased(setting, name, method):
+    """Of a tensor over many seeds; and what a lazy kernel gives is what its tensor gives."""
     model, x, other = setting
-    params = tuple(model.parameters())
-    K = ntkops.ntk(model, x, differentiable=True)
-    params = params[:3]  # the kernel does not depend on the last bias
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(QUANTITIES[name](K, other).value, params)])
-    passes = 2 * 6 if name == "trace" else 3 * 5
-    found = []
-    for seed in range(50):
-        estimate = QUANTITIES[name](K, other, method=method, num_passes=passes, generator=seeded(seed))
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(estimate.value, params)]))
-    stacked = torch.stack(found)
+    dense = dense_kernel(model, x)
+    count, columns = (1, 6) if name == "trace" else (2, 5)
+    options = {"method": method, "num_passes": count * columns}
+
+    def gradient(seed):
+        estimate = QUANTITIES[name](dense, other, generator=seeded(seed), **options)
+        return torch.autograd.grad(estimate.value, dense, retain_graph=True)[0]
+
+    (expected,) = torch.autograd.grad(QUANTITIES[name](dense, other).value, dense, retain_graph=True)
+    stacked = torch.stack([gradient(seed) for seed in range(100)])
     error = (stacked.mean(0) - expected).abs()
-    assert bool((error <= 4.5 * stacked.std(0) / 50**0.5 + 1e-12 * expected.abs().max()).all())
+    assert bool((error <= 4.5 * stacked.std(0) / 100**0.5 + 1e-12 * expected.abs().max()).all())
     assert float(error.norm()) < 0.3 * float(expected.norm())
+
+    K, params = ntkops.ntk(model, x, differentiable=True), list(model.parameters())[:3]
+    passes = (count + 1) * columns  # a column of K takes two
+    lazy = QUANTITIES[name](K, other, method=method, num_passes=passes, generator=seeded()).value
+    torch.testing.assert_close(
+        torch.autograd.grad(lazy, params), torch.autograd.grad(dense, params, stacked[0])
+    )
 
 
 @pytest.mark.parametrize("name", QUANTITIES)

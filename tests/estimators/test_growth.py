@@ -1,5 +1,6 @@
 """Growing to a tolerance: nothing is repeated, nothing is biased, and lucky looks are paid for."""
 
+import functools
 import math
 
 import pytest
@@ -253,14 +254,19 @@ def test_what_is_no_operator_is_named():
         ntkops.trace(Factored(torch.eye(9)), method="hutchinson", num_passes=1)
 
 
-# Six samples of twelve outputs, where a user allows four backward passes.
-def above_the_limit(dtype=torch.float64, limit=4, **options):
+@functools.cache
+def twelve_outputs(dtype):
+    """Return a network linearised and six samples, once for all tests."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         hidden, head = torch.nn.Linear(4, 16), torch.nn.Linear(16, 12)
         model = torch.nn.Sequential(hidden, torch.nn.Tanh(), head, torch.nn.Tanh()).to(dtype)
-        x = torch.randn(6, 4).to(dtype)
-    return ntkops.ntk(model, x, engine=ntkops.Layerwise(max_backwards=limit), **options)
+        return ntkops.linearize(model), torch.randn(6, 4).to(dtype)
+
+
+def above_the_limit(dtype=torch.float64, limit=4, **options):
+    """A kernel of twelve outputs where a user allows four backward passes."""
+    return ntkops.ntk(*twelve_outputs(dtype), engine=ntkops.Layerwise(max_backwards=limit), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_dense_bytes": 0}, {"outputs": "each"}])

@@ -1,5 +1,6 @@
 """Partial traces: exact against dense references over every choice of axes; estimates unbiased, covered."""
 
+import functools
 import itertools
 import math
 
@@ -55,13 +56,19 @@ def test_exact_for_any_operator(over, wrap):
     assert float(result.stderr.abs().max()) == 0 and result.value.shape == result.interval[0].shape
 
 
+@functools.cache
+def hidden_states(engine):
+    """Return the kernel of hidden states over time, lazy, and its dense matrix."""
+    case = BY_NAME["gru-time"]
+    model, x = case.make(), case.data(5)
+    lazy = ntkops.ntk(model, x, engine=engine, max_dense_bytes=0, **case.options)
+    return lazy, ntkops.ntk(model, x, engine="autograd", **case.options).to_dense()
+
+
 @pytest.mark.parametrize("over", CHOICES)
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
 def test_exact_for_hidden_states_over_time(over, engine):
-    case = BY_NAME["gru-time"]
-    model, x = case.make(), case.data(5)
-    K = ntkops.ntk(model, x, engine=engine, max_dense_bytes=0, **case.options)
-    dense = ntkops.ntk(model, x, engine="autograd", **case.options).to_dense()
+    K, dense = hidden_states(engine)
     shape = (5, *K.output_shape)
     named = tuple(NAMES[i] for i in over)
     result = partial_trace(K, named, axes=NAMES[1:])
@@ -104,8 +111,7 @@ def test_stored_dense_kernels_cost_nothing():
 
 
 def test_recurrent_estimates_over_time_from_shared_probes():
-    case = BY_NAME["gru-time"]
-    K = ntkops.ntk(case.make(), case.data(5), max_dense_bytes=0, **case.options)
+    K, _ = hidden_states("auto")
     truth = partial_trace(K, "time", axes=NAMES[1:], method="exact").value
     results = [
         partial_trace(K, "time", axes=NAMES[1:], method="hutchinson", num_passes=6, generator=generator(s))

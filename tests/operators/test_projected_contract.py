@@ -9,6 +9,7 @@ from tests.operators import test_contract as contract
 
 PARAMETERS = 4 * contract.HIDDEN + (contract.HIDDEN + 1) * contract.OUTPUTS
 PROJECTION = Gaussian(PARAMETERS, 60, 0)
+MATRIX = PROJECTION.apply(torch.eye(PARAMETERS, dtype=torch.float64))
 
 
 def projected(K):
@@ -16,8 +17,7 @@ def projected(K):
 
 
 def project(features: torch.Tensor) -> torch.Tensor:
-    matrix = PROJECTION.apply(torch.eye(PARAMETERS, dtype=torch.float64)).to(features)
-    return features @ matrix  # (..., P) -> (..., k)
+    return features @ MATRIX.to(features)  # (..., P) -> (..., k)
 
 
 class _Square(contract._Square):
