@@ -258,9 +258,9 @@ _BUILT: dict[tuple[torch.dtype, str], tuple[report.Subject, report.Report]] = {}
 
 
 def small_report(dtype: torch.dtype, engine: str = "auto") -> tuple[report.Subject, report.Report]:
-    """A report on 40 digits and 16 hidden units: n = 400, P = 1210."""
+    """A report on 16 digits and 8 hidden units: n = 160, P = 610."""
     if (dtype, engine) not in _BUILT:
-        subject = report.digits_subject(40, epochs=2, width=16, seed=1, dtype=dtype)
+        subject = report.digits_subject(16, epochs=2, width=8, seed=1, dtype=dtype)
         settings = dataclasses.replace(SETTINGS, engine=engine)
         _BUILT[dtype, engine] = subject, report.build(subject, settings)
     return _BUILT[dtype, engine]
@@ -304,7 +304,7 @@ def test_numbers_agree_with_dense_references_to_the_printed_errors(dtype: torch.
         J = reference_jacobian(subject, kernel.name).flatten(0, 1)
         K = J @ J.mT
         dense.append(K)
-        assert (kernel.size, kernel.num_samples, kernel.num_outputs) == (400, 40, 10)
+        assert (kernel.size, kernel.num_samples, kernel.num_outputs) == (160, 16, 10)
         assert kernel.num_parameters == J.shape[1]
         assert_agrees(kernel.trace, K.trace(), dtype)
         assert_agrees(kernel.frobenius_norm, K.norm(), dtype)

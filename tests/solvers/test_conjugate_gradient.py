@@ -7,7 +7,7 @@ from ntkops.solvers import ConjugateGradient, conjugate_gradient
 from ntkops.vectors import Space
 from tests.solvers.systems import Counted, OddSpace, block, decaying, relative_residuals, with_spectrum
 
-N = 100
+N = 40
 SPACE = Space(N, torch.float64)
 
 
