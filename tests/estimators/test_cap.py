@@ -66,11 +66,11 @@ def test_no_cache_is_made_under_a_cap():
     torch.testing.assert_close(again.value, found.value, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("cap", [40, 256, 512])
+@pytest.mark.parametrize("cap", [40, 128, 256])
 def test_pairs_of_parts_of_the_samples_are_counted(cap, monkeypatch):
     monkeypatch.setattr("ntkops.estimators._stratified_grams._ENTRIES", 2**15)
     model = nn.GRU(2, 8, batch_first=True)
-    kernel = ntkops.ntk(model, torch.randn(16, 30, 2), output=0)
+    kernel = ntkops.ntk(model, torch.randn(16, 15, 2), output=0)
     found = ntkops.effective_rank(kernel, method="stratified", num_passes=cap, generator=generator(0))
     assert cap / 2 <= found.passes <= cap
 

@@ -154,9 +154,10 @@ def test_derivatives_are_those_of_the_matrix(name: str) -> None:
     projection = MAPS[name](0)
     x = vectors(2)[:, 66:74].requires_grad_()
     y = vectors(2, K).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: projection.apply(t, 66), x)
-    assert torch.autograd.gradcheck(lambda t: projection.adjoint(t, 66, 74), y)
-    assert torch.autograd.gradgradcheck(lambda t: projection.apply(t, 66).square(), x)
+    # Along random directions: an entry that is wrong is wrong along almost every one.
+    assert torch.autograd.gradcheck(lambda t: projection.apply(t, 66), x, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda t: projection.adjoint(t, 66, 74), y, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda t: projection.apply(t, 66).square(), x, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -1,5 +1,6 @@
 """The Laplace approximation of a linearised network, against dense algebra in the parameters."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -28,11 +29,18 @@ LOSSES = {
 }
 
 
-def setting(kind, dtype=torch.float64, **options):
-    model, x, x_new = network(dtype=dtype), samples(7, dtype=dtype), samples(4, seed=5, dtype=dtype)
+@functools.cache
+def point(dtype):
+    """Return the network and its linearisation, once for all tests: what is found out about it is kept."""
+    model = network(dtype=dtype)
+    return model, ntkops.linearize(model)
+
+
+def setting(kind, dtype=torch.float64):
+    (model, shared), x, x_new = point(dtype), samples(7, dtype=dtype), samples(4, seed=5, dtype=dtype)
     loss, Y, value = LOSSES[kind]
     Y = Y.to(dtype) if Y.is_floating_point() else Y
-    K = ntkops.ntk(model, x, **options)
+    K = ntkops.ntk(shared, x)
     post = LinearizedLaplace(0.8, loss, noise_scale=0.4)
     return model, x, x_new, K, Y, post, value
 

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from ntkops.errors import InputError
-from ntkops.spectra import function_trace, guarded_freedom, scaled_chi_square
+from ntkops.spectra import function_trace, guarded_freedom, scaled_chi_square, scaled_chi_squares
 from ntkops.vectors import Space
 from tests.estimators.problems import SPECTRA, generator, with_spectrum
 from tests.pairs import pairs
@@ -65,11 +65,12 @@ def test_matched_squares_cover(rank, probes):
     weights = torch.linspace(1, 2, rank, dtype=torch.float64)
     forms = (squares * weights).sum(-1).mean(-1)
     variance = 2 * (squares * weights.square()).sum(-1).mean(-1) / probes
-    hits = 0
-    for mean, spread in zip(forms.tolist(), variance.tolist(), strict=True):
-        below, above = scaled_chi_square(guarded_freedom(mean, spread, probes), 0.05)
-        hits += below * mean <= float(weights.sum()) <= above * mean
-    assert hits >= least_hits(2000)
+    low, high = scaled_chi_squares(forms, variance, probes, 0.05)
+    hits = (low <= weights.sum()) & (weights.sum() <= high)
+    assert int(hits.sum()) >= least_hits(2000)
+    for i in range(20):  # one by one as all at once
+        factors = scaled_chi_square(guarded_freedom(float(forms[i]), float(variance[i]), probes), 0.05)
+        assert [f * float(forms[i]) for f in factors] == pytest.approx([float(low[i]), float(high[i])])
 
 
 @pytest.mark.parametrize(
