@@ -1,6 +1,7 @@
 """The currency: U, what it makes of kernels, and the two fits."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -298,19 +299,26 @@ def test_variance_against_the_formula(fit, dtype):
     )
 
 
+@functools.cache
+def point():
+    """Return a network and its linearisation, once for all tests: what is found out about it is kept."""
+    model = network()
+    return model, ntkops.linearize(model)
+
+
 @pytest.mark.parametrize("fit", ["nystrom", "sketch"])
 @pytest.mark.parametrize("chosen", [False, True])
 @pytest.mark.parametrize("kind", ["numbers", "several", "features", "network", "projected"])
 def test_a_file_holds_what_prediction_needs(kind, chosen, fit):
-    model, x, new = network(), samples(120), samples(7, seed=5)
-    kernel = ntkops.ntk(model, x, outputs="each")
+    (model, shared), x, new = point(), samples(40), samples(7, seed=5)
+    kernel = ntkops.ntk(shared, x, outputs="each")
     if kind == "projected":
-        kernel = ntkops.projected_ntk(kernel, 50, generator=generator())
-    cross, prior = kernel.cross(new), ntkops.ntk(model, new, outputs="each").diagonal()
+        kernel = ntkops.projected_ntk(kernel, 30, generator=generator())
+    cross, prior = kernel.cross(new), ntkops.ntk(shared, new, outputs="each").diagonal()
     stored = kind not in ("network", "projected")
     if stored:
         given, cross = kernel.to_dense(), cross.to_dense()
-        root = torch.linalg.cholesky(given + 1e-6 * torch.eye(120, dtype=torch.float64))
+        root = torch.linalg.cholesky(given + 1e-6 * torch.eye(40, dtype=torch.float64))
         kernel = {"numbers": given, "several": list(given), "features": RootLinearOperator(root)}[kind]
     count, classes, size = 8, 3, len(x)
     combinations = torch.randn(size, count + 5, generator=generator(), dtype=torch.float64)[

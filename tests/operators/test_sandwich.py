@@ -1,5 +1,6 @@
 """Products of operators: right, symmetric where they are, with our solver and their factors."""
 
+import functools
 import pickle
 
 import pytest
@@ -28,8 +29,9 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
 
 
-def build(count, *, width=6, limit="auto", differentiable=False):
-    """Return J over three outputs of a network, its dense reference, and the network."""
+@functools.cache
+def point(count, width):
+    """Return a network, its linearisation, samples, and the dense Jacobian, once for all tests."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).double()
@@ -37,7 +39,16 @@ def build(count, *, width=6, limit="auto", differentiable=False):
     params = {name: p.detach() for name, p in model.named_parameters()}
     blocks = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(params)
     dense = torch.cat([b.flatten(2) for b in blocks.values()], dim=2).flatten(0, 1)
-    return ntkops.jacobian(model, x, max_dense_bytes=limit, differentiable=differentiable), dense, model
+    return model, ntkops.linearize(model), x, dense
+
+
+def build(count, *, width=6, limit="auto", differentiable=False):
+    """Return J over three outputs of a network, its dense reference, and the network."""
+    model, shared, x, dense = point(count, width)
+    J = ntkops.jacobian(
+        model if differentiable else shared, x, max_dense_bytes=limit, differentiable=differentiable
+    )
+    return J, dense, model
 
 
 def compositions(J, Jd):
@@ -69,13 +80,16 @@ def compositions(J, Jd):
     }
 
 
-NAMES = list(compositions(*build(4)[:2]))
+@functools.cache
+def five(limit):
+    """Return every composition over five samples, once for all tests."""
+    return compositions(*build(5, limit=limit)[:2])
 
 
 @pytest.mark.parametrize("limit", ["auto", 0])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", five("auto"))
 def test_against_the_dense_matrix(name, limit):
-    A, dense, rooted = compositions(*build(5, limit=limit)[:2])[name]
+    A, dense, rooted = five(limit)[name]
     close = {"rtol": 1e-10, "atol": 1e-10 * float(dense.abs().max())}
     assert isinstance(A, Sandwich) == (name != "stock product")
     V = draw(dense.shape[1], 3, seed=8)
@@ -149,12 +163,17 @@ def test_no_kernel_is_made_dense_above_its_limit(name):
     assert float((dense @ x + 0.1 * x - b).norm() / b.norm()) <= 2e-6
 
 
+@pytest.fixture(scope="module")
+def thirty():
+    return compositions(*build(30, width=4)[:2])
+
+
 @pytest.mark.parametrize("method", ["auto", "cholesky", "eigh", "cg", "lsmr", "features"])
 @pytest.mark.parametrize(
     "name", ["metric", "columns", "dense metric", "indefinite", "one sided", "three kernels"]
 )
-def test_regression_is_that_of_the_whole_product(name, method):
-    A, dense, rooted = compositions(*build(30, width=4)[:2])[name]
+def test_regression_is_that_of_the_whole_product(thirty, name, method):
+    A, dense, rooted = thirty[name]
     y = draw(len(dense), seed=5)
     if rooted is None:
         with pytest.raises(errors.InputError, match="not symmetric|knows its"):
