@@ -230,13 +230,6 @@ def test_of_one_kernel_few_combinations_are_the_best_there_are(method):
 # alternating least squares
 
 
-def test_each_round_lowers_the_objective():
-    for given in (K, K.float(), Forbidden(K)):
-        found = synthesize(given, 2, "als", Y=Y.to(given.dtype), ridge=1e-2)
-        values = torch.tensor(found.info.details["objectives"])
-        assert (values.diff() <= 1e-6 * values[:-1]).all()
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_alternation_beats_every_other_set_on_its_objective(count):
     ridge = 1e-2
@@ -288,6 +281,9 @@ def test_the_scale_of_the_kernel_does_not_matter(form, method, size):
         objective(K, Y, Distilled.of(K, d.U.double()).fit(K, Y, ridge=1e-2).dual_coef_, 1e-2)
         for d in (found, expected)
     )
+    for each in (found, expected) if method == "als" else ():  # no round raises the objective
+        values = torch.tensor(each.info.details["objectives"])
+        assert len(values) > 1 and bool((values.diff() <= 1e-6 * values[:-1]).all())
     # Turns end where the objective falls by 1e-3 a round, which rounding may move.
     assert first == pytest.approx(second, rel=1e-2 if method == "als" else 2e-3)
 
