@@ -419,9 +419,9 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("fisher", [None, "empirical"])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    "kind, fisher, reduction", pairs(["cross_entropy", "mse"], [None, "empirical"], ["sum", "mean"])
+)
 @pytest.mark.filterwarnings("ignore")
 def test_curvlinops(kind, fisher, reduction):
     curvlinops = pytest.importorskip("curvlinops")

@@ -21,6 +21,7 @@ from ntkops.errors import (
     ZeroKernelError,
 )
 from ntkops.regression import KernelRidge
+from tests.pairs import pairs
 from tests.regression.problems import network, samples
 
 from .problems import (
@@ -306,9 +307,10 @@ def point():
     return model, ntkops.linearize(model)
 
 
-@pytest.mark.parametrize("fit", ["nystrom", "sketch"])
-@pytest.mark.parametrize("chosen", [False, True])
-@pytest.mark.parametrize("kind", ["numbers", "several", "features", "network", "projected"])
+@pytest.mark.parametrize(
+    "kind, chosen, fit",
+    pairs(["numbers", "several", "features", "network", "projected"], [False, True], ["nystrom", "sketch"]),
+)
 def test_a_file_holds_what_prediction_needs(kind, chosen, fit):
     (model, shared), x, new = point(), samples(40), samples(7, seed=5)
     kernel = ntkops.ntk(shared, x, outputs="each")

@@ -6,6 +6,7 @@ import torch
 import ntkops
 from ntkops.solvers import conjugate_gradient, nystrom_preconditioner, products_are_steady
 from ntkops.vectors import Space
+from tests.pairs import pairs
 
 N = 60
 
@@ -108,9 +109,7 @@ def test_a_folder_that_is_missing_is_named(system, tmp_path):
         solve(system, tmp_path / "missing" / "state")
 
 
-@pytest.mark.parametrize("limit", [0, "auto"])
-@pytest.mark.parametrize("outputs", [1, 8])
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("engine, outputs, limit", pairs(["auto", "autograd"], [1, 8], [0, "auto"]))
 def test_products_of_kernels_go_one_way(tmp_path, engine, outputs, limit):
     """A kernel goes over to factors or a dense block as it is used: not within an iteration."""
     with torch.random.fork_rng():
