@@ -79,7 +79,7 @@ def test_matched_squares_cover(rank, probes):
     ids=str,
 )
 def test_scales_and_deflation(scale, dtype, deflation):
-    values = SPECTRA["exponential"](100) * scale
+    values = SPECTRA["exponential"](50) * scale
     function = FUNCTIONS["logarithm"](1e-3 * scale)
     found = trace_of(values, function, 0, rtol=0.02, deflation=deflation, dtype=dtype)
     exact = float(function(values).sum())
