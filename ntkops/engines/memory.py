@@ -224,11 +224,13 @@ class TensorStore:
                 return False
             self._items[owner, key] = item, item._version
             self._items.move_to_end((owner, key))
-            for oldest in list(self._items):
-                if self.held_bytes(item.device) <= limit or oldest == (owner, key):
+            held = self.held_bytes(item.device)
+            for oldest in list(self._items) if held > limit else ():
+                if held <= limit or oldest == (owner, key):
                     break
                 if self._items[oldest][0].device == item.device:
-                    self._drop(oldest)
+                    dropped = self._drop(oldest)
+                    held -= tensor_bytes(dropped.shape, dropped.dtype)
             return True
 
     def clear(self, device: torch.device | None = None) -> int:

@@ -213,6 +213,7 @@ class _Work:
         self._count_products(solver.products)
         self.basis = pairs.vectors
         self.scale = float(pairs.values.abs().max())
+        self.least = min(self.least, float(pairs.values.min()))
         self.fixed = self._split(pairs)
 
     def better_deflation(self) -> int:
