@@ -27,6 +27,7 @@ from .units import Unit
 __all__ = ["Factors", "joined", "matched"]
 
 _SMALL_ENTRIES = 2**16  # of factors below which float64 costs no time
+_SMALL_RESULT = 2**13  # entries of a kernel beside them: a float64 copy of 640 x 640 took half of the time
 
 
 @dataclass(eq=False)
@@ -100,7 +101,7 @@ class Factors:
         has it.
         """
         left, right = (self, self) if other is self else matched((self, other))
-        if left.is_small and right.is_small:
+        if into.numel() <= _SMALL_RESULT and left.is_small and right.is_small:
             wide = into.new_zeros(into.shape, dtype=torch.float64)
             rows = left.to(torch.float64)
             columns = rows if left is right else right.to(torch.float64)
