@@ -123,7 +123,8 @@ class SpectralDensity:
     density, while the cumulative distribution counts them.
 
     Attributes:
-        nodes: ``(p, m)`` nodes, float64; ``(1, n)`` eigenvalues where the result is exact.
+        nodes: ``(p, m)`` nodes, float64; ``(1, m)`` eigenvalues where the result is exact, of which the n - p
+            zeros that L Lᵀ has more than LᵀL are one.
         weights: ``(p, m)`` weights; each row sums to 1.
         size: Number n of eigenvalues.
         grid: ``(g,)`` values of λ at which the following are given, ascending.
@@ -170,7 +171,7 @@ class SpectralDensity:
     def __repr__(self) -> str:
         """Return one line, without the curves."""
         rules, steps = self.nodes.shape
-        made = f"{steps} eigenvalues" if self.exact else f"{rules} directions of {steps} nodes"
+        made = f"{self.size} eigenvalues" if self.exact else f"{rules} directions of {steps} nodes"
         state = "" if self.converged else ", not converged"
         return (
             f"SpectralDensity(n={self.size}, {self.scale}, {self.method!r}, {made}, "

@@ -164,3 +164,9 @@ def test_the_smaller_side_gives_all_eigenvalues():
     torch.testing.assert_close(found.values, wanted.values, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(found.cumulative, wanted.cumulative, rtol=0, atol=1e-12)
     assert not spectral_density(K, method="slq", num_probes=2).exact
+
+
+def test_a_cap_below_the_exact_passes_leaves_probes():
+    K = OnlyProducts(with_spectrum(SPECTRA["power law"](50)))
+    found = spectral_density(K, num_steps=10, num_passes=20, generator=generator(0))
+    assert not found.exact and found.passes <= 20

@@ -163,6 +163,17 @@ def test_no_kernel_is_made_dense_above_its_limit(name):
     assert float((dense @ x + 0.1 * x - b).norm() / b.norm()) <= 2e-6
 
 
+def test_a_solve_above_800_rows():
+    J, Jd, _ = build(280)
+    v, b = draw(len(Jd), seed=2).abs() + 0.5, draw(len(Jd), 2, seed=9)
+    D1 = DiagLinearOperator(v)
+    R = (D1 @ (J @ J.mT) @ D1).add_jitter(1e-2)
+    full = v[:, None] * (Jd @ Jd.T) * v + 1e-2 * torch.eye(len(Jd), dtype=D)
+    assert len(Jd) == 840 and isinstance(R, RidgeOperator)
+    assert float((full @ R.solve(b) - b).norm() / b.norm()) < 1e-8
+    assert float(R.logdet()) == pytest.approx(float(torch.logdet(full)), rel=1e-8)
+
+
 @pytest.fixture(scope="module")
 def thirty():
     return compositions(*build(30, width=4)[:2])
